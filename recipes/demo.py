@@ -1,0 +1,284 @@
+"""The whole job in one command: speech, teachers, tokenizer, codes, language model, word error rate, report.
+
+    python recipes/demo.py --config configs/demo.yaml                         a small synthetic corpus, made on the spot
+    python recipes/demo.py --config configs/demo_data.yaml data=FOLDER        your own speech
+    ... --fresh                                                               start over
+
+Every stage is one of the other recipes, started as its own command (printed before it runs). Finished stages are
+skipped and a killed one goes on, so the same command can be repeated at any time. FOLDER has a manifest.jsonl or
+LibriSpeech's layout; its splits are taken from their names (train*, dev*, test*), or made by speaker.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from speechllm import (
+    Reconstruction,
+    Utterance,
+    available_cpus,
+    parse_config,
+    read_corpus,
+    read_log,
+    versions,
+    write_json,
+    write_report,
+    write_text,
+)
+
+RECIPES = Path(__file__).parent
+
+
+@dataclass
+class DemoConfig:
+    output: str = "runs/demo"  # run folder
+    data: str | None = None  # corpus folder; null: synthetic speech
+    fresh: bool = False  # delete the run folder first
+    processes: int | None = None  # training processes on a machine without GPU; null: one per processor core
+    semantic_teacher: str = "configs/teacher/semantic_demo.yaml"  # configurations of the stages
+    speaker_teacher: str = "configs/teacher/speaker_demo.yaml"
+    tokenizer_stage: str = "configs/tokenizer/demo.yaml"
+    asr: str = "configs/asr/demo.yaml"
+    synthetic_train: int = 4000  # synthetic utterances
+    synthetic_dev: int = 100
+    synthetic_test: int = 200
+    notes: list[str] | None = None  # shown in the report
+
+
+def main(config: DemoConfig) -> None:
+    run = Path(config.output)
+    if config.fresh and run.exists():
+        if not (run / "demo.json").exists():
+            raise SystemExit(f"{run} was not made by this demo and is not deleted: remove it yourself")
+        shutil.rmtree(run)
+    settle(run, config)
+    timer = Stages(run, plan(config))
+
+    if config.data is None:
+        counts = [f"--{split}={getattr(config, f'synthetic_{split}')}" for split in ("train", "dev", "test")]
+        corpus = run / "corpus"
+        timer.stage("corpus", ["synthesize_speech.py", str(corpus), *counts, f"--jobs={available_cpus()}"])
+    else:
+        corpus = run / "corpus"
+        timer.call("corpus", lambda: gather(config.data, corpus))
+    data = f"data={corpus}"
+    semantic, speaker = run / "semantic_teacher", run / "speaker_teacher"
+    timer.stage(
+        "teachers",
+        ["train_teacher.py", f"--config={config.semantic_teacher}", data, f"output={semantic}"],
+        ["train_teacher.py", f"--config={config.speaker_teacher}", data, f"output={speaker}"],
+    )
+    teachers = [f"semantic.teacher={semantic / 'model'}", f"acoustic.teacher={speaker / 'model'}"]
+    codec = run / "tokenizer"
+    timer.stage(
+        "tokenizer", ["train_tokenizer.py", f"--config={config.tokenizer_stage}", data, f"output={codec}", *teachers]
+    )
+    codec, codes = codec / "model", run / "codes"
+    timer.stage("encode", ["encode_speech.py", f"codec={codec}", data, f"output={codes}", "layers=null"])
+    content = run / "tokenizer_results.json"
+    splits = ["train_splits=[train]", "test_splits=[test]"]
+    asr = run / "asr"
+    timer.stage("asr", ["train_asr.py", f"--config={config.asr}", f"codes={codes}", f"codec={codec}", f"output={asr}"])
+    timer.stage(
+        "evaluate",
+        ["eval_asr.py", f"model={asr / 'model'}", f"codes={codes}", f"output={run / 'evaluation'}", "splits=[test]"],
+        ["eval_tokenizer.py", f"codes={codes}", data, f"output={content}", *splits],
+    )
+    results = collect(config, run, timer)
+    write_json(run / "results.json", results)
+    shutil.copy(run / "evaluation" / "predictions.jsonl", run / "predictions.jsonl")
+    report(run, results)
+    print(summary(run, results))
+
+
+def settle(run: Path, config: DemoConfig) -> None:
+    """Remember what this run is about; refuse to mix it with another one."""
+    asked = {name: value for name, value in asdict(config).items() if name not in ("fresh", "processes")}
+    file = run / "demo.json"
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != asked:
+        raise SystemExit(f"{run} holds a demo with other settings: add --fresh to start over, or choose output=FOLDER")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(file, asked)
+    except OSError as error:
+        raise SystemExit(f"cannot write {run}: {error}") from error
+
+
+class Stages:
+    """Runs each stage once, as commands; remembers the seconds it took."""
+
+    def __init__(self, run: Path, text: str):
+        self.file = run / "stages.json"
+        self.done: dict[str, dict[str, object]] = (
+            json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        )
+        self.times = {name: stage["seconds"] for name, stage in self.done.items() if stage["finished"]}
+        print(text)
+
+    def stage(self, name: str, *commands: list[str]) -> None:
+        """Run the commands side by side, sharing the processor cores; stop the demo when one fails."""
+        self.call(name, lambda: self._run(commands))
+
+    def call(self, name: str, work) -> None:
+        """Do `work` unless it was done before; a stage that was interrupted adds to the time it took before."""
+        before = self.done.get(name, {"seconds": 0.0, "finished": False})
+        if before["finished"]:
+            print(f"[{name}] done before, in {before['seconds']:.0f} s")
+            return
+        started = time.perf_counter()
+        finished = False
+        try:
+            work()
+            finished = True
+        finally:
+            seconds = before["seconds"] + time.perf_counter() - started
+            self.done[name] = {"seconds": seconds, "finished": finished}
+            write_json(self.file, self.done)
+        self.times[name] = seconds
+        print(f"[{name}] {seconds:.0f} s", flush=True)
+
+    def _run(self, commands: tuple[list[str], ...]) -> None:
+        threads = max(1, available_cpus() // len(commands))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        # the recipes find the package also when it is not installed
+        environment["PYTHONPATH"] = os.pathsep.join([str(RECIPES.parent), os.environ.get("PYTHONPATH", "")])
+        running = []
+        for command in commands:
+            print("$ python recipes/" + " ".join(command), flush=True)
+            words = [sys.executable, str(RECIPES / command[0]), *command[1:]]
+            running.append(subprocess.Popen(words, env=environment))
+        try:
+            failed = [process for process in running if process.wait() != 0]
+        finally:
+            for process in running:
+                process.terminate()
+        if failed:
+            raise SystemExit("a stage failed, see above; what is finished is kept, the same command goes on from there")
+
+
+def gather(folder: str, output: Path) -> None:
+    """Write a manifest of the corpus in `folder` whose splits are called train, dev and test."""
+    utterances = read_corpus(folder)
+    named = {u.id: u.split for u in utterances}
+    found = set(named.values())
+    for target in ("train", "dev", "test"):
+        if target not in found:  # LibriSpeech: train-clean-100, dev-clean, test-clean
+            named |= {u.id: target for u in utterances if u.split.startswith(target)}
+    if missing := {"train", "dev", "test"} - set(named.values()):
+        print(f"no split is named {', '.join(sorted(missing))}: splitting by speaker instead, 8 : 1 : 1")
+        named = {u.id: split_of(u) for u in utterances}
+    lines = [
+        json.dumps({**asdict(u), "path": str(Path(u.path).resolve()), "split": named[u.id]}, ensure_ascii=False)
+        for u in utterances
+        if named[u.id] in ("train", "dev", "test")
+    ]
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "manifest.jsonl", "\n".join(lines) + "\n")
+    print({split: sum(u_split == split for u_split in named.values()) for split in ("train", "dev", "test")})
+
+
+def split_of(utterance: Utterance) -> str:
+    """A split drawn from the speaker's name (from the utterance's, where speakers are unknown)."""
+    draw = int(hashlib.sha256((utterance.speaker or utterance.id).encode()).hexdigest(), 16) % 10
+    return {8: "dev", 9: "test"}.get(draw, "train")
+
+
+def collect(config: DemoConfig, run: Path, timer: Stages) -> dict[str, object]:
+    """Everything a reader of results.json wants to know."""
+    evaluation = json.loads((run / "evaluation" / "results.json").read_text(encoding="utf-8"))
+    codec = json.loads((run / "tokenizer_results.json").read_text(encoding="utf-8"))
+    encoded = json.loads((run / "codes" / "done.json").read_text(encoding="utf-8"))
+    teachers = {
+        name: json.loads((run / f"{name}_teacher" / "done.json").read_text(encoding="utf-8"))
+        for name in ("semantic", "speaker")
+    }
+    return {
+        "wer": evaluation["wer"],
+        "wer_ci95": evaluation["ci95"],
+        "wer_shuffled_audio": evaluation["wer_shuffled_audio"],
+        "utterances": evaluation["utterances"],
+        "words": evaluation["words"],
+        "tokens_per_second": evaluation["tokens_per_second"],
+        "corpus": "synthetic speech (espeak-ng)" if config.data is None else str(config.data),
+        "hours": encoded["hours"],
+        "skipped": encoded["skipped"],
+        "content": codec.get("content", {}),
+        "speaker": codec["speaker"],
+        "codebooks": [{name: u[name] for name in ("used", "dead", "perplexity")} for u in codec["usage"]],
+        "teachers": teachers,
+        "seconds_by_stage": timer.times,
+        "seconds": sum(timer.times.values()),
+        "codec_fingerprint": evaluation["codec_fingerprint"],
+        "versions": versions(),
+        "notes": config.notes or [],
+    }
+
+
+def report(run: Path, results: dict[str, object]) -> None:
+    """The page to look at: report.html."""
+    codec = json.loads((run / "tokenizer_results.json").read_text(encoding="utf-8"))
+    predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    write_report(
+        run / "report.html",
+        title="speechllm demo",
+        results=results,
+        tokenizer_log=read_log(run / "tokenizer"),
+        asr_log=read_log(run / "asr"),
+        codebook_counts=[np.array(layer["counts"]) for layer in codec["usage"]],
+        reconstruction=read_samples(run / "tokenizer" / "samples"),
+        predictions=predictions,
+    )
+
+
+def read_samples(folder: Path) -> Reconstruction:
+    """The first dev utterance, as it was and from 1, 2, 4, ... codebooks."""
+    original = sorted(folder.glob("*_original.wav"))[0]
+    name = original.name.removesuffix("_original.wav")
+    waveform, rate = soundfile.read(original, dtype="float32")
+    reconstructions = {
+        int(file.stem.split("_")[-2]): soundfile.read(file, dtype="float32")[0]
+        for file in folder.glob(f"{name}_*_codebooks.wav")
+    }
+    return Reconstruction(name, rate, waveform, dict(sorted(reconstructions.items())))
+
+
+def plan(config: DemoConfig) -> str:
+    """What is about to happen."""
+    speech = "synthetic speech" if config.data is None else config.data
+    return (
+        f"Demo in {config.output} on {available_cpus()} cores: {speech} -> two small teachers -> codec (layer 0 taught "
+        "content, layer 1 voice) -> codes -> small Qwen2 with the codes as new words -> WER -> report.\n"
+        "With synthetic speech all of it takes 5 to 8 minutes on two cores. Finished stages are not repeated."
+    )
+
+
+def summary(run: Path, results: dict[str, object]) -> str:
+    """The last lines on the screen."""
+    low, high = results["wer_ci95"]
+    lines = [
+        "",
+        f"WER {results['wer']:.1%} (95 % interval {low:.1%} to {high:.1%}) on {results['utterances']} utterances of "
+        f"unseen speakers, at {results['tokens_per_second']:.1f} tokens/s",
+        f"WER with another utterance's audio {results['wer_shuffled_audio']:.1%} (the model listens if this is high)",
+    ]
+    if content := results["content"]:
+        layer0, baseline = content["layer_0"]["pnmi"], content["log_mel_kmeans"]["pnmi"]
+        lines.append(f"{content['label']} information in layer 0: PNMI {layer0:.2f}; log-mel k-means {baseline:.2f}")
+    if speaker := results["speaker"]:
+        parts = [f"{name.replace('_', ' ')} {speaker[name]:.0%}" for name in speaker if name.startswith("layer")]
+        lines.append(f"speaker identified from: {', '.join(parts)} (chance {speaker['chance']:.0%})")
+    lines.append(f"{results['seconds']:.0f} s in all; look at {run / 'report.html'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(parse_config(DemoConfig))

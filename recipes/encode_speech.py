@@ -1,0 +1,53 @@
+"""Encode a corpus once: Parquet shards of codes, texts and durations that carry the codec's fingerprint.
+
+    accelerate launch recipes/encode_speech.py codec=RUN/model data=CORPUS output=CODES
+
+Runs in parallel over processes, goes on where a killed run stopped, and counts what it had to leave out and why.
+"""
+
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from speechllm import SpeechCodec, encode_shards, parse_config, read_corpus, summarize_shards, write_json
+
+
+@dataclass
+class EncodeConfig:
+    codec: str  # folder or hub name of a speech codec
+    data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
+    output: str  # folder for the shards
+    splits: list[str] | None = None  # all when null
+    layers: int | None = 1  # codebooks to store, all when null
+    max_duration_s: float = 60.0  # longer recordings are left out, and counted
+
+
+def main(config: EncodeConfig) -> None:
+    accelerator = Accelerator()
+    codec = SpeechCodec.from_pretrained(config.codec).to(accelerator.device)
+    utterances = read_corpus(config.data, config.splits)
+
+    shards = encode_shards(
+        utterances,
+        codec,
+        config.output,
+        config.layers,
+        config.max_duration_s,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    share = len(utterances) // accelerator.num_processes
+    with tqdm(total=share, desc="encode", unit="utt", disable=not accelerator.is_main_process) as bar:
+        for done in shards:
+            bar.update(done)
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        summary = summarize_shards(config.output)
+        write_json(f"{config.output}/done.json", summary)
+        print(f"encoded {summary['utterances']} utterances, {summary['hours']:.2f} h; skipped {summary['skipped']}")
+
+
+if __name__ == "__main__":
+    main(parse_config(EncodeConfig))

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: GPL-3.0-or-later
+#
+# This one file is GPL because it loads the espeak-ng engine, which is GPL-3.0-or-later, into its own process. The rest
+# of the project is Apache-2.0 and only starts this file as a separate process. Neither imports anything of the other.
+"""Make the demo's corpus: short spoken commands in many synthetic voices, with transcripts and phone times.
+
+    python recipes/synthesize_speech.py OUT --train 4000 --dev 200 --test 200 --seed 0 --jobs 2
+
+OUT receives audio/<voice>/<id>.flac (16 kHz, mono, 16 bit), corpus.json (the arguments) and, last of all,
+manifest.jsonl, one utterance a line: a folder with a manifest is complete. The seed fixes sentences, voices and
+speaking styles, whatever --jobs is. It does not fix every sample, because the engine adds noise of its own.
+
+All voices are variants of one rule-based synthesiser. An unseen one is far easier to recognise than an unseen person,
+so no figure measured on this corpus says anything about human speech.
+"""
+
+import argparse
+import ctypes
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+# The grammar: a word in capitals is spoken as it stands, a word in small letters is any word of that slot.
+# TO and FOR are left out on purpose: they sound like TWO and FOUR.
+TEMPLATES = (
+    "TURN state THE colour room device",
+    "action THE colour room opening",
+    "LET'S DIAL number number number",
+    "PLAY day music AT number",
+    "WAKE name day AT number",
+    "CALL name day order number",
+    "SEND name number gift",
+    "BUY number food AND drink",
+)
+SLOTS = {
+    "state": "ON OFF",
+    "colour": "RED BLUE GREEN YELLOW PURPLE BLACK",
+    "room": "KITCHEN BEDROOM GARAGE OFFICE GARDEN NURSERY CELLAR ATTIC",
+    "device": "LAMP HEATER RADIO FAN CAMERA",
+    "action": "OPEN SHUT LOCK",
+    "opening": "DOOR WINDOW GATE CURTAIN",
+    "number": "TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE TEN ELEVEN TWENTY THIRTY FIFTY",
+    "order": "BEFORE AFTER",
+    "day": "MONDAY TUESDAY WEDNESDAY THURSDAY FRIDAY SATURDAY SUNDAY",
+    "music": "JAZZ ROCK OPERA PIANO DISCO FOLK",
+    "name": "ANNA PETER OLIVIA GEORGE MARTHA HUGO",
+    "gift": "ROSES BALLOONS CANDLES POSTCARDS FLOWERS BOOKS",
+    "food": "APPLES LEMONS POTATOES COOKIES CARROTS EGGS",
+    "drink": "MILK JUICE COFFEE WATER SODA",
+}
+
+# Voice variants of espeak-ng, without its robots, whispers, distorted voices and near twins of a dev or test voice.
+VOICES = {
+    "train": "Alex Alicia Andrea Andy Annie Denis Gene Lee Mario adam anika benjamin boris david edward f1 f2 f3 f5 "
+    "grandma m1 m2 m4 m5 m6 m8 norbert pablo quincy robert sandro shelby",
+    "dev": "belinda m3",
+    "test": "f4 m7 Michael steph2",
+}
+
+SAMPLE_RATE = 16_000
+PEAK = 0.7  # of full scale
+SILENCE = "_"
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """What to say and how: everything that the seed decides."""
+
+    id: str
+    split: str
+    text: str
+    speaker: str
+    rate: int  # words per minute
+    pitch: int  # 50 is the voice's own, as for the range
+    pitch_range: int
+    lead_s: float  # silence before the first phone
+    tail_s: float  # silence after the last phone
+
+    @property
+    def path(self) -> str:
+        """Where the audio stands in the corpus folder."""
+        return f"audio/{self.speaker}/{self.id}.flac"
+
+
+# 1. The plan: sentences, voices and styles
+
+
+def sentences(template: str) -> list[str]:
+    """Every sentence of one template."""
+    choices = [SLOTS.get(word, word).split() for word in template.split()]
+    return [" ".join(words) for words in itertools.product(*choices)]
+
+
+def draw_texts(counts: dict[str, int], rng: random.Random) -> dict[str, list[str]]:
+    """Choose the texts of each split, taking the templates in turn.
+
+    Dev and test texts are dealt out first, each once, so no other split holds them. Train goes round and round the
+    rest.
+    """
+    decks = [rng.sample(deck, len(deck)) for deck in map(sentences, TEMPLATES)]
+    limit = len(decks) * min(map(len, decks)) // 2
+    if counts["dev"] + counts["test"] > limit:
+        sys.exit(f"error: the grammar is too small for more than {limit} utterances in --dev and --test together")
+    texts = {split: [decks[i % len(decks)].pop() for i in range(counts[split])] for split in ("dev", "test")}
+    rounds = [itertools.cycle(deck) for deck in decks]
+    texts["train"] = [next(rounds[i % len(rounds)]) for i in range(counts["train"])]
+    for split in texts.values():
+        rng.shuffle(split)  # else the turn of the templates would go in step with that of the voices
+    return texts
+
+
+def make_plan(counts: dict[str, int], seed: int) -> list[Utterance]:
+    """Decide every utterance; the same arguments always give the same plan."""
+    rng = random.Random(seed)
+    texts = draw_texts(counts, rng)
+    plan = []
+    for split in VOICES:
+        for i, (text, speaker) in enumerate(zip(texts[split], itertools.cycle(VOICES[split].split()), strict=False)):
+            style = rng.randint(140, 190), rng.randint(30, 70), rng.randint(30, 70)
+            silences = rng.uniform(0.05, 0.10), rng.uniform(0.05, 0.10)
+            plan.append(Utterance(f"{split}-{i:05d}", split, text, speaker, *style, *silences))
+    return plan
+
+
+# 2. The engine; names and numbers as in espeak-ng's speak_lib.h
+
+ENGINE_RATE = 22_050
+SYNCHRONOUS, PHONEME_EVENTS, DONT_EXIT, CHARS_UTF8 = 2, 0x0001, 0x8000, 1
+LIST_TERMINATED, PHONEME = 0, 7
+RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4
+LOW_VOLUME = 40  # the engine's own 100 drives the louder voices into its limiter
+
+Phones = list[tuple[str, int]]  # a symbol and a sample: where it starts as the engine tells it, later where it ends
+
+
+class Event(ctypes.Structure):
+    """espeak_EVENT; of its union only the member read here."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("type", "identifier", "text_position", "length", "milliseconds", "sample")),
+        ("user_data", ctypes.c_void_p),
+        ("string", ctypes.c_char * 8),
+    ]
+
+
+Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Event))
+
+
+def phone_symbol(mnemonic: str) -> str:
+    """The engine's name of a phone without stress (in front) and marks of unstressed or flapped variants (behind)."""
+    return SILENCE if mnemonic.startswith(SILENCE) else mnemonic.lstrip("',%=").rstrip("#2-")
+
+
+class Engine:
+    """espeak-ng in this process; its state is global, so there is one per process."""
+
+    def __init__(self) -> None:
+        import espeakng_loader  # here, so that main can say how to install it
+
+        self._library = ctypes.CDLL(espeakng_loader.get_library_path())
+        data = espeakng_loader.get_data_path().encode()
+        rate = self._library.espeak_Initialize(SYNCHRONOUS, 0, data, PHONEME_EVENTS | DONT_EXIT)
+        if rate != ENGINE_RATE:
+            raise RuntimeError(f"espeak-ng did not start as expected: {rate} instead of {ENGINE_RATE} Hz")
+        self._sound = bytearray()
+        self._phones: Phones = []
+        self._callback = Callback(self._receive)  # kept, or Python would free what the library still calls
+        self._library.espeak_SetSynthCallback(self._callback)
+
+    def speak(self, utterance: Utterance) -> tuple[np.ndarray, Phones]:
+        """Return int16 samples at the engine's rate, and the phones with the samples at which they start."""
+        self._sound.clear()
+        self._phones.clear()
+        text = utterance.text.lower().encode() + b"\0"  # in capitals some words would be spelt out
+        errors = [self._library.espeak_SetVoiceByName(f"en-us+{utterance.speaker}".encode())]
+        style = {RATE: utterance.rate, VOLUME: LOW_VOLUME, PITCH: utterance.pitch, RANGE: utterance.pitch_range}
+        errors += [self._library.espeak_SetParameter(name, value, 0) for name, value in style.items()]
+        size = ctypes.c_size_t(len(text))
+        errors += [self._library.espeak_Synth(text, size, 0, 1, 0, CHARS_UTF8, None, None)]
+        if any(errors):
+            raise RuntimeError(f"espeak-ng refused {utterance}: errors {errors}")
+        return np.frombuffer(bytes(self._sound), np.int16), list(self._phones)
+
+    def _receive(self, samples: int | None, count: int, events: "ctypes._Pointer[Event]") -> int:
+        """Collect a piece of sound and its events; 0 tells the engine to go on."""
+        if samples and count > 0:
+            self._sound += ctypes.string_at(samples, 2 * count)
+        for event in itertools.takewhile(lambda event: event.type != LIST_TERMINATED, events):
+            if event.type == PHONEME:
+                self._phones.append((phone_symbol(event.string.decode()), event.sample))
+        return 0
+
+
+engine = cache(Engine)  # this process's own, started when first asked for
+
+
+# 3. From the plan to files
+
+
+def frame_speech(wave: np.ndarray, phones: Phones, utterance: Utterance) -> tuple[np.ndarray, Phones]:
+    """Put exactly the planned silence around the speech; returns the samples, and the phones with their ends."""
+    ends = [start for _, start in phones[1:]] + [len(wave)]
+    spans = [(symbol, start, end) for (symbol, start), end in zip(phones, ends, strict=True) if end > start]
+    spoken = [span for span in spans if span[0] != SILENCE]
+    first, last = spoken[0][1], spoken[-1][2]
+    lead, tail = round(utterance.lead_s * ENGINE_RATE), round(utterance.tail_s * ENGINE_RATE)
+    framed = np.pad(wave, (lead, tail))[first : last + lead + tail]  # the engine may leave less silence than planned
+    inside = [(symbol, lead + end - first) for symbol, start, end in spans if first <= start and end <= last]
+    return framed, [(SILENCE, lead), *inside, (SILENCE, len(framed))]
+
+
+def resample(wave: np.ndarray) -> np.ndarray:
+    """From the engine's rate to 16 kHz by cutting the spectrum, which is exact for sound that ends in silence."""
+    padded = -(-len(wave) // 2205) * 2205  # a round number of samples at both rates, and quick to transform
+    size = padded * SAMPLE_RATE // ENGINE_RATE
+    audio = np.fft.irfft(np.fft.rfft(wave, padded)[: size // 2 + 1], size)
+    return audio[: len(wave) * SAMPLE_RATE // ENGINE_RATE]  # the caller sets the scale
+
+
+def synthesize(out: Path, utterance: Utterance) -> dict:
+    """Speak one utterance into its file; returns its line of the manifest."""
+    wave, phones = frame_speech(*engine().speak(utterance), utterance)
+    audio = resample(wave)
+    path = out / utterance.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, audio * (PEAK / np.abs(audio).max()), SAMPLE_RATE, subtype="PCM_16")
+    duration_s = len(audio) / SAMPLE_RATE
+    ends = [(symbol, round(end / ENGINE_RATE, 4)) for symbol, end in phones[:-1]]
+    line = {key: getattr(utterance, key) for key in ("id", "path", "text", "speaker", "split")}
+    line |= {"duration_s": duration_s, "license": "synthetic", "source": "espeak-ng"}
+    return line | {"phones": [*ends, (SILENCE, duration_s)]}
+
+
+def synthesize_all(out: Path, plan: list[Utterance], jobs: int) -> list[dict]:
+    """Speak the whole plan in several processes; returns the manifest's lines in the plan's order."""
+    spawn = multiprocessing.get_context("spawn")  # fresh processes, each with an engine of its own
+    with ProcessPoolExecutor(jobs, spawn) as pool:
+        lines = pool.map(partial(synthesize, out), plan, chunksize=32)
+        return list(tqdm(lines, total=len(plan), desc="speaking", unit="utt", disable=None))
+
+
+# 4. The folder and the command
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is never seen half-written."""
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def prepare_folder(out: Path, counts: dict[str, int], seed: int, fresh: bool) -> bool:
+    """Make the folder ready for the corpus; False if it holds exactly this one already, complete."""
+    record, manifest = out / "corpus.json", out / "manifest.jsonl"
+    arguments = {**counts, "seed": seed}
+    if record.exists():
+        made = json.loads(record.read_text(encoding="utf-8"))
+        if fresh:
+            manifest.unlink(missing_ok=True)
+            for utterance in make_plan(made, made["seed"]):  # its own files only
+                (out / utterance.path).unlink(missing_ok=True)
+        elif made != arguments:
+            sys.exit(f"error: {out} holds a corpus of {made}: choose another folder, or replace it with --fresh")
+        elif manifest.exists():
+            return False
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        sys.exit(f"error: {out} holds something else than such a corpus: choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(record, json.dumps(arguments) + "\n")
+    return True
+
+
+def main() -> None:
+    """Make the corpus, unless the folder holds it already."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the corpus; made if absent")
+    for split, count in {"train": 4000, "dev": 200, "test": 200}.items():
+        parser.add_argument(f"--{split}", type=int, default=count, help=f"utterances of the {split} split")
+    parser.add_argument("--seed", type=int, default=0, help="fixes sentences, voices and speaking styles")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at work; they change only the time it takes")
+    parser.add_argument("--fresh", action="store_true", help="first delete the corpus that OUT holds")
+    args = parser.parse_args()
+    if importlib.util.find_spec("espeakng_loader") is None:
+        sys.exit('error: the speech synthesiser is missing: pip install "speechllm[demo]"')
+    counts = {split: getattr(args, split) for split in VOICES}
+    plan = make_plan(counts, args.seed)
+    if not prepare_folder(args.out, counts, args.seed, args.fresh):
+        print(f"{args.out} holds this corpus already, complete: nothing to do")
+        return
+    lines = synthesize_all(args.out, plan, max(1, args.jobs))
+    write_atomically(args.out / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    hours = sum(line["duration_s"] for line in lines) / 3600
+    print(f"{len(lines)} utterances, {hours:.2f} hours, in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

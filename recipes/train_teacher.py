@@ -1,0 +1,278 @@
+"""Train a small teacher where the published ones cannot be had.
+
+    accelerate launch recipes/train_teacher.py --config configs/teacher/semantic_demo.yaml data=FOLDER output=RUN
+
+kind: semantic  a HuBERT on raw waveforms, saved as a transformers folder. objective ctc learns from the transcripts;
+                objective alignment from the phone alignment of a synthetic corpus (supervised, synthetic speech only).
+kind: speaker   an ECAPA-TDNN on speaker labels, saved as a SpeechBrain folder.
+Both load through the same door as facebook/hubert-base-ls960 and speechbrain/spkrec-ecapa-voxceleb.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from speechllm import (
+    AudioError,
+    Crops,
+    FrameClassifier,
+    Run,
+    Utterance,
+    frame_phones,
+    grouped_batches,
+    load_audio,
+    pad_waveforms,
+    parse_config,
+    read_corpus,
+    save_ecapa,
+    save_hubert,
+    seed_step,
+    set_learning_rate,
+    small_hubert,
+    warmup_cosine,
+    whole_folder,
+)
+
+
+@dataclass
+class TeacherConfig:
+    kind: Literal["semantic", "speaker"]
+    data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
+    output: str  # run folder; the teacher goes to its subfolder `model`
+    objective: Literal["ctc", "alignment"] = "ctc"  # of the semantic teacher
+    splits: list[str] | None = None  # training splits, all when null
+    dev_splits: list[str] | None = None  # for the figure of merit at the end, none when null
+    hidden_size: int = 128  # semantic: width of the features
+    layers: int = 3  # semantic: transformer layers
+    channels: int = 64  # speaker: ECAPA channels; the frames are three times as wide
+    steps: int = 300
+    batch_size: int = 32  # over all processes
+    learning_rate: float = 2e-3
+    warmup: int = 30  # steps
+    max_duration_s: float = 12.0  # longer utterances are left out
+    crop_s: float = 1.0  # speaker: seconds per example
+    save_every: int = 200  # steps between checkpoints
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size, self.save_every, self.warmup) < 1:
+            raise ValueError("steps, batch_size, save_every and warmup must be at least 1")
+
+
+def main(config: TeacherConfig) -> None:
+    accelerator = Accelerator()
+    run = Run(config.output, config, accelerator)
+    if run.summary:
+        accelerator.print(f"{config.output} is finished: {run.summary}")
+        return
+    set_seed(config.seed)
+
+    # 1. the utterances, and a student with its batches
+    utterances = [u for u in read_corpus(config.data, config.splits) if u.duration_s <= config.max_duration_s]
+    student = (SemanticStudent if config.kind == "semantic" else SpeakerStudent)(config, utterances)
+    accelerator.print(
+        f"{config.kind} teacher: {len(student.utterances)} utterances, {config.steps} steps, "
+        f"{sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters"
+    )
+    model = accelerator.prepare(student)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate)
+
+    # 2. go on where a killed run stopped
+    start = 0
+    if state := run.resume():
+        student.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+
+    # 3. train
+    batches = student.batches(start, accelerator.process_index, accelerator.num_processes)
+    for step in (bar := run.steps(start, config.steps, f"{config.kind} teacher")):
+        seed_step(config.seed, step, accelerator.process_index)
+        set_learning_rate(optimizer, warmup_cosine(step, config.steps, config.warmup))
+        loss = model(*(tensor.to(accelerator.device) for tensor in next(batches)))
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 10 == 0 or step + 1 == config.steps:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+            run.log(step + 1, loss=loss.item())
+        if (step + 1) % config.save_every == 0:
+            run.save(step + 1, {"model": student.state_dict(), "optimizer": optimizer.state_dict()})
+
+    # 4. export, and say how good it is on speakers it has not heard
+    student.eval()
+    if accelerator.is_main_process:
+        with whole_folder(run.folder / "model") as folder:
+            student.save(folder)
+        dev = read_corpus(config.data, config.dev_splits) if config.dev_splits else []
+        merit = student.merit([u for u in dev if u.duration_s <= config.max_duration_s][: 8 * config.batch_size])
+        run.finish({"steps": config.steps, "loss": loss.item(), **merit})
+        print(f"{config.kind} teacher saved in {run.folder / 'model'} {merit}")
+    accelerator.wait_for_everyone()
+
+
+class SemanticStudent(nn.Module):
+    """A HuBERT with a head of characters (ctc) or phones (alignment); label 0 is the blank, or "no phone"."""
+
+    def __init__(self, config: TeacherConfig, utterances: list[Utterance]):
+        super().__init__()
+        self.config = config
+        key = "text" if config.objective == "ctc" else "phones"
+        self.utterances = [u for u in utterances if getattr(u, key)]
+        if not self.utterances:
+            raise SystemExit(f"{config.data}: no utterance has {key}, which objective {config.objective} learns from")
+        symbols = {symbol for u in self.utterances for symbol in self._symbols(u)}
+        self.labels = {symbol: i for i, symbol in enumerate(sorted(symbols), 1)}
+        self.classifier = FrameClassifier(small_hubert(config.hidden_size, config.layers), len(self.labels) + 1)
+
+    def _symbols(self, utterance: Utterance) -> list[str]:
+        if self.config.objective == "ctc":
+            return list(utterance.text or "")
+        return frame_phones(utterance, math.ceil(utterance.duration_s * 50))
+
+    def batches(self, start: int, process: int, processes: int) -> Iterator[tuple[Tensor, ...]]:
+        """Endless batches from step `start` on, one share per process."""
+        lengths = [u.duration_s for u in self.utterances]
+        per_epoch = len(grouped_batches(lengths, self.config.batch_size, self.config.seed, 0))
+        for step in range(start, self.config.steps):
+            epoch, index = divmod(step, per_epoch)
+            batch = grouped_batches(lengths, self.config.batch_size, self.config.seed, epoch)[index]
+            yield self._batch([self.utterances[i] for i in batch[process::processes]])
+
+    def _batch(self, utterances: list[Utterance]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        pairs = [(u, waveform) for u in utterances if (waveform := load_or_warn(u.path)) is not None]
+        if not pairs:
+            raise SystemExit(f"none of {len(utterances)} recordings of a batch can be used, {utterances[0].path} first")
+        utterances = [u for u, _ in pairs]
+        waveform, lengths = pad_waveforms([waveform for _, waveform in pairs])
+        frames = (lengths + 319) // 320
+        labels = [torch.tensor([self.labels.get(s, 0) for s in self._symbols(u)]) for u in utterances]
+        sizes = torch.tensor([len(x) for x in labels])
+        return waveform, frames, nn.utils.rnn.pad_sequence(labels, batch_first=True), sizes
+
+    def forward(self, waveform: Tensor, frames: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
+        scores = F.log_softmax(self.classifier(waveform, frames), -1)
+        if self.config.objective == "ctc":
+            return F.ctc_loss(scores.transpose(0, 1), labels, frames, sizes, zero_infinity=True)
+        length = min(scores.shape[1], labels.shape[1])
+        return F.nll_loss(scores[:, :length].flatten(0, 1), labels[:, :length].flatten(), ignore_index=0)
+
+    @torch.no_grad()
+    def merit(self, utterances: list[Utterance]) -> dict[str, float]:
+        """Character error rate of greedy CTC, or accuracy of the frame labels."""
+        import jiwer
+
+        names = [""] + list(self.labels)
+        hits, total, references, hypotheses = 0, 0, [], []
+        for first in range(0, len(utterances), self.config.batch_size):
+            group = [u for u in utterances[first : first + self.config.batch_size] if u.text]
+            if not group:
+                continue
+            waveform, frames, labels, sizes = self._batch(group)
+            best = self.classifier(waveform, frames).argmax(-1)
+            for row, length, label, size, u in zip(best, frames, labels, sizes, group, strict=True):
+                if self.config.objective == "ctc":
+                    references.append(u.text)
+                    hypotheses.append("".join(names[i] for i in row[:length].unique_consecutive().tolist()))
+                else:
+                    size = min(length, size)
+                    hits, total = hits + int((row[:size] == label[:size]).sum()), total + int(size)
+        if self.config.objective == "ctc":
+            return {"dev_cer": jiwer.cer(references, hypotheses)} if references else {}
+        return {"dev_frame_accuracy": hits / total} if total else {}
+
+    def save(self, folder) -> None:
+        save_hubert(self.classifier.hubert, folder)
+
+
+class SpeakerStudent(nn.Module):
+    """An ECAPA-TDNN with an additive angular margin over the training speakers."""
+
+    MELS = 80
+
+    def __init__(self, config: TeacherConfig, utterances: list[Utterance]):
+        super().__init__()
+        from speechbrain.lobes.features import Fbank
+        from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN, Classifier
+        from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
+        from speechbrain.processing.features import InputNormalization
+
+        self.config = config
+        self.utterances = [u for u in utterances if u.speaker]
+        self.speakers = sorted({u.speaker for u in self.utterances})
+        if len(self.speakers) < 2:
+            raise SystemExit(f"{config.data}: a speaker teacher needs at least 2 speakers, found {len(self.speakers)}")
+        width = config.channels
+        self.settings = {
+            "channels": [width] * 4 + [3 * width],
+            "kernel_sizes": [5, 3, 3, 3, 1],
+            "dilations": [1, 2, 3, 4, 1],
+            "attention_channels": width,
+            "lin_neurons": width,
+        }
+        self.features = Fbank(n_mels=self.MELS)
+        self.normalization = InputNormalization(norm_type="sentence", std_norm=False)
+        self.ecapa = ECAPA_TDNN(self.MELS, **self.settings)
+        self.classifier = Classifier(width, out_neurons=len(self.speakers))
+        self.criterion = LogSoftmaxWrapper(AdditiveAngularMargin(margin=0.2, scale=30))
+
+    def batches(self, start: int, process: int, processes: int) -> Iterator[tuple[Tensor, ...]]:
+        """Endless batches of crops from step `start` on, one share per process."""
+        crops = Crops(self.utterances, self.config.crop_s, seed=self.config.seed)
+        labels = {name: i for i, name in enumerate(self.speakers)}
+        for step in range(start, self.config.steps):
+            first = step * self.config.batch_size
+            items = [crops[i] for i in range(first + process, first + self.config.batch_size, processes)]
+            targets = [labels[self.utterances[item["utterance"]].speaker] for item in items]
+            yield torch.stack([item["waveform"] for item in items]), torch.tensor(targets)
+
+    def forward(self, waveform: Tensor, targets: Tensor) -> Tensor:
+        return self.criterion(self.classifier(self._embed(waveform)), targets[:, None])
+
+    def _embed(self, waveform: Tensor) -> Tensor:
+        lengths = torch.ones(len(waveform), device=waveform.device)
+        return self.ecapa(self.normalization(self.features(waveform), lengths))
+
+    @torch.no_grad()
+    def merit(self, utterances: list[Utterance]) -> dict[str, float]:
+        """Equal error rate of cosine similarity over all pairs of `utterances` (speakers not trained on)."""
+        utterances = [u for u in utterances if u.speaker]
+        if len({u.speaker for u in utterances}) < 2:
+            return {}
+        embeddings = torch.cat([self._embed(load_audio(u.path)[None])[:, 0] for u in utterances])
+        similarity = F.cosine_similarity(embeddings[:, None], embeddings[None], dim=-1)
+        pairs = torch.ones(len(utterances), len(utterances)).triu(1).bool()
+        same = torch.tensor([[a.speaker == b.speaker for a in utterances] for b in utterances])[pairs]
+        return {"dev_equal_error_rate": _equal_error_rate(similarity[pairs], same)}
+
+    def save(self, folder) -> None:
+        save_ecapa(self.ecapa, self.settings, self.MELS, self.speakers, folder)
+
+
+def load_or_warn(path: str) -> Tensor | None:
+    """The recording, or None and a warning."""
+    try:
+        return load_audio(path)
+    except AudioError as error:
+        warnings.warn(f"left out of training: {error}", stacklevel=2)
+        return None
+
+
+def _equal_error_rate(scores: Tensor, same: Tensor) -> float:
+    order = scores.argsort()
+    missed = same[order].cumsum(0) / same.sum()  # same-speaker pairs below the threshold
+    accepted = 1 - (~same)[order].cumsum(0) / (~same).sum()  # other pairs above it
+    return float(torch.maximum(missed, accepted).min())
+
+
+if __name__ == "__main__":
+    main(parse_config(TeacherConfig))

@@ -1,0 +1,191 @@
+"""Encoded speech on disk, and the order in which training reads it."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+
+from speechllm.run import write_json
+from tokenizer import AudioError, Codec, Utterance, load_audio
+
+SHARD_SIZE = 500  # utterances per Parquet file
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("split", pa.string()),
+        ("speaker", pa.string()),
+        ("text", pa.string()),
+        ("duration_s", pa.float32()),
+        ("codes", pa.list_(pa.uint16())),  # [layers, frames], one layer after the other
+    ]
+)
+
+
+class DataError(ValueError):
+    """Encoded speech that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a folder of codes was made; the fingerprint ties it to one codec."""
+
+    fingerprint: str
+    sample_rate: int  # Hz
+    frame_rate: float  # frames/s
+    layers: int
+    codebook_size: int
+
+    @staticmethod
+    def of(codec: Codec, layers: int | None = None) -> "Encoding":
+        layers = codec.num_codebooks if layers is None else layers
+        return Encoding(codec.fingerprint, codec.sample_rate, codec.frame_rate, layers, codec.codebook_size)
+
+    def require(self, fingerprint: str, holder: str) -> None:
+        """Raise DataError unless these codes are of the codec that `holder` was made with."""
+        if self.fingerprint != fingerprint:
+            raise DataError(
+                f"the codes are of codec {self.fingerprint}, {holder} is of codec {fingerprint}: "
+                "codes of two codecs mean different sounds; encode the speech with the same codec"
+            )
+
+
+def encode_shards(
+    utterances: Sequence[Utterance],
+    codec: Codec,
+    folder: str | Path,
+    layers: int | None = None,
+    max_duration_s: float = 60.0,
+    process: int = 0,
+    processes: int = 1,
+) -> Iterator[int]:
+    """Encode utterances into Parquet shards; yields the number of utterances done after each shard.
+
+    Each process writes every `processes`-th shard, whole; shards that are there already are kept, so that a killed
+    run loses one shard at most. Recordings that cannot be used are left out and counted by reason in the shard.
+    Raises DataError when the folder holds other codes.
+    """
+    folder = Path(folder)
+    encoding = Encoding.of(codec, layers)
+    ids = [utterance.id for utterance in utterances]
+    if repeated := [name for name, count in Counter(ids).items() if count > 1]:
+        raise DataError(f"utterance ids must be unique, but {repeated[0]} occurs more than once")
+    settings = {**asdict(encoding), "max_duration_s": max_duration_s, "ids": hash_ids(ids)}
+    claim = folder / "request.json"
+    if claim.exists() and json.loads(claim.read_text(encoding="utf-8")) != settings:
+        raise DataError(f"{folder} holds codes of another codec or other speech: choose another folder or delete it")
+    if process == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(claim, settings)
+    for shard in range(process, -(-len(utterances) // SHARD_SIZE), processes):
+        part = utterances[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
+        file = folder / f"codes_{shard:05d}.parquet"
+        if not file.exists():
+            _write_shard(file, part, codec, encoding, max_duration_s)
+        yield len(part)
+
+
+def _write_shard(
+    file: Path, utterances: Sequence[Utterance], codec: Codec, encoding: Encoding, max_duration_s: float
+) -> None:
+    rows, skipped = [], []
+    device = codec.codebooks.device
+    for utterance in utterances:
+        try:
+            waveform = load_audio(utterance.path, codec.sample_rate, max_duration_s=max_duration_s)
+        except AudioError as error:
+            skipped.append({"id": utterance.id, "reason": error.reason, "detail": str(error)})
+            continue
+        codes = codec.encode(waveform[None].to(device), layers=encoding.layers).ids[0]
+        rows.append(
+            {
+                "id": utterance.id,
+                "split": utterance.split,
+                "speaker": utterance.speaker,
+                "text": utterance.text,
+                "duration_s": len(waveform) / codec.sample_rate,
+                "codes": codes.flatten().to(torch.int32).cpu().numpy().astype(np.uint16),
+            }
+        )
+    metadata = {"encoding": json.dumps(asdict(encoding)), "skipped": json.dumps(skipped)}
+    table = pa.Table.from_pylist(rows, SCHEMA.with_metadata(metadata))
+    part = file.with_suffix(".part")
+    pq.write_table(table, part, compression="zstd")
+    os.replace(part, file)
+
+
+def summarize_shards(folder: str | Path) -> dict[str, object]:
+    """Counts over all shards of a folder: utterances, hours, and skips by reason (with the first five in full)."""
+    files = _shards(folder)
+    skipped = [skip for file in files for skip in json.loads(pq.read_schema(file).metadata[b"skipped"])]
+    durations = [pq.read_table(file, columns=["duration_s"])["duration_s"].to_numpy() for file in files]
+    return {
+        "utterances": int(sum(map(len, durations))),
+        "hours": float(sum(part.sum() for part in durations) / 3600),
+        "skipped": dict(Counter(skip["reason"] for skip in skipped)),
+        "skipped_first": [skip["detail"] for skip in skipped[:5]],
+    }
+
+
+def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple[Dataset, Encoding]:
+    """Encoded utterances of the named splits (all when None) and how they were made.
+
+    Columns: id, split, speaker, text, duration_s, codes (uint16, layers * frames). Raises DataError when there are
+    no shards, shards of several codecs, or a named split is missing.
+    """
+    files = _shards(folder)
+    encodings = {pq.read_schema(file).metadata[b"encoding"] for file in files}
+    if len(encodings) > 1:
+        raise DataError(f"{folder} mixes codes of {len(encodings)} codecs: encode into an empty folder")
+    table = pa.concat_tables([pq.read_table(file) for file in files]).replace_schema_metadata(None)
+    if splits is not None:
+        found = table["split"].unique().to_pylist()
+        if absent := [split for split in splits if split not in found]:
+            raise DataError(f"{folder} has no split {', '.join(absent)}; it has {', '.join(found)}")
+        table = table.filter(pa.compute.is_in(table["split"], pa.array(splits)))
+    return Dataset(table), Encoding(**json.loads(encodings.pop()))
+
+
+def codes_of(row: dict[str, object], encoding: Encoding) -> torch.Tensor:
+    """The codes of one row as long [layers, frames]."""
+    return torch.tensor(row["codes"], dtype=torch.long).view(encoding.layers, -1)
+
+
+def _shards(folder: str | Path) -> list[Path]:
+    files = sorted(Path(folder).glob("codes_*.parquet"))
+    if not files:
+        raise DataError(f"{folder} holds no encoded speech (codes_*.parquet): run recipes/encode_speech.py first")
+    return files
+
+
+def hash_ids(ids: Sequence[str]) -> str:
+    """Short identity of a list of utterances."""
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+
+
+def grouped_batches(lengths: Sequence[float], batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Batches of indices for one epoch: random, but of similar lengths within a batch, so that little is padding.
+
+    Shuffles, sorts within windows of 50 batches, shuffles the batches. Batches are full: a remainder, another one in
+    every epoch, is left out (unless it is all there is). A pure function of its arguments, so that a resumed run
+    finds its place again.
+    """
+    generator = np.random.default_rng((seed, epoch))
+    order = generator.permutation(len(lengths))
+    order = order[: len(order) // batch_size * batch_size or len(order)]
+    sizes = np.asarray(lengths)
+    windows = [part[np.argsort(-sizes[part], kind="stable")] for part in _chunks(order, 50 * batch_size)]
+    batches = [batch for window in windows for batch in _chunks(window, batch_size)]
+    return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def _chunks(items: np.ndarray, size: int) -> list[np.ndarray]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

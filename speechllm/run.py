@@ -1,0 +1,185 @@
+"""A run folder: what was asked for, what happened, where to go on. Everything in it appears whole or not at all."""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from tqdm import tqdm
+
+KEPT_CHECKPOINTS = 2
+PACKAGES = ("torch", "torchaudio", "transformers", "peft", "accelerate", "datasets", "jiwer", "speechbrain")
+
+
+class RunError(RuntimeError):
+    """A run folder that cannot be used for this run."""
+
+
+class Run:
+    """Folder of one training: config.yaml, versions.json, log.jsonl, checkpoints/, and done.json at the end.
+
+    Started again with the same configuration it goes on from the newest checkpoint; with another one it refuses.
+    Only the main process writes.
+    """
+
+    def __init__(self, folder: str | Path, config: Any, accelerator: Accelerator | None = None):
+        """Raises RunError for a folder that cannot be written or holds another configuration."""
+        self.folder = Path(folder)
+        self.main = accelerator is None or accelerator.is_main_process
+        self.log_file = self.folder / "log.jsonl"
+        if self.main:
+            try:
+                (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                self._settle_config(asdict(config))
+            except OSError as error:
+                raise RunError(f"cannot write the run folder {self.folder}: {error}") from error
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+
+    def _settle_config(self, config: dict[str, Any]) -> None:
+        config = json.loads(json.dumps(config))  # tuples as YAML gives them back
+        file = self.folder / "config.yaml"
+        if file.exists():
+            held = yaml.safe_load(file.read_text(encoding="utf-8"))
+            changed = [f"{k}: {held.get(k)} -> {config.get(k)}" for k in held | config if held.get(k) != config.get(k)]
+            if changed:
+                raise RunError(
+                    f"{self.folder} holds a run with another configuration ({'; '.join(changed)}): "
+                    "choose another output folder or delete this one"
+                )
+        else:
+            write_text(file, yaml.safe_dump(config, sort_keys=False))
+            write_json(self.folder / "versions.json", versions())
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What `finish` was given, or None while the run is not finished."""
+        file = self.folder / "done.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Mark the run as finished and drop its checkpoints: the exported model replaces them."""
+        if self.main:
+            write_json(self.folder / "done.json", summary)
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    def log(self, step: int, **metrics: float) -> None:
+        """Append one line to log.jsonl."""
+        if self.main:
+            with self.log_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint after `step` finished steps; the oldest ones go."""
+        if not self.main:
+            return
+        file = self.folder / "checkpoints" / f"step_{step:08d}.pt"
+        part = file.with_suffix(".part")
+        torch.save({"step": step, **state}, part)
+        os.replace(part, file)
+        for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
+            old.unlink()
+
+    def resume(self) -> dict[str, Any] | None:
+        """The newest checkpoint, or None; lines logged after it are cut off, since those steps will run again."""
+        files = self._checkpoints()
+        state = torch.load(files[-1], map_location="cpu", weights_only=True) if files else None
+        if self.main and self.log_file.exists():
+            done = state["step"] if state else 0
+            kept = [line for line in self.log_file.read_text().splitlines(True) if _logged_step(line) <= done]
+            write_text(self.log_file, "".join(kept))
+        return state
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.folder / "checkpoints").glob("step_*.pt"))
+
+    def steps(self, start: int, stop: int, description: str) -> tqdm:
+        """Progress bar over training steps, on the main process only."""
+        return tqdm(
+            range(start, stop),
+            description,
+            initial=start,
+            total=stop,
+            disable=not self.main,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file needs no animation
+        )
+
+
+def _logged_step(line: str) -> float:
+    """Step of a log line; infinite for one that was cut off while being written."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def read_log(folder: str | Path) -> list[dict[str, float]]:
+    """Lines of a run's log.jsonl, oldest first."""
+    file = Path(folder) / "log.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def seed_step(seed: int, step: int, process: int = 0) -> None:
+    """Seed torch for one training step.
+
+    With every step seeded by its number, a resumed run draws exactly what the uninterrupted one would have drawn.
+    """
+    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + process)
+
+
+def warmup_cosine(step: int, steps: int, warmup: int) -> float:
+    """Factor of the learning rate at a step: linear up over `warmup` steps, then half a cosine down to zero."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's rate to `factor` times its own `base_lr` (the rate it was made with)."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
+
+
+def write_text(file: str | Path, text: str) -> None:
+    """Write a file so that it appears whole or not at all."""
+    part = Path(f"{file}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
+
+
+def write_json(file: str | Path, value: Any) -> None:
+    """Write indented JSON so that it appears whole or not at all."""
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """A folder to write into that takes the place of `folder` when the block ends without an error."""
+    folder = Path(folder)
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    yield part
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages results depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -1,0 +1,166 @@
+"""New words for a language model: one token per audio code, beside two markers."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from speechllm.data import DataError, Encoding
+from speechllm.run import write_json
+from tokenizer import Codec, Codes
+
+START, END = "<|audio_start|>", "<|audio_end|>"
+FILE = "audio_vocabulary.json"
+
+
+class VocabularyError(ValueError):
+    """A vocabulary that cannot be extended, or codes it has no tokens for."""
+
+
+@dataclass(frozen=True)
+class AudioVocabulary:
+    """Which token ids mean which codes: id = offset + layer * codebook_size + code.
+
+    The codec's fingerprint and rates travel with it, so that codes of another codec are refused.
+    """
+
+    encoding: Encoding
+    offset: int  # id of code 0 of layer 0
+    start_id: int
+    end_id: int
+    size: int  # all token ids lie below: rows of the embedding matrix
+
+    def token_ids(self, codes: Codes | Tensor) -> Tensor:
+        """Ids of one utterance with the start and end markers around them.
+
+        codes: long [Q, T], or `Codes` of a single utterance -> long [Q * T + 2], frame after frame (all layers of
+        frame 0, then of frame 1, ...). Raises VocabularyError for codes outside the codebooks.
+        """
+        if isinstance(codes, Codes):
+            if len(codes) != 1:
+                raise VocabularyError(f"expected one utterance, got {len(codes)}: use codes.utterance(i)")
+            codes = codes.utterance(0)
+        layers, size = self.encoding.layers, self.encoding.codebook_size
+        if codes.ndim != 2 or codes.shape[0] < layers:
+            raise VocabularyError(f"expected codes [{layers}, T], got {tuple(codes.shape)}")
+        codes = codes[:layers]
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+            raise VocabularyError(f"codes must be 0..{size - 1}, got {int(codes.min())}..{int(codes.max())}")
+        ids = (codes + self.offset + size * torch.arange(layers, device=codes.device)[:, None]).T.flatten()
+        return torch.cat([ids.new_tensor([self.start_id]), ids, ids.new_tensor([self.end_id])])
+
+    @property
+    def new_ids(self) -> Tensor:
+        """Every token id that was added: the codes', then the markers'."""
+        codes = torch.arange(self.encoding.layers * self.encoding.codebook_size) + self.offset
+        return torch.cat([codes, torch.tensor([self.start_id, self.end_id])])
+
+    def require(self, encoding: Encoding) -> None:
+        """Raise DataError unless codes made with `encoding` fit this vocabulary."""
+        encoding.require(self.encoding.fingerprint, "the language model's vocabulary")
+        if encoding.layers < self.encoding.layers:
+            raise DataError(
+                f"the codes have {encoding.layers} layer(s), the vocabulary needs {self.encoding.layers}: "
+                "encode the speech again with more layers"
+            )
+
+    def save(self, folder: str | Path) -> None:
+        """Write audio_vocabulary.json beside the model's weights."""
+        write_json(Path(folder) / FILE, asdict(self))
+
+    @staticmethod
+    def load(folder: str | Path) -> "AudioVocabulary":
+        """Read audio_vocabulary.json. Raises VocabularyError when the folder has none."""
+        file = Path(folder) / FILE
+        if not file.is_file():
+            raise VocabularyError(f"{folder} has no {FILE}: it is not a model whose vocabulary was extended with audio")
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return AudioVocabulary(**{**values, "encoding": Encoding(**values["encoding"])})
+
+
+def extend_vocabulary(
+    model: PreTrainedModel,
+    text_tokenizer: PreTrainedTokenizerBase,
+    codec: Codec,
+    layers: int = 1,
+    init: Literal["codebook", "mean", "random"] = "codebook",
+    seed: int = 0,
+) -> AudioVocabulary:
+    """Give a language model one token per code of the codec's first `layers` codebooks. Changes both in place, once.
+
+    The strings are <|audio_0|>, <|audio_1|>, ...; tied and untied models work, and so do models with more rows than
+    their tokenizer has tokens (Qwen2: 151,936 for 151,646), whose spare rows were never trained: every new row is
+    initialised here, every text row stays bit for bit what it was.
+
+    init: "codebook" projects the code vectors to the model's width by a random orthogonal map, and gives them the
+    mean and per-dimension spread of the text rows, so that similar sounds start similar; "random" has the same mean
+    and spread without the structure; "mean" makes all rows the mean text row.
+    Raises VocabularyError for a vocabulary that is extended already, or more layers than the codec has.
+    """
+    if not 1 <= layers <= codec.num_codebooks:
+        raise VocabularyError(f"layers must be 1..{codec.num_codebooks}, got {layers}")
+    if START in text_tokenizer.get_vocab():
+        raise VocabularyError(f"the text tokenizer already has {START}: a vocabulary is extended once only")
+    texts = len(text_tokenizer)
+    count = layers * codec.codebook_size
+    names = [f"<|audio_{code}|>" for code in range(count)] + [START, END]
+    added = text_tokenizer.add_tokens(names, special_tokens=True)
+    ids = text_tokenizer.convert_tokens_to_ids(names)
+    if added != len(names) or ids != list(range(ids[0], ids[0] + len(names))):
+        raise VocabularyError("the text tokenizer already holds some of the audio tokens: start from an unextended one")
+    rows = max(model.get_input_embeddings().weight.shape[0], len(text_tokenizer))
+    model.resize_token_embeddings(rows, mean_resizing=False)
+
+    vectors = codec.codebooks[:layers].flatten(0, 1)
+    generator = torch.Generator().manual_seed(seed)
+    matrices = [model.get_input_embeddings().weight]
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is not matrices[0]:
+        matrices.append(output.weight)
+    with torch.no_grad():
+        for matrix in matrices:
+            rows_new = new_rows(matrix[:texts], vectors, len(names), init, generator)
+            matrix[ids[0] : ids[0] + len(names)] = rows_new.to(matrix)
+    return AudioVocabulary(Encoding.of(codec, layers), ids[0], ids[count], ids[count + 1], rows)
+
+
+def new_rows(text_rows: Tensor, vectors: Tensor, count: int, init: str, generator: torch.Generator) -> Tensor:
+    """Rows float [count, H] for code vectors [M, D], M <= count, and markers, in the likeness of text rows [V, H]."""
+    text_rows, vectors = text_rows.float().cpu(), vectors.float().cpu()
+    mean, spread = text_rows.mean(0), text_rows.std(0)
+    noise = torch.randn(count, text_rows.shape[1], generator=generator)
+    if init == "mean":
+        return mean.expand(count, -1).clone()
+    if init == "codebook":
+        width = max(vectors.shape[1], text_rows.shape[1])
+        square = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+        projected = vectors @ square[: vectors.shape[1], : text_rows.shape[1]]
+        noise[: len(vectors)] = (projected - projected.mean(0)) / projected.std(0).clamp(min=1e-6)
+    elif init != "random":
+        raise VocabularyError(f'init must be "codebook", "mean" or "random", got {init!r}')
+    return mean + noise * spread
+
+
+def describe_rows(model: PreTrainedModel, vocabulary: AudioVocabulary) -> dict[str, float]:
+    """Norms of text and new rows, and the mean cosine between new rows (near 1: codes cannot be told apart)."""
+    weight = model.get_input_embeddings().weight.detach().float()
+    new = weight[vocabulary.new_ids]
+    unit = torch.nn.functional.normalize(new, dim=1)
+    cosine = ((unit.sum(0).square().sum() - len(unit)) / (len(unit) * (len(unit) - 1))).item()
+    return {
+        "text_row_norm": weight[: vocabulary.offset].norm(dim=1).mean().item(),
+        "new_row_norm": new.norm(dim=1).mean().item(),
+        "new_row_cosine": cosine,
+    }
+
+
+def text_token_ids(text_tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of plain texts. A transcript that contains "<|audio_5|>" stays text: it cannot smuggle audio in."""
+    if not texts:
+        return []
+    return text_tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]

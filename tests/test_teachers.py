@@ -1,0 +1,346 @@
+"""The frozen teachers: which frames they give, that they stay frozen, and that they load from local folders."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    HubertConfig,
+    HubertModel,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+    WavLMConfig,
+    WavLMModel,
+)
+
+from tokenizer import FrameClassifier, SemanticTeacher, SpeakerTeacher, save_ecapa, save_hubert, small_hubert
+
+Noise = Callable[..., Tensor]
+FAMILY = {
+    "hubert": (HubertConfig, HubertModel),
+    "wav2vec2": (Wav2Vec2Config, Wav2Vec2Model),
+    "wavlm": (WavLMConfig, WavLMModel),
+}
+MELS, WIDTH = 20, 24
+ECAPA = {
+    "channels": [8, 8, 8, 8, WIDTH],
+    "kernel_sizes": [5, 3, 3, 3, 1],
+    "dilations": [1, 2, 3, 4, 1],
+    "attention_channels": 8,
+    "lin_neurons": 6,
+    "se_channels": 8,
+    "res2net_scale": 4,
+}
+
+
+def published(kind: str = "hubert", **settings: object) -> nn.Module:
+    """A tiny model with the kernels and strides of the published ones."""
+    config, model = FAMILY[kind]
+    torch.manual_seed(0)
+    tiny = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "conv_dim": (8,) * 7,
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 2,
+        "vocab_size": 32,
+    }
+    return model(config(**{**tiny, **settings}))
+
+
+@pytest.fixture(scope="module")
+def small() -> HubertModel:
+    torch.manual_seed(0)
+    return small_hubert(hidden_size=16, layers=2)
+
+
+@pytest.fixture(scope="module")
+def hubert_folder(small: HubertModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hubert")
+    save_hubert(small, folder)
+    return folder
+
+
+@pytest.mark.parametrize("samples", [320, 321, 3_200, 3_333])
+def test_a_saved_hubert_teaches_one_frame_every_started_hop(hubert_folder: Path, noise: Noise, samples: int) -> None:
+    teacher = SemanticTeacher.from_pretrained(hubert_folder)
+    features = teacher(noise(samples, batch=2))
+    assert features.shape == (2, math.ceil(samples / 320), 16)
+    assert teacher.width == 16
+    assert features.std() > 0
+
+
+def test_a_saved_hubert_teaches_the_same_as_before(small: HubertModel, hubert_folder: Path, noise: Noise) -> None:
+    waveform = noise(3_200)
+    before, loaded = SemanticTeacher(small)(waveform), SemanticTeacher.from_pretrained(str(hubert_folder))(waveform)
+    torch.testing.assert_close(loaded, before, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_the_whole_family_teaches(kind: str, noise: Noise, tmp_path: Path) -> None:
+    published(kind).save_pretrained(tmp_path)
+    Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(tmp_path)
+    teacher = SemanticTeacher.from_pretrained(tmp_path)
+    assert type(teacher.model) is FAMILY[kind][1]
+    assert teacher.normalize is False
+    for samples in (321, 1_600):
+        features = teacher(noise(samples, batch=2))
+        assert features.shape == (2, math.ceil(samples / 320), 16)
+        assert torch.isfinite(features).all()
+
+
+def test_the_published_shape_needs_40_samples_on_either_side() -> None:
+    assert SemanticTeacher(published()).margin == 80
+
+
+@pytest.mark.parametrize("which, reach", [("published", 200), ("small", 520)])
+def test_every_teacher_frame_is_centred_on_its_codec_frame(which: str, reach: int) -> None:
+    """One changed sample changes exactly the frames that see `reach` samples on either side of their centre to it."""
+    if which == "published":
+        model = published(feat_extract_norm="layer")  # "group" normalises over time: every frame sees every sample
+    else:
+        model = small_hubert(hidden_size=16, layers=1)
+        nn.init.normal_(model.feature_extractor.conv_layers[0].conv.weight)  # the window of its filters ends in zeros
+    teacher = SemanticTeacher(model, normalize=False)
+    assert (320 + teacher.margin) // 2 == reach
+    seen: list[Tensor] = []
+    model.feature_extractor.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
+    waveform = torch.randn(1, 10 * 320, generator=torch.Generator().manual_seed(0))
+    centre = 4 * 320 + 160
+    for sample in (centre, centre - reach, centre - reach - 1, centre + reach - 1, centre + reach):
+        seen.clear()
+        changed = waveform.clone()
+        changed[0, sample] += 3
+        assert teacher(waveform).shape == teacher(changed).shape == (1, 10, 16)
+        moved = (seen[0] - seen[1]).abs().amax(0) > 1e-6
+        assert moved.tolist() == [-reach <= sample - (320 * frame + 160) < reach for frame in range(10)]
+
+
+def test_the_average_layer_is_the_mean_of_all_hidden_states(noise: Noise) -> None:
+    model, waveform = published(), noise(3_200, batch=2)
+    states = [SemanticTeacher(model, layer)(waveform) for layer in range(3)]
+    torch.testing.assert_close(SemanticTeacher(model, "avg")(waveform), sum(states) / 3)
+    assert torch.equal(SemanticTeacher(model, -1)(waveform), states[2])
+    assert torch.equal(SemanticTeacher(model, -3)(waveform), states[0])
+    assert not torch.allclose(states[0], states[1]) and not torch.allclose(states[1], states[2])
+
+
+def test_the_last_layer_is_what_the_model_returns(noise: Noise) -> None:
+    model, waveform = published().eval(), noise(3_200)
+    with torch.no_grad():
+        expected = model(torch.nn.functional.pad(waveform, (40, 40))).last_hidden_state
+    torch.testing.assert_close(SemanticTeacher(model, 2, normalize=False)(waveform), expected)
+
+
+def test_a_normalising_teacher_does_not_hear_level_and_offset(noise: Noise) -> None:
+    model, waveform = published(feat_extract_norm="layer"), noise(3_200, batch=2)
+    other = torch.tensor([[3.0], [0.5]]) * waveform + 0.1
+    hears = SemanticTeacher(model, normalize=True)
+    torch.testing.assert_close(hears(waveform), hears(other), atol=1e-3, rtol=0)
+    hears = SemanticTeacher(model, normalize=False)
+    assert not torch.allclose(hears(waveform), hears(other), atol=1e-2)
+
+
+def test_the_folder_says_whether_to_normalise(hubert_folder: Path) -> None:
+    assert SemanticTeacher.from_pretrained(hubert_folder).normalize is True
+
+
+@pytest.mark.parametrize("layer", [3, -4, "last", 1.0])
+def test_a_layer_there_is_not_is_refused(layer: object) -> None:
+    with pytest.raises(ValueError, match='layer must be "avg" or an index up to 2'):
+        SemanticTeacher(published(), layer)
+
+
+def test_another_frame_rate_is_refused() -> None:
+    model = published(conv_stride=(5, 2, 2, 2, 2, 2, 1))
+    with pytest.raises(ValueError, match="one frame per 320 samples, this one per 160"):
+        SemanticTeacher(model)
+
+
+@pytest.mark.parametrize("teacher", [SemanticTeacher, SpeakerTeacher])
+def test_a_missing_folder_is_not_looked_for_on_the_hub(teacher: type, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        teacher.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("teacher, file", [(SemanticTeacher, "config.json"), (SpeakerTeacher, "hyperparams.yaml")])
+def test_an_empty_folder_says_what_it_lacks(teacher: type, file: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"it lacks {file}"):
+        teacher.from_pretrained(tmp_path)
+
+
+def test_a_text_model_is_refused(tmp_path: Path) -> None:
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a bert model: expected HuBERT, WavLM or wav2vec 2.0"):
+        SemanticTeacher.from_pretrained(tmp_path)
+
+
+def assert_frozen(teacher: nn.Module, waveform: Tensor) -> None:
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    first = teacher(waveform)
+    assert teacher.train() is teacher
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    again = teacher(waveform.clone().requires_grad_())
+    assert not again.requires_grad
+    assert torch.equal(first, again)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_semantic_teacher_stays_frozen(noise: Noise) -> None:
+    model = published(hidden_dropout=0.5, layerdrop=0.5).train()
+    assert_frozen(SemanticTeacher(model), noise(3_200))
+
+
+@pytest.fixture(scope="module")
+def ecapa_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
+
+    folder = tmp_path_factory.mktemp("ecapa")
+    torch.manual_seed(0)
+    save_ecapa(ECAPA_TDNN(MELS, **ECAPA), ECAPA, MELS, ["a", "b"], folder)
+    return folder
+
+
+@pytest.mark.parametrize("samples", [1_600, 3_200, 3_333])
+def test_a_saved_ecapa_gives_a_frame_every_10_ms(ecapa_folder: Path, noise: Noise, samples: int) -> None:
+    teacher = SpeakerTeacher.from_pretrained(ecapa_folder)
+    assert teacher.width == WIDTH  # read from the model, not from its class's default
+    voice = teacher(noise(samples, batch=2))
+    assert voice.shape == (2, samples // 160 + 1, WIDTH)
+    assert voice.std() > 0
+
+
+def test_a_saved_ecapa_has_the_saved_weights_and_the_output_before_pooling(ecapa_folder: Path, noise: Noise) -> None:
+    from speechbrain.lobes.features import Fbank
+    from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
+
+    ecapa = ECAPA_TDNN(MELS, **ECAPA).eval()
+    ecapa.load_state_dict(torch.load(ecapa_folder / "embedding_model.ckpt"))
+    waveform = noise(3_200, batch=2)
+    with torch.no_grad():
+        features = Fbank(n_mels=MELS)(waveform)
+        x = (features - features.mean(1, keepdim=True)).transpose(1, 2)  # as ECAPA_TDNN.forward up to its `mfa`
+        outputs = []
+        for block in ecapa.blocks:
+            x = block(x)
+            outputs.append(x)
+        expected = ecapa.mfa(torch.cat(outputs[1:], 1)).transpose(1, 2)
+    voice = SpeakerTeacher.from_pretrained(ecapa_folder)(waveform)
+    torch.testing.assert_close(voice, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_speaker_teacher_stays_frozen(ecapa_folder: Path, noise: Noise) -> None:
+    assert_frozen(SpeakerTeacher.from_pretrained(ecapa_folder), noise(3_200, batch=2))
+
+
+PUBLISHED = """\
+pretrained_path: speechbrain/spkrec-ecapa-voxceleb
+n_mels: {mels}
+left_frames: 0
+right_frames: 0
+deltas: False
+out_n_neurons: 3
+compute_features: !new:speechbrain.lobes.features.Fbank
+    n_mels: !ref <n_mels>
+    left_frames: !ref <left_frames>
+    right_frames: !ref <right_frames>
+    deltas: !ref <deltas>
+mean_var_norm: !new:speechbrain.processing.features.InputNormalization
+    norm_type: sentence
+    std_norm: False
+embedding_model: !new:speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN
+    input_size: !ref <n_mels>
+    {settings}
+classifier: !new:speechbrain.lobes.models.ECAPA_TDNN.Classifier
+    input_size: {embedding}
+    out_neurons: !ref <out_n_neurons>
+mean_var_norm_emb: !new:speechbrain.processing.features.InputNormalization
+    norm_type: global
+    std_norm: False
+modules:
+    compute_features: !ref <compute_features>
+    mean_var_norm: !ref <mean_var_norm>
+    embedding_model: !ref <embedding_model>
+    mean_var_norm_emb: !ref <mean_var_norm_emb>
+    classifier: !ref <classifier>
+label_encoder: !new:speechbrain.dataio.encoder.CategoricalEncoder
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    loadables:
+        embedding_model: !ref <embedding_model>
+        mean_var_norm_emb: !ref <mean_var_norm_emb>
+        classifier: !ref <classifier>
+        label_encoder: !ref <label_encoder>
+    paths:
+        embedding_model: !ref <pretrained_path>/embedding_model.ckpt
+        mean_var_norm_emb: !ref <pretrained_path>/mean_var_norm_emb.ckpt
+        classifier: !ref <pretrained_path>/classifier.ckpt
+        label_encoder: !ref <pretrained_path>/label_encoder.txt
+"""
+
+
+def test_a_downloaded_folder_is_read_locally_though_it_names_the_hub(
+    ecapa_folder: Path, noise: Noise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As fetched from the hub: the file still names the hub. Reaching for it fails here, there is no network."""
+    from speechbrain.dataio.encoder import CategoricalEncoder
+    from speechbrain.lobes.models.ECAPA_TDNN import Classifier
+    from speechbrain.processing.features import InputNormalization
+
+    settings = "\n    ".join(f"{name}: {value}" for name, value in ECAPA.items())
+    text = PUBLISHED.format(mels=MELS, settings=settings, embedding=ECAPA["lin_neurons"])
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    (folder / "hyperparams.yaml").write_text(text, encoding="utf-8")
+    (folder / "embedding_model.ckpt").write_bytes((ecapa_folder / "embedding_model.ckpt").read_bytes())
+    torch.save(Classifier(ECAPA["lin_neurons"], out_neurons=3).state_dict(), folder / "classifier.ckpt")
+    InputNormalization(norm_type="global", std_norm=False)._save(folder / "mean_var_norm_emb.ckpt")
+    encoder = CategoricalEncoder()
+    encoder.update_from_iterable("abc")
+    encoder.save(folder / "label_encoder.txt")
+    before = sorted(tmp_path.rglob("*"))
+
+    monkeypatch.chdir(tmp_path)
+    teacher = SpeakerTeacher.from_pretrained("teacher")
+    waveform = noise(3_200)
+    torch.testing.assert_close(teacher(waveform), SpeakerTeacher.from_pretrained(ecapa_folder)(waveform))
+    assert sorted(tmp_path.rglob("*")) == before  # and no cache is left where the user stands
+
+
+def test_another_embedding_model_is_refused() -> None:
+    from types import SimpleNamespace
+
+    modules = SimpleNamespace(embedding_model=nn.Linear(2, 2), compute_features=None, mean_var_norm=None)
+    with pytest.raises(ValueError, match="expected an ECAPA_TDNN embedding model, got Linear"):
+        SpeakerTeacher(SimpleNamespace(mods=modules))
+
+
+def test_a_frame_classifier_scores_every_codec_frame_and_learns(noise: Noise) -> None:
+    hubert = small_hubert(hidden_size=16, layers=1)
+    classifier = FrameClassifier(hubert, labels=5).train()
+    scores = classifier(noise(3_333, batch=2), torch.tensor([11, 4]))
+    assert scores.shape == (2, 11, 5)
+    scores.square().mean().backward()
+    for part in (classifier.head, hubert.feature_extractor, hubert.encoder):
+        assert max(parameter.grad.abs().max() for parameter in part.parameters()) > 0
+
+
+def test_what_lies_behind_the_speech_does_not_change_its_scores(noise: Noise) -> None:
+    torch.manual_seed(0)
+    classifier = FrameClassifier(small_hubert(hidden_size=16, layers=1), labels=5).eval()
+    waveform = noise(6_400)
+    other = waveform.clone()
+    other[:, 1_280 + classifier.margin :] = waveform[:, 1_280 + classifier.margin :].flip(1)  # keeps mean and level
+    a, b = (classifier(x, torch.tensor([4]))[:, :4] for x in (waveform, other))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    a, b = (classifier(x, torch.tensor([20]))[:, :4] for x in (waveform, other))
+    assert not torch.allclose(a, b, atol=1e-4)

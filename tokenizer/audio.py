@@ -1,0 +1,78 @@
+"""Reading and writing speech: files in, float waveforms out, one clear error for everything that cannot be used."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import soundfile
+import torch
+from torch import Tensor
+from torchaudio.functional import resample
+
+SILENCE_PEAK = 1e-6  # below this peak a recording holds digital silence: nothing was recorded
+
+
+class AudioError(ValueError):
+    """A recording that cannot be used; `reason` is one word or two, for counting skips."""
+
+    def __init__(self, path: str | Path, reason: str, detail: str):
+        super().__init__(f"{path}: {detail}")
+        self.reason = reason
+
+
+def load_audio(
+    path: str | Path,
+    sample_rate: int = 16_000,
+    *,
+    start_s: float = 0.0,
+    duration_s: float | None = None,
+    max_duration_s: float | None = None,
+) -> Tensor:
+    """Read a recording as a mono waveform, float32 [N] in [-1, 1], at `sample_rate` Hz.
+
+    Every format of soundfile is read (FLAC, WAV, Ogg Vorbis and Opus, MP3); channels are averaged; other rates are
+    resampled. `start_s` and `duration_s` read a part only.
+    Raises `AudioError` (reasons: missing, unreadable, empty, too long, non-finite, silent).
+    """
+    if not Path(path).is_file():
+        raise AudioError(path, "missing", "no such audio file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            total_s = file.frames / rate
+            if max_duration_s is not None and duration_s is None and total_s > max_duration_s:
+                detail = f"{total_s:.1f} s long, at most {max_duration_s:g} s are allowed: split it or raise the limit"
+                raise AudioError(path, "too long", detail)
+            start = round(start_s * rate)
+            if start:
+                file.seek(min(start, file.frames))
+            samples = file.read(-1 if duration_s is None else round(duration_s * rate), "float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise AudioError(path, "unreadable", f"not a readable audio file ({error})") from error
+    waveform = torch.from_numpy(samples.mean(axis=1))
+    if waveform.numel() == 0:
+        raise AudioError(path, "empty", "holds no samples")
+    if not torch.isfinite(waveform).all():
+        raise AudioError(path, "non-finite", "holds NaN or infinite samples: record or convert it again")
+    if duration_s is None and waveform.abs().max() < SILENCE_PEAK:
+        raise AudioError(path, "silent", "holds digital silence only")
+    return resample(waveform, rate, sample_rate) if rate != sample_rate else waveform
+
+
+def save_audio(path: str | Path, waveform: Tensor, sample_rate: int = 16_000) -> None:
+    """Write a waveform float [N] as 16-bit audio, format by the file name's ending; the file appears whole or not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        soundfile.write(part, waveform.detach().clamp(-1, 1).cpu().numpy(), sample_rate)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def pad_waveforms(waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack waveforms float [N_i] to float [B, N] (zeros behind) and their lengths long [B] in samples."""
+    lengths = torch.tensor([waveform.shape[0] for waveform in waveforms])
+    return torch.nn.utils.rnn.pad_sequence(list(waveforms), batch_first=True), lengths

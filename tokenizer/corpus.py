@@ -1,0 +1,173 @@
+"""Speech on disk: a folder with a manifest.jsonl or in LibriSpeech's layout becomes a list of utterances."""
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tokenizer.audio import AudioError, load_audio
+
+ATTEMPTS = 10  # recordings tried for one crop before giving up
+
+
+class CorpusError(ValueError):
+    """A corpus folder that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One recording. `phones`: (symbol, end in s) in time order, for corpora that come with an alignment."""
+
+    id: str
+    path: str
+    duration_s: float
+    split: str
+    text: str | None = None
+    speaker: str | None = None
+    phones: tuple[tuple[str, float], ...] | None = None
+
+
+def read_corpus(folder: str | Path, splits: Sequence[str] | None = None) -> list[Utterance]:
+    """Utterances of a corpus folder, in a fixed order; of the named splits only, where given.
+
+    A folder with a `manifest.jsonl` has one JSON object a line: path (relative to the folder) and duration_s, and as
+    far as known id, text, speaker, split (default "train"), phones. Otherwise LibriSpeech's layout is expected:
+    <split>/<speaker>/<chapter>/<speaker>-<chapter>-<n>.flac beside <speaker>-<chapter>.trans.txt.
+    Raises CorpusError for a missing folder, an unreadable line, or splits the corpus does not have.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CorpusError(f"{folder}: no such corpus folder")
+    manifest = folder / "manifest.jsonl"
+    utterances = _read_manifest(manifest) if manifest.is_file() else _read_librispeech(folder)
+    if not utterances:
+        raise CorpusError(
+            f"{folder} holds neither a manifest.jsonl with utterances nor LibriSpeech's *.trans.txt files"
+        )
+    if splits is None:
+        return utterances
+    found = sorted({utterance.split for utterance in utterances})
+    absent = [split for split in splits if split not in found]
+    if absent:
+        raise CorpusError(f"{folder} has no split {', '.join(absent)}; it has {', '.join(found)}")
+    return [utterance for utterance in utterances if utterance.split in splits]
+
+
+def _read_manifest(manifest: Path) -> list[Utterance]:
+    utterances = []
+    for number, line in enumerate(manifest.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+        try:
+            row = json.loads(line)
+            utterances.append(
+                Utterance(
+                    id=str(row.get("id") or row["path"]),
+                    path=str(manifest.parent / row["path"]),
+                    duration_s=float(row["duration_s"]),
+                    split=row.get("split") or "train",
+                    text=row.get("text"),
+                    speaker=row.get("speaker"),
+                    phones=tuple((phone, end) for phone, end in row["phones"]) if row.get("phones") else None,
+                )
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            expected = '{"path": "a.flac", "duration_s": 1.5, "text": "..."}'
+            raise CorpusError(f"{manifest}, line {number}: expected an object like {expected} ({error!r})") from error
+    return utterances
+
+
+def _read_librispeech(folder: Path) -> list[Utterance]:
+    utterances = []
+    for transcript in sorted(folder.rglob("*.trans.txt")):
+        split = transcript.parents[2].name
+        for line in transcript.read_text(encoding="utf-8").splitlines():
+            name, _, text = line.partition(" ")
+            path = transcript.parent / f"{name}.flac"
+            if not path.is_file():
+                raise CorpusError(f"{transcript} names {path.name}, which is not beside it")
+            info = soundfile.info(str(path))
+            utterances.append(
+                Utterance(name, str(path), info.frames / info.samplerate, split, text, transcript.parents[1].name)
+            )
+    return utterances
+
+
+def frame_phones(utterance: Utterance, frames: int, frame_rate: float = 50.0) -> list[str]:
+    """The phone at the centre of every frame, from the corpus's own alignment."""
+    assert utterance.phones is not None, f"{utterance.id} comes without an alignment"
+    ends = np.array([end for _, end in utterance.phones])
+    centres = (np.arange(frames) + 0.5) / frame_rate
+    return [utterance.phones[i][0] for i in np.minimum(np.searchsorted(ends, centres), len(ends) - 1)]
+
+
+class Crops(Dataset):
+    """Endless random crops for training: item i is a pure function of (utterances, seed, i).
+
+    So nothing about the position in the data needs to be saved: a resumed run asks for the items after the last one.
+    Every epoch visits each utterance once, in a new order. Shorter utterances are padded with zeros.
+    A recording that cannot be used is left out with a warning and replaced by the next one.
+    Items: dict of waveform float [N], its length in samples and the utterance's index, both int.
+    """
+
+    def __init__(self, utterances: Sequence[Utterance], crop_s: float, sample_rate: int = 16_000, seed: int = 0):
+        if not utterances:
+            raise CorpusError("no utterances to train on")
+        self.utterances, self.crop_s, self.sample_rate, self.seed = list(utterances), crop_s, sample_rate, seed
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        epoch, position = divmod(index, len(self.utterances))
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.utterances)))
+        for attempt in range(ATTEMPTS):  # a broken file must not end a long training: the next one takes its place
+            number = int(self._order[1][(position + attempt) % len(self.utterances)])
+            try:
+                return {**self._crop(self.utterances[number], index), "utterance": number}
+            except AudioError as error:
+                problem = str(error)
+                warnings.warn(f"left out of training: {problem}", stacklevel=2)
+        raise CorpusError(f"{ATTEMPTS} recordings in a row cannot be used; the last one is {problem}")
+
+    def _crop(self, utterance: Utterance, index: int) -> dict[str, Any]:
+        room_s = max(0.0, utterance.duration_s - self.crop_s)
+        start_s = np.random.default_rng((self.seed, 1, index)).uniform(0, room_s) if room_s else 0.0
+        crop = load_audio(utterance.path, self.sample_rate, start_s=start_s, duration_s=self.crop_s)
+        size = round(self.crop_s * self.sample_rate)
+        waveform = torch.zeros(size)
+        length = min(size, len(crop))
+        waveform[:length] = crop[:length]
+        return {"waveform": waveform, "length": length}
+
+    def __len__(self) -> int:
+        return 2**40  # endless; the sampler decides when to stop
+
+
+class StepSampler:
+    """Batch sampler: indices of the steps start..stop-1 for one of `processes` equal shares of every batch."""
+
+    def __init__(self, batch_size: int, start: int, stop: int, process: int = 0, processes: int = 1):
+        if batch_size % processes:
+            raise ValueError(f"batch_size {batch_size} cannot be shared equally by {processes} processes")
+        self.batch_size, self.start, self.stop = batch_size, start, stop
+        self.share, self.process = batch_size // processes, process
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start, self.stop):
+            first = step * self.batch_size + self.process * self.share
+            yield list(range(first, first + self.share))
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def available_cpus() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

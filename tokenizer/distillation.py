@@ -1,0 +1,77 @@
+"""What layers 0 and 1 are taught: content by a semantic teacher (eq. 4), voice by a speaker teacher (eq. 5)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of values float [B, T] over frames where mask bool [B, T] is set."""
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+class SemanticDistillation(nn.Module):
+    """Eq. 4: the time course of every dimension of layer 0 follows the teacher's.
+
+    L = mean over utterances and dimensions d of -log sigmoid(cos_t(W q0[:, d], S(x)[:, d])), the cosine over time
+    ("D-axis": the sum in eq. 4 runs over the P dimensions of the semantic feature). W projects the codec's width to
+    the teacher's. With `center` both are freed of their mean over time first: otherwise a student that outputs
+    nothing but the teacher's constant offsets gets most of the reward. The paper's literal form is `center=False`.
+    """
+
+    def __init__(self, dimension: int, teacher_width: int, center: bool = True):
+        super().__init__()
+        self.projection = nn.Linear(dimension, teacher_width)
+        self.center = center
+
+    def cosine(self, layer0: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        """layer0 float [B, D, T], target float [B, T, P], mask bool [B, T] -> cosine over time, float [B, P]."""
+        student = self.projection(layer0.transpose(1, 2)).float()
+        weights = mask[..., None].float()
+        pair = [student * weights, target.float() * weights]
+        if self.center:
+            frames = weights.sum(1, keepdim=True).clamp(min=1)
+            pair = [(x - x.sum(1, keepdim=True) / frames) * weights for x in pair]
+        return F.cosine_similarity(pair[0], pair[1], dim=1)
+
+    def forward(self, layer0: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        """Scalar loss: 1.31 at cosine -1, 0.69 (ln 2) at 0, 0.31 at 1."""
+        return -F.logsigmoid(self.cosine(layer0, target, mask)).mean()
+
+
+class AcousticDistillation(nn.Module):
+    """Eq. 5: layer 1 as a distribution over its D dimensions follows the align layer's output for the voice.
+
+    The align layer turns the speaker teacher's frames E [B, T_e, C] into A [B, T, D]: normalisation, projection to
+    `width`, sinusoidal positions, 8-head self-attention with a skip, average over time to the codec's frame rate,
+    projection to D. Then L = mean over frames of KL(softmax_D(q1) || softmax_D(A)). The teacher is frozen; the align
+    layer learns with the codec and is not needed afterwards.
+    """
+
+    def __init__(self, dimension: int, teacher_width: int, width: int = 256, heads: int = 8):
+        super().__init__()
+        self.input = nn.Linear(teacher_width, width)
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.output = nn.Linear(width, dimension)
+
+    def align(self, frames: Tensor, length: int) -> Tensor:
+        """Teacher frames float [B, T_e, C] -> float [B, length, D]."""
+        x = self.norm(self.input(frames))
+        x = x + _positions(x.shape[1], x.shape[2], x.device)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.output(F.adaptive_avg_pool1d(x.transpose(1, 2), length).transpose(1, 2))
+
+    def forward(self, layer1: Tensor, frames: Tensor, mask: Tensor) -> Tensor:
+        """layer1 float [B, D, T], frames float [B, T_e, C], mask bool [B, T] -> scalar."""
+        aligned = self.align(frames, layer1.shape[2]).float()
+        student = F.log_softmax(layer1.transpose(1, 2).float(), -1)
+        divergence = F.kl_div(F.log_softmax(aligned, -1), student, reduction="none", log_target=True).sum(-1)
+        return masked_mean(divergence, mask)
+
+
+def _positions(length: int, width: int, device: torch.device) -> Tensor:
+    """Sinusoidal position encoding, float [length, width]."""
+    rates = torch.exp(torch.arange(0, width, 2, device=device) * (-9.21 / width))  # wavelengths up to 10,000 frames
+    angles = torch.arange(length, device=device)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]
