@@ -21,21 +21,22 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
 
 from speechllm import (
     Reconstruction,
     Utterance,
     available_cpus,
-    parse_config,
     read_corpus,
     read_log,
+    run_recipe,
     versions,
     write_json,
     write_report,
     write_text,
 )
 
-RECIPES = Path(__file__).parent
+RECIPES = Path(os.path.relpath(Path(__file__).parent))
 
 
 @dataclass
@@ -43,7 +44,7 @@ class DemoConfig:
     output: str = "runs/demo"  # run folder
     data: str | None = None  # corpus folder; null: synthetic speech
     fresh: bool = False  # delete the run folder first
-    processes: int | None = None  # training processes on a machine without GPU; null: one per processor core
+    processes: int | None = None  # per training on a machine without GPU, a power of two; null: one a core, at most 8
     semantic_teacher: str = "configs/teacher/semantic_demo.yaml"  # configurations of the stages
     speaker_teacher: str = "configs/teacher/speaker_demo.yaml"
     tokenizer_stage: str = "configs/tokenizer/demo.yaml"
@@ -61,7 +62,8 @@ def main(config: DemoConfig) -> None:
             raise SystemExit(f"{run} was not made by this demo and is not deleted: remove it yourself")
         shutil.rmtree(run)
     settle(run, config)
-    timer = Stages(run, plan(config))
+    timer = Stages(run, config.processes or default_processes())
+    print(plan(config))
 
     if config.data is None:
         counts = [f"--{split}={getattr(config, f'synthetic_{split}')}" for split in ("train", "dev", "test")]
@@ -79,19 +81,17 @@ def main(config: DemoConfig) -> None:
     )
     teachers = [f"semantic.teacher={semantic / 'model'}", f"acoustic.teacher={speaker / 'model'}"]
     codec = run / "tokenizer"
-    timer.stage(
+    timer.launch(
         "tokenizer", ["train_tokenizer.py", f"--config={config.tokenizer_stage}", data, f"output={codec}", *teachers]
     )
     codec, codes = codec / "model", run / "codes"
-    timer.stage("encode", ["encode_speech.py", f"codec={codec}", data, f"output={codes}", "layers=null"])
-    content = run / "tokenizer_results.json"
-    splits = ["train_splits=[train]", "test_splits=[test]"]
-    asr = run / "asr"
-    timer.stage("asr", ["train_asr.py", f"--config={config.asr}", f"codes={codes}", f"codec={codec}", f"output={asr}"])
+    timer.launch("encode", ["encode_speech.py", f"codec={codec}", data, f"output={codes}", "layers=null"])
+    asr, splits = run / "asr", ["train_splits=[train]", "test_splits=[test]"]
+    timer.launch("asr", ["train_asr.py", f"--config={config.asr}", f"codes={codes}", f"codec={codec}", f"output={asr}"])
     timer.stage(
         "evaluate",
         ["eval_asr.py", f"model={asr / 'model'}", f"codes={codes}", f"output={run / 'evaluation'}", "splits=[test]"],
-        ["eval_tokenizer.py", f"codes={codes}", data, f"output={content}", *splits],
+        ["eval_tokenizer.py", f"codes={codes}", data, f"output={run / 'tokenizer_results.json'}", *splits],
     )
     results = collect(config, run, timer)
     write_json(run / "results.json", results)
@@ -116,17 +116,28 @@ def settle(run: Path, config: DemoConfig) -> None:
 class Stages:
     """Runs each stage once, as commands; remembers the seconds it took."""
 
-    def __init__(self, run: Path, text: str):
+    def __init__(self, run: Path, processes: int):
+        self.processes = processes
         self.file = run / "stages.json"
         self.done: dict[str, dict[str, object]] = (
             json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
         )
         self.times = {name: stage["seconds"] for name, stage in self.done.items() if stage["finished"]}
-        print(text)
 
     def stage(self, name: str, *commands: list[str]) -> None:
-        """Run the commands side by side, sharing the processor cores; stop the demo when one fails."""
-        self.call(name, lambda: self._run(commands))
+        """Run recipes side by side, sharing the processor cores; stop the demo when one fails."""
+        self.call(name, lambda: self._run([["python", f"{RECIPES}/{recipe}", *rest] for recipe, *rest in commands]))
+
+    def launch(self, name: str, command: list[str]) -> None:
+        """Run one recipe on all GPUs, or else in several processes.
+
+        On CPU these are faster than one process with several threads, which mostly wait for each other in small
+        models, and far faster when other programs use the cores too.
+        """
+        # accelerate's own launcher starts a single process where there is no GPU
+        processes = torch.cuda.device_count() or self.processes
+        words = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
+        self.call(name, lambda: self._run([[*words, f"{RECIPES}/{command[0]}", *command[1:]]], processes))
 
     def call(self, name: str, work) -> None:
         """Do `work` unless it was done before; a stage that was interrupted adds to the time it took before."""
@@ -146,15 +157,16 @@ class Stages:
         self.times[name] = seconds
         print(f"[{name}] {seconds:.0f} s", flush=True)
 
-    def _run(self, commands: tuple[list[str], ...]) -> None:
-        threads = max(1, available_cpus() // len(commands))
+    def _run(self, commands: list[list[str]], processes: int = 1) -> None:
+        threads = max(1, available_cpus() // (len(commands) * processes))
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         # the recipes find the package also when it is not installed
-        environment["PYTHONPATH"] = os.pathsep.join([str(RECIPES.parent), os.environ.get("PYTHONPATH", "")])
+        environment["PYTHONPATH"] = os.pathsep.join([str(RECIPES.resolve().parent), os.environ.get("PYTHONPATH", "")])
         running = []
         for command in commands:
-            print("$ python recipes/" + " ".join(command), flush=True)
-            words = [sys.executable, str(RECIPES / command[0]), *command[1:]]
+            print("$ " + " ".join(command), flush=True)
+            module = ["-m", "torch.distributed.run"] if command[0] == "torchrun" else []
+            words = [sys.executable, *module, *command[1:]]
             running.append(subprocess.Popen(words, env=environment))
         try:
             failed = [process for process in running if process.wait() != 0]
@@ -163,6 +175,11 @@ class Stages:
                 process.terminate()
         if failed:
             raise SystemExit("a stage failed, see above; what is finished is kept, the same command goes on from there")
+
+
+def default_processes() -> int:
+    """The largest power of two up to the number of cores and 8: batches must be shared equally."""
+    return 2 ** min(3, available_cpus().bit_length() - 1)
 
 
 def gather(folder: str, output: Path) -> None:
@@ -175,7 +192,7 @@ def gather(folder: str, output: Path) -> None:
             named |= {u.id: target for u in utterances if u.split.startswith(target)}
     if missing := {"train", "dev", "test"} - set(named.values()):
         print(f"no split is named {', '.join(sorted(missing))}: splitting by speaker instead, 8 : 1 : 1")
-        named = {u.id: split_of(u) for u in utterances}
+        named = split_by_speaker(utterances)
     lines = [
         json.dumps({**asdict(u), "path": str(Path(u.path).resolve()), "split": named[u.id]}, ensure_ascii=False)
         for u in utterances
@@ -186,10 +203,18 @@ def gather(folder: str, output: Path) -> None:
     print({split: sum(u_split == split for u_split in named.values()) for split in ("train", "dev", "test")})
 
 
-def split_of(utterance: Utterance) -> str:
-    """A split drawn from the speaker's name (from the utterance's, where speakers are unknown)."""
-    draw = int(hashlib.sha256((utterance.speaker or utterance.id).encode()).hexdigest(), 16) % 10
-    return {8: "dev", 9: "test"}.get(draw, "train")
+def split_by_speaker(utterances: list[Utterance]) -> dict[str, str]:
+    """Split of every utterance id: a tenth of the speakers, one at least, for dev and for test.
+
+    With fewer than three known speakers the utterances themselves are dealt out.
+    """
+    speakers = {u.id: u.speaker or u.id for u in utterances}
+    if len(set(speakers.values())) < 3:
+        speakers = {u.id: u.id for u in utterances}
+    order = sorted(set(speakers.values()), key=lambda name: hashlib.sha256(name.encode()).digest())
+    share = max(1, len(order) // 10)
+    held_out = dict.fromkeys(order[:share], "dev") | dict.fromkeys(order[share : 2 * share], "test")
+    return {name: held_out.get(speaker, "train") for name, speaker in speakers.items()}
 
 
 def collect(config: DemoConfig, run: Path, timer: Stages) -> dict[str, object]:
@@ -281,4 +306,4 @@ def summary(run: Path, results: dict[str, object]) -> str:
 
 
 if __name__ == "__main__":
-    main(parse_config(DemoConfig))
+    run_recipe(main, DemoConfig)

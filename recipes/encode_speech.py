@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from speechllm import SpeechCodec, encode_shards, parse_config, read_corpus, summarize_shards, write_json
+from speechllm import SpeechCodec, encode_shards, read_corpus, run_recipe, summarize_shards, write_json
 
 
 @dataclass
@@ -50,4 +50,4 @@ def main(config: EncodeConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(EncodeConfig))
+    run_recipe(main, EncodeConfig)

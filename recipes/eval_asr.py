@@ -18,7 +18,7 @@ from speechllm import (
     codes_of,
     load_codes,
     load_speech_llm,
-    parse_config,
+    run_recipe,
     transcribe_codes,
     versions,
     word_error_rate,
@@ -91,4 +91,4 @@ def cyclic_shuffle(count: int, seed: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(parse_config(EvalAsrConfig))
+    run_recipe(main, EvalAsrConfig)

@@ -22,8 +22,8 @@ from speechllm import (
     load_audio,
     load_codes,
     log_mel_features,
-    parse_config,
     read_corpus,
+    run_recipe,
     speaker_accuracy,
     write_json,
 )
@@ -111,4 +111,4 @@ def log_mel_clusters(
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    main(parse_config(EvalTokenizerConfig))
+    run_recipe(main, EvalTokenizerConfig)

@@ -69,6 +69,13 @@ VOICES = {
     "test": "f4 m7 Michael steph2",
 }
 
+# A training voice is also spoken by a longer and a shorter vocal tract (all times and frequencies scaled), each a
+# speaker of its own, and every training utterance through another microphone (gains in dB at these frequencies in Hz):
+# else the few voices of the engine teach only themselves. Dev and test voices sound as the engine makes them.
+STRETCHES = {"train": (1.0, 0.94, 1.07), "dev": (1.0,), "test": (1.0,)}
+MICROPHONE_HZ = (100, 400, 1000, 2000, 3500, 6000)
+MICROPHONE_DB = {"train": 8.0, "dev": 0.0, "test": 0.0}  # the largest gain or loss
+
 SAMPLE_RATE = 16_000
 PEAK = 0.7  # of full scale
 SILENCE = "_"
@@ -81,12 +88,19 @@ class Utterance:
     id: str
     split: str
     text: str
-    speaker: str
+    voice: str
+    stretch: float
+    microphone: tuple[float, ...]
     rate: int  # words per minute
     pitch: int  # 50 is the voice's own, as for the range
     pitch_range: int
     lead_s: float  # silence before the first phone
     tail_s: float  # silence after the last phone
+
+    @property
+    def speaker(self) -> str:
+        """The voice, and its stretch unless that is 1."""
+        return self.voice if self.stretch == 1 else f"{self.voice}-{self.stretch}"
 
     @property
     def path(self) -> str:
@@ -104,33 +118,31 @@ def sentences(template: str) -> list[str]:
 
 
 def draw_texts(counts: dict[str, int], rng: random.Random) -> dict[str, list[str]]:
-    """Choose the texts of each split, taking the templates in turn.
-
-    Dev and test texts are dealt out first, each once, so no other split holds them. Train goes round and round the
-    rest.
-    """
+    """Choose the texts of each split, taking the templates in turn; no other split holds a text of dev or test."""
     decks = [rng.sample(deck, len(deck)) for deck in map(sentences, TEMPLATES)]
     limit = len(decks) * min(map(len, decks)) // 2
     if counts["dev"] + counts["test"] > limit:
         sys.exit(f"error: the grammar is too small for more than {limit} utterances in --dev and --test together")
     texts = {split: [decks[i % len(decks)].pop() for i in range(counts[split])] for split in ("dev", "test")}
-    rounds = [itertools.cycle(deck) for deck in decks]
+    rounds = [itertools.cycle(deck) for deck in decks]  # train goes round and round what is left
     texts["train"] = [next(rounds[i % len(rounds)]) for i in range(counts["train"])]
     for split in texts.values():
         rng.shuffle(split)  # else the turn of the templates would go in step with that of the voices
     return texts
 
 
-def make_plan(counts: dict[str, int], seed: int) -> list[Utterance]:
-    """Decide every utterance; the same arguments always give the same plan."""
+def make_plan(seed: int, **counts: int) -> list[Utterance]:
+    """Decide every utterance of the splits, `counts` each; the same arguments always give the same plan."""
     rng = random.Random(seed)
     texts = draw_texts(counts, rng)
     plan = []
     for split in VOICES:
-        for i, (text, speaker) in enumerate(zip(texts[split], itertools.cycle(VOICES[split].split()), strict=False)):
+        speakers = itertools.cycle(itertools.product(STRETCHES[split], VOICES[split].split()))
+        for i, (text, (stretch, voice)) in enumerate(zip(texts[split], speakers, strict=False)):
+            microphone = tuple(rng.uniform(-1, 1) * MICROPHONE_DB[split] for _ in MICROPHONE_HZ)
             style = rng.randint(140, 190), rng.randint(30, 70), rng.randint(30, 70)
             silences = rng.uniform(0.05, 0.10), rng.uniform(0.05, 0.10)
-            plan.append(Utterance(f"{split}-{i:05d}", split, text, speaker, *style, *silences))
+            plan.append(Utterance(f"{split}-{i:05d}", split, text, voice, stretch, microphone, *style, *silences))
     return plan
 
 
@@ -155,9 +167,6 @@ class Event(ctypes.Structure):
     ]
 
 
-Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Event))
-
-
 def phone_symbol(mnemonic: str) -> str:
     """The engine's name of a phone without stress (in front) and marks of unstressed or flapped variants (behind)."""
     return SILENCE if mnemonic.startswith(SILENCE) else mnemonic.lstrip("',%=").rstrip("#2-")
@@ -176,7 +185,8 @@ class Engine:
             raise RuntimeError(f"espeak-ng did not start as expected: {rate} instead of {ENGINE_RATE} Hz")
         self._sound = bytearray()
         self._phones: Phones = []
-        self._callback = Callback(self._receive)  # kept, or Python would free what the library still calls
+        callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Event))
+        self._callback = callback(self._receive)  # kept, or Python would free what the library still calls
         self._library.espeak_SetSynthCallback(self._callback)
 
     def speak(self, utterance: Utterance) -> tuple[np.ndarray, Phones]:
@@ -184,11 +194,10 @@ class Engine:
         self._sound.clear()
         self._phones.clear()
         text = utterance.text.lower().encode() + b"\0"  # in capitals some words would be spelt out
-        errors = [self._library.espeak_SetVoiceByName(f"en-us+{utterance.speaker}".encode())]
+        errors = [self._library.espeak_SetVoiceByName(f"en-us+{utterance.voice}".encode())]
         style = {RATE: utterance.rate, VOLUME: LOW_VOLUME, PITCH: utterance.pitch, RANGE: utterance.pitch_range}
         errors += [self._library.espeak_SetParameter(name, value, 0) for name, value in style.items()]
-        size = ctypes.c_size_t(len(text))
-        errors += [self._library.espeak_Synth(text, size, 0, 1, 0, CHARS_UTF8, None, None)]
+        errors += [self._library.espeak_Synth(text, ctypes.c_size_t(len(text)), 0, 1, 0, CHARS_UTF8, None, None)]
         if any(errors):
             raise RuntimeError(f"espeak-ng refused {utterance}: errors {errors}")
         return np.frombuffer(bytes(self._sound), np.int16), list(self._phones)
@@ -206,7 +215,7 @@ class Engine:
 engine = cache(Engine)  # this process's own, started when first asked for
 
 
-# 3. From the plan to files
+# 3. From the plan to the folder
 
 
 def frame_speech(wave: np.ndarray, phones: Phones, utterance: Utterance) -> tuple[np.ndarray, Phones]:
@@ -221,23 +230,26 @@ def frame_speech(wave: np.ndarray, phones: Phones, utterance: Utterance) -> tupl
     return framed, [(SILENCE, lead), *inside, (SILENCE, len(framed))]
 
 
-def resample(wave: np.ndarray) -> np.ndarray:
-    """From the engine's rate to 16 kHz by cutting the spectrum, which is exact for sound that ends in silence."""
-    padded = -(-len(wave) // 2205) * 2205  # a round number of samples at both rates, and quick to transform
-    size = padded * SAMPLE_RATE // ENGINE_RATE
-    audio = np.fft.irfft(np.fft.rfft(wave, padded)[: size // 2 + 1], size)
-    return audio[: len(wave) * SAMPLE_RATE // ENGINE_RATE]  # the caller sets the scale
+def record(wave: np.ndarray, utterance: Utterance) -> np.ndarray:
+    """From the engine's rate to 16 kHz, stretched, through the microphone; exact for sound that ends in silence."""
+    padded = -(-len(wave) // 2205) * 2205  # quick to transform
+    factor = SAMPLE_RATE / ENGINE_RATE * utterance.stretch
+    size = round(padded * factor / 2) * 2
+    spectrum = np.fft.rfft(wave, padded)[: size // 2 + 1]
+    frequency = np.arange(len(spectrum)) * SAMPLE_RATE / size
+    spectrum *= 10 ** (np.interp(np.log(frequency + 1), np.log(MICROPHONE_HZ), utterance.microphone) / 20)
+    return np.fft.irfft(spectrum, size)[: int(len(wave) * factor)]  # the caller sets the scale
 
 
 def synthesize(out: Path, utterance: Utterance) -> dict:
     """Speak one utterance into its file; returns its line of the manifest."""
     wave, phones = frame_speech(*engine().speak(utterance), utterance)
-    audio = resample(wave)
+    audio = record(wave, utterance)
     path = out / utterance.path
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, audio * (PEAK / np.abs(audio).max()), SAMPLE_RATE, subtype="PCM_16")
     duration_s = len(audio) / SAMPLE_RATE
-    ends = [(symbol, round(end / ENGINE_RATE, 4)) for symbol, end in phones[:-1]]
+    ends = [(symbol, round(end / ENGINE_RATE * utterance.stretch, 4)) for symbol, end in phones[:-1]]
     line = {key: getattr(utterance, key) for key in ("id", "path", "text", "speaker", "split")}
     line |= {"duration_s": duration_s, "license": "synthetic", "source": "espeak-ng"}
     return line | {"phones": [*ends, (SILENCE, duration_s)]}
@@ -251,9 +263,6 @@ def synthesize_all(out: Path, plan: list[Utterance], jobs: int) -> list[dict]:
         return list(tqdm(lines, total=len(plan), desc="speaking", unit="utt", disable=None))
 
 
-# 4. The folder and the command
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is never seen half-written."""
     unfinished = path.with_name(path.name + ".tmp")
@@ -261,19 +270,14 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
-def prepare_folder(out: Path, counts: dict[str, int], seed: int, fresh: bool) -> bool:
+def prepare_folder(out: Path, arguments: dict[str, int]) -> bool:
     """Make the folder ready for the corpus; False if it holds exactly this one already, complete."""
     record, manifest = out / "corpus.json", out / "manifest.jsonl"
-    arguments = {**counts, "seed": seed}
     if record.exists():
         made = json.loads(record.read_text(encoding="utf-8"))
-        if fresh:
-            manifest.unlink(missing_ok=True)
-            for utterance in make_plan(made, made["seed"]):  # its own files only
-                (out / utterance.path).unlink(missing_ok=True)
-        elif made != arguments:
-            sys.exit(f"error: {out} holds a corpus of {made}: choose another folder, or replace it with --fresh")
-        elif manifest.exists():
+        if made != arguments:
+            sys.exit(f"error: {out} holds a corpus of {made}: choose another folder, or delete it")
+        if manifest.exists():
             return False
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         sys.exit(f"error: {out} holds something else than such a corpus: choose another folder")
@@ -284,27 +288,24 @@ def prepare_folder(out: Path, counts: dict[str, int], seed: int, fresh: bool) ->
 
 def main() -> None:
     """Make the corpus, unless the folder holds it already."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=style)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the corpus; made if absent")
     for split, count in {"train": 4000, "dev": 200, "test": 200}.items():
         parser.add_argument(f"--{split}", type=int, default=count, help=f"utterances of the {split} split")
     parser.add_argument("--seed", type=int, default=0, help="fixes sentences, voices and speaking styles")
     parser.add_argument("--jobs", type=int, default=2, help="processes at work; they change only the time it takes")
-    parser.add_argument("--fresh", action="store_true", help="first delete the corpus that OUT holds")
     args = parser.parse_args()
     if importlib.util.find_spec("espeakng_loader") is None:
         sys.exit('error: the speech synthesiser is missing: pip install "speechllm[demo]"')
-    counts = {split: getattr(args, split) for split in VOICES}
-    plan = make_plan(counts, args.seed)
-    if not prepare_folder(args.out, counts, args.seed, args.fresh):
+    arguments = {name: getattr(args, name) for name in (*VOICES, "seed")}
+    plan = make_plan(**arguments)
+    if not prepare_folder(args.out, arguments):
         print(f"{args.out} holds this corpus already, complete: nothing to do")
         return
     lines = synthesize_all(args.out, plan, max(1, args.jobs))
     write_atomically(args.out / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    hours = sum(line["duration_s"] for line in lines) / 3600
-    print(f"{len(lines)} utterances, {hours:.2f} hours, in {args.out}")
+    print(f"{len(lines)} utterances, {sum(line['duration_s'] for line in lines) / 3600:.2f} hours, in {args.out}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ recipes/encode_speech.py. A killed run started again with the same words goes on
 as if never interrupted. The model lands in RUN/model, with its text tokenizer, audio vocabulary and codec.
 """
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Literal
@@ -26,14 +27,15 @@ from speechllm import (
     codes_of,
     collate,
     describe_rows,
+    endless_batches,
     extend_vocabulary,
-    grouped_batches,
     load_codes,
-    parse_config,
+    run_recipe,
     seed_step,
     set_learning_rate,
     small_qwen2,
     small_text_tokenizer,
+    substitute_neighbours,
     text_example,
     transcribe_codes,
     transcription_example,
@@ -67,6 +69,7 @@ class AsrConfig:
     dev_splits: list[str] | None = None  # for the WER while training, none when null
     layers: int = 1  # codebooks the model reads; 1 is 50 tokens/s
     init: Literal["codebook", "mean", "random"] = "codebook"  # of the new rows
+    substitute: float = 0.0  # share of codes replaced by close ones in training, against dependence on voices
     steps: int = 10_000
     batch_size: int = 32  # utterances per optimizer step, over all processes
     accumulate: int = 1  # parts a process cuts its share into, to save memory
@@ -85,15 +88,12 @@ class AsrConfig:
         sizes = ("steps", "batch_size", "accumulate", "warmup", "validate_every", "log_every", "save_every", "layers")
         if problems := [f"{name} must be at least 1" for name in sizes if getattr(self, name) < 1]:
             raise ValueError("; ".join(problems))
+        if not 0 <= self.substitute < 1:
+            raise ValueError(f"substitute must be at least 0 and below 1, got {self.substitute}")
 
 
 def main(config: AsrConfig) -> None:
     accelerator = Accelerator(mixed_precision=config.precision)
-    run = Run(config.output, config, accelerator)
-    if run.summary:
-        accelerator.print(f"{config.output} is finished: {run.summary}")
-        return
-    set_seed(config.seed)
 
     # 1. encoded speech of one codec, and that codec
     train, encoding = load_codes(config.codes, config.splits)
@@ -102,6 +102,11 @@ def main(config: AsrConfig) -> None:
     dev = [row for row in dev if row["text"]][: config.dev_utterances]
     codec = SpeechCodec.from_pretrained(config.codec)
     encoding.require(codec.fingerprint, config.codec)
+    run = Run(config.output, config, accelerator)
+    if run.summary:
+        accelerator.print(f"{config.output} is finished: {run.summary}")
+        return
+    set_seed(config.seed)
 
     # 2. a language model whose vocabulary the codes extend
     if config.model is None:
@@ -118,10 +123,13 @@ def main(config: AsrConfig) -> None:
         transcription_example(codes_of(row, encoding), row["text"], vocabulary, text_tokenizer) for row in train
     ]
     sentences = [text_example(text, text_tokenizer) for text in train["text"]] if config.model is None else []
+    neighbours = vocabulary.neighbours(codec.codebooks)
     accelerator.print(plan(config, examples, speech_llm))
 
     # 3. go on where a killed run stopped
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
+    )
     loss_of = accelerator.prepare(LabelledLoss(model))
     start = 0
     if state := run.resume():
@@ -131,12 +139,14 @@ def main(config: AsrConfig) -> None:
 
     # 4. train. The loss of a step is the mean over all labels of the whole batch, however it is cut into processes
     # and parts: each part's sum is divided by the global count, times the processes whose gradients get averaged
+    text_steps = config.small.text_steps if sentences else 0
+    text_batches = batches(sentences, config, start)
+    audio_batches = batches(examples, config, max(start, text_steps))
     model.train()
     for step in (bar := run.steps(start, config.steps, "asr")):
         seed_step(config.seed, step, accelerator.process_index)
         set_learning_rate(optimizer, warmup_cosine(step, config.steps, config.warmup))
-        only_text = step < config.small.text_steps and bool(sentences)
-        batch = pick_batch(sentences if only_text else examples, config, step)
+        batch = next(text_batches if step < text_steps else audio_batches)
         count = sum(int((example.labels[1:] >= 0).sum()) for example in batch)
         share = batch[accelerator.process_index :: accelerator.num_processes]
         parts = [share[i :: config.accumulate] for i in range(config.accumulate) if share[i :: config.accumulate]]
@@ -144,6 +154,8 @@ def main(config: AsrConfig) -> None:
         optimizer.zero_grad()
         for i, part in enumerate(parts):
             tensors = collate(part, text_tokenizer.pad_token_id)
+            if config.substitute:
+                tensors["input_ids"] = substitute_neighbours(tensors["input_ids"], neighbours, config.substitute)
             with accelerator.no_sync(loss_of) if i + 1 < len(parts) else nullcontext():
                 loss = loss_of(**{name: x.to(accelerator.device) for name, x in tensors.items()}) / count
                 accelerator.backward(loss * accelerator.num_processes)
@@ -172,12 +184,10 @@ def main(config: AsrConfig) -> None:
     accelerator.wait_for_everyone()
 
 
-def pick_batch(examples: list[Example], config: AsrConfig, step: int) -> list[Example]:
-    """The examples of one optimizer step, the same in every process and after every resume."""
-    lengths = [len(example) for example in examples]
-    per_epoch = max(1, len(examples) // config.batch_size)
-    epoch, index = divmod(step, per_epoch)
-    return [examples[i] for i in grouped_batches(lengths, config.batch_size, config.seed, epoch)[index]]
+def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[list[Example]]:
+    """The examples of one optimizer step after the other, the same in every process and after every resume."""
+    for indices in endless_batches(list(map(len, examples)), config.batch_size, config.seed, start):
+        yield [examples[i] for i in indices]
 
 
 def dev_wer(dev: list[dict[str, object]], encoding: Encoding, speech_llm: SpeechLLM) -> float:
@@ -203,4 +213,4 @@ def plan(config: AsrConfig, examples: list[Example], speech_llm: SpeechLLM) -> s
 
 
 if __name__ == "__main__":
-    main(parse_config(AsrConfig))
+    run_recipe(main, AsrConfig)

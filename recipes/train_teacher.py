@@ -26,12 +26,12 @@ from speechllm import (
     FrameClassifier,
     Run,
     Utterance,
+    endless_batches,
     frame_phones,
-    grouped_batches,
     load_audio,
     pad_waveforms,
-    parse_config,
     read_corpus,
+    run_recipe,
     save_ecapa,
     save_hubert,
     seed_step,
@@ -69,14 +69,14 @@ class TeacherConfig:
 
 def main(config: TeacherConfig) -> None:
     accelerator = Accelerator()
+    utterances = [u for u in read_corpus(config.data, config.splits) if u.duration_s <= config.max_duration_s]
     run = Run(config.output, config, accelerator)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
         return
     set_seed(config.seed)
 
-    # 1. the utterances, and a student with its batches
-    utterances = [u for u in read_corpus(config.data, config.splits) if u.duration_s <= config.max_duration_s]
+    # 1. a student with its batches
     student = (SemanticStudent if config.kind == "semantic" else SpeakerStudent)(config, utterances)
     accelerator.print(
         f"{config.kind} teacher: {len(student.utterances)} utterances, {config.steps} steps, "
@@ -142,10 +142,7 @@ class SemanticStudent(nn.Module):
     def batches(self, start: int, process: int, processes: int) -> Iterator[tuple[Tensor, ...]]:
         """Endless batches from step `start` on, one share per process."""
         lengths = [u.duration_s for u in self.utterances]
-        per_epoch = len(grouped_batches(lengths, self.config.batch_size, self.config.seed, 0))
-        for step in range(start, self.config.steps):
-            epoch, index = divmod(step, per_epoch)
-            batch = grouped_batches(lengths, self.config.batch_size, self.config.seed, epoch)[index]
+        for batch in endless_batches(lengths, self.config.batch_size, self.config.seed, start):
             yield self._batch([self.utterances[i] for i in batch[process::processes]])
 
     def _batch(self, utterances: list[Utterance]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -252,6 +249,8 @@ class SpeakerStudent(nn.Module):
         similarity = F.cosine_similarity(embeddings[:, None], embeddings[None], dim=-1)
         pairs = torch.ones(len(utterances), len(utterances)).triu(1).bool()
         same = torch.tensor([[a.speaker == b.speaker for a in utterances] for b in utterances])[pairs]
+        if not same.any() or same.all():
+            return {}
         return {"dev_equal_error_rate": _equal_error_rate(similarity[pairs], same)}
 
     def save(self, folder) -> None:
@@ -275,4 +274,4 @@ def _equal_error_rate(scores: Tensor, same: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main(parse_config(TeacherConfig))
+    run_recipe(main, TeacherConfig)

@@ -36,8 +36,8 @@ from speechllm import (
     draw_layers,
     initialize_codebooks,
     load_audio,
-    parse_config,
     read_corpus,
+    run_recipe,
     save_audio,
     seed_step,
     set_learning_rate,
@@ -110,6 +110,7 @@ class TokenizerConfig:
 
 def main(config: TokenizerConfig) -> None:
     accelerator = Accelerator(mixed_precision=config.precision)
+    utterances = read_corpus(config.data, config.splits)
     run = Run(config.output, config, accelerator)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
@@ -118,7 +119,6 @@ def main(config: TokenizerConfig) -> None:
     device = accelerator.device
 
     # 1. the speech, the codec and what teaches it
-    utterances = read_corpus(config.data, config.splits)
     dev = read_corpus(config.data, config.dev_splits)[::7][:16] if config.dev_splits else []
     crops = Crops(utterances, config.crop_s, config.codec.sample_rate, config.seed)
     codec = SpeechCodec(config.codec).to(device)
@@ -249,4 +249,4 @@ def plan(config: TokenizerConfig, utterances: list[Utterance], codec: SpeechCode
 
 
 if __name__ == "__main__":
-    main(parse_config(TokenizerConfig))
+    run_recipe(main, TokenizerConfig)

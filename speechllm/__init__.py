@@ -11,6 +11,7 @@ from speechllm.data import (
     Encoding,
     codes_of,
     encode_shards,
+    endless_batches,
     grouped_batches,
     load_codes,
     summarize_shards,
@@ -33,9 +34,13 @@ from speechllm.model import (
 from speechllm.prompt import (
     Example,
     collate,
+    substitute_neighbours,
     text_example,
     transcription_example,
     transcription_prompt,
+)
+from speechllm.recipe import (
+    run_recipe,
 )
 from speechllm.report import (
     Reconstruction,
@@ -144,6 +149,7 @@ __all__ = [
     "describe_rows",
     "draw_layers",
     "encode_shards",
+    "endless_batches",
     "extend_vocabulary",
     "frame_phones",
     "grouped_batches",
@@ -158,6 +164,7 @@ __all__ = [
     "parse_config",
     "read_corpus",
     "read_log",
+    "run_recipe",
     "save_audio",
     "save_ecapa",
     "save_hubert",
@@ -168,6 +175,7 @@ __all__ = [
     "small_qwen2",
     "small_text_tokenizer",
     "speaker_accuracy",
+    "substitute_neighbours",
     "summarize_shards",
     "text_example",
     "transcribe",

@@ -19,9 +19,14 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as written by people: also reads 2e-4, without a dot, as a number."""
+    """YAML as people write it: 2e-4, without a dot, is a number too; only true and false are truth values, not no."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$"), list("tf"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -42,8 +47,8 @@ def parse_config(cls: type[T], argv: list[str] | None = None) -> T:
         metavar="key=value",
         help="change single keys; nested ones as a.b=1; --key is short for key=true",
     )
-    arguments, flags = parser.parse_known_args(argv)
-    overrides = arguments.overrides + [f"{flag.removeprefix('--')}=true" for flag in flags]
+    arguments, rest = parser.parse_known_args(argv)  # the rest: flags, and what stands behind one
+    overrides = arguments.overrides + [f"{word[2:]}=true" if word.startswith("--") else word for word in rest]
     try:
         return load_config(cls, arguments.config, overrides)
     except ConfigError as error:
@@ -154,7 +159,9 @@ def describe(cls: type, prefix: str = "  ") -> str:
             lines.append(f"{prefix}{field.name}:")
             lines.append(describe(hints[field.name], prefix + "  "))
             continue
-        default = "required" if field.default is MISSING and field.default_factory is MISSING else repr(field.default)
+        default = "required"
+        if field.default is not MISSING or field.default_factory is not MISSING:
+            default = repr(field.default_factory() if field.default_factory is not MISSING else field.default)
         comment = f"  {comments[field.name]}" if field.name in comments else ""
         lines.append(f"{prefix}{field.name}: {_type_name(hints[field.name])} [{default}]{comment}")
     return "\n".join(lines)

@@ -82,8 +82,8 @@ def encode_shards(
     claim = folder / "request.json"
     if claim.exists() and json.loads(claim.read_text(encoding="utf-8")) != settings:
         raise DataError(f"{folder} holds codes of another codec or other speech: choose another folder or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
     if process == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(claim, settings)
     for shard in range(process, -(-len(utterances) // SHARD_SIZE), processes):
         part = utterances[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
@@ -185,6 +185,14 @@ def grouped_batches(lengths: Sequence[float], batch_size: int, seed: int, epoch:
     windows = [part[np.argsort(-sizes[part], kind="stable")] for part in _chunks(order, 50 * batch_size)]
     batches = [batch for window in windows for batch in _chunks(window, batch_size)]
     return [batches[i] for i in generator.permutation(len(batches))]
+
+
+def endless_batches(lengths: Sequence[float], batch_size: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
+    """`grouped_batches` of one epoch after the other, from batch number `start` on."""
+    epoch, skipped = divmod(start, max(1, len(lengths) // batch_size))
+    while True:
+        yield from grouped_batches(lengths, batch_size, seed, epoch)[skipped:]
+        epoch, skipped = epoch + 1, 0
 
 
 def _chunks(items: np.ndarray, size: int) -> list[np.ndarray]:

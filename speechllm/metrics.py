@@ -1,6 +1,6 @@
 """Word error rate people can trust: counts, a confidence interval, and the normaliser's name beside the number."""
 
-import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,9 +11,10 @@ BOOTSTRAP_SAMPLES = 1000
 
 
 def librispeech_normalizer(text: str) -> str:
-    """LibriSpeech's convention, lower case: letters and apostrophes of the transcript, single spaces."""
-    text = text.lower().replace("\u2019", "'")
-    return " ".join(re.sub(r"[^\w']|_", " ", text).split())
+    """LibriSpeech's convention, lower case: letters, digits and apostrophes of the transcript, single spaces."""
+    text = unicodedata.normalize("NFC", text.lower().replace("\u2019", "'"))
+    kept = (c if c.isalnum() or c == "'" or unicodedata.category(c)[0] == "M" else " " for c in text)
+    return " ".join("".join(kept).split())
 
 
 NORMALIZERS: dict[str, Callable[[str], str]] = {"librispeech": librispeech_normalizer, "none": str}
@@ -76,6 +77,7 @@ def word_error_rate(
 
 def _count_errors(reference: str, hypothesis: str) -> tuple[int, int, int, int]:
     """Substitutions, deletions, insertions, reference words of one utterance."""
+    reference, hypothesis = " ".join(reference.split()), " ".join(hypothesis.split())
     if not reference.split():
         return 0, 0, len(hypothesis.split()), 0
     measured = jiwer.process_words(reference, hypothesis)

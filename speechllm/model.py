@@ -37,7 +37,10 @@ def load_speech_llm(folder: str | Path, codec: str | Path | None = None, device:
     """
     check_folder(folder, ["config.json"], "a speech language model")
     vocabulary = AudioVocabulary.load(folder)
-    loaded_codec = SpeechCodec.from_pretrained(codec if codec is not None else Path(folder) / "codec")
+    place = Path(folder) / "codec" if codec is None else codec
+    if codec is None and not Path(place).is_dir():
+        raise FileNotFoundError(f"{place}: no such folder; name the place of the codec")
+    loaded_codec = SpeechCodec.from_pretrained(place)
     vocabulary.encoding.require(loaded_codec.fingerprint, "the codec")
     model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
     return SpeechLLM(model, AutoTokenizer.from_pretrained(folder), vocabulary, loaded_codec.to(device))
@@ -64,12 +67,13 @@ class LabelledLoss(nn.Module):
 
 def small_text_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer of Qwen2's kind, learnt from `texts`, with up to `size` tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
+    # Qwen2's own way of cutting text into words: beside a Qwen2 it will be loaded with that, whatever is made here
+    qwen2 = Qwen2Tokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
+    bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = qwen2.normalizer, qwen2.pre_tokenizer, qwen2.decoder
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(

@@ -39,7 +39,7 @@ def code_usage(shares: Sequence[np.ndarray], sizes: Sequence[int]) -> str:
     figure, (axis,) = _panels(1, 1, 3.2)
     for index, layer in enumerate(shares):
         colour = colormaps["viridis"](0.9 * index / max(len(shares) - 1, 1))
-        axis.plot(np.arange(1, len(layer) + 1), layer, color=colour, lw=1.5, label=f"layer {index + 1}")
+        axis.plot(np.arange(1, len(layer) + 1), layer, color=colour, lw=1.5, label=f"layer {index}")
     axis.set(yscale="log", xlabel="code, most used first", ylabel="share of tokens")
     axis.set_xlim(0, 1.01 * max(sizes))
     axis.grid(alpha=0.25)

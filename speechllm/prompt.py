@@ -64,6 +64,17 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     return batch
 
 
+def substitute_neighbours(input_ids: Tensor, neighbours: Tensor, share: float) -> Tensor:
+    """Augmentation for training: a random `share` of the codes is replaced by close ones; text stays as it is.
+
+    input_ids long [B, S]; neighbours long [rows, count] of `AudioVocabulary.neighbours`. Another voice turns sounds
+    into neighbouring codes: a model that has seen them swapped depends less on the voices it was trained with.
+    """
+    chosen = torch.rand(input_ids.shape) < share
+    pick = torch.randint(neighbours.shape[1], input_ids.shape)
+    return torch.where(chosen, neighbours[input_ids, pick], input_ids)
+
+
 def collate_prompts(prompts: Sequence[Tensor], pad_id: int) -> dict[str, Tensor]:
     """Pad on the left, as generation needs it: input_ids and attention_mask, long [B, S]."""
     size = max(map(len, prompts))

@@ -22,7 +22,7 @@ from speechllm.plots import code_usage, curves, spectrograms
 NOT_RECORDED = '<p class="muted">not recorded</p>'
 SHOWN_ELSEWHERE = set(
     "wer wer_ci95 wer_shuffled_audio utterances tokens_per_second notes seconds_by_stage versions "
-    "codec_fingerprint".split()
+    "codec_fingerprint codebooks".split()
 )
 AUDIO_BUDGET_BYTES = 640_000  # raw 16-bit audio of all players together; base64 adds a third
 MAX_RECONSTRUCTIONS = 4
@@ -91,11 +91,11 @@ def write_report(
         "Time per stage": _stages(results.get("seconds_by_stage")),
         "Versions": _versions(results),
     }
-    parts = (f"<section><h2>{name}</h2>{html or NOT_RECORDED}</section>\n" for name, html in sections.items())
+    body = _headline(results)
+    for name, html in sections.items():
+        body += f"<section><h2>{name}</h2>{html or NOT_RECORDED}</section>\n"
     style = resources.files("speechllm").joinpath("report.css").read_text(encoding="utf-8")
-    _write_atomically(
-        Path(path), PAGE.format(title=escape(title), style=style, sections=_headline(results) + "".join(parts))
-    )
+    _write_atomically(Path(path), PAGE.format(title=escape(title), style=style, sections=body))
 
 
 def align(predictions: Sequence[Mapping[str, str]]) -> list[Alignment]:
@@ -207,7 +207,7 @@ def _codebooks(layers: Sequence[np.ndarray]) -> str:
     for index, (counts, used) in enumerate(zip(layers, shares, strict=True)):
         perplexity = np.exp(-(used * np.log(used)).sum()) if len(used) else None
         numbers = (perplexity, len(counts) - len(used), counts.sum())
-        rows.append((f"layer {index + 1}", f"{len(used):,} / {len(counts):,}", *map(_format, numbers)))
+        rows.append((f"layer {index}", f"{len(used):,} / {len(counts):,}", *map(_format, numbers)))
     head = ["", "used / K", "perplexity", "dead codes", "tokens"]
     return code_usage(shares, [len(counts) for counts in layers]) + _table(rows, head)
 

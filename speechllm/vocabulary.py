@@ -60,6 +60,20 @@ class AudioVocabulary:
         codes = torch.arange(self.encoding.layers * self.encoding.codebook_size) + self.offset
         return torch.cat([codes, torch.tensor([self.start_id, self.end_id])])
 
+    def neighbours(self, codebooks: Tensor, count: int = 8) -> Tensor:
+        """For every token id its `count` closest codes' ids (its own, where the id is no code), long [size, count].
+
+        codebooks float [Q, K, D]: distances between the code vectors of a layer.
+        """
+        count = min(count, self.encoding.codebook_size - 1)
+        ids = torch.arange(self.size)[:, None].repeat(1, count)
+        for layer in range(self.encoding.layers):
+            first = self.offset + layer * self.encoding.codebook_size
+            distance = torch.cdist(codebooks[layer].float().cpu(), codebooks[layer].float().cpu())
+            distance.fill_diagonal_(torch.inf)
+            ids[first : first + len(distance)] = first + distance.topk(count, largest=False).indices
+        return ids
+
     def require(self, encoding: Encoding) -> None:
         """Raise DataError unless codes made with `encoding` fit this vocabulary."""
         encoding.require(self.encoding.fingerprint, "the language model's vocabulary")
@@ -104,6 +118,8 @@ def extend_vocabulary(
     """
     if not 1 <= layers <= codec.num_codebooks:
         raise VocabularyError(f"layers must be 1..{codec.num_codebooks}, got {layers}")
+    if init not in ("codebook", "mean", "random"):
+        raise VocabularyError(f'init must be "codebook", "mean" or "random", got {init!r}')
     if START in text_tokenizer.get_vocab():
         raise VocabularyError(f"the text tokenizer already has {START}: a vocabulary is extended once only")
     texts = len(text_tokenizer)
@@ -141,8 +157,6 @@ def new_rows(text_rows: Tensor, vectors: Tensor, count: int, init: str, generato
         square = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
         projected = vectors @ square[: vectors.shape[1], : text_rows.shape[1]]
         noise[: len(vectors)] = (projected - projected.mean(0)) / projected.std(0).clamp(min=1e-6)
-    elif init != "random":
-        raise VocabularyError(f'init must be "codebook", "mean" or "random", got {init!r}')
     return mean + noise * spread
 
 

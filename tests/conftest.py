@@ -1,7 +1,12 @@
 """What tests share. Fixtures here build tiny models and recordings in process; nothing may reach the network."""
 
+import functools
+import importlib.util
+import inspect
 import os
 import socket
+import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -70,3 +75,94 @@ def codec_folder(codec: SpeechCodec, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("codec")
     codec.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_codec(make_codec: Callable[..., SpeechCodec]) -> SpeechCodec:
+    """The codec of the language model's tests: 2 codebooks of 16."""
+    return make_codec(num_codebooks=2, codebook_size=16)
+
+
+@pytest.fixture(scope="session")
+def other_codec(make_codec: Callable[..., SpeechCodec]) -> SpeechCodec:
+    """A codec of the same shape and other weights."""
+    codec = make_codec(num_codebooks=2, codebook_size=16)
+    codec.quantizer.codebooks[0, 0] += 1
+    return codec
+
+
+@pytest.fixture(scope="session")
+def make_text_tokenizer() -> Callable[[], object]:
+    """Byte-level text tokenizers of about 300 tokens: new ones, because `extend_vocabulary` changes them."""
+
+    def make() -> object:
+        from speechllm import small_text_tokenizer
+
+        return small_text_tokenizer(["TURN ON THE RED LAMP", "OPEN THE BLUE DOOR", "CALL ANNA ON MONDAY"] * 3, 300)
+
+    return make
+
+
+@pytest.fixture
+def text_tokenizer(make_text_tokenizer: Callable[[], object]) -> object:
+    """One for a test that needs one."""
+    return make_text_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def make_qwen2() -> Callable[..., object]:
+    """Qwen2 of width 16 with decided opinions (large random weights); spare: rows beyond the text tokenizer's."""
+
+    def make(text_tokenizer: object, tied: bool = True, spare: int = 0, seed: int = 0) -> object:
+        from transformers import Qwen2ForCausalLM
+
+        from speechllm import small_qwen2
+
+        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = small_qwen2(text_tokenizer, **shape, num_key_value_heads=1, initializer_range=0.5)
+            if tied and not spare:
+                return model.eval()
+            config = model.config
+            config.tie_word_embeddings, config.vocab_size = tied, config.vocab_size + spare
+            return Qwen2ForCausalLM(config).eval()
+
+    return make
+
+
+@pytest.fixture
+def make_speech_llm(
+    make_qwen2: Callable[..., object], text_tokenizer: object, small_codec: SpeechCodec
+) -> Callable[..., object]:
+    """A tiny SpeechLLM with the small codec and untrained weights; once per test."""
+
+    def make(layers: int = 1, tied: bool = True, spare: int = 0, init: str = "codebook") -> object:
+        from speechllm import SpeechLLM, extend_vocabulary
+
+        model = make_qwen2(text_tokenizer, tied, spare)
+        vocabulary = extend_vocabulary(model, text_tokenizer, small_codec, layers, init)
+        return SpeechLLM(model, text_tokenizer, vocabulary, small_codec)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def recipe() -> Callable[[str], types.ModuleType]:
+    """A recipe's file as a module, read from its path because nobody imports a recipe."""
+
+    @functools.cache
+    def load(name: str) -> types.ModuleType:
+        file = Path(__file__).resolve().parents[1] / "recipes" / name
+        spec = importlib.util.spec_from_file_location(f"recipe_{file.stem}", file)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def config_class(recipe: Callable[[str], types.ModuleType]) -> Callable[[str], type]:
+    """The configuration class of a recipe: what its `main` takes."""
+    return lambda name: inspect.signature(recipe(name).main).parameters["config"].annotation

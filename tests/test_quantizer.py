@@ -317,7 +317,6 @@ def test_forward_gives_the_same_under_bfloat16_autocast() -> None:
     assert torch.equal(inside.output, outside.output)
 
 
-@pytest.mark.xfail(reason="bug: encode does not leave autocast as forward does")
 def test_encode_gives_the_same_under_bfloat16_autocast() -> None:
     quantizer, z = close_codes()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -106,7 +106,7 @@ def test_worst_come_first_and_errors_have_text_marks(page: str) -> None:
 
 
 def test_codebook_usage_counts_dead_codes(page: str) -> None:
-    row = section(page, "Codebook usage").split('<th scope="row">layer 2</th>')[1].split("</tr>")[0]
+    row = section(page, "Codebook usage").split('<th scope="row">layer 1</th>')[1].split("</tr>")[0]
     assert re.findall("<td>(.*?)</td>", row) == ["2 / 4", "2", "2", "14"]
 
 

@@ -180,6 +180,7 @@ def test_an_empty_folder_says_what_it_lacks(teacher: type, file: str, tmp_path: 
 def test_a_text_model_is_refused(tmp_path: Path) -> None:
     config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
     BertModel(config).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
     with pytest.raises(ValueError, match="is a bert model: expected HuBERT, WavLM or wav2vec 2.0"):
         SemanticTeacher.from_pretrained(tmp_path)
 

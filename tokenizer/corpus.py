@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokenizer.audio import AudioError, load_audio
@@ -64,7 +63,8 @@ def read_corpus(folder: str | Path, splits: Sequence[str] | None = None) -> list
 
 def _read_manifest(manifest: Path) -> list[Utterance]:
     utterances = []
-    for number, line in enumerate(manifest.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+    lines = manifest.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
         try:
             row = json.loads(line)
             utterances.append(

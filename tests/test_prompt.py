@@ -1,0 +1,139 @@
+"""Training examples and prompts, written out by hand, and how they are padded."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from speechllm import (
+    AudioVocabulary,
+    Codes,
+    Encoding,
+    Example,
+    SpeechLLM,
+    VocabularyError,
+    collate,
+    small_text_tokenizer,
+    substitute_neighbours,
+    text_example,
+    transcription_example,
+    transcription_prompt,
+)
+from speechllm.prompt import collate_prompts
+
+END = 2  # <|im_end|>
+# "Transcribe this speech", one token per character: 3 special tokens first, then the bytes from "!" on; a space is 223
+PROMPT = [54, 84, 67, 80, 85, 69, 84, 75, 68, 71, 223, 86, 74, 75, 85, 223, 85, 82, 71, 71, 69, 74]
+VOCABULARY = AudioVocabulary(Encoding("f" * 16, 16_000, 50.0, 2, 16), 300, 332, 333, 334)
+CODES = torch.tensor([[3, 0], [1, 2]])
+AUDIO = [332, 303, 317, 300, 318, 333]
+
+
+@pytest.fixture(scope="module")
+def characters() -> object:
+    """A text tokenizer that has learnt no pairs: every character is one token."""
+    return small_text_tokenizer([], 259)
+
+
+def test_an_example_is_prompt_audio_transcript_end_and_only_the_last_two_are_learnt(characters) -> None:
+    example = transcription_example(CODES, "ON A", VOCABULARY, characters)
+    answer = [49, 48, 223, 35, END]
+    assert example.input_ids.tolist() == PROMPT + AUDIO + answer
+    assert example.labels.tolist() == [-100] * (len(PROMPT) + len(AUDIO)) + answer
+    assert example.input_ids.dtype == example.labels.dtype == torch.long
+    assert len(example) == len(PROMPT) + len(AUDIO) + 5
+
+
+def test_an_empty_transcript_is_the_end_alone(characters) -> None:
+    example = transcription_example(CODES, "", VOCABULARY, characters)
+    assert example.input_ids.tolist() == PROMPT + AUDIO + [END]
+    assert example.labels.tolist() == [-100] * (len(PROMPT) + len(AUDIO)) + [END]
+
+
+def test_a_sentence_alone_is_learnt_wholly(characters) -> None:
+    example = text_example("ON", characters)
+    assert example.input_ids.tolist() == example.labels.tolist() == [49, 48, END]
+    assert example.input_ids is not example.labels
+
+
+def test_the_prompt_of_evaluation_is_the_beginning_of_the_training_example(make_speech_llm: Callable) -> None:
+    speech_llm: SpeechLLM = make_speech_llm(layers=2)
+    parts = speech_llm.vocabulary, speech_llm.text_tokenizer
+    generator = torch.Generator().manual_seed(0)
+    for text, frames in (("TURN ON", 7), ("", 1), ("<|audio_5|> <|im_end|>", 3), ("é 😀", 0)):
+        codes = torch.randint(16, (2, frames), generator=generator)
+        example, prompt = transcription_example(codes, text, *parts), transcription_prompt(codes, *parts)
+        size = len(prompt)
+        assert torch.equal(example.input_ids[:size], prompt)
+        assert (example.labels[:size] == -100).all()
+        assert torch.equal(example.labels[size:], example.input_ids[size:])
+        assert example.labels[-1] == speech_llm.text_tokenizer.eos_token_id
+        assert speech_llm.text_tokenizer.decode(example.input_ids[size:-1]) == text
+
+
+def test_codes_from_a_codec_and_their_tensor_give_the_same_prompt(characters) -> None:
+    codes = Codes(CODES[None], lengths=torch.tensor([2]))
+    assert transcription_prompt(codes, VOCABULARY, characters).tolist() == PROMPT + AUDIO
+
+
+def test_an_example_of_impossible_codes_is_refused(characters) -> None:
+    with pytest.raises(VocabularyError):
+        transcription_example(torch.tensor([[3, 16], [1, 2]]), "ON", VOCABULARY, characters)
+
+
+def test_examples_are_padded_on_the_right() -> None:
+    short = Example(torch.tensor([5, 6]), torch.tensor([-100, 6]))
+    long = Example(torch.tensor([7, 8, 9]), torch.tensor([-100, 8, 9]))
+    batch = {name: tensor.tolist() for name, tensor in collate([short, long], pad_id=1).items()}
+    assert batch == {
+        "input_ids": [[5, 6, 1], [7, 8, 9]],
+        "labels": [[-100, 6, -100], [-100, 8, 9]],
+        "attention_mask": [[1, 1, 0], [1, 1, 1]],
+    }
+
+
+def test_prompts_are_padded_on_the_left() -> None:
+    batch = collate_prompts([torch.tensor([5, 6]), torch.tensor([7, 8, 9])], pad_id=1)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[1, 5, 6], [7, 8, 9]],
+        "attention_mask": [[0, 1, 1], [1, 1, 1]],
+    }
+
+
+def test_a_pad_token_inside_an_example_is_not_masked() -> None:
+    example = Example(torch.tensor([1, 6, 1]), torch.tensor([-100, 6, 1]))
+    batch = collate([example, example], pad_id=1)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1]] * 2
+    assert batch["labels"].tolist() == [[-100, 6, 1]] * 2
+
+
+# ---- augmentation
+
+
+def hand_neighbours() -> torch.Tensor:
+    """Two neighbours for the codes 10 to 13, none for other ids."""
+    neighbours = torch.arange(20)[:, None].repeat(1, 2)
+    neighbours[10:14] = torch.tensor([[11, 12], [10, 12], [11, 13], [12, 11]])
+    return neighbours
+
+
+def test_about_the_asked_share_of_codes_is_replaced_by_neighbours_and_nothing_else() -> None:
+    neighbours = hand_neighbours()
+    ids = torch.arange(20).repeat(4, 500)
+    before = ids.clone()
+    torch.manual_seed(0)
+    found = substitute_neighbours(ids, neighbours, 0.3)
+    assert torch.equal(ids, before)  # the caller's batch is left alone
+    codes = (ids >= 10) & (ids < 14)
+    assert torch.equal(found[~codes], ids[~codes])
+    changed = found[codes] != ids[codes]
+    assert abs(float(changed.float().mean()) - 0.3) < 0.02
+    assert (found[codes][changed][:, None] == neighbours[ids[codes][changed]]).any(1).all()
+    for code in range(10, 14):
+        picked = found[(ids == code) & (found != ids)]
+        assert {int(i) for i in picked} == set(neighbours[code].tolist())
+
+
+def test_a_share_of_nothing_replaces_nothing() -> None:
+    ids = torch.arange(20).repeat(3, 10)
+    assert torch.equal(substitute_neighbours(ids, hand_neighbours(), 0.0), ids)

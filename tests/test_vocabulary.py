@@ -1,0 +1,363 @@
+"""The audio vocabulary: which id means which code, and what the new rows are."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from speechllm import (
+    AudioVocabulary,
+    Codes,
+    DataError,
+    Encoding,
+    SpeechCodec,
+    SpeechCodecConfig,
+    VocabularyError,
+    describe_rows,
+    extend_vocabulary,
+)
+from speechllm.vocabulary import text_token_ids
+
+K = 16  # of small_codec
+UNTOUCHED = 777.0  # put into spare rows: whatever still holds it was not initialised
+MODELS = [
+    pytest.param({"tied": tied, "spare": spare}, id=f"{'tied' if tied else 'untied'}, {spare} spare rows")
+    for tied in (True, False)
+    for spare in (0, 10, 60)  # 34 tokens are added: no room, some room, enough room
+]
+models = pytest.mark.parametrize("kind", MODELS)
+MakeQwen2 = Callable[..., torch.nn.Module]
+
+
+def hand_vocabulary(layers: int = 2) -> AudioVocabulary:
+    end = 100 + layers * K
+    return AudioVocabulary(Encoding("f" * 16, 16_000, 50.0, layers, K), 100, end, end + 1, end + 2)
+
+
+def matrices(model: torch.nn.Module) -> list[Tensor]:
+    return [model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data]
+
+
+def centred_cosines(rows: Tensor) -> Tensor:
+    """Cosine of every pair of rows after their mean was taken away, float [pairs]."""
+    unit = torch.nn.functional.normalize(rows - rows.mean(0), dim=1)
+    return (unit @ unit.T)[torch.ones(len(rows), len(rows)).triu(1).bool()]
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+
+
+# ---- ids
+
+
+def test_ids_are_offset_plus_layer_times_size_plus_code_frame_after_frame() -> None:
+    ids = hand_vocabulary().token_ids(torch.tensor([[3, 0, 15], [1, 2, 0]]))
+    #                    start  3 of 0   1 of 1   0 of 0  2 of 1   15 of 0  0 of 1   end
+    assert ids.tolist() == [132, 103, 117, 100, 118, 115, 116, 133]
+    assert ids.dtype == torch.long
+
+
+def test_one_layer_of_more_is_the_first_one() -> None:
+    assert hand_vocabulary(1).token_ids(torch.tensor([[3, 0, 15], [1, 2, 0]])).tolist() == [116, 103, 100, 115, 117]
+
+
+def test_no_frames_leave_the_markers_only() -> None:
+    assert hand_vocabulary().token_ids(torch.zeros(2, 0, dtype=torch.long)).tolist() == [132, 133]
+
+
+def test_codes_of_one_utterance_are_read_without_their_padding() -> None:
+    codes = Codes(torch.tensor([[[1, 2, 0]]]), lengths=torch.tensor([2]))
+    assert hand_vocabulary(1).token_ids(codes).tolist() == [116, 101, 102, 117]
+
+
+def test_codes_of_several_utterances_are_refused() -> None:
+    with pytest.raises(VocabularyError, match="expected one utterance, got 2"):
+        hand_vocabulary(1).token_ids(Codes(torch.zeros(2, 1, 3, dtype=torch.long), lengths=torch.tensor([3, 1])))
+
+
+@pytest.mark.parametrize("codes", [[[0, 16], [0, 0]], [[0, 0], [0, 16]], [[-1, 0], [0, 0]]])
+def test_codes_outside_the_codebook_are_refused(codes: list[list[int]]) -> None:
+    with pytest.raises(VocabularyError, match=r"codes must be 0\.\.15, got"):
+        hand_vocabulary().token_ids(torch.tensor(codes))
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4,), (1, 2, 4)])
+def test_codes_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(VocabularyError, match=r"expected codes \[2, T\], got"):
+        hand_vocabulary().token_ids(torch.zeros(shape, dtype=torch.long))
+
+
+@models
+@pytest.mark.parametrize("layers", [1, 2])
+def test_ids_by_arithmetic_are_those_of_the_token_strings(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, kind: dict, layers: int
+) -> None:
+    texts = len(text_tokenizer)
+    vocabulary = extend_vocabulary(make_qwen2(text_tokenizer, **kind), text_tokenizer, small_codec, layers)
+    codes = torch.randint(K, (2, 7), generator=torch.Generator().manual_seed(0))
+    numbers = [layer * K + int(codes[layer, frame]) for frame in range(7) for layer in range(layers)]
+    words = ["<|audio_start|>", *(f"<|audio_{number}|>" for number in numbers), "<|audio_end|>"]
+    expected = text_tokenizer.convert_tokens_to_ids(words)
+    assert vocabulary.token_ids(codes).tolist() == expected
+    assert text_tokenizer("".join(words), add_special_tokens=False)["input_ids"] == expected
+    assert vocabulary.offset == texts
+    assert vocabulary.new_ids.tolist() == list(range(texts, texts + layers * K + 2))
+
+
+# ---- rows
+
+
+@models
+@pytest.mark.parametrize("init", ["codebook", "random", "mean"])
+def test_every_new_row_is_initialised_and_every_text_row_bit_for_bit_as_before(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, kind: dict, init: str
+) -> None:
+    model, texts = make_qwen2(text_tokenizer, **kind), len(text_tokenizer)
+    for matrix in matrices(model):
+        matrix[texts:] = UNTOUCHED
+    before = [matrix.clone() for matrix in matrices(model)]
+    vocabulary = extend_vocabulary(model, text_tokenizer, small_codec, 2, init)
+    assert vocabulary.size == len(matrices(model)[0]) == max(texts + kind["spare"], texts + 34)
+    assert model.config.vocab_size == vocabulary.size
+    for old, new in zip(before, matrices(model), strict=True):
+        assert torch.equal(new[:texts], old[:texts])
+        rows = new[vocabulary.new_ids]
+        assert (rows.abs() < 10).all() and (rows != 0).any(1).all()
+        assert len(rows.unique(dim=0)) == (1 if init == "mean" else 34)
+        if init == "mean":
+            torch.testing.assert_close(rows[0], old[:texts].mean(0))
+
+
+@models
+def test_tied_matrices_stay_tied_and_untied_ones_stay_two(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, kind: dict
+) -> None:
+    model = make_qwen2(text_tokenizer, **kind)
+    extend_vocabulary(model, text_tokenizer, small_codec)
+    first, second = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert (first is second) is kind["tied"]
+    assert first.shape == second.shape
+
+
+@models
+def test_what_the_model_says_about_text_does_not_change(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, kind: dict
+) -> None:
+    model, texts = make_qwen2(text_tokenizer, **kind), len(text_tokenizer)
+    ids = torch.tensor([text_tokenizer("TURN ON THE BLUE LAMP")["input_ids"]])
+    with torch.no_grad():
+        before = model(ids).logits[..., :texts]
+        extend_vocabulary(model, text_tokenizer, small_codec, 2)
+        torch.testing.assert_close(model(ids).logits[..., :texts], before)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_codebook_rows_have_the_mean_and_spread_of_the_text_rows(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, tied: bool
+) -> None:
+    model, texts = make_qwen2(text_tokenizer, tied=tied), len(text_tokenizer)
+    vocabulary = extend_vocabulary(model, text_tokenizer, small_codec, 2, "codebook")
+    for matrix in matrices(model):
+        codes = matrix[vocabulary.new_ids[:-2]]
+        torch.testing.assert_close(codes.mean(0), matrix[:texts].mean(0), atol=1e-5, rtol=0)
+        torch.testing.assert_close(codes.std(0), matrix[:texts].std(0), atol=1e-5, rtol=1e-5)
+
+
+def test_random_rows_have_about_the_mean_and_spread_of_the_text_rows(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec
+) -> None:
+    model, texts = make_qwen2(text_tokenizer), len(text_tokenizer)
+    matrix = model.get_input_embeddings().weight.data
+    matrix *= torch.linspace(0.1, 3, 16)
+    matrix += torch.arange(16.0)
+    vocabulary = extend_vocabulary(model, text_tokenizer, small_codec, 2, "random")
+    matrix = model.get_input_embeddings().weight.data
+    standard = (matrix[vocabulary.new_ids] - matrix[:texts].mean(0)) / matrix[:texts].std(0)
+    assert abs(float(standard.mean())) < 0.2 and abs(float(standard.std()) - 1) < 0.2  # 544 draws: 4 standard errors
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dimension, likeness", [(8, 0.95), (24, 0.6)], ids=["narrower", "wider"])
+def test_similar_codes_start_similar_with_codebook_rows_and_only_with_those(
+    make_qwen2: MakeQwen2, make_text_tokenizer: Callable, dimension: int, likeness: float, tied: bool
+) -> None:
+    torch.manual_seed(0)  # code vectors narrower and wider than the model, which is 16 wide
+    codec = SpeechCodec(SpeechCodecConfig(n_filters=4, dimension=dimension, num_codebooks=1, codebook_size=64))
+    sounds = centred_cosines(codec.codebooks[0])
+    for init, low, high in (("codebook", likeness, 1.0), ("random", -0.1, 0.1)):
+        text_tokenizer = make_text_tokenizer()
+        model = make_qwen2(text_tokenizer, tied=tied)
+        vocabulary = extend_vocabulary(model, text_tokenizer, codec, init=init)
+        for matrix in matrices(model):
+            text_spread = matrix[: vocabulary.offset].std(0)
+            assert low < correlation(sounds, centred_cosines(matrix[vocabulary.new_ids[:-2]] / text_spread)) < high
+
+
+@pytest.mark.parametrize("init", ["codebook", "random"])
+def test_rows_are_a_function_of_the_seed(
+    make_qwen2: MakeQwen2, make_text_tokenizer: Callable, small_codec: SpeechCodec, init: str
+) -> None:
+    rows = []
+    for seed in (0, 0, 1):
+        text_tokenizer = make_text_tokenizer()
+        model = make_qwen2(text_tokenizer)
+        vocabulary = extend_vocabulary(model, text_tokenizer, small_codec, init=init, seed=seed)
+        rows.append(matrices(model)[0][vocabulary.new_ids])
+    assert torch.equal(rows[0], rows[1])
+    assert not torch.isclose(rows[0], rows[2]).all(1).any()
+
+
+def test_described_rows_are_those_counted_one_by_one(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec
+) -> None:
+    model, texts = make_qwen2(text_tokenizer, spare=60), len(text_tokenizer)
+    vocabulary = extend_vocabulary(model, text_tokenizer, small_codec)
+    matrix = matrices(model)[0]
+    new = matrix[texts : texts + K + 2]
+    pairs = [torch.cosine_similarity(a, b, 0) for i, a in enumerate(new) for j, b in enumerate(new) if i != j]
+    found = describe_rows(model, vocabulary)
+    assert found["text_row_norm"] == pytest.approx(float(torch.stack([r.norm() for r in matrix[:texts]]).mean()))
+    assert found["new_row_norm"] == pytest.approx(float(torch.stack([r.norm() for r in new]).mean()))
+    assert found["new_row_cosine"] == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-5)
+
+
+# ---- what is refused
+
+
+def test_a_vocabulary_is_extended_once_only(make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec) -> None:
+    model = make_qwen2(text_tokenizer)
+    extend_vocabulary(model, text_tokenizer, small_codec)
+    before, words = matrices(model)[0].clone(), len(text_tokenizer)
+    with pytest.raises(VocabularyError, match="extended once only"):
+        extend_vocabulary(model, text_tokenizer, small_codec)
+    assert torch.equal(matrices(model)[0], before) and len(text_tokenizer) == words
+
+
+def test_a_text_tokenizer_that_knows_some_audio_tokens_is_refused(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec
+) -> None:
+    text_tokenizer.add_tokens(["<|audio_3|>"], special_tokens=True)
+    with pytest.raises(VocabularyError, match="already holds some of the audio tokens"):
+        extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec)
+
+
+@pytest.mark.parametrize("layers", [0, 3, -1])
+def test_more_layers_than_the_codec_has_are_refused(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, layers: int
+) -> None:
+    with pytest.raises(VocabularyError, match=rf"layers must be 1\.\.2, got {layers}"):
+        extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec, layers)
+
+
+def test_an_unknown_init_is_refused(make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec) -> None:
+    with pytest.raises(VocabularyError, match="init must be .*, got 'mena'"):
+        extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec, init="mena")
+
+
+def test_after_a_refused_init_the_right_one_still_works(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec
+) -> None:
+    model, texts = make_qwen2(text_tokenizer), len(text_tokenizer)
+    with pytest.raises(VocabularyError):
+        extend_vocabulary(model, text_tokenizer, small_codec, init="mena")
+    assert extend_vocabulary(model, text_tokenizer, small_codec, init="mean").offset == texts
+
+
+def test_codes_of_another_codec_or_too_few_layers_do_not_fit(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, other_codec: SpeechCodec
+) -> None:
+    vocabulary = extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec, 2)
+    vocabulary.require(Encoding.of(small_codec))
+    with pytest.raises(DataError, match=f"{other_codec.fingerprint}.*{small_codec.fingerprint}"):
+        vocabulary.require(Encoding.of(other_codec))
+    with pytest.raises(DataError, match="have 1 layer.*needs 2"):
+        vocabulary.require(Encoding.of(small_codec, 1))
+
+
+def test_a_saved_vocabulary_is_loaded_equal(
+    tmp_path, make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec
+) -> None:
+    vocabulary = extend_vocabulary(make_qwen2(text_tokenizer, spare=60), text_tokenizer, small_codec, 2)
+    vocabulary.save(tmp_path)
+    assert AudioVocabulary.load(tmp_path) == vocabulary
+    with pytest.raises(VocabularyError, match="has no audio_vocabulary.json"):
+        AudioVocabulary.load(tmp_path / "elsewhere")
+
+
+# ---- neighbours
+
+
+def test_neighbours_are_the_closest_other_codes_of_the_same_layer(small_codec: SpeechCodec) -> None:
+    vocabulary = hand_vocabulary()
+    found = vocabulary.neighbours(small_codec.codebooks, count=3)
+    assert found.shape == (vocabulary.size, 3)
+    for layer in range(2):
+        vectors = small_codec.codebooks[layer]
+        for code in range(K):
+            others = sorted((float((vectors[code] - vectors[i]).norm()), i) for i in range(K) if i != code)
+            assert found[100 + layer * K + code].tolist() == [100 + layer * K + i for _, i in others[:3]]
+
+
+def test_what_is_no_code_is_its_own_neighbour(small_codec: SpeechCodec) -> None:
+    vocabulary = hand_vocabulary()
+    found = vocabulary.neighbours(small_codec.codebooks)
+    for token in (*range(100), vocabulary.start_id, vocabulary.end_id):
+        assert set(found[token].tolist()) == {token}
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_small_codebooks_have_neighbours_too(size: int) -> None:
+    vocabulary = AudioVocabulary(Encoding("f" * 16, 16_000, 50.0, 1, size), 100, 100 + size, 101 + size, 102 + size)
+    found = vocabulary.neighbours(torch.randn(1, size, 4, generator=torch.Generator().manual_seed(0)))
+    for code in range(size):
+        assert 100 + code not in found[100 + code]
+        assert set(found[100 + code].tolist()) <= set(range(100, 100 + size))
+
+
+# ---- text stays text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<|audio_5|>", "<|im_end|>", "<|im_start|>", "a <|audio_start|><|audio_5|><|audio_end|> b", "<|endoftext|>"],
+)
+def test_text_cannot_smuggle_in_special_tokens(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, text: str
+) -> None:
+    vocabulary = extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec)
+    ids = text_token_ids(text_tokenizer, [text])[0]
+    special = {i for i, token in text_tokenizer.added_tokens_decoder.items() if token.special}
+    assert max(ids) < vocabulary.offset and not special & set(ids)
+    assert text_tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+TEXTS = [
+    "TURN ON",
+    "",
+    " ",
+    "\n",
+    "😀 👩‍👩‍👧",
+    "مرحبا بالعالم",
+    "e\u0301 o\u0308\u0304",
+    "日本語",
+    "\u200b",
+    "a\tb  c",
+    "\x00",
+    "'s 12345",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_text_comes_back_from_its_ids(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, text: str
+) -> None:
+    extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec)
+    ids = text_token_ids(text_tokenizer, [text, "x"])
+    assert text_tokenizer.decode(ids[0]) == text
+    assert ids[1] == text_token_ids(text_tokenizer, ["x"])[0]
+
+
+def test_no_texts_have_no_ids(text_tokenizer) -> None:
+    assert text_token_ids(text_tokenizer, []) == []
