@@ -74,7 +74,7 @@ VOICES = {
 # else the few voices of the engine teach only themselves. Dev and test voices sound as the engine makes them.
 STRETCHES = {"train": (1.0, 0.94, 1.07), "dev": (1.0,), "test": (1.0,)}
 MICROPHONE_HZ = (100, 400, 1000, 2000, 3500, 6000)
-MICROPHONE_DB = {"train": 8.0, "dev": 0.0, "test": 0.0}  # the largest gain or loss
+MICROPHONE_DB = {"train": (12.0, 4.0), "dev": (0.0, 0.0), "test": (0.0, 0.0)}  # at most: tilt at both ends, each band
 
 SAMPLE_RATE = 16_000
 PEAK = 0.7  # of full scale
@@ -139,7 +139,11 @@ def make_plan(seed: int, **counts: int) -> list[Utterance]:
     for split in VOICES:
         speakers = itertools.cycle(itertools.product(STRETCHES[split], VOICES[split].split()))
         for i, (text, (stretch, voice)) in enumerate(zip(texts[split], speakers, strict=False)):
-            microphone = tuple(rng.uniform(-1, 1) * MICROPHONE_DB[split] for _ in MICROPHONE_HZ)
+            most, band = MICROPHONE_DB[split]
+            tilt = rng.uniform(-most, most)
+            microphone = tuple(
+                tilt * slope + rng.uniform(-band, band) for slope in np.linspace(-1, 1, len(MICROPHONE_HZ))
+            )
             style = rng.randint(140, 190), rng.randint(30, 70), rng.randint(30, 70)
             silences = rng.uniform(0.05, 0.10), rng.uniform(0.05, 0.10)
             plan.append(Utterance(f"{split}-{i:05d}", split, text, voice, stretch, microphone, *style, *silences))

@@ -18,6 +18,7 @@ from accelerate.utils import set_seed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from speechllm import (
+    DataError,
     Encoding,
     Example,
     LabelledLoss,
@@ -98,6 +99,11 @@ def main(config: AsrConfig) -> None:
     # 1. encoded speech of one codec, and that codec
     train, encoding = load_codes(config.codes, config.splits)
     train = train.filter(lambda text: bool(text), input_columns="text")
+    if min(len(train), config.batch_size) < accelerator.num_processes:
+        raise DataError(
+            f"{len(train)} utterances with transcripts, {config.batch_size} a batch: each of {accelerator.num_processes} "
+            "processes needs one at least"
+        )
     dev = load_codes(config.codes, config.dev_splits)[0].select_columns(["text", "codes"]) if config.dev_splits else []
     dev = [row for row in dev if row["text"]][: config.dev_utterances]
     codec = SpeechCodec.from_pretrained(config.codec)
