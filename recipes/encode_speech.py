@@ -7,10 +7,17 @@ Runs in parallel over processes, goes on where a killed run stopped, and counts 
 
 from dataclasses import dataclass
 
-from accelerate import Accelerator
 from tqdm import tqdm
 
-from speechllm import SpeechCodec, encode_shards, read_corpus, run_recipe, summarize_shards, write_json
+from speechllm import (
+    SpeechCodec,
+    encode_shards,
+    make_accelerator,
+    read_corpus,
+    run_recipe,
+    summarize_shards,
+    write_json,
+)
 
 
 @dataclass
@@ -24,7 +31,7 @@ class EncodeConfig:
 
 
 def main(config: EncodeConfig) -> None:
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     codec = SpeechCodec.from_pretrained(config.codec).to(accelerator.device)
     utterances = read_corpus(config.data, config.splits)
 

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,6 +30,7 @@ from speechllm import (
     endless_batches,
     extend_vocabulary,
     load_codes,
+    make_accelerator,
     run_recipe,
     seed_step,
     set_learning_rate,
@@ -94,15 +94,15 @@ class AsrConfig:
 
 
 def main(config: AsrConfig) -> None:
-    accelerator = Accelerator(mixed_precision=config.precision)
+    accelerator = make_accelerator(config.precision)
 
     # 1. encoded speech of one codec, and that codec
     train, encoding = load_codes(config.codes, config.splits)
     train = train.filter(lambda text: bool(text), input_columns="text")
     if min(len(train), config.batch_size) < accelerator.num_processes:
         raise DataError(
-            f"{len(train)} utterances with transcripts, {config.batch_size} a batch: each of {accelerator.num_processes} "
-            "processes needs one at least"
+            f"{len(train)} utterances with transcripts, {config.batch_size} a batch: "
+            f"each of {accelerator.num_processes} processes needs one at least"
         )
     dev = load_codes(config.codes, config.dev_splits)[0].select_columns(["text", "codes"]) if config.dev_splits else []
     dev = [row for row in dev if row["text"]][: config.dev_utterances]

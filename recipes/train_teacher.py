@@ -16,7 +16,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from speechllm import (
     endless_batches,
     frame_phones,
     load_audio,
+    make_accelerator,
     pad_waveforms,
     read_corpus,
     run_recipe,
@@ -68,7 +68,7 @@ class TeacherConfig:
 
 
 def main(config: TeacherConfig) -> None:
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     utterances = [u for u in read_corpus(config.data, config.splits) if u.duration_s <= config.max_duration_s]
     run = Run(config.output, config, accelerator)
     if run.summary:

@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
@@ -36,6 +35,7 @@ from speechllm import (
     draw_layers,
     initialize_codebooks,
     load_audio,
+    make_accelerator,
     read_corpus,
     run_recipe,
     save_audio,
@@ -109,7 +109,7 @@ class TokenizerConfig:
 
 
 def main(config: TokenizerConfig) -> None:
-    accelerator = Accelerator(mixed_precision=config.precision)
+    accelerator = make_accelerator(config.precision)
     utterances = read_corpus(config.data, config.splits)
     run = Run(config.output, config, accelerator)
     if run.summary:

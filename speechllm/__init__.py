@@ -49,6 +49,7 @@ from speechllm.report import (
 from speechllm.run import (
     Run,
     RunError,
+    make_accelerator,
     read_log,
     seed_step,
     set_learning_rate,
@@ -160,6 +161,7 @@ __all__ = [
     "load_config",
     "load_speech_llm",
     "log_mel_features",
+    "make_accelerator",
     "pad_waveforms",
     "parse_config",
     "read_corpus",

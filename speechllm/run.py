@@ -26,6 +26,14 @@ class RunError(RuntimeError):
     """A run folder that cannot be used for this run."""
 
 
+def make_accelerator(precision: str = "no") -> Accelerator:
+    """Accelerate on whatever this machine has.
+
+    Where there is no GPU that must be said: processes started together would each train alone otherwise.
+    """
+    return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+
+
 class Run:
     """Folder of one training: config.yaml, versions.json, log.jsonl, checkpoints/, and done.json at the end.
 

@@ -50,7 +50,7 @@ def codec_backward(
     """Forward and backward pass of one batch; leaves gradients on all parameters and returns the losses.
 
     waveform float [B, N], lengths long [B] in samples; num_layers long [B]: codebooks each utterance is decoded from
-    (all when None); window: frames to decode, at a random place (all when None).
+    (all when None); window: frames to decode, at a random place of each utterance's speech (all when None).
 
     The graph is cut at the latents z0. All gradients meet there, are weighed by their norms, and go through the
     encoder together, once: weighing costs nothing, although every loss is seen with a gradient of its own.
@@ -62,9 +62,11 @@ def codec_backward(
     quantized = codec.quantizer(z0, mask, num_layers)
 
     window = frames if window is None else min(window, frames)
-    first = int(torch.randint(frames - window + 1, ()))
-    reconstruction = codec.decoder(quantized.output[..., first : first + window])[:, 0].float()
-    original = F.pad(waveform, (0, frames * hop - waveform.shape[1]))[:, first * hop : (first + window) * hop]
+    starts = draw_starts(mask.sum(1), window)
+    latents = torch.stack([x[:, start : start + window] for x, start in zip(quantized.output, starts, strict=True)])
+    reconstruction = codec.decoder(latents)[:, 0].float()
+    padded = F.pad(waveform, (0, frames * hop - waveform.shape[1]))
+    original = torch.stack([x[s * hop : (s + window) * hop] for x, s in zip(padded, starts, strict=True)])
     losses = {
         "time": F.l1_loss(reconstruction, original),
         "mel": criterion.mel_loss(reconstruction, original),
@@ -86,6 +88,12 @@ def codec_backward(
         losses[lesson.name] = loss
     z.backward(gradient.to(z.dtype))
     return {name: float(loss.detach()) for name, loss in losses.items()} | ratios
+
+
+def draw_starts(frames: Tensor, window: int) -> list[int]:
+    """A random first frame for each utterance of `frames` long [B] frames, so that the window holds no padding."""
+    room = (frames - window).clamp(min=0).cpu()
+    return (torch.rand(len(room)) * (room + 1)).long().tolist()
 
 
 def draw_layers(choices: Sequence[int] | None, batch: int, device: torch.device) -> Tensor | None:
