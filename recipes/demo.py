@@ -22,8 +22,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+import yaml
 
 from speechllm import (
+    CorpusError,
     Reconstruction,
     Utterance,
     available_cpus,
@@ -49,6 +51,7 @@ class DemoConfig:
     speaker_teacher: str = "configs/teacher/speaker_demo.yaml"
     tokenizer_stage: str = "configs/tokenizer/demo.yaml"
     asr: str = "configs/asr/demo.yaml"
+    scale: float = 1.0  # share of the stages' training steps to take: 0.5 for a quicker look, 2 for a longer run
     synthetic_train: int = 4000  # synthetic utterances
     synthetic_dev: int = 100
     synthetic_test: int = 200
@@ -57,6 +60,8 @@ class DemoConfig:
 
 def main(config: DemoConfig) -> None:
     run = Path(config.output)
+    if config.data is not None and not Path(config.data).is_dir():
+        raise CorpusError(f"{config.data}: no such corpus folder")
     if config.fresh and run.exists():
         if not (run / "demo.json").exists():
             raise SystemExit(f"{run} was not made by this demo and is not deleted: remove it yourself")
@@ -65,29 +70,30 @@ def main(config: DemoConfig) -> None:
     timer = Stages(run, config.processes or default_processes())
     print(plan(config))
 
+    corpus, data = run / "corpus", f"data={run / 'corpus'}"
     if config.data is None:
         counts = [f"--{split}={getattr(config, f'synthetic_{split}')}" for split in ("train", "dev", "test")]
-        corpus = run / "corpus"
         timer.stage("corpus", ["synthesize_speech.py", str(corpus), *counts, f"--jobs={available_cpus()}"])
     else:
-        corpus = run / "corpus"
         timer.call("corpus", lambda: gather(config.data, corpus))
-    data = f"data={corpus}"
     semantic, speaker = run / "semantic_teacher", run / "speaker_teacher"
     timer.stage(
         "teachers",
-        ["train_teacher.py", f"--config={config.semantic_teacher}", data, f"output={semantic}"],
-        ["train_teacher.py", f"--config={config.speaker_teacher}", data, f"output={speaker}"],
+        ["train_teacher.py", *training(config.semantic_teacher, config), data, f"output={semantic}"],
+        ["train_teacher.py", *training(config.speaker_teacher, config), data, f"output={speaker}"],
     )
     teachers = [f"semantic.teacher={semantic / 'model'}", f"acoustic.teacher={speaker / 'model'}"]
     codec = run / "tokenizer"
     timer.launch(
-        "tokenizer", ["train_tokenizer.py", f"--config={config.tokenizer_stage}", data, f"output={codec}", *teachers]
+        "tokenizer",
+        ["train_tokenizer.py", *training(config.tokenizer_stage, config), data, f"output={codec}", *teachers],
     )
     codec, codes = codec / "model", run / "codes"
     timer.launch("encode", ["encode_speech.py", f"codec={codec}", data, f"output={codes}", "layers=null"])
     asr, splits = run / "asr", ["train_splits=[train]", "test_splits=[test]"]
-    timer.launch("asr", ["train_asr.py", f"--config={config.asr}", f"codes={codes}", f"codec={codec}", f"output={asr}"])
+    timer.launch(
+        "asr", ["train_asr.py", *training(config.asr, config), f"codes={codes}", f"codec={codec}", f"output={asr}"]
+    )
     timer.stage(
         "evaluate",
         ["eval_asr.py", f"model={asr / 'model'}", f"codes={codes}", f"output={run / 'evaluation'}", "splits=[test]"],
@@ -98,6 +104,12 @@ def main(config: DemoConfig) -> None:
     shutil.copy(run / "evaluation" / "predictions.jsonl", run / "predictions.jsonl")
     report(run, results)
     print(summary(run, results))
+
+
+def training(file: str, config: DemoConfig) -> list[str]:
+    """Arguments that start a training with configuration `file`, its steps scaled."""
+    steps = yaml.safe_load(Path(file).read_text(encoding="utf-8"))["steps"]
+    return [f"--config={file}", *([f"steps={max(1, round(config.scale * steps))}"] if config.scale != 1 else [])]
 
 
 def settle(run: Path, config: DemoConfig) -> None:
