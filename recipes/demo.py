@@ -302,8 +302,7 @@ def summary(run: Path, results: dict[str, object]) -> str:
     """The last lines on the screen."""
     low, high = results["wer_ci95"]
     lines = [
-        "",
-        f"WER {results['wer']:.1%} (95 % interval {low:.1%} to {high:.1%}) on {results['utterances']} utterances of "
+        f"\nWER {results['wer']:.1%} (95 % interval {low:.1%} to {high:.1%}) on {results['utterances']} utterances of "
         f"unseen speakers, at {results['tokens_per_second']:.1f} tokens/s",
         f"WER with another utterance's audio {results['wer_shuffled_audio']:.1%} (the model listens if this is high)",
     ]
