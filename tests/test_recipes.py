@@ -335,7 +335,7 @@ def test_a_finished_run_started_again_says_so_and_does_nothing(
 
 
 def test_a_finished_run_is_not_continued_with_other_settings(work: Work, here: Callable) -> None:
-    with pytest.raises(Exception, match="holds a run with another configuration .*seed: 0 -> 1"):
+    with pytest.raises(SystemExit, match="holds a run with another configuration .*seed: 0 -> 1"):
         here("train_asr.py", f"{ASR_RANDOM} seed=1 output=asr")
 
 
