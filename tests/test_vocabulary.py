@@ -1,8 +1,8 @@
 """The audio vocabulary: which id means which code, and what the new rows are."""
 
-from collections.abc import unicodedata
+import unicodedata
+from collections.abc import Callable
 
-import Callable
 import pytest
 import torch
 from torch import Tensor
