@@ -129,7 +129,7 @@ def main(config: AsrConfig) -> None:
         transcription_example(codes_of(row, encoding), row["text"], vocabulary, text_tokenizer) for row in train
     ]
     sentences = [text_example(text, text_tokenizer) for text in train["text"]] if config.model is None else []
-    neighbours = vocabulary.neighbours(codec.codebooks)
+    neighbours = vocabulary.neighbours(codec.codebooks) if config.substitute else None
     accelerator.print(plan(config, examples, speech_llm))
 
     # 3. go on where a killed run stopped
@@ -160,7 +160,7 @@ def main(config: AsrConfig) -> None:
         optimizer.zero_grad()
         for i, part in enumerate(parts):
             tensors = collate(part, text_tokenizer.pad_token_id)
-            if config.substitute:
+            if neighbours is not None:
                 tensors["input_ids"] = substitute_neighbours(tensors["input_ids"], neighbours, config.substitute)
             with accelerator.no_sync(loss_of) if i + 1 < len(parts) else nullcontext():
                 loss = loss_of(**{name: x.to(accelerator.device) for name, x in tensors.items()}) / count
