@@ -13,24 +13,20 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
-import torch
 import yaml
 
 from speechllm import (
     CorpusError,
-    Reconstruction,
+    Stages,
     Utterance,
     available_cpus,
     read_corpus,
     read_log,
+    read_sounds,
     run_recipe,
     versions,
     write_json,
@@ -67,7 +63,7 @@ def main(config: DemoConfig) -> None:
             raise SystemExit(f"{run} was not made by this demo and is not deleted: remove it yourself")
         shutil.rmtree(run)
     settle(run, config)
-    timer = Stages(run, config.processes or default_processes())
+    timer = Stages(run, RECIPES, config.processes)
     print(plan(config))
 
     corpus, data = run / "corpus", f"data={run / 'corpus'}"
@@ -125,75 +121,6 @@ def settle(run: Path, config: DemoConfig) -> None:
         raise SystemExit(f"cannot write {run}: {error}") from error
 
 
-class Stages:
-    """Runs each stage once, as commands; remembers the seconds it took."""
-
-    def __init__(self, run: Path, processes: int):
-        self.processes = processes
-        self.file = run / "stages.json"
-        self.done: dict[str, dict[str, object]] = (
-            json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
-        )
-        self.times = {name: stage["seconds"] for name, stage in self.done.items() if stage["finished"]}
-
-    def stage(self, name: str, *commands: list[str]) -> None:
-        """Run recipes side by side, sharing the processor cores; stop the demo when one fails."""
-        self.call(name, lambda: self._run([["python", f"{RECIPES}/{recipe}", *rest] for recipe, *rest in commands]))
-
-    def launch(self, name: str, command: list[str]) -> None:
-        """Run one recipe on all GPUs, or else in several processes.
-
-        On CPU these are faster than one process with several threads, which mostly wait for each other in small
-        models, and far faster when other programs use the cores too.
-        """
-        # accelerate's own launcher starts a single process where there is no GPU
-        processes = torch.cuda.device_count() or self.processes
-        words = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
-        self.call(name, lambda: self._run([[*words, f"{RECIPES}/{command[0]}", *command[1:]]], processes))
-
-    def call(self, name: str, work) -> None:
-        """Do `work` unless it was done before; a stage that was interrupted adds to the time it took before."""
-        before = self.done.get(name, {"seconds": 0.0, "finished": False})
-        if before["finished"]:
-            print(f"[{name}] done before, in {before['seconds']:.0f} s")
-            return
-        started = time.perf_counter()
-        finished = False
-        try:
-            work()
-            finished = True
-        finally:
-            seconds = before["seconds"] + time.perf_counter() - started
-            self.done[name] = {"seconds": seconds, "finished": finished}
-            write_json(self.file, self.done)
-        self.times[name] = seconds
-        print(f"[{name}] {seconds:.0f} s", flush=True)
-
-    def _run(self, commands: list[list[str]], processes: int = 1) -> None:
-        threads = max(1, available_cpus() // (len(commands) * processes))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        # the recipes find the package also when it is not installed
-        environment["PYTHONPATH"] = os.pathsep.join([str(RECIPES.resolve().parent), os.environ.get("PYTHONPATH", "")])
-        running = []
-        for command in commands:
-            print("$ " + " ".join(command), flush=True)
-            module = ["-m", "torch.distributed.run"] if command[0] == "torchrun" else []
-            words = [sys.executable, *module, *command[1:]]
-            running.append(subprocess.Popen(words, env=environment))
-        try:
-            failed = [process for process in running if process.wait() != 0]
-        finally:
-            for process in running:
-                process.terminate()
-        if failed:
-            raise SystemExit("a stage failed, see above; what is finished is kept, the same command goes on from there")
-
-
-def default_processes() -> int:
-    """The largest power of two up to the number of cores and 8: batches must be shared equally."""
-    return 2 ** min(3, available_cpus().bit_length() - 1)
-
-
 def gather(folder: str, output: Path) -> None:
     """Write a manifest of the corpus in `folder` whose splits are called train, dev and test."""
     utterances = read_corpus(folder)
@@ -244,6 +171,7 @@ def collect(config: DemoConfig, run: Path, timer: Stages) -> dict[str, object]:
         "wer_shuffled_audio": evaluation["wer_shuffled_audio"],
         "utterances": evaluation["utterances"],
         "words": evaluation["words"],
+        "normalizer": evaluation["normalizer"],
         "tokens_per_second": evaluation["tokens_per_second"],
         "corpus": "synthetic speech (espeak-ng)" if config.data is None else str(config.data),
         "hours": encoded["hours"],
@@ -252,8 +180,8 @@ def collect(config: DemoConfig, run: Path, timer: Stages) -> dict[str, object]:
         "speaker": codec["speaker"],
         "codebooks": [{name: u[name] for name in ("used", "dead", "perplexity")} for u in codec["usage"]],
         "teachers": teachers,
-        "seconds_by_stage": timer.times,
-        "seconds": sum(timer.times.values()),
+        "seconds_by_stage": timer.seconds,
+        "seconds": sum(timer.seconds.values()),
         "codec_fingerprint": evaluation["codec_fingerprint"],
         "versions": versions(),
         "notes": config.notes or [],
@@ -271,21 +199,9 @@ def report(run: Path, results: dict[str, object]) -> None:
         tokenizer_log=read_log(run / "tokenizer"),
         asr_log=read_log(run / "asr"),
         codebook_counts=[np.array(layer["counts"]) for layer in codec["usage"]],
-        reconstruction=read_samples(run / "tokenizer" / "samples"),
+        reconstruction=read_sounds(run / "tokenizer" / "samples"),
         predictions=predictions,
     )
-
-
-def read_samples(folder: Path) -> Reconstruction:
-    """The first dev utterance, as it was and from 1, 2, 4, ... codebooks."""
-    original = sorted(folder.glob("*_original.wav"))[0]
-    name = original.name.removesuffix("_original.wav")
-    waveform, rate = soundfile.read(original, dtype="float32")
-    reconstructions = {
-        int(file.stem.split("_")[-2]): soundfile.read(file, dtype="float32")[0]
-        for file in folder.glob(f"{name}_*_codebooks.wav")
-    }
-    return Reconstruction(name, rate, waveform, dict(sorted(reconstructions.items())))
 
 
 def plan(config: DemoConfig) -> str:

@@ -3,7 +3,7 @@
     python recipes/eval_asr.py model=RUN/model codes=CODES output=RESULTS splits=[test-clean]
 
 The control transcribes every utterance from another utterance's audio: a model that listens must then fail. Writes
-RESULTS/results.json and RESULTS/predictions.jsonl.
+RESULTS/results.json, RESULTS/predictions.jsonl and RESULTS/report.html, the page to look at.
 """
 
 import json
@@ -18,11 +18,13 @@ from speechllm import (
     codes_of,
     load_codes,
     load_speech_llm,
+    read_log,
     run_recipe,
     transcribe_codes,
     versions,
     word_error_rate,
     write_json,
+    write_recognition_report,
     write_text,
 )
 
@@ -31,7 +33,7 @@ from speechllm import (
 class EvalAsrConfig:
     model: str  # folder of train_asr, or one that `SpeechLLM.save` wrote
     codes: str  # folder of encode_speech
-    output: str  # folder for results.json and predictions.jsonl
+    output: str  # folder for results.json, predictions.jsonl and report.html
     splits: list[str] | None = None  # all when null
     normalizer: str = "librispeech"
     shuffled_audio: bool = True  # also run the control
@@ -70,15 +72,26 @@ def main(config: EvalAsrConfig) -> None:
 
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps(
-            {"id": row["id"], "speaker": row["speaker"], "reference": row["text"], "hypothesis": hypothesis},
-            ensure_ascii=False,
-        )
+    predictions = [
+        {
+            "id": row["id"],
+            "speaker": row["speaker"],
+            "duration_s": round(row["duration_s"], 3),
+            "reference": row["text"],
+            "hypothesis": hypothesis,
+        }
         for row, hypothesis in zip(rows, hypotheses, strict=True)
     ]
-    write_text(folder / "predictions.jsonl", "\n".join(lines) + "\n")
+    lines = (json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
+    write_text(folder / "predictions.jsonl", "".join(lines))
     write_json(folder / "results.json", results)
+    write_recognition_report(
+        folder / "report.html",
+        title=f"{config.model} on {', '.join(config.splits or ['all splits'])}",
+        results=results,
+        predictions=predictions,
+        logs={"Training": read_log(Path(config.model).parent)},  # of the run folder, where the model lies in one
+    )
     print(f"{score}\nwith another utterance's audio: {results.get('wer_shuffled_audio', float('nan')):.2%}")
 
 

@@ -13,31 +13,40 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import torch
-from accelerate.utils import set_seed
+from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
+from accelerate.utils import DistributedType, set_seed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from speechllm import (
+    Augmentation,
+    AugmentationConfig,
     DataError,
     Encoding,
     Example,
     LabelledLoss,
     Run,
+    RunError,
     SpeechCodec,
     SpeechLLM,
+    TrainingState,
     codes_of,
-    collate,
     describe_rows,
-    endless_batches,
     extend_vocabulary,
+    keep_row_gradients,
+    label_counts,
     load_codes,
     make_accelerator,
+    make_optimizer,
+    micro_batches,
+    prepare_adapter,
     run_recipe,
     seed_step,
     set_learning_rate,
     small_qwen2,
     small_text_tokenizer,
-    substitute_neighbours,
     text_example,
+    token_batches,
     transcribe_codes,
     transcription_example,
     warmup_cosine,
@@ -60,37 +69,61 @@ class SmallModelConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank updates of all linear layers."""
+
+    rank: int = 64
+    alpha: int = 128  # they count alpha / rank times
+    dropout: float = 0.0
+
+
+@dataclass
 class AsrConfig:
     codes: str  # folder of encode_speech
     codec: str  # the codec the codes were made with: folder or hub name
     output: str  # run folder; the model goes to its subfolder `model`
     model: str | None = "Qwen/Qwen2-1.5B"  # language model, folder or hub name; null: a small one made here
     small: SmallModelConfig = field(default_factory=SmallModelConfig)  # its shape, used when model is null
+    train: Literal["full", "lora", "rows"] = "full"  # all weights, LoRA and the new rows, or the new rows alone
+    lora: LoraConfig = field(default_factory=LoraConfig)
     splits: list[str] | None = None  # training splits, all when null
     dev_splits: list[str] | None = None  # for the WER while training, none when null
+    max_utterances: int | None = None  # of the training splits, the first ones; all when null
     layers: int = 1  # codebooks the model reads; 1 is 50 tokens/s
     init: Literal["codebook", "mean", "random"] = "codebook"  # of the new rows
-    substitute: float = 0.0  # share of codes replaced by close ones in training, against dependence on voices
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    speech_loss: float = 0.0  # weight of predicting the codes, too, against smoothed labels; 0: text alone is learnt
     steps: int = 10_000
-    batch_size: int = 32  # utterances per optimizer step, over all processes
-    accumulate: int = 1  # parts a process cuts its share into, to save memory
+    batch_tokens: int = 24_576  # most tokens of an optimizer step, over all processes: about 35 utterances of 13 s
+    micro_batch_tokens: int = 8192  # a process computes about so many at once, one such part after the other
     learning_rate: float = 5e-5
-    weight_decay: float = 0.01
+    row_learning_rate: float | None = None  # of the new rows; null: as the rest
+    row_steps: int = 0  # first steps, in which the new rows alone are trained
+    weight_decay: float = 0.01  # of neither embeddings nor norms and biases
     warmup: int = 500  # steps
     clip: float = 1.0  # largest gradient norm
     precision: Literal["no", "bf16"] = "bf16"
+    gradient_checkpointing: bool = False  # less memory for a third more computation
+    weight_average: float | None = None  # decay of a moving average of the weights, to be used in their place
     validate_every: int = 1000  # steps
     dev_utterances: int = 100  # at most, for the WER while training
+    keep_best: bool = True  # export the weights of the best validation, not the last ones
+    patience: int | None = None  # end after so many validations without a better WER; null: never
+    trackers: list[str] | None = None  # tensorboard, wandb or others that Accelerate knows and that are installed
     log_every: int = 10  # steps
     save_every: int = 1000  # steps between checkpoints
     seed: int = 0
 
     def __post_init__(self) -> None:
-        sizes = ("steps", "batch_size", "accumulate", "warmup", "validate_every", "log_every", "save_every", "layers")
-        if problems := [f"{name} must be at least 1" for name in sizes if getattr(self, name) < 1]:
+        sizes = ("steps", "batch_tokens", "micro_batch_tokens", "warmup", "validate_every", "log_every", "save_every")
+        least_one = (*sizes, "layers", "max_utterances", "patience")
+        problems = [f"{name} must be at least 1" for name in least_one if (getattr(self, name) or 1) < 1]
+        if self.model is None and self.train != "full":
+            problems.append(f"train: {self.train} needs a language model to add to, but model is null")
+        if self.patience is not None and not self.dev_splits:
+            problems.append("patience needs dev_splits to measure a WER on")
+        if problems:
             raise ValueError("; ".join(problems))
-        if not 0 <= self.substitute < 1:
-            raise ValueError(f"substitute must be at least 0 and below 1, got {self.substitute}")
 
 
 def main(config: AsrConfig) -> None:
@@ -99,11 +132,9 @@ def main(config: AsrConfig) -> None:
     # 1. encoded speech of one codec, and that codec
     train, encoding = load_codes(config.codes, config.splits)
     train = train.filter(lambda text: bool(text), input_columns="text")
-    if min(len(train), config.batch_size) < accelerator.num_processes:
-        raise DataError(
-            f"{len(train)} utterances with transcripts, {config.batch_size} a batch: "
-            f"each of {accelerator.num_processes} processes needs one at least"
-        )
+    train = train.select(range(min(len(train), config.max_utterances or len(train))))
+    if not len(train):
+        raise DataError(f"{config.codes}: no utterance of {config.splits or 'any split'} has a transcript")
     dev = load_codes(config.codes, config.dev_splits)[0].select_columns(["text", "codes"]) if config.dev_splits else []
     dev = [row for row in dev if row["text"]][: config.dev_utterances]
     codec = SpeechCodec.from_pretrained(config.codec)
@@ -112,6 +143,16 @@ def main(config: AsrConfig) -> None:
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
         return
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if config.train == "full" and (config.row_learning_rate or config.row_steps) and (sharded or deepspeed):
+        raise RunError(
+            "row_learning_rate and row_steps need the whole embedding matrix in each process, which FSDP and "
+            "DeepSpeed cut into parts: leave them out, or train lora, where the new rows are parameters of their own"
+        )
+    accelerator.project_configuration.set_directories(config.output)
+    accelerator.log_with = filter_trackers(config.trackers, accelerator.logging_dir)
+    accelerator.init_trackers("train_asr", {name: str(value) for name, value in asdict(config).items()})
     set_seed(config.seed)
 
     # 2. a language model whose vocabulary the codes extend
@@ -124,24 +165,31 @@ def main(config: AsrConfig) -> None:
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     vocabulary = extend_vocabulary(model, text_tokenizer, codec, config.layers, config.init, config.seed)
     vocabulary.require(encoding)
-    speech_llm = SpeechLLM(model, text_tokenizer, vocabulary, codec)
+    rows = describe_rows(model, vocabulary)
+    if config.train != "full":
+        model = prepare_adapter(model, vocabulary, config.train, **asdict(config.lora))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     examples = [
-        transcription_example(codes_of(row, encoding), row["text"], vocabulary, text_tokenizer) for row in train
+        transcription_example(
+            codes_of(row, encoding), row["text"], vocabulary, text_tokenizer, learn_speech=config.speech_loss > 0
+        )
+        for row in train
     ]
     sentences = [text_example(text, text_tokenizer) for text in train["text"]] if config.model is None else []
-    neighbours = vocabulary.neighbours(codec.codebooks) if config.substitute else None
-    accelerator.print(plan(config, examples, speech_llm))
+    augmentation = Augmentation(config.augmentation, vocabulary, codec.codebooks)
 
-    # 3. go on where a killed run stopped
-    optimizer = torch.optim.AdamW(
-        model.parameters(), config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
-    )
-    loss_of = accelerator.prepare(LabelledLoss(model))
+    # 3. what learns; a killed run goes on where it stopped
+    loss_of = LabelledLoss(model, vocabulary)
+    optimizer = make_optimizer(model, vocabulary, config.learning_rate, config.weight_decay, config.row_learning_rate)
+    training = TrainingState(accelerator, model, optimizer, config.weight_average)
+    speech_llm = SpeechLLM(training.judged, text_tokenizer, vocabulary, codec)
+    accelerator.print(plan(config, examples, model, rows))
+    loss_of, optimizer = accelerator.prepare(loss_of, optimizer)
     start = 0
     if state := run.resume():
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
+        training.load_state_dict(state)
 
     # 4. train. The loss of a step is the mean over all labels of the whole batch, however it is cut into processes
     # and parts: each part's sum is divided by the global count, times the processes whose gradients get averaged
@@ -152,47 +200,64 @@ def main(config: AsrConfig) -> None:
     for step in (bar := run.steps(start, config.steps, "asr")):
         seed_step(config.seed, step, accelerator.process_index)
         set_learning_rate(optimizer, warmup_cosine(step, config.steps, config.warmup))
-        batch = next(text_batches if step < text_steps else audio_batches)
-        count = sum(int((example.labels[1:] >= 0).sum()) for example in batch)
-        share = batch[accelerator.process_index :: accelerator.num_processes]
-        parts = [share[i :: config.accumulate] for i in range(config.accumulate) if share[i :: config.accumulate]]
-        total = torch.zeros((), device=accelerator.device)
+        batch = next(text_batches) if step < text_steps else augmentation(next(audio_batches), (config.seed, step))
+        counts = label_counts(batch, vocabulary).clamp(min=1).to(accelerator.device)
+        weights = torch.tensor([1.0, config.speech_loss], device=accelerator.device) / counts
+        parts = micro_batches(batch, config.micro_batch_tokens, accelerator.process_index, accelerator.num_processes)
+        sums = torch.zeros(2, device=accelerator.device)
         optimizer.zero_grad()
         for i, part in enumerate(parts):
-            tensors = collate(part, text_tokenizer.pad_token_id)
-            if neighbours is not None:
-                tensors["input_ids"] = substitute_neighbours(tensors["input_ids"], neighbours, config.substitute)
-            with accelerator.no_sync(loss_of) if i + 1 < len(parts) else nullcontext():
-                loss = loss_of(**{name: x.to(accelerator.device) for name, x in tensors.items()}) / count
-                accelerator.backward(loss * accelerator.num_processes)
-            total += loss.detach()
-        accelerator.clip_grad_norm_(model.parameters(), config.clip)
+            accelerator.sync_gradients = i + 1 == len(parts)
+            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(loss_of):
+                losses = loss_of(part)
+                accelerator.backward((weights * losses).sum() * accelerator.num_processes)
+            sums += losses.detach()
+        if step < config.row_steps:
+            keep_row_gradients(model, vocabulary)
+        accelerator.clip_grad_norm_(loss_of.parameters(), config.clip)
         optimizer.step()
+        training.follow()
 
-        # 5. say how it goes, and leave a place to resume from
+        # 5. say how it goes, keep the best, and leave a place to resume from
         done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
-            mean = float(accelerator.reduce(total))
-            run.log(done, loss=mean, lr=optimizer.param_groups[0]["lr"], tokens=sum(map(len, batch)))
-            bar.set_postfix(loss=f"{mean:.3f}")
-        if dev and run.main and (done % config.validate_every == 0 or done == config.steps):
-            run.log(done, dev_wer=dev_wer(dev, encoding, speech_llm))
-        if done % config.save_every == 0 and done < config.steps:
-            run.save(done, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        validating = bool(dev) and (done % config.validate_every == 0 or done == config.steps)
+        if done % config.log_every == 0 or done == config.steps or validating:
+            loss, speech_loss = (accelerator.reduce(sums) / counts).tolist()
+            speech = {"speech_loss": speech_loss} if config.speech_loss else {}
+            rate = optimizer.param_groups[0]["lr"]
+            log(run, accelerator, done, loss=loss, **speech, lr=rate, tokens=sum(map(len, batch)))
+            bar.set_postfix(loss=f"{loss:.3f}")
+        if validating:
+            training.gather()
+            if run.main:
+                wer = dev_wer(dev, encoding, speech_llm)
+                log(run, accelerator, done, dev_wer=wer)
+                training.offer(done, wer, keep=config.keep_best)
+                if training.best.worse == config.patience:
+                    accelerator.set_trigger()
+            if accelerator.check_trigger():
+                accelerator.print(f"no better WER in {config.patience} validations: the training ends after {done} steps")
+                break
+        if done % config.save_every == 0 and done < config.steps and not deepspeed:
+            run.save(done, training.state_dict())
 
     # 6. export
-    model.eval()
+    training.gather()
     if run.main:
+        training.take_best()
+        training.judged.eval()
         with whole_folder(run.folder / "model") as folder:
             speech_llm.save(folder)
-        run.finish({"steps": config.steps, "loss": mean, "codec_fingerprint": codec.fingerprint})
+        validated = {"dev_wer": training.best.wer, "best_step": training.best.step} if dev else {}
+        run.finish({"steps": done, "loss": loss, **validated, "codec_fingerprint": codec.fingerprint})
         print(f"speech language model saved in {run.folder / 'model'}")
     accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[list[Example]]:
     """The examples of one optimizer step after the other, the same in every process and after every resume."""
-    for indices in endless_batches(list(map(len, examples)), config.batch_size, config.seed, start):
+    for indices in token_batches(list(map(len, examples)), config.batch_tokens, config.seed, start):
         yield [examples[i] for i in indices]
 
 
@@ -202,19 +267,31 @@ def dev_wer(dev: list[dict[str, object]], encoding: Encoding, speech_llm: Speech
     return word_error_rate([row["text"] for row in dev], hypotheses).wer
 
 
-def plan(config: AsrConfig, examples: list[Example], speech_llm: SpeechLLM) -> str:
-    """What is about to happen, in three lines."""
+def log(run: Run, accelerator: Accelerator, step: int, **metrics: float) -> None:
+    """Into the run's log.jsonl and to the trackers."""
+    run.log(step, **metrics)
+    accelerator.log(metrics, step=step)
+
+
+def plan(config: AsrConfig, examples: list[Example], model: torch.nn.Module, rows: dict[str, float]) -> str:
+    """What is about to happen, in four lines."""
     tokens = sum(map(len, examples))
     labels = sum(int((example.labels >= 0).sum()) for example in examples)
-    rows = describe_rows(speech_llm.model, speech_llm.vocabulary)
-    passes = config.steps * config.batch_size / len(examples)
+    each = config.batch_tokens * len(examples) / tokens  # utterances a step
+    weights = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state = 4 * (weights + trained * (4 if config.weight_average else 3))  # and gradients and two moments, in float32
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    logits = 8 * vocabulary * min(config.micro_batch_tokens, config.batch_tokens) * labels / tokens  # and gradients
     return (
-        f"asr: {len(examples)} utterances, {tokens:,} tokens of which {labels:,} are learnt; "
-        f"{config.steps} steps of {config.batch_size} utterances ({passes:.1f} passes)\n"
-        f"model: {speech_llm.model.num_parameters() / 1e6:.1f} M parameters, {len(speech_llm.vocabulary.new_ids)} new "
-        f"rows from id {speech_llm.vocabulary.offset} ({config.init})\n"
-        f"rows: norm {rows['text_row_norm']:.3f} of text, {rows['new_row_norm']:.3f} of new; "
-        f"mean cosine between new rows {rows['new_row_cosine']:.3f}"
+        f"asr: {len(examples)} utterances, {tokens:,} tokens of which {labels:,} are learnt; {config.steps} steps of up to "
+        f"{config.batch_tokens:,} tokens, about {each:.0f} utterances, without padding "
+        f"({config.steps * each / len(examples):.1f} passes)\n"
+        f"model: {weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained ({config.train})\n"
+        f"memory: {state / 1e9:.2f} GB for weights, gradients and AdamW, {logits / 1e9:.2f} GB for logits of a micro "
+        f"batch; activations come on top\n"
+        f"new rows ({config.init}): norm {rows['new_row_norm']:.3f}, of text rows {rows['text_row_norm']:.3f}; mean "
+        f"cosine between new rows {rows['new_row_cosine']:.3f}"
     )
 
 

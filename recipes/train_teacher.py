@@ -126,10 +126,10 @@ class SemanticStudent(nn.Module):
     def __init__(self, config: TeacherConfig, utterances: list[Utterance]):
         super().__init__()
         self.config = config
-        key = "text" if config.objective == "ctc" else "phones"
-        self.utterances = [u for u in utterances if getattr(u, key)]
+        self.key = "text" if config.objective == "ctc" else "phones"
+        self.utterances = [u for u in utterances if getattr(u, self.key)]
         if not self.utterances:
-            raise SystemExit(f"{config.data}: no utterance has {key}, which objective {config.objective} learns from")
+            raise SystemExit(f"{config.data}: no utterance has {self.key}: objective {config.objective} learns from it")
         symbols = {symbol for u in self.utterances for symbol in self._symbols(u)}
         self.labels = {symbol: i for i, symbol in enumerate(sorted(symbols), 1)}
         self.classifier = FrameClassifier(small_hubert(config.hidden_size, config.layers), len(self.labels) + 1)
@@ -171,7 +171,7 @@ class SemanticStudent(nn.Module):
         names = [""] + list(self.labels)
         hits, total, references, hypotheses = 0, 0, [], []
         for first in range(0, len(utterances), self.config.batch_size):
-            group = [u for u in utterances[first : first + self.config.batch_size] if u.text]
+            group = [u for u in utterances[first : first + self.config.batch_size] if getattr(u, self.key)]
             if not group:
                 continue
             waveform, frames, labels, sizes = self._batch(group)

@@ -6,20 +6,25 @@ A killed run started again with the same words goes on from its newest checkpoin
 The codec lands in RUN/model; RUN also holds the configuration, log.jsonl, checkpoints and audio samples.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
 from speechllm import (
     AcousticDistillation,
+    Adversary,
+    Balancer,
     Crops,
+    FeatureCache,
     Lesson,
     MultiScaleMelLoss,
+    Reconstruction,
     ReconstructionLoss,
     Run,
     SemanticDistillation,
@@ -30,19 +35,23 @@ from speechllm import (
     StepSampler,
     Utterance,
     average_gradients,
-    codebook_usage,
+    average_weights,
     codec_backward,
     draw_layers,
     initialize_codebooks,
     load_audio,
     make_accelerator,
+    make_discriminators,
     read_corpus,
+    read_log,
     run_recipe,
-    save_audio,
+    save_sounds,
     seed_step,
     set_learning_rate,
+    validate_codec,
     warmup_cosine,
     whole_folder,
+    write_codec_report,
 )
 
 
@@ -50,16 +59,45 @@ from speechllm import (
 class SemanticConfig:
     teacher: str | None = "facebook/hubert-base-ls960"  # folder or hub name; null: no distillation
     layer: int | Literal["avg"] = "avg"  # hidden state, or the mean of all
+    gradient_ratio: float | None = 1.0  # norm of its gradient at z0 relative to the reconstruction's; null: weight
     weight: float = 0.5  # lambda_s of eq. 7
     center: bool = True  # compare time courses without their mean; false is the paper's literal form
-    gradient_cap: float | None = None  # largest ratio of its gradient to the reconstruction's at z0; null: no limit
+    cache: str | None = None  # folder for the teacher's features of whole utterances; null: computed for every crop
 
 
 @dataclass
 class AcousticConfig:
     teacher: str | None = "speechbrain/spkrec-ecapa-voxceleb"  # folder or hub name; null: no distillation
+    gradient_ratio: float | None = 0.2  # above about 1 the voice displaces the content of layer 0; null: weight
     weight: float = 0.5  # lambda_a of eq. 7
-    gradient_cap: float | None = 0.2  # above about 1 the voice displaces the content of layer 0; null: no limit
+    cache: str | None = None  # as above
+
+
+@dataclass
+class LossConfig:
+    time: float = 0.1  # L1 of the waveform
+    mel: float = 1.0  # multi-scale log-mel distance
+    adversarial: float = 3.0  # 0 for both of these: no adversary
+    feature_matching: float = 3.0
+    speech_features: float = 0.0  # what the semantic teacher hears in the reconstruction and in the original
+    commitment: float = 1.0  # outside the balancer
+    balance: bool = True  # EnCodec's balancer: the weights are shares of the gradient at the waveform
+    mel_windows: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048])  # samples
+    mel_bands: list[int] | None = None  # per window; a sixteenth of it when null
+    mel_weights: list[float] | None = None  # per window; their mean when null
+    mel_squared: bool = True  # L2 beside L1
+
+
+@dataclass
+class AdversaryConfig:
+    kind: Literal["hinge", "least_squares"] = "hinge"
+    stft_filters: int = 32  # width of the multi-scale STFT discriminator; 0 for none of its kind
+    period_channels: int = 0  # width of the multi-period discriminator (HiFi-GAN: 32)
+    scale_channels: int = 0  # width of the multi-scale discriminator (HiFi-GAN: 128)
+    relative_features: bool = True  # feature matching relative to the features' size (EnCodec)
+    learning_rate: float = 3e-4
+    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])  # of AdamW
+    start: int = 0  # step from which it takes part; a codec that only hums yet teaches it nothing
 
 
 @dataclass
@@ -71,11 +109,11 @@ class TokenizerConfig:
     codec: SpeechCodecConfig = field(default_factory=SpeechCodecConfig)
     semantic: SemanticConfig = field(default_factory=SemanticConfig)
     acoustic: AcousticConfig = field(default_factory=AcousticConfig)
-    time_weight: float = 0.1  # L1 of the waveform
-    mel_weight: float = 1.0  # multi-scale log-mel
-    commitment_weight: float = 1.0
+    losses: LossConfig = field(default_factory=LossConfig)
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     quantizer_dropout: list[int] | None = None  # codebooks to decode from, drawn per utterance; all when null
     codebook_decay: float = 0.99  # of the codebooks' moving averages; with hundreds of steps they lag behind at 0.99
+    weight_average: float | None = None  # decay of the moving average of weights that is validated and saved; null: off
     steps: int = 200_000
     batch_size: int = 32  # crops over all processes
     crop_s: float = 3.0  # seconds per crop
@@ -84,7 +122,7 @@ class TokenizerConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # of AdamW
     weight_decay: float = 0.01
     warmup: int = 1000  # steps
-    clip: float = 1.0  # largest gradient norm
+    clip: float | None = 1.0  # largest gradient norm; null: no limit
     precision: Literal["no", "bf16"] = "no"
     log_every: int = 10  # steps
     validate_every: int = 2000  # steps
@@ -96,14 +134,23 @@ class TokenizerConfig:
         problems = []
         if min(self.steps, self.batch_size, self.warmup, self.log_every, self.validate_every, self.save_every) < 1:
             problems.append("steps, batch_size, warmup, log_every, validate_every and save_every must be at least 1")
-        if not 0 <= self.codebook_decay < 1:
-            problems.append(f"codebook_decay must be at least 0 and below 1, got {self.codebook_decay}")
+        for name in ("codebook_decay", "weight_average"):
+            if (decay := getattr(self, name)) is not None and not 0 <= decay < 1:
+                problems.append(f"{name} must be at least 0 and below 1, got {decay}")
         if self.decode_s is not None and not 0.08 <= self.decode_s <= self.crop_s:
             problems.append(f"decode_s must be between 0.08 and crop_s = {self.crop_s}, got {self.decode_s}")
         if self.acoustic.teacher and self.codec.num_codebooks < 2:
             problems.append("acoustic distillation teaches layer 1: codec.num_codebooks must be at least 2")
         if self.quantizer_dropout and not all(1 <= n <= self.codec.num_codebooks for n in self.quantizer_dropout):
             problems.append(f"quantizer_dropout: numbers from 1 to codec.num_codebooks = {self.codec.num_codebooks}")
+        losses, adversary = self.losses, self.adversary
+        for name in ("mel_bands", "mel_weights"):
+            if (values := getattr(losses, name)) is not None and len(values) != len(losses.mel_windows):
+                problems.append(f"losses.{name} needs one number for each of losses.mel_windows, got {len(values)}")
+        if losses.adversarial and not (adversary.stft_filters or adversary.period_channels or adversary.scale_channels):
+            problems.append("an adversary needs stft_filters, period_channels or scale_channels above 0")
+        if losses.speech_features and not self.semantic.teacher:
+            problems.append("losses.speech_features needs semantic.teacher")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -111,6 +158,7 @@ class TokenizerConfig:
 def main(config: TokenizerConfig) -> None:
     accelerator = make_accelerator(config.precision)
     utterances = read_corpus(config.data, config.splits)
+    dev = read_corpus(config.data, config.dev_splits)[::7][:16] if config.dev_splits else []
     run = Run(config.output, config, accelerator)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
@@ -118,71 +166,74 @@ def main(config: TokenizerConfig) -> None:
     set_seed(config.seed)
     device = accelerator.device
 
-    # 1. the speech, the codec and what teaches it
-    dev = read_corpus(config.data, config.dev_splits)[::7][:16] if config.dev_splits else []
-    crops = Crops(utterances, config.crop_s, config.codec.sample_rate, config.seed)
+    # 1. the codec, what teaches its layers, what judges its speech, and the speech
     codec = SpeechCodec(config.codec).to(device)
     codec.quantizer.decay = config.codebook_decay
-    mel_loss = MultiScaleMelLoss(codec.sample_rate).to(device)
-    criterion = ReconstructionLoss(mel_loss, config.time_weight, config.mel_weight, config.commitment_weight)
     lessons = make_lessons(config, codec, device)
+    criterion, adversary = make_criterion(config, lessons, device)
     students = nn.ModuleList(lesson.student for lesson in lessons)
     parameters = [*codec.parameters(), *students.parameters()]
-    optimizer = torch.optim.AdamW(
-        parameters, config.learning_rate, betas=tuple(config.betas), weight_decay=config.weight_decay
-    )
+    decay = config.weight_decay
+    optimizer = torch.optim.AdamW(parameters, config.learning_rate, tuple(config.betas), weight_decay=decay)
+    averaged = average_weights(codec, config.weight_average)
+    caches = make_caches(config, lessons, utterances, accelerator)
+    crops = Crops(utterances, config.crop_s, config.codec.sample_rate, config.seed, caches)
     accelerator.print(plan(config, utterances, codec))
 
     # 2. go on where a killed run stopped, or place the codebooks where the encoder's latents are
     start = 0
+    parts = {"codec": codec, "students": students, "optimizer": optimizer}
+    optional = {"averaged": averaged, "adversary": adversary, "balancer": criterion.balancer}
+    parts |= {name: part for name, part in optional.items() if part is not None}
     if state := run.resume():
-        codec.load_state_dict(state["codec"])
-        students.load_state_dict(state["students"])
-        optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
     else:
         initialize_codebooks(codec, crops, config.batch_size, config.seed)
 
-    # 3. train. Gradients meet at the latents z0, where the auxiliary ones are weighed against the reconstruction's;
+    # 3. train. Gradients meet at the waveform and at the latents z0, where they are weighed against each other;
     # processes therefore average gradients here instead of inside a wrapper that expects one backward pass
     sampler = StepSampler(config.batch_size, start, config.steps, accelerator.process_index, accelerator.num_processes)
-    loader = DataLoader(
-        crops, batch_sampler=sampler, num_workers=config.num_workers, persistent_workers=config.num_workers > 0
-    )
+    workers = config.num_workers
+    loader = DataLoader(crops, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
     window = None if config.decode_s is None else round(config.decode_s * codec.frame_rate)
     codec.train()
-    bar = run.steps(start, config.steps, "tokenizer")
-    for step, batch in zip(bar, loader, strict=True):
+    for step, batch in zip(bar := run.steps(start, config.steps, "tokenizer"), loader, strict=True):
         seed_step(config.seed, step, accelerator.process_index)
-        set_learning_rate(optimizer, warmup_cosine(step, config.steps, config.warmup))
+        factor = warmup_cosine(step, config.steps, config.warmup)
+        set_learning_rate(optimizer, factor)
+        if adversary:
+            set_learning_rate(adversary.optimizer, factor)
+            criterion.adversary = adversary if step >= config.adversary.start else None
         optimizer.zero_grad()
-        waveform, length = batch["waveform"].to(device), batch["length"].to(device)
-        num_layers = draw_layers(config.quantizer_dropout, len(waveform), device)
+        batch = {name: value.to(device) for name, value in batch.items()}
+        num_layers = draw_layers(config.quantizer_dropout, len(batch["length"]), device)
         with accelerator.autocast():
-            metrics = codec_backward(codec, waveform, length, criterion, lessons, num_layers, window)
+            metrics = codec_backward(codec, batch, criterion, lessons, num_layers, window)
         average_gradients(parameters)
-        metrics["gradient_norm"] = float(nn.utils.clip_grad_norm_(parameters, config.clip))
+        metrics["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
         optimizer.step()
+        if averaged:
+            averaged.update_parameters(codec)
 
         # 4. say how it goes, and leave a place to resume from
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
-            run.log(done, **metrics)
-            bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("mel", "semantic") if name in metrics})
+            run.log(done, **{name: float(value) for name, value in metrics.items()})
+            bar.set_postfix({name: f"{float(metrics[name]):.3f}" for name in ("mel", "semantic") if name in metrics})
         if dev and (done % config.validate_every == 0 or done == config.steps) and run.main:
-            run.log(done, **validate(codec, mel_loss, dev))
+            report(run, done, averaged.module if averaged else codec, criterion.mel, lessons, dev)
         if done % config.save_every == 0 and done < config.steps:
-            state = {"codec": codec.state_dict(), "students": students.state_dict()}
-            run.save(done, {**state, "optimizer": optimizer.state_dict()})
+            run.save(done, {name: part.state_dict() for name, part in parts.items()})
 
     # 5. export
-    codec.eval()
+    codec = (averaged.module if averaged else codec).eval()
     if run.main:
         with whole_folder(run.folder / "model") as folder:
             codec.save_pretrained(folder)
-        for utterance in dev[:3]:
-            write_samples(codec, utterance, run.folder / "samples")
-        run.finish({"steps": config.steps, "fingerprint": codec.fingerprint, **metrics})
+        last = {name: float(value) for name, value in metrics.items()}
+        run.finish({"steps": config.steps, "fingerprint": codec.fingerprint, **last})
         print(f"codec {codec.fingerprint} saved in {run.folder / 'model'}")
     accelerator.wait_for_everyone()
 
@@ -192,49 +243,66 @@ def make_lessons(config: TokenizerConfig, codec: SpeechCodec, device: torch.devi
     lessons = []
     dimension = codec.config.dimension
     if (semantic := config.semantic).teacher:
-        teacher = SemanticTeacher.from_pretrained(semantic.teacher, semantic.layer)
-        student = SemanticDistillation(dimension, teacher.width, semantic.center)
-        lessons.append(Lesson("semantic", 0, teacher, student, semantic.weight, semantic.gradient_cap))
+        teacher = SemanticTeacher.from_pretrained(semantic.teacher, semantic.layer).to(device)
+        student = SemanticDistillation(dimension, teacher.width, semantic.center).to(device)
+        lessons.append(Lesson("semantic", 0, teacher, student, semantic.gradient_ratio, semantic.weight))
     if (acoustic := config.acoustic).teacher:
-        teacher = SpeakerTeacher.from_pretrained(acoustic.teacher)
-        student = AcousticDistillation(dimension, teacher.width)
-        lessons.append(Lesson("acoustic", 1, teacher, student, acoustic.weight, acoustic.gradient_cap))
-    for lesson in lessons:
-        lesson.teacher.to(device)
-        lesson.student.to(device)
+        teacher = SpeakerTeacher.from_pretrained(acoustic.teacher).to(device)
+        student = AcousticDistillation(dimension, teacher.width).to(device)
+        lessons.append(Lesson("acoustic", 1, teacher, student, acoustic.gradient_ratio, acoustic.weight))
     return lessons
 
 
-@torch.no_grad()
-def validate(codec: SpeechCodec, mel_loss: MultiScaleMelLoss, dev: list[Utterance]) -> dict[str, float]:
-    """Mel distance of reconstructions from all codebooks, and how much of each codebook is in use."""
-    codec.eval()
-    device = codec.codebooks.device
-    distances, ids = [], []
-    for utterance in dev:
-        waveform = load_audio(utterance.path, codec.sample_rate)[None].to(device)
-        waveform = F.pad(waveform, (0, max(0, codec.sample_rate // 4 - waveform.shape[1])))
-        codes = codec.encode(waveform)
-        distances.append(float(mel_loss(codec.decode(codes), waveform)))
-        ids.append(codes.utterance(0))
-    codec.train()
-    joined = torch.cat(ids, 1).cpu().numpy()
-    perplexity = {
-        f"dev_perplexity_{layer}": codebook_usage(joined[layer], codec.codebook_size)["perplexity"]
-        for layer in range(codec.num_codebooks)
-    }
-    return {"dev_mel": sum(distances) / len(distances), **perplexity}
+def make_criterion(
+    config: TokenizerConfig, lessons: Sequence[Lesson], device: torch.device
+) -> tuple[ReconstructionLoss, Adversary | None]:
+    """What judges the reconstruction, and the adversary among it, if there is to be one."""
+    losses, adversary = config.losses, None
+    if losses.adversarial or losses.feature_matching:
+        chosen = config.adversary
+        judges = make_discriminators(chosen.stft_filters, chosen.period_channels, chosen.scale_channels).to(device)
+        settings = (chosen.kind, chosen.learning_rate, tuple(chosen.betas), chosen.relative_features)
+        adversary = Adversary(judges, *settings)
+    names = ("time", "mel", "adversarial", "feature_matching", "speech_features", "commitment")
+    weights = {name: getattr(losses, name) for name in names}
+    scales = (losses.mel_windows, losses.mel_bands, losses.mel_weights, losses.mel_squared)
+    mel = MultiScaleMelLoss(config.codec.sample_rate, *scales).to(device)
+    listener = lessons[0].teacher if losses.speech_features else None
+    balancer = Balancer(weights) if losses.balance else None
+    return ReconstructionLoss(weights, mel, adversary, listener, balancer), adversary
 
 
-@torch.no_grad()
-def write_samples(codec: SpeechCodec, utterance: Utterance, folder) -> None:
-    """The utterance as it was and from 1, 2, 4, ... codebooks, as WAV files."""
-    waveform = load_audio(utterance.path, codec.sample_rate)
-    save_audio(folder / f"{utterance.id}_original.wav", waveform, codec.sample_rate)
-    codes = codec.encode(waveform[None].to(codec.codebooks.device))
-    for layers in sorted({n for n in (1, 2, 4, 8) if n < codec.num_codebooks} | {codec.num_codebooks}):
-        audio = codec.decode(codes.first(layers))[0]
-        save_audio(folder / f"{utterance.id}_{layers}_codebooks.wav", audio, codec.sample_rate)
+def make_caches(
+    config: TokenizerConfig, lessons: Sequence[Lesson], utterances: Sequence[Utterance], accelerator: Accelerator
+) -> dict[str, FeatureCache]:
+    """What the teachers say about whole utterances, on disk: each process computes its share of what is missing."""
+    caches = {}
+    for lesson in lessons:
+        if folder := getattr(config, lesson.name).cache:
+            caches[lesson.name] = FeatureCache(folder, lesson.teacher.fingerprint, lesson.teacher.hop)
+            share = (accelerator.process_index, accelerator.num_processes)
+            caches[lesson.name].fill(utterances, lesson.teacher, config.codec.sample_rate, *share)
+    accelerator.wait_for_everyone()
+    return caches
+
+
+def report(
+    run: Run, step: int, codec: SpeechCodec, mel: MultiScaleMelLoss, lessons: list[Lesson], dev: list[Utterance]
+) -> None:
+    """Validate, and let the run folder show how far the codec has come: figures, curves, spectrograms, sounds."""
+    waveforms = [load_audio(utterance.path, codec.sample_rate) for utterance in dev]
+    validation = validate_codec(codec, waveforms, mel, lessons)
+    run.log(step, **validation.metrics)
+    sounds = Reconstruction.of(codec, dev[0].id, waveforms[0])
+    save_sounds(run.folder / "samples", sounds)
+    write_codec_report(
+        run.folder / "report.html",
+        title=f"{run.folder.name}: tokenizer after {step} steps",
+        metrics=validation.metrics,
+        log=read_log(run.folder),
+        codebook_counts=list(validation.counts),
+        reconstruction=sounds,
+    )
 
 
 def plan(config: TokenizerConfig, utterances: list[Utterance], codec: SpeechCodec) -> str:

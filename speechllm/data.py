@@ -1,6 +1,7 @@
 """Encoded speech on disk, and the order in which training reads it."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -193,6 +194,25 @@ def endless_batches(lengths: Sequence[float], batch_size: int, seed: int, start:
     while True:
         yield from grouped_batches(lengths, batch_size, seed, epoch)[skipped:]
         epoch, skipped = epoch + 1, 0
+
+
+def token_batches(lengths: Sequence[int], batch_tokens: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
+    """Batches of indices of examples, without end: as many as fit into `batch_tokens`, at least one; from `start` on.
+
+    The epochs are random orders one after the other, and a batch may take the end of one and the beginning of the
+    next: every example comes equally often. A pure function of its arguments, so that a resumed run finds its place.
+    """
+    sizes = np.asarray(lengths)
+    most = batch_tokens // int(sizes.min()) + 1  # examples that could matter for one batch
+    order, epoch = np.empty(0, dtype=np.int64), 0
+    for number in itertools.count():
+        while len(order) <= most:
+            order = np.concatenate([order, np.random.default_rng((seed, epoch)).permutation(len(sizes))])
+            epoch += 1
+        count = max(1, int(np.searchsorted(np.cumsum(sizes[order[:most]]), batch_tokens, side="right")))
+        if number >= start:
+            yield order[:count]
+        order = order[count:]
 
 
 def _chunks(items: np.ndarray, size: int) -> list[np.ndarray]:

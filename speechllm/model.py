@@ -1,68 +1,115 @@
 """A language model that hears: model, text tokenizer, audio vocabulary and codec as one small object."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from speechllm.prompt import IGNORED
+from speechllm.adapters import load_adapter, save_adapter
+from speechllm.packing import PACKED, pack
+from speechllm.prompt import IGNORED, Example, is_code
 from speechllm.vocabulary import AudioVocabulary
 from tokenizer import SpeechCodec, check_folder
+
+SMOOTHING = 0.1  # of the labels of speech
 
 
 @dataclass
 class SpeechLLM:
     """What `transcribe` needs. `codec` may be None where only codes are decoded."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel | PeftModel
     text_tokenizer: PreTrainedTokenizerBase
     vocabulary: AudioVocabulary
     codec: SpeechCodec | None = None
 
     def save(self, folder: str | Path) -> None:
-        """Write everything into one folder: the model as transformers knows it, the codec in its subfolder `codec`."""
-        self.model.save_pretrained(folder)
+        """Write everything into one folder: the model as transformers knows it, the codec in its subfolder `codec`.
+
+        Of a model with an adapter (`prepare_adapter`) the adapter alone, and which language model it belongs to.
+        """
+        if isinstance(self.model, PeftModel):
+            save_adapter(self.model, self.vocabulary, folder)
+        else:
+            self.model.save_pretrained(folder)
         self.text_tokenizer.save_pretrained(folder)
         self.vocabulary.save(folder)
         if self.codec is not None:
             self.codec.save_pretrained(Path(folder) / "codec")
 
 
-def load_speech_llm(folder: str | Path, codec: str | Path | None = None, device: str = "cpu") -> SpeechLLM:
-    """Load what `SpeechLLM.save` wrote; `codec`: another place of the codec than the subfolder.
+def load_speech_llm(
+    folder: str | Path,
+    codec: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    base: str | Path | None = None,
+) -> SpeechLLM:
+    """Load what `SpeechLLM.save` wrote, in eval mode.
 
-    Raises FileNotFoundError, VocabularyError or DataError (a codec with another fingerprint) with the remedy.
+    codec: another place of the codec than the subfolder; dtype: of the language model's weights, as stored by default;
+    base: another place of the language model under an adapter than the recorded one.
+    Raises FileNotFoundError, VocabularyError, DataError (a codec with another fingerprint) or ValueError (another
+    language model than the adapter's) with the remedy.
     """
-    check_folder(folder, ["config.json"], "a speech language model")
+    adapter = (Path(folder) / "adapter_config.json").is_file()
+    if not adapter:
+        check_folder(folder, ["config.json"], "a speech language model")
     vocabulary = AudioVocabulary.load(folder)
     place = Path(folder) / "codec" if codec is None else codec
     if codec is None and not Path(place).is_dir():
         raise FileNotFoundError(f"{place}: no such folder; name the place of the codec")
     loaded_codec = SpeechCodec.from_pretrained(place)
     vocabulary.encoding.require(loaded_codec.fingerprint, "the codec")
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    return SpeechLLM(model, AutoTokenizer.from_pretrained(folder), vocabulary, loaded_codec.to(device))
+    model = load_adapter(folder, vocabulary, base) if adapter else AutoModelForCausalLM.from_pretrained(folder)
+    if dtype is not None:
+        for parameter in model.parameters():  # not model.to(dtype): the rotary frequencies must stay float32
+            parameter.data = parameter.data.to(dtype)
+    text_tokenizer = AutoTokenizer.from_pretrained(folder)
+    return SpeechLLM(model.to(device).eval(), text_tokenizer, vocabulary, loaded_codec.to(device))
 
 
 class LabelledLoss(nn.Module):
-    """The language model as a function of a batch to its summed loss, with logits computed only where there is a label.
+    """A language model as a function of examples to their summed loss, with logits only where there is a label.
 
-    Speech is most of every sequence and carries no label, so this saves nearly all of the head's work and memory.
+    Speech is most of every sequence and carries no label, so this saves nearly all of the head's work and memory. The
+    examples are packed: no padding is computed, and none sees another. Changes the model's attention to that end.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel | PeftModel, vocabulary: AudioVocabulary):
         super().__init__()
         self.model = model
+        self.vocabulary = vocabulary
+        model.set_attn_implementation(PACKED)
 
-    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor) -> Tensor:
-        """long [B, S] each -> sum of the cross entropies over all labels (position t predicts the label at t + 1)."""
-        hidden = self.model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        labelled = targets != IGNORED
-        logits = self.model.get_output_embeddings()(hidden[labelled])
-        return F.cross_entropy(logits.float(), targets[labelled], reduction="sum")
+    def forward(self, examples: Sequence[Example]) -> Tensor:
+        """Float [2]: cross entropy summed over the labels of text, and over those of speech.
+
+        Of speech the choice among the codes alone is judged, against smoothed labels: up to constants that is cross
+        entropy and Kullback-Leibler divergence together (Chen et al. 2023, arXiv 2311.04534).
+        """
+        packed = pack(examples, self.model.device)
+        hidden = self.model.get_decoder()(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            attention_mask=packed.input_ids.new_empty(1, 1, 1, 1),  # one of four dimensions is taken for ready-made
+            lengths=packed.lengths,
+            use_cache=False,
+        ).last_hidden_state[0]
+        labelled = packed.targets != IGNORED
+        logits, targets = self.model.get_output_embeddings()(hidden[labelled]), packed.targets[labelled]
+        speech = is_code(targets, self.vocabulary)
+        codes = slice(self.vocabulary.offset, self.vocabulary.start_id)
+        text_loss = F.cross_entropy(logits[~speech].float(), targets[~speech], reduction="sum")
+        speech_loss = F.cross_entropy(
+            logits[speech, codes].float(), targets[speech] - codes.start, reduction="sum", label_smoothing=SMOOTHING
+        )
+        return torch.stack([text_loss, speech_loss])
 
 
 def small_text_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerBase:

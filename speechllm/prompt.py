@@ -16,7 +16,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """input_ids long [S]; labels long [S], -100 wherever nothing is to be learnt (all but transcript and end)."""
+    """input_ids long [S]; labels long [S], -100 wherever nothing is to be learnt (all but transcript and end, mostly)."""
 
     input_ids: Tensor
     labels: Tensor
@@ -34,45 +34,39 @@ def transcription_prompt(
 
 
 def transcription_example(
-    codes: Tensor, text: str, vocabulary: AudioVocabulary, text_tokenizer: PreTrainedTokenizerBase
+    codes: Tensor,
+    text: str,
+    vocabulary: AudioVocabulary,
+    text_tokenizer: PreTrainedTokenizerBase,
+    learn_speech: bool = False,
 ) -> Example:
-    """One example of codes long [Q, T] and their transcript, which ends with the tokenizer's end token."""
+    """One example of codes long [Q, T] and their transcript, which ends with the tokenizer's end token.
+
+    learn_speech: the codes are labels, too.
+    """
     prompt = transcription_prompt(codes, vocabulary, text_tokenizer)
     answer = torch.tensor([*text_token_ids(text_tokenizer, [text])[0], text_tokenizer.eos_token_id])
-    labels = torch.cat([torch.full_like(prompt, IGNORED), answer])
+    learnt = is_code(prompt, vocabulary) & learn_speech
+    labels = torch.cat([prompt.where(learnt, IGNORED), answer])
     return Example(torch.cat([prompt, answer]), labels)
+
+
+def is_code(ids: Tensor, vocabulary: AudioVocabulary) -> Tensor:
+    """bool, like ids: which are audio codes (not markers, not text)."""
+    return (ids >= vocabulary.offset) & (ids < vocabulary.start_id)
+
+
+def label_counts(examples: Sequence[Example], vocabulary: AudioVocabulary) -> Tensor:
+    """float [2]: labels of text and labels of speech; the first token of an example is predicted by nothing."""
+    labels = torch.cat([example.labels[1:] for example in examples])
+    speech = int(is_code(labels, vocabulary).sum())
+    return torch.tensor([float((labels != IGNORED).sum()) - speech, float(speech)])
 
 
 def text_example(text: str, text_tokenizer: PreTrainedTokenizerBase) -> Example:
     """A sentence alone, every token learnt: for teaching a new language model its language."""
     ids = torch.tensor([*text_token_ids(text_tokenizer, [text])[0], text_tokenizer.eos_token_id])
     return Example(ids, ids.clone())
-
-
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """Pad on the right: input_ids, labels and attention_mask, long [B, S]."""
-    size = max(map(len, examples))
-    batch = {
-        "input_ids": torch.full((len(examples), size), pad_id),
-        "labels": torch.full((len(examples), size), IGNORED),
-        "attention_mask": torch.zeros(len(examples), size, dtype=torch.long),
-    }
-    for row, example in enumerate(examples):
-        batch["input_ids"][row, : len(example)] = example.input_ids
-        batch["labels"][row, : len(example)] = example.labels
-        batch["attention_mask"][row, : len(example)] = 1
-    return batch
-
-
-def substitute_neighbours(input_ids: Tensor, neighbours: Tensor, share: float) -> Tensor:
-    """Augmentation for training: a random `share` of the codes is replaced by close ones; text stays as it is.
-
-    input_ids long [B, S]; neighbours long [rows, count] of `AudioVocabulary.neighbours`. Another voice turns sounds
-    into neighbouring codes: a model that has seen them swapped depends less on the voices it was trained with.
-    """
-    chosen = torch.rand(input_ids.shape) < share
-    pick = torch.randint(neighbours.shape[1], input_ids.shape)
-    return torch.where(chosen, neighbours[input_ids, pick], input_ids)
 
 
 def collate_prompts(prompts: Sequence[Tensor], pad_id: int) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from speechllm.vocabulary import VocabularyError
 from tokenizer import AudioError, CorpusError
 
 T = TypeVar("T")
-EXPECTED = (AudioError, CorpusError, DataError, RunError, VocabularyError, FileNotFoundError)
+EXPECTED = (AudioError, CorpusError, DataError, RunError, VocabularyError, FileNotFoundError, ImportError)
 
 
 def run_recipe(main: Callable[[T], None], config_class: type[T]) -> None:

@@ -161,7 +161,10 @@ def new_rows(text_rows: Tensor, vectors: Tensor, count: int, init: str, generato
 
 
 def describe_rows(model: PreTrainedModel, vocabulary: AudioVocabulary) -> dict[str, float]:
-    """Norms of text and new rows, and the mean cosine between new rows (near 1: codes cannot be told apart)."""
+    """Report of an extended vocabulary: norms of text and new rows, how many new rows differ, their mean cosine.
+
+    A cosine near 1 or few distinct rows: codes cannot be told apart. The rows are those of the input embedding.
+    """
     weight = model.get_input_embeddings().weight.detach().float()
     new = weight[vocabulary.new_ids]
     unit = torch.nn.functional.normalize(new, dim=1)
@@ -169,6 +172,7 @@ def describe_rows(model: PreTrainedModel, vocabulary: AudioVocabulary) -> dict[s
     return {
         "text_row_norm": weight[: vocabulary.offset].norm(dim=1).mean().item(),
         "new_row_norm": new.norm(dim=1).mean().item(),
+        "distinct_new_rows": len(new.unique(dim=0)),
         "new_row_cosine": cosine,
     }
 

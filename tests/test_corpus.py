@@ -108,6 +108,34 @@ def test_a_transcript_without_its_recording_is_named(tmp_path: Path) -> None:
         read_corpus(tmp_path)
 
 
+@pytest.mark.parametrize("rate, channels, samples", [(16_000, 1, 5_001), (44_100, 2, 12_345), (8_000, 1, 1)])
+def test_a_duration_is_the_one_libsndfile_finds(tmp_path: Path, rate: int, channels: int, samples: int) -> None:
+    chapter = tmp_path / "dev/84/121"
+    chapter.mkdir(parents=True)
+    (chapter / "84-121.trans.txt").write_text("84-121-0000 GO\n", encoding="utf-8")
+    file = chapter / "84-121-0000.flac"
+    soundfile.write(file, np.zeros((samples, channels)), rate)
+    assert read_corpus(tmp_path)[0].duration_s == samples / rate == soundfile.info(file).duration
+    plain = bytearray(file.read_bytes())
+    tag = b"ID3\x04\0\0\0\0\0\x0a" + bytes(10)
+    file.write_bytes(tag + plain)
+    assert read_corpus(tmp_path)[0].duration_s == samples / rate
+    plain[21] &= 0xF0  # the number of samples is not said
+    plain[22:26] = bytes(4)
+    file.write_bytes(plain)
+    assert read_corpus(tmp_path)[0].duration_s == soundfile.info(file).duration
+
+
+@pytest.mark.parametrize("content", [b"", b"fLaC", b"<html>not found</html> and so on"])
+def test_a_recording_that_is_no_flac_is_named(tmp_path: Path, content: bytes) -> None:
+    chapter = tmp_path / "dev/84/121"
+    chapter.mkdir(parents=True)
+    (chapter / "84-121.trans.txt").write_text("84-121-0000 GO\n", encoding="utf-8")
+    (chapter / "84-121-0000.flac").write_bytes(content)
+    with pytest.raises(CorpusError, match=r"84-121-0000\.flac: not a readable FLAC file .*: fetch it again"):
+        read_corpus(tmp_path)
+
+
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="nowhere: no such corpus folder"):
         read_corpus(tmp_path / "nowhere")
@@ -171,6 +199,20 @@ def test_crops_move_over_the_whole_recording(utterances: list[Utterance]) -> Non
     starts = np.array([crop_start(crops[index]) for index in range(60)])
     assert starts.min() < 4_000 and starts.max() > 20_000
     assert starts.max() <= 24_000
+
+
+def test_crops_start_on_whole_codec_frames(utterances: list[Utterance]) -> None:
+    crops = Crops(utterances, crop_s=0.123)
+    starts = [crop_start(crops[index]) for index in range(40)]
+    assert all(start % 320 == 0 for start in starts)
+    assert len(set(starts)) > 20
+
+
+def test_the_last_crop_ends_with_the_recording(utterances: list[Utterance]) -> None:
+    crops = Crops(utterances[1:2], crop_s=0.23)  # 0.25 s: 0 and 320 are the only starts
+    items = [crops[index] for index in range(20)]
+    assert {crop_start(item) for item in items} == {0, 320}
+    assert all(item["length"] == 3_680 for item in items)
 
 
 def test_another_seed_gives_other_crops(utterances: list[Utterance]) -> None:

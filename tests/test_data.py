@@ -1,5 +1,6 @@
 """Encoded speech on disk: resumable, shared between processes, tied to one codec; and batches of similar lengths."""
 
+import itertools
 import json
 import random
 import shutil
@@ -25,6 +26,7 @@ from speechllm import (
     load_audio,
     load_codes,
     summarize_shards,
+    token_batches,
 )
 
 RATE = 16_000
@@ -321,3 +323,38 @@ def test_equal_lengths_are_shuffled_too() -> None:
 
 def test_no_utterances_make_no_batches() -> None:
     assert grouped_batches([], 4, 0, 0) == []
+
+
+# ---- batches of tokens
+
+
+def first_batches(lengths: list[int], tokens: int, count: int, seed: int = 0, start: int = 0) -> list[list[int]]:
+    return [batch.tolist() for batch in itertools.islice(token_batches(lengths, tokens, seed, start), count)]
+
+
+@pytest.mark.parametrize("count, tokens", [(1, 30), (5, 30), (23, 100), (400, 250), (3, 10_000)])
+def test_a_batch_is_as_much_as_fits_and_every_example_comes_equally_often(count: int, tokens: int) -> None:
+    lengths = [int(length) for length in some_lengths(count)]
+    batches = first_batches(lengths, tokens, 60)
+    stream = [i for batch in batches for i in batch]
+    for epoch in range(len(stream) // count):
+        assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
+    for batch, behind in itertools.pairwise(batches):
+        size = sum(lengths[i] for i in batch)
+        assert size <= tokens < size + lengths[behind[0]]
+
+
+def test_an_example_longer_than_a_batch_is_one_alone() -> None:
+    batches = first_batches([5, 50, 5], 12, 40)
+    assert [1] in batches and [len(batch) for batch in batches if 1 in batch] == [1] * batches.count([1])
+
+
+def test_batches_of_tokens_are_random_and_a_pure_function_of_seed_and_number() -> None:
+    lengths = [int(length) for length in some_lengths(40)]
+    whole = first_batches(lengths, 60, 50)
+    for start in (0, 1, 17, 49):
+        np.random.seed(start)  # the global state must not matter
+        assert first_batches(lengths, 60, 50 - start, start=start) == whole[start:]
+    stream = [i for batch in whole for i in batch]
+    assert stream[:40] != stream[40:80] and stream[:40] != list(range(40))
+    assert first_batches(lengths, 60, 5, seed=1) != whole[:5]

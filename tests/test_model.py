@@ -1,4 +1,4 @@
-"""The loss against transformers' own, and a speech language model on disk."""
+"""The loss, and a speech language model on disk."""
 
 import shutil
 from collections.abc import Callable
@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from speechllm import (
     DataError,
+    Example,
     LabelledLoss,
     SpeechCodec,
     SpeechLLM,
     VocabularyError,
-    collate,
     load_speech_llm,
     small_text_tokenizer,
     text_example,
@@ -32,53 +33,62 @@ def random_codes(*frames: int) -> list[Tensor]:
     return [torch.randint(16, (2, count), generator=generator) for count in frames]
 
 
-def batch_of(speech_llm: SpeechLLM) -> dict[str, Tensor]:
+def examples_of(speech_llm: SpeechLLM, learn_speech: bool = False) -> list[Example]:
     """Three transcription examples of different lengths and a sentence alone."""
     parts = speech_llm.vocabulary, speech_llm.text_tokenizer
-    texts = ["TURN ON", "", "OPEN THE BLUE DOOR"]
     examples = [
-        transcription_example(codes, text, *parts) for codes, text in zip(random_codes(9, 2, 5), texts, strict=True)
+        transcription_example(codes, text, *parts, learn_speech=learn_speech)
+        for codes, text in zip(random_codes(9, 2, 5), ["TURN ON", "", "OPEN THE BLUE DOOR"], strict=True)
     ]
-    return collate([*examples, text_example("CALL ANNA", parts[1])], parts[1].pad_token_id)
+    return [*examples, text_example("CALL ANNA", parts[1])]
 
 
-# ---- the loss
+def ids_of(speech_llm: SpeechLLM) -> Tensor:
+    """long [4, S]: the same examples, padded."""
+    return pad_sequence([example.input_ids for example in examples_of(speech_llm)], batch_first=True)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_loss_and_gradients_are_those_of_transformers_times_the_number_of_labels(
-    make_speech_llm: MakeSpeechLLM, tied: bool
+# ---- the loss (against transformers' own: see test_packing.py)
+
+
+def test_logits_are_computed_only_where_there_is_a_label(make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = make_speech_llm(layers=2)
+    rows = []
+    speech_llm.model.lm_head.register_forward_hook(lambda _, inputs, output: rows.append(output.shape[0]))
+    loss_of = LabelledLoss(speech_llm.model, speech_llm.vocabulary)
+    loss_of(examples_of(speech_llm))
+    assert rows == [3 + 1 + 5 + 2]  # whole words are tokens here; each answer has its end
+    loss_of(examples_of(speech_llm, learn_speech=True))
+    assert rows[1] == rows[0] + 2 * (9 + 2 + 5)
+
+
+def test_the_loss_of_speech_is_cross_entropy_among_the_codes_with_smoothed_labels(
+    make_speech_llm: MakeSpeechLLM,
 ) -> None:
-    speech_llm = make_speech_llm(layers=2, tied=tied, spare=60)
-    model, batch = speech_llm.model, batch_of(speech_llm)
-    count = int((batch["labels"][:, 1:] != -100).sum())  # the first token is predicted by nothing
-    reference = model(**batch).loss * count
-    reference.backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    loss = LabelledLoss(model)(**batch)
-    loss.backward()
-    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
-    assert count == 3 + 1 + 5 + 2  # whole words are tokens here; each answer has its end
-    for name, parameter in model.named_parameters():
-        scale = float(expected[name].abs().max())
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-5 * scale, msg=name)
-        assert scale > 0
-
-
-def test_the_loss_of_a_batch_is_the_sum_over_its_examples(make_speech_llm: MakeSpeechLLM) -> None:
-    speech_llm = make_speech_llm()
-    loss_of, batch = LabelledLoss(speech_llm.model), batch_of(speech_llm)
+    speech_llm = make_speech_llm(layers=2)
+    vocabulary, examples = speech_llm.vocabulary, examples_of(speech_llm, learn_speech=True)
     with torch.no_grad():
-        alone = [loss_of(**{name: tensor[i : i + 1] for name, tensor in batch.items()}) for i in range(4)]
-        torch.testing.assert_close(loss_of(**batch), sum(alone))
+        found = LabelledLoss(speech_llm.model, vocabulary)(examples)
+        expected = torch.zeros(2)
+        for example in examples:
+            logits = speech_llm.model(example.input_ids[None]).logits[0]
+            for position, label in enumerate(example.labels[1:].tolist()):
+                if vocabulary.offset <= label < vocabulary.start_id:
+                    chances = logits[position, vocabulary.offset : vocabulary.start_id].log_softmax(0)
+                    wanted = torch.full_like(chances, 0.1 / len(chances))
+                    wanted[label - vocabulary.offset] += 0.9
+                    expected[1] -= (wanted * chances).sum()
+                elif label >= 0:
+                    expected[0] -= logits[position].log_softmax(0)[label]
+        plain = LabelledLoss(speech_llm.model, vocabulary)(examples_of(speech_llm))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(plain, torch.tensor([expected[0], 0.0]), rtol=1e-5, atol=0)
 
 
 def test_without_labels_the_loss_is_zero(make_speech_llm: MakeSpeechLLM) -> None:
     speech_llm = make_speech_llm()
-    batch = batch_of(speech_llm)
-    batch["labels"][:] = -100
-    assert LabelledLoss(speech_llm.model)(**batch).item() == 0
+    silent = [Example(e.input_ids, torch.full_like(e.labels, -100)) for e in examples_of(speech_llm)]
+    assert LabelledLoss(speech_llm.model, speech_llm.vocabulary)(silent).tolist() == [0, 0]
 
 
 # ---- on disk
@@ -89,9 +99,9 @@ def test_a_saved_model_is_loaded_equal(tmp_path: Path, make_speech_llm: MakeSpee
     speech_llm = make_speech_llm(layers=2, **kind)
     speech_llm.save(tmp_path)
     loaded = load_speech_llm(tmp_path)
-    batch = batch_of(speech_llm)
+    ids = ids_of(speech_llm)
     with torch.no_grad():
-        assert torch.equal(loaded.model(batch["input_ids"]).logits, speech_llm.model(batch["input_ids"]).logits)
+        assert torch.equal(loaded.model(ids).logits, speech_llm.model(ids).logits)
     codes = random_codes(30, 4, 11)
     texts = transcribe_codes(codes, speech_llm)
     assert transcribe_codes(codes, loaded) == texts and len(set(texts)) == 3
@@ -135,7 +145,7 @@ def test_the_folder_is_an_ordinary_transformers_model(
         assert plain_tokens(f"<|audio_{number}|>", add_special_tokens=False)["input_ids"] == [offset + number]
     assert plain_tokens.convert_tokens_to_ids("<|audio_start|>") == speech_llm.vocabulary.start_id
     assert plain_tokens.eos_token == "<|im_end|>" and plain_tokens.pad_token == "<|endoftext|>"
-    ids = batch_of(speech_llm)["input_ids"]
+    ids = ids_of(speech_llm)
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, speech_llm.model(ids).logits)
     assert plain.get_input_embeddings().weight.shape[0] == speech_llm.vocabulary.size

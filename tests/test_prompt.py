@@ -9,12 +9,10 @@ from speechllm import (
     AudioVocabulary,
     Codes,
     Encoding,
-    Example,
     SpeechLLM,
     VocabularyError,
-    collate,
+    label_counts,
     small_text_tokenizer,
-    substitute_neighbours,
     text_example,
     transcription_example,
     transcription_prompt,
@@ -42,6 +40,21 @@ def test_an_example_is_prompt_audio_transcript_end_and_only_the_last_two_are_lea
     assert example.labels.tolist() == [-100] * (len(PROMPT) + len(AUDIO)) + answer
     assert example.input_ids.dtype == example.labels.dtype == torch.long
     assert len(example) == len(PROMPT) + len(AUDIO) + 5
+
+
+def test_speech_is_learnt_where_asked_for_without_its_markers(characters) -> None:
+    example = transcription_example(CODES, "ON", VOCABULARY, characters, learn_speech=True)
+    answer = [49, 48, END]
+    assert example.input_ids.tolist() == PROMPT + AUDIO + answer
+    assert example.labels.tolist() == [-100] * (len(PROMPT) + 1) + AUDIO[1:-1] + [-100] + answer
+
+
+def test_labels_are_counted_by_kind_and_the_first_token_is_predicted_by_nothing(characters) -> None:
+    both = transcription_example(CODES, "ON A", VOCABULARY, characters, learn_speech=True)
+    one = transcription_example(CODES, "ON A", VOCABULARY, characters)
+    sentence = text_example("ON", characters)
+    assert label_counts([both, one, sentence, sentence], VOCABULARY).tolist() == [5 + 5 + 2 + 2, 4]
+    assert label_counts([one], VOCABULARY).tolist() == [5, 0]
 
 
 def test_an_empty_transcript_is_the_end_alone(characters) -> None:
@@ -81,59 +94,9 @@ def test_an_example_of_impossible_codes_is_refused(characters) -> None:
         transcription_example(torch.tensor([[3, 16], [1, 2]]), "ON", VOCABULARY, characters)
 
 
-def test_examples_are_padded_on_the_right() -> None:
-    short = Example(torch.tensor([5, 6]), torch.tensor([-100, 6]))
-    long = Example(torch.tensor([7, 8, 9]), torch.tensor([-100, 8, 9]))
-    batch = {name: tensor.tolist() for name, tensor in collate([short, long], pad_id=1).items()}
-    assert batch == {
-        "input_ids": [[5, 6, 1], [7, 8, 9]],
-        "labels": [[-100, 6, -100], [-100, 8, 9]],
-        "attention_mask": [[1, 1, 0], [1, 1, 1]],
-    }
-
-
 def test_prompts_are_padded_on_the_left() -> None:
     batch = collate_prompts([torch.tensor([5, 6]), torch.tensor([7, 8, 9])], pad_id=1)
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 5, 6], [7, 8, 9]],
         "attention_mask": [[0, 1, 1], [1, 1, 1]],
     }
-
-
-def test_a_pad_token_inside_an_example_is_not_masked() -> None:
-    example = Example(torch.tensor([1, 6, 1]), torch.tensor([-100, 6, 1]))
-    batch = collate([example, example], pad_id=1)
-    assert batch["attention_mask"].tolist() == [[1, 1, 1]] * 2
-    assert batch["labels"].tolist() == [[-100, 6, 1]] * 2
-
-
-# ---- augmentation
-
-
-def hand_neighbours() -> torch.Tensor:
-    """Two neighbours for the codes 10 to 13, none for other ids."""
-    neighbours = torch.arange(20)[:, None].repeat(1, 2)
-    neighbours[10:14] = torch.tensor([[11, 12], [10, 12], [11, 13], [12, 11]])
-    return neighbours
-
-
-def test_about_the_asked_share_of_codes_is_replaced_by_neighbours_and_nothing_else() -> None:
-    neighbours = hand_neighbours()
-    ids = torch.arange(20).repeat(4, 500)
-    before = ids.clone()
-    torch.manual_seed(0)
-    found = substitute_neighbours(ids, neighbours, 0.3)
-    assert torch.equal(ids, before)  # the caller's batch is left alone
-    codes = (ids >= 10) & (ids < 14)
-    assert torch.equal(found[~codes], ids[~codes])
-    changed = found[codes] != ids[codes]
-    assert abs(float(changed.float().mean()) - 0.3) < 0.02
-    assert (found[codes][changed][:, None] == neighbours[ids[codes][changed]]).any(1).all()
-    for code in range(10, 14):
-        picked = found[(ids == code) & (found != ids)]
-        assert {int(i) for i in picked} == set(neighbours[code].tolist())
-
-
-def test_a_share_of_nothing_replaces_nothing() -> None:
-    ids = torch.arange(20).repeat(3, 10)
-    assert torch.equal(substitute_neighbours(ids, hand_neighbours(), 0.0), ids)

@@ -47,27 +47,26 @@ TEACHER = "data=corpus splits=[train] dev_splits=[dev] steps=6 batch_size=4 warm
 TOKENIZER = (
     "data=corpus splits=[train] codec.n_filters=4 codec.dimension=8 codec.num_codebooks=2 codec.codebook_size=16 "
     "codec.lstm=none semantic.teacher=alignment/model semantic.layer=-1 acoustic.teacher=speaker/model batch_size=4 "
-    "crop_s=0.4 num_workers=0"
+    "adversary.stft_filters=2 crop_s=0.4 num_workers=0"
 )
-# with everything that is drawn at random: crops, decoded windows, quantiser dropout, new places of dead codes
+# with everything that is drawn at random: crops, decoded windows, quantiser dropout, new places of dead codes; and with
+# everything that remembers: optimizers, adversary, balancer, averaged weights, cached features
 RANDOM = (
     f"{TOKENIZER} dev_splits=[dev] codec.norm=batch_norm quantizer_dropout=[1,2] decode_s=0.16 steps=24 warmup=2 "
+    "adversary.start=2 losses.speech_features=0.5 weight_average=0.9 semantic.cache=features "
     "learning_rate=1e-3 log_every=1 validate_every=8 save_every=3"
 )
-# with nothing that depends on how a batch is cut: no windows, no limits on gradients, no batch statistics; and without
-# centring, whose gradient is infinite where one code fills a crop
-DIVISIBLE = (
-    f"{TOKENIZER} codec.norm=weight_norm semantic.center=false acoustic.gradient_cap=null steps=4 warmup=1 "
-    "learning_rate=1e-4 log_every=1"
-)
+# with nothing that depends on how a batch is cut: no windows, no batch statistics; and without centring, whose gradient
+# is infinite where one code fills a crop
+DIVISIBLE = f"{TOKENIZER} codec.norm=weight_norm semantic.center=false steps=4 warmup=1 learning_rate=1e-4 log_every=1"
 ASR = (
     "model=null codes=codes codec=tokenizer/model splits=[train] dev_splits=[dev] small.text_tokens=300 "
     "small.text_steps=5 small.hidden_size=16 small.intermediate_size=32 small.num_hidden_layers=2 "
-    "small.num_attention_heads=2 small.num_key_value_heads=1 layers=2 steps=80 batch_size=8 learning_rate=1e-3 "
-    "warmup=5 validate_every=20 log_every=1 save_every=3"
+    "small.num_attention_heads=2 small.num_key_value_heads=1 layers=2 steps=80 batch_tokens=560 "
+    "learning_rate=1e-3 warmup=5 validate_every=20 log_every=1 save_every=3"
 )
 EXACT = 'precision="no"'  # YAML reads a bare no as false
-ASR_RANDOM = f"{ASR} {EXACT} substitute=0.3"
+ASR_RANDOM = f"{ASR} {EXACT} augmentation.substitute=0.3"
 
 
 def write_corpus(folder: Path) -> None:
@@ -280,15 +279,15 @@ def test_two_processes_train_the_tokenizer_like_one(work: Work) -> None:
 
 
 def test_the_language_model_is_the_same_however_a_batch_is_cut(work: Work) -> None:
-    for processes, accumulate in ((1, 1), (1, 4), (2, 2)):
-        run = f"asr_{processes}_{accumulate}"
-        work.run("train_asr.py", f"{ASR} {EXACT} accumulate={accumulate} output={run}", processes)
-    whole = work.weights("asr_1_1")
-    for run in ("asr_1_4", "asr_2_2"):
+    for processes, tokens in ((1, 560), (1, 100), (2, 100)):
+        words = f"{ASR_RANDOM} micro_batch_tokens={tokens} output=asr_{processes}_{tokens}"
+        work.run("train_asr.py", words, processes)
+    whole = work.weights("asr_1_560")
+    for run in ("asr_1_100", "asr_2_100"):
         for key, value in work.weights(run).items():
             torch.testing.assert_close(value, whole[key], atol=1e-5, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
         losses = [
-            [line["loss"] for line in read_log(work.folder / name) if "loss" in line] for name in ("asr_1_1", run)
+            [line["loss"] for line in read_log(work.folder / name) if "loss" in line] for name in ("asr_1_560", run)
         ]
         assert len(losses[0]) == 80 and losses[1] == pytest.approx(losses[0], abs=1e-4)
 

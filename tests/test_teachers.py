@@ -1,6 +1,8 @@
 """The frozen teachers: which frames they give, that they stay frozen, and that they load from local folders."""
 
+import copy
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,6 +155,64 @@ def test_the_folder_says_whether_to_normalise(hubert_folder: Path) -> None:
     assert SemanticTeacher.from_pretrained(hubert_folder).normalize is True
 
 
+def test_padding_does_not_change_how_speech_is_normalised(noise: Noise) -> None:
+    """Behind the last frame the model hears silence, as it does at the end of an utterance by itself."""
+    waveform = noise(3_200, batch=2) + 0.1
+    waveform[1, 1_600:] = 0
+    for model in (published(feat_extract_norm="layer"), small_hubert(hidden_size=16, layers=1)):
+        teacher = SemanticTeacher(model)
+        heard: list[Tensor] = []
+        hook = model.feature_extractor.register_forward_pre_hook(
+            lambda module, inputs, heard=heard: heard.extend(inputs)
+        )
+        teacher(waveform, torch.tensor([3_200, 1_600]))
+        for row, length in enumerate((3_200, 1_600)):
+            teacher(waveform[row : row + 1, :length])
+            torch.testing.assert_close(heard[0][row, : heard[-1].shape[1]], heard[-1][0], atol=1e-5, rtol=1e-5)
+        assert not heard[0][1, 1_600 + teacher.margin // 2 :].any()
+        hook.remove()
+
+
+def test_speech_of_full_length_is_what_no_lengths_mean(noise: Noise) -> None:
+    teacher, waveform = SemanticTeacher(published()), noise(3_200, batch=2)
+    assert torch.equal(teacher(waveform, torch.tensor([3_200, 3_200])), teacher(waveform))
+
+
+def test_a_loss_on_features_reaches_the_waveform_and_nothing_else(noise: Noise) -> None:
+    teacher, waveform = SemanticTeacher(published()), noise(3_200, batch=2).requires_grad_()
+    features = teacher.features(waveform, torch.tensor([3_200, 1_600]))
+    assert torch.equal(features, teacher(waveform, torch.tensor([3_200, 1_600])))
+    features.square().mean().backward()
+    assert waveform.grad[0].abs().max() > 0
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_the_gradient_of_the_features_is_the_slope(noise: Noise) -> None:
+    model = published(feat_extract_norm="layer").double()
+    teacher, waveform = SemanticTeacher(model), noise(700).double().requires_grad_()
+    torch.manual_seed(0)
+    direction = torch.randn_like(waveform)
+
+    def loss(x: Tensor) -> Tensor:
+        return teacher.features(x, torch.tensor([600])).sin().sum()
+
+    (gradient,) = torch.autograd.grad(loss(waveform), waveform)
+    with torch.no_grad():
+        slope = (loss(waveform + 1e-5 * direction) - loss(waveform - 1e-5 * direction)) / 2e-5
+    torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-4, atol=1e-6)
+
+
+def test_a_fingerprint_is_of_weights_layer_and_normalisation(small: HubertModel, hubert_folder: Path) -> None:
+    teacher = SemanticTeacher(small)
+    assert teacher.fingerprint == SemanticTeacher.from_pretrained(hubert_folder).fingerprint
+    assert re.fullmatch("[0-9a-f]{16}", teacher.fingerprint)
+    other = copy.deepcopy(small)
+    with torch.no_grad():
+        next(reversed(list(other.parameters()))).view(-1)[0] += 1e-3
+    others = [SemanticTeacher(small, 1), SemanticTeacher(small, normalize=False), SemanticTeacher(other)]
+    assert len({teacher.fingerprint, *(t.fingerprint for t in others)}) == 4
+
+
 @pytest.mark.parametrize("layer", [3, -4, "last", 1.0])
 def test_a_layer_there_is_not_is_refused(layer: object) -> None:
     with pytest.raises(ValueError, match='layer must be "avg" or an index up to 2'):
@@ -238,6 +298,31 @@ def test_a_saved_ecapa_has_the_saved_weights_and_the_output_before_pooling(ecapa
         expected = ecapa.mfa(torch.cat(outputs[1:], 1)).transpose(1, 2)
     voice = SpeakerTeacher.from_pretrained(ecapa_folder)(waveform)
     torch.testing.assert_close(voice, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_speaker_teacher_does_not_average_over_padding(ecapa_folder: Path, noise: Noise) -> None:
+    teacher = SpeakerTeacher.from_pretrained(ecapa_folder)
+    waveform = noise(32_000)
+    alone, padded = teacher(waveform), nn.functional.pad(waveform, (0, 32_000))
+    torch.testing.assert_close(teacher(waveform, torch.tensor([32_000])), alone, atol=1e-6, rtol=0)
+    far = slice(0, 201 - 60)  # frames that do not see the end
+    known = teacher(padded, torch.tensor([32_000]))[:, far]
+    torch.testing.assert_close(known, alone[:, far], atol=0.02, rtol=0)
+    assert (teacher(padded)[:, far] - alone[:, far]).abs().max() > 0.2
+
+
+def test_the_fingerprint_of_a_speaker_teacher_is_of_its_weights(ecapa_folder: Path) -> None:
+    teacher, again = (SpeakerTeacher.from_pretrained(ecapa_folder) for _ in range(2))
+    assert teacher.fingerprint == again.fingerprint
+    with torch.no_grad():
+        again.ecapa.mfa.conv.conv.bias[0] += 1
+    assert teacher.fingerprint != again.fingerprint
+
+
+def test_frames_of_teachers_come_every_hop(ecapa_folder: Path, hubert_folder: Path, noise: Noise) -> None:
+    for teacher in (SemanticTeacher.from_pretrained(hubert_folder), SpeakerTeacher.from_pretrained(ecapa_folder)):
+        frames = [teacher(noise(samples)).shape[1] for samples in (3_200, 6_400)]
+        assert frames[1] - frames[0] == 3_200 // teacher.hop
 
 
 def test_a_speaker_teacher_stays_frozen(ecapa_folder: Path, noise: Noise) -> None:

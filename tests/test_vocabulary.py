@@ -17,6 +17,7 @@ from speechllm import (
     VocabularyError,
     describe_rows,
     extend_vocabulary,
+    transcription_example,
 )
 from speechllm.vocabulary import text_token_ids
 
@@ -107,6 +108,16 @@ def test_ids_by_arithmetic_are_those_of_the_token_strings(
     assert vocabulary.new_ids.tolist() == list(range(texts, texts + layers * K + 2))
 
 
+@pytest.mark.parametrize("place", ["", "Transcribe this speech", "TURN ON ", "e\u0301", "日本語", "\n"])
+def test_an_audio_token_is_one_id_wherever_it_stands(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, place: str
+) -> None:
+    vocabulary = extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec, 2)
+    text = text_tokenizer(place, add_special_tokens=False)["input_ids"]
+    found = text_tokenizer(f"{place}<|audio_17|>{place}", add_special_tokens=False)["input_ids"]
+    assert found == [*text, vocabulary.offset + 17, *text]
+
+
 # ---- rows
 
 
@@ -143,15 +154,23 @@ def test_tied_matrices_stay_tied_and_untied_ones_stay_two(
 
 
 @models
-def test_what_the_model_says_about_text_does_not_change(
+def test_what_the_model_says_about_text_does_not_change_in_any_bit(
     make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, kind: dict
 ) -> None:
     model, texts = make_qwen2(text_tokenizer, **kind), len(text_tokenizer)
     ids = torch.tensor([text_tokenizer("TURN ON THE BLUE LAMP")["input_ids"]])
+
+    def text_logits() -> tuple[Tensor, Tensor]:
+        """Of the model, and of its head cut to the text: a larger product may be summed in another order."""
+        hidden = model.get_decoder()(ids).last_hidden_state
+        return model(ids).logits[..., :texts], hidden @ matrices(model)[1][:texts].T
+
     with torch.no_grad():
-        before = model(ids).logits[..., :texts]
+        logits, exact = text_logits()
         extend_vocabulary(model, text_tokenizer, small_codec, 2)
-        torch.testing.assert_close(model(ids).logits[..., :texts], before)
+        logits_after, exact_after = text_logits()
+    assert torch.equal(exact_after, exact)
+    torch.testing.assert_close(logits_after, logits, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -222,6 +241,20 @@ def test_described_rows_are_those_counted_one_by_one(
     assert found["text_row_norm"] == pytest.approx(float(torch.stack([r.norm() for r in matrix[:texts]]).mean()))
     assert found["new_row_norm"] == pytest.approx(float(torch.stack([r.norm() for r in new]).mean()))
     assert found["new_row_cosine"] == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-5)
+    assert found["distinct_new_rows"] == K + 2
+    matrix[texts + 3] = matrix[texts + 9]
+    assert describe_rows(model, vocabulary)["distinct_new_rows"] == K + 1
+    matrix[:texts] = matrix[0]  # rows of text do not count
+    assert describe_rows(model, vocabulary)["distinct_new_rows"] == K + 1
+
+
+def test_rows_that_are_all_the_same_are_described_so(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec
+) -> None:
+    model = make_qwen2(text_tokenizer)
+    found = describe_rows(model, extend_vocabulary(model, text_tokenizer, small_codec, init="mean"))
+    assert found["distinct_new_rows"] == 1
+    assert found["new_row_cosine"] == pytest.approx(1, abs=1e-5)
 
 
 # ---- what is refused
@@ -346,7 +379,15 @@ TEXTS = [
     "\u200b",
     "a\tb  c",
     "\x00",
+    "a\x00b",
     "'s 12345",
+    "\r\n",
+    "\u0301",
+    "\ufeffa\u00ad",
+    "\u202eabc\u202c עברית",
+    "हिन्दी क्षत्रिय ไทย",
+    "🏳️‍🌈 🇩🇪 \U0010ffff",
+    "ﬁ Å ①",
 ]
 
 
@@ -354,10 +395,13 @@ TEXTS = [
 def test_every_text_comes_back_from_its_ids(
     make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, text: str
 ) -> None:
-    extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec)
+    vocabulary = extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec)
     ids = text_token_ids(text_tokenizer, [text, "x"])
     assert text_tokenizer.decode(ids[0]) == unicodedata.normalize("NFC", text)  # as Qwen2 reads it
     assert ids[1] == text_token_ids(text_tokenizer, ["x"])[0]
+    example = transcription_example(torch.zeros(1, 3, dtype=torch.long), text, vocabulary, text_tokenizer)
+    learnt = example.labels[example.labels >= 0].tolist()
+    assert learnt == [*ids[0], text_tokenizer.eos_token_id]
 
 
 def test_no_texts_have_no_ids(text_tokenizer) -> None:

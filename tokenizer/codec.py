@@ -3,19 +3,24 @@
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from tokenizer.interface import Codes
 from tokenizer.logmel import LogMelEncoder
+from tokenizer.model_card import CODEC_CARD
 from tokenizer.quantizer import ResidualVectorQuantizer
 from tokenizer.seanet import ConvStyle, SEANetDecoder, SEANetEncoder, hop_length
+from tokenizer.streaming import StreamingDecoder, StreamingEncoder, in_chunks
+
+CHUNK_S = 10.0  # longer utterances go through a causal codec in chunks of this length: hours fit into memory
 
 
 @dataclass
@@ -62,7 +67,7 @@ class SpeechCodec(
     PyTorchModelHubMixin,
     library_name="speechllm",
     tags=["audio", "speech", "codec"],
-    license="apache-2.0",
+    model_card_template=CODEC_CARD,
 ):
     """Speech to codes at a fixed frame rate, and back.
 
@@ -116,12 +121,8 @@ class SpeechCodec(
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the configuration and every weight, 16 hexadecimal digits."""
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """Identity of the configuration and every weight: see `module_fingerprint`."""
+        return module_fingerprint(self, asdict(self.config))
 
     def latents(self, waveform: Tensor) -> Tensor:
         """z0 of eq. 1: waveform float [B, N] -> float [B, D, T], T = ceil(N / hop)."""
@@ -141,10 +142,7 @@ class SpeechCodec(
             lengths = torch.full((len(waveform),), waveform.shape[1])
         if len(lengths) != len(waveform) or lengths.min() < 1 or lengths.max() > waveform.shape[1]:
             raise ValueError(f"lengths must be 1..{waveform.shape[1]} for {len(waveform)} waveforms, got {lengths}")
-        codes = [
-            self.quantizer.encode(self.latents(row[None, :length]), layers)[0]
-            for row, length in zip(waveform, lengths.tolist(), strict=True)
-        ]
+        codes = [self._encode(row[:length], layers) for row, length in zip(waveform, lengths.tolist(), strict=True)]
         return Codes.from_utterances(codes, samples=lengths)
 
     @torch.no_grad()
@@ -156,9 +154,22 @@ class SpeechCodec(
         samples = codes.samples if codes.samples is not None else codes.lengths * self.hop_length
         waveform = self.codebooks.new_zeros(len(codes), int(samples.max()))
         for index, length in enumerate(samples.tolist()):
-            latents = self.quantizer.decode(codes.utterance(index)[None].to(self.codebooks.device))
-            waveform[index, :length] = self.decoder(latents)[0, 0, :length]
+            waveform[index, :length] = self._decode(codes.utterance(index))[:length]
         return waveform
+
+    def _encode(self, samples: Tensor, layers: int | None) -> Tensor:
+        """One utterance float [N] -> its codes long [Q', T]."""
+        chunk = round(CHUNK_S * self.sample_rate)
+        if self.config.causal and len(samples) > chunk:
+            return in_chunks(StreamingEncoder(self, layers), samples, chunk)
+        return self.quantizer.encode(self.latents(samples[None]), layers)[0]
+
+    def _decode(self, ids: Tensor) -> Tensor:
+        """The codes of one utterance long [Q', T] -> speech float [T * hop]."""
+        chunk = round(CHUNK_S * self.frame_rate)
+        if self.config.causal and ids.shape[1] > chunk:
+            return in_chunks(StreamingDecoder(self), ids, chunk)
+        return self.decoder(self.quantizer.decode(ids[None].to(self.codebooks.device)))[0, 0]
 
     def _check(self, waveform: Tensor, layers: int | None) -> None:
         if self.training:
@@ -170,6 +181,12 @@ class SpeechCodec(
         if layers is not None and not 1 <= layers <= self.num_codebooks:
             raise ValueError(f"layers must be 1..{self.num_codebooks}, got {layers}")
 
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The README.md that `save_pretrained` and `push_to_hub` write, where there is none yet."""
+        bit_rate = self.frame_rate * math.log2(self.codebook_size)  # of one codebook
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return super().generate_model_card(codec=self, bit_rate=bit_rate, parameters=parameters, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SpeechCodec":
         """Load from a folder or a hub name, in eval mode. Raises FileNotFoundError or ValueError with the remedy."""
@@ -180,6 +197,15 @@ class SpeechCodec(
         except (RuntimeError, TypeError, KeyError) as error:
             raise ValueError(f"{pretrained_model_name_or_path} holds no codec of this package: {error}") from error
         return codec.eval()
+
+
+def module_fingerprint(module: nn.Module, settings: dict[str, Any]) -> str:
+    """SHA-256 over the settings (JSON) and every weight of a module, 16 hexadecimal digits."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def check_folder(name: str | Path, files: Iterable[str], what: str) -> None:

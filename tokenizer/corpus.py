@@ -3,10 +3,11 @@
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
@@ -14,8 +15,13 @@ import torch
 from torch.utils.data import Dataset
 
 from tokenizer.audio import AudioError, load_audio
+from tokenizer.teachers import HOP
+
+if TYPE_CHECKING:
+    from tokenizer.cache import FeatureCache
 
 ATTEMPTS = 10  # recordings tried for one crop before giving up
+READERS = 16  # threads that read LibriSpeech's folders: on a network disk every file is a wait
 
 
 class CorpusError(ValueError):
@@ -85,19 +91,40 @@ def _read_manifest(manifest: Path) -> list[Utterance]:
 
 
 def _read_librispeech(folder: Path) -> list[Utterance]:
+    with ThreadPoolExecutor(READERS) as pool:
+        chapters = pool.map(_read_chapter, sorted(folder.rglob("*.trans.txt")))
+        return [utterance for chapter in chapters for utterance in chapter]
+
+
+def _read_chapter(transcript: Path) -> list[Utterance]:
     utterances = []
-    for transcript in sorted(folder.rglob("*.trans.txt")):
-        split = transcript.parents[2].name
-        for line in transcript.read_text(encoding="utf-8").splitlines():
-            name, _, text = line.partition(" ")
-            path = transcript.parent / f"{name}.flac"
-            if not path.is_file():
-                raise CorpusError(f"{transcript} names {path.name}, which is not beside it")
-            info = soundfile.info(str(path))
-            utterances.append(
-                Utterance(name, str(path), info.frames / info.samplerate, split, text, transcript.parents[1].name)
-            )
+    speaker, split = transcript.parents[1].name, transcript.parents[2].name
+    for line in transcript.read_text(encoding="utf-8").splitlines():
+        name, _, text = line.partition(" ")
+        path = transcript.parent / f"{name}.flac"
+        try:
+            duration_s = _flac_duration(path)
+        except FileNotFoundError as error:
+            raise CorpusError(f"{transcript} names {path.name}, which is not beside it") from error
+        except soundfile.LibsndfileError as error:
+            raise CorpusError(f"{path}: not a readable FLAC file ({error}): fetch it again") from error
+        utterances.append(Utterance(name, str(path), duration_s, split, text, speaker))
     return utterances
+
+
+def _flac_duration(path: Path) -> float:
+    """Seconds, from the STREAMINFO block that opens a FLAC file (RFC 9639, 8.2), which is much faster than libsndfile.
+
+    Libsndfile is asked where another tag comes first or the number of samples is not said.
+    """
+    with path.open("rb", buffering=0) as file:
+        head = file.read(26)
+    fields = int.from_bytes(head[18:], "big")  # 20 bits sample rate, 8 of the format, 36 number of samples
+    rate, samples = fields >> 44, fields & (1 << 36) - 1
+    if head[:5] == b"fLaC\0" and len(head) == 26 and rate and samples:
+        return samples / rate
+    info = soundfile.info(str(path))
+    return info.frames / info.samplerate
 
 
 def frame_phones(utterance: Utterance, frames: int, frame_rate: float = 50.0) -> list[str]:
@@ -114,13 +141,24 @@ class Crops(Dataset):
     So nothing about the position in the data needs to be saved: a resumed run asks for the items after the last one.
     Every epoch visits each utterance once, in a new order. Shorter utterances are padded with zeros.
     A recording that cannot be used is left out with a warning and replaced by the next one.
-    Items: dict of waveform float [N], its length in samples and the utterance's index, both int.
+    Crops start on whole codec frames (320 samples), so that frames of an utterance's cached features are frames of its
+    crop. Items: dict of waveform float [N], its length in samples and the utterance's index, both int, and by the name
+    of each cache the features float [ceil(N / hop), P] of the crop, zero behind the utterance. A speaker teacher heard
+    on the crop itself gives one frame more, which is centred on the end.
     """
 
-    def __init__(self, utterances: Sequence[Utterance], crop_s: float, sample_rate: int = 16_000, seed: int = 0):
+    def __init__(
+        self,
+        utterances: Sequence[Utterance],
+        crop_s: float,
+        sample_rate: int = 16_000,
+        seed: int = 0,
+        caches: "Mapping[str, FeatureCache] | None" = None,
+    ):
         if not utterances:
             raise CorpusError("no utterances to train on")
         self.utterances, self.crop_s, self.sample_rate, self.seed = list(utterances), crop_s, sample_rate, seed
+        self.caches = dict(caches or {})
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -137,14 +175,16 @@ class Crops(Dataset):
         raise CorpusError(f"{ATTEMPTS} recordings in a row cannot be used; the last one is {problem}")
 
     def _crop(self, utterance: Utterance, index: int) -> dict[str, Any]:
-        room_s = max(0.0, utterance.duration_s - self.crop_s)
-        start_s = np.random.default_rng((self.seed, 1, index)).uniform(0, room_s) if room_s else 0.0
+        room = round(max(0.0, utterance.duration_s - self.crop_s) * self.sample_rate) // HOP
+        start = HOP * int(np.random.default_rng((self.seed, 1, index)).integers(room + 1))
+        start_s = start / self.sample_rate
         crop = load_audio(utterance.path, self.sample_rate, start_s=start_s, duration_s=self.crop_s)
         size = round(self.crop_s * self.sample_rate)
         waveform = torch.zeros(size)
         length = min(size, len(crop))
         waveform[:length] = crop[:length]
-        return {"waveform": waveform, "length": length}
+        features = {n: c.crop(utterance, start // c.hop, -(-size // c.hop)) for n, c in self.caches.items()}
+        return {"waveform": waveform, "length": length, **features}
 
     def __len__(self) -> int:
         return 2**40  # endless; the sampler decides when to stop

@@ -43,7 +43,7 @@ class Conv1d(nn.Module):
         self.conv = _normalized(nn.Conv1d(in_channels, out_channels, kernel, stride), style.norm)
         if style.norm == "batch_norm":
             self.norm = nn.BatchNorm1d(out_channels)
-        self.kernel, self.stride, self.style = kernel, stride, style
+        self.kernel, self.stride, self.out_channels, self.style = kernel, stride, out_channels, style
 
     def forward(self, x: Tensor) -> Tensor:
         total = self.kernel - self.stride
@@ -78,6 +78,7 @@ class ConvTranspose1d(nn.Module):
         self.conv = _normalized(nn.ConvTranspose1d(in_channels, out_channels, kernel, stride), style.norm)
         if style.norm == "batch_norm":
             self.norm = nn.BatchNorm1d(out_channels)
+        self.kernel, self.stride, self.out_channels = kernel, stride, out_channels
         total = kernel - stride
         self.right = total if style.causal else total // 2
         self.left = total - self.right
@@ -96,9 +97,13 @@ class LSTM(nn.Module):
         self.lstm = nn.LSTM(channels, channels, 2, bidirectional=bidirectional)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.advance(x)[0]
+
+    def advance(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The output, and the state after it from which the next frames go on; None is the beginning."""
         x = x.permute(2, 0, 1)
-        out, _ = self.lstm(x)
-        return (out + (x.repeat(1, 1, 2) if self.lstm.bidirectional else x)).permute(1, 2, 0)
+        out, state = self.lstm(x, state)
+        return (out + (x.repeat(1, 1, 2) if self.lstm.bidirectional else x)).permute(1, 2, 0), state
 
 
 class ResidualUnit(nn.Module):

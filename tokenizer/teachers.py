@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.codec import check_folder
+from tokenizer.codec import check_folder, module_fingerprint
 
 HOP = 320  # samples per codec frame at 16 kHz
 
@@ -23,6 +23,8 @@ class SemanticTeacher(nn.Module):
     The waveform is padded so that every teacher frame is centred on its codec frame (published HuBERT: 40 samples on
     both sides, which also gives 50 frames a second where the unpadded model gives 49).
     """
+
+    hop = HOP
 
     def __init__(self, model: Any, layer: int | str = "avg", normalize: bool = True):
         """layer: index into the hidden states (0 is the convolutions' output), or "avg" over all of them."""
@@ -41,6 +43,11 @@ class SemanticTeacher(nn.Module):
         """P, dimensions of the semantic feature."""
         return self.model.config.hidden_size
 
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the features: weights, layer and normalisation, 16 hexadecimal digits."""
+        return module_fingerprint(self.model, {"layer": self.layer, "normalize": self.normalize})
+
     @classmethod
     def from_pretrained(cls, name: str | Path, layer: int | str = "avg") -> "SemanticTeacher":
         """Load a transformers folder or hub name, e.g. facebook/hubert-base-ls960."""
@@ -56,19 +63,33 @@ class SemanticTeacher(nn.Module):
         """Stay in eval mode: a teacher never changes."""
         return super().train(False)
 
-    @torch.no_grad()
-    def forward(self, waveform: Tensor) -> Tensor:
-        """waveform float [B, N] at 16 kHz -> float [B, ceil(N / 320), P]."""
-        hidden = self.model(pad_for_frames(waveform, self.margin, self.normalize), output_hidden_states=True)
-        states = hidden.hidden_states
+    def features(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """As `forward`, with a gradient for the waveform (the frozen weights get none), for losses on reconstructions."""
+        padded = pad_for_frames(waveform, self.margin, self.normalize, lengths)
+        states = self.model(padded, output_hidden_states=True).hidden_states
         return torch.stack(states).mean(0) if self.layer == "avg" else states[self.layer]
 
+    @torch.no_grad()
+    def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """waveform float [B, N] at 16 kHz, zero behind its lengths long [B] in samples -> float [B, ceil(N / 320), P].
 
-def pad_for_frames(waveform: Tensor, margin: int, normalize: bool) -> Tensor:
-    """Waveforms float [B, N] -> what a HuBERT-family model needs to give exactly ceil(N / 320) centred frames."""
+        Waveforms of all N samples where no lengths are given. Frames of the padding hear silence.
+        """
+        return self.features(waveform, lengths)
+
+
+def pad_for_frames(waveform: Tensor, margin: int, normalize: bool, lengths: Tensor | None = None) -> Tensor:
+    """Waveforms float [B, N] -> what a HuBERT-family model needs to give exactly ceil(N / 320) centred frames.
+
+    lengths long [B]: samples that are speech, all when None; only they are normalised, and the rest is zero.
+    """
     if normalize:
-        mean = waveform.mean(1, keepdim=True)
-        waveform = (waveform - mean) / (waveform.var(1, keepdim=True, unbiased=False) + 1e-7).sqrt()
+        size = waveform.shape[1]
+        lengths = waveform.new_full(waveform.shape[:1], size, dtype=torch.long) if lengths is None else lengths
+        speech = torch.arange(size, device=waveform.device) < lengths[:, None]
+        mean = (waveform * speech).sum(1, keepdim=True) / lengths[:, None]
+        centred = (waveform - mean) * speech
+        waveform = centred / (centred.square().sum(1, keepdim=True) / lengths[:, None] + 1e-7).sqrt()
     left = margin // 2
     return F.pad(waveform, (left, margin - left + -waveform.shape[1] % HOP))
 
@@ -84,6 +105,8 @@ def receptive_field(config: Any) -> int:
 class SpeakerTeacher(nn.Module):
     """The voice of eq. 5: ECAPA-TDNN frames before pooling (output of its `mfa` layer), about 100 a second."""
 
+    hop = 160
+
     def __init__(self, classifier: Any):
         """classifier: a SpeechBrain EncoderClassifier whose embedding model is an ECAPA_TDNN."""
         super().__init__()
@@ -97,6 +120,11 @@ class SpeakerTeacher(nn.Module):
     def width(self) -> int:
         """C, channels of the frames: 3072 in the published model, 1536 by the class's default."""
         return self.ecapa.mfa.conv.conv.out_channels
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the frames: every weight, 16 hexadecimal digits."""
+        return module_fingerprint(self, {})
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "SpeakerTeacher":
@@ -123,13 +151,16 @@ class SpeakerTeacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, waveform: Tensor) -> Tensor:
-        """waveform float [B, N] at 16 kHz -> frames float [B, N / 160 + 1, C]."""
+    def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """waveform float [B, N] at 16 kHz with lengths long [B] in samples -> frames float [B, N / 160 + 1, C].
+
+        All N samples where no lengths are given. The means over time are those of the speech, without its padding.
+        """
         frames: list[Tensor] = []
         hook = self.ecapa.mfa.register_forward_hook(lambda module, inputs, output: frames.append(output))
         try:
-            lengths = torch.ones(len(waveform), device=waveform.device)
-            self.ecapa(self.normalization(self.features(waveform), lengths))
+            share = waveform.new_ones(len(waveform)) if lengths is None else lengths / waveform.shape[1]
+            self.ecapa(self.normalization(self.features(waveform), share), share)
         finally:
             hook.remove()
         return frames[0].transpose(1, 2)

@@ -1,60 +1,56 @@
 """One training step of the codec: reconstruction, and lessons for single layers weighed at the latents (eq. 7)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tokenizer.codec import SpeechCodec
 from tokenizer.corpus import Crops
-from tokenizer.losses import MultiScaleMelLoss, scale_for
+from tokenizer.losses import ReconstructionLoss, gradient_ratio
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """An auxiliary loss on one layer: student(layer's output [B, D, T], teacher(waveform [B, N]), mask [B, T]).
+    """An auxiliary loss on one layer: student(layer [B, D, T], teacher(waveform [B, N], lengths [B]), mask [B, T]).
 
-    weight: lambda of eq. 7. gradient_cap: largest ratio of its gradient to the reconstruction's at z0, or None.
+    Its share in the codec's gradient is fixed by one of the two:
+    gradient_ratio: norm of its gradient at z0 relative to the reconstruction's, the same at every step. With the
+        gradient of the layers above the first corrected (see `ResidualVectorQuantizer`), eq. 5 can reshape z0; from a
+        ratio of about one on it destroys the code, whatever that takes as a weight.
+    weight: lambda of eq. 7, taken where gradient_ratio is None.
     """
 
     name: str
     layer: int
     teacher: nn.Module
     student: nn.Module
-    weight: float
-    gradient_cap: float | None
-
-
-@dataclass(frozen=True)
-class ReconstructionLoss:
-    """L_Encodec without the adversary: time * L1 + mel * multi-scale log-mel + commitment * commitment loss."""
-
-    mel_loss: MultiScaleMelLoss
-    time: float = 0.1
-    mel: float = 1.0
-    commitment: float = 1.0
+    gradient_ratio: float | None = None
+    weight: float = 0.5
 
 
 def codec_backward(
     codec: SpeechCodec,
-    waveform: Tensor,
-    lengths: Tensor,
+    batch: Mapping[str, Tensor],
     criterion: ReconstructionLoss,
     lessons: Sequence[Lesson] = (),
     num_layers: Tensor | None = None,
     window: int | None = None,
-) -> dict[str, float]:
-    """Forward and backward pass of one batch; leaves gradients on all parameters and returns the losses.
+) -> dict[str, Tensor]:
+    """Forward and backward pass of one batch; leaves gradients on all parameters and returns the losses, detached.
 
-    waveform float [B, N], lengths long [B] in samples; num_layers long [B]: codebooks each utterance is decoded from
-    (all when None); window: frames to decode, at a random place of each utterance's speech (all when None).
+    batch: "waveform" float [B, N], "length" long [B] in samples, and by a lesson's name what its teacher says, where
+    that is known already (see `Crops`). num_layers long [B]: codebooks each utterance is decoded from (all when None);
+    window: frames to decode, at a random place of each utterance's speech (all when None).
 
-    The graph is cut at the latents z0. All gradients meet there, are weighed by their norms, and go through the
-    encoder together, once: weighing costs nothing, although every loss is seen with a gradient of its own.
+    The graph is cut twice, at the reconstruction and at the latents z0. Gradients meet at the cuts, are weighed by
+    their norms and go on together, once: weighing costs nothing, although every loss is seen with its own gradient.
+    The criterion's adversary, if any, learns from the same reconstruction before it judges it.
     """
+    waveform, lengths = batch["waveform"], batch["length"]
     z = codec.latents(waveform)
     z0 = z.detach().float().requires_grad_()
     frames, hop = z.shape[2], codec.hop_length
@@ -67,27 +63,29 @@ def codec_backward(
     reconstruction = codec.decoder(latents)[:, 0].float()
     padded = F.pad(waveform, (0, frames * hop - waveform.shape[1]))
     original = torch.stack([x[s * hop : (s + window) * hop] for x, s in zip(padded, starts, strict=True)])
-    losses = {
-        "time": F.l1_loss(reconstruction, original),
-        "mel": criterion.mel_loss(reconstruction, original),
-        "commitment": quantized.commitment,
-    }
-    total = sum(getattr(criterion, name) * loss for name, loss in losses.items())
-    total.backward(retain_graph=bool(lessons))
+
+    metrics: dict[str, Tensor] = {}
+    if criterion.adversary is not None:
+        metrics["discriminator"] = criterion.adversary.learn(original, reconstruction)
+    at_waveform, losses = criterion.gradient(reconstruction, original)
+    commitment = criterion.weights.get("commitment", 1.0) * quantized.commitment
+    torch.autograd.backward([reconstruction, commitment], [at_waveform, None], retain_graph=bool(lessons))
+    metrics |= losses | {"commitment": quantized.commitment.detach()}
     assert z0.grad is not None
     gradient, reference = z0.grad.clone(), z0.grad
-    ratios = {}
     for lesson in lessons:
-        loss = lesson.student(quantized.layers[lesson.layer], lesson.teacher(waveform), mask)
+        target = batch[lesson.name] if lesson.name in batch else lesson.teacher(waveform, lengths)
+        loss = lesson.student(quantized.layers[lesson.layer], target, mask)
         own = list(lesson.student.parameters())
         at_z0, *own_gradients = torch.autograd.grad(loss, [z0, *own], retain_graph=True)
-        factor, ratios[f"{lesson.name}_gradient"] = scale_for(lesson.weight, lesson.gradient_cap, at_z0, reference)
+        ratio = gradient_ratio(at_z0, reference)
+        factor = lesson.weight if lesson.gradient_ratio is None else lesson.gradient_ratio / ratio.clamp(min=1e-12)
         gradient += factor * at_z0
         for parameter, value in zip(own, own_gradients, strict=True):
             parameter.grad = value
-        losses[lesson.name] = loss
+        metrics |= {lesson.name: loss.detach(), f"{lesson.name}_gradient": factor * ratio}
     z.backward(gradient.to(z.dtype))
-    return {name: float(loss.detach()) for name, loss in losses.items()} | ratios
+    return metrics
 
 
 def draw_starts(frames: Tensor, window: int) -> list[int]:
@@ -101,18 +99,6 @@ def draw_layers(choices: Sequence[int] | None, batch: int, device: torch.device)
     if not choices:
         return None
     return torch.tensor(choices, device=device)[torch.randint(len(choices), (batch,), device=device)]
-
-
-def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Mean of the gradients over all processes, in one message; nothing to do for a single process."""
-    if not dist.is_initialized():
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
 
 
 @torch.no_grad()
@@ -133,3 +119,10 @@ def initialize_codebooks(codec: SpeechCodec, crops: Crops, batch_size: int, seed
         mask = torch.arange(z.shape[2], device=device) * codec.hop_length < lengths[:, None]
         latents.append(z.transpose(1, 2)[mask])
     codec.quantizer.initialize(torch.cat(latents), seed)
+
+
+def average_weights(codec: SpeechCodec, decay: float | None) -> AveragedModel | None:
+    """Moving average of all weights and codebooks, which gives cleaner speech than any one step; None without decay."""
+    if decay is None:
+        return None
+    return AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

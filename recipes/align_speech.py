@@ -1,0 +1,101 @@
+"""Find out where each phone is spoken: a copy of a corpus's manifest with a phone alignment for every transcript.
+
+    python recipes/align_speech.py data=CORPUS output=ALIGNED
+
+Forced alignment by PocketSphinx and the English model it comes with (`pip install "speechllm[align]"`). With phones, a
+semantic teacher learns from little speech (train_teacher, objective: alignment) and eval_tokenizer can measure the
+phones in layer 0. Utterances that cannot be aligned stay in the manifest without phones, counted by reason.
+"""
+
+import json
+import os
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from speechllm import (
+    AudioError,
+    Utterance,
+    available_cpus,
+    librispeech_normalizer,
+    load_audio,
+    read_corpus,
+    run_recipe,
+    write_text,
+)
+
+RATE, FRAME_RATE = 16_000, 100  # of PocketSphinx
+# beams wide enough for accents; and the first pass alone, since the words of the others need not fit the second one
+SEARCH = {"beam": 1e-80, "pbeam": 1e-80, "wbeam": 1e-60, "fwdflat": False, "bestpath": False}
+
+
+@dataclass
+class AlignConfig:
+    data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
+    output: str  # folder for manifest.jsonl; the recordings stay where they are
+    splits: list[str] | None = None  # all when null
+
+
+def main(config: AlignConfig) -> None:
+    try:
+        decoder()
+    except ImportError:
+        raise SystemExit('error: PocketSphinx is needed: pip install "speechllm[align]"') from None
+    utterances = read_corpus(config.data, config.splits)
+    with ProcessPoolExecutor(available_cpus()) as pool:
+        results = list(tqdm(pool.map(align, utterances, chunksize=8), "align", len(utterances), unit="utt"))
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {**asdict(utterance), "path": os.path.relpath(utterance.path, folder), "phones": phones}
+        for utterance, (phones, _) in zip(utterances, results, strict=True)
+    ]
+    write_text(folder / "manifest.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    problems = Counter(problem for _, problem in results if problem)
+    print(f"aligned {len(results) - problems.total()} of {len(results)} utterances; without phones: {dict(problems)}")
+
+
+def align(utterance: Utterance) -> tuple[list[tuple[str, float]] | None, str | None]:
+    """(symbol, end in s) of every phone in time order, silence is SIL; or the reason why there is none."""
+    text = librispeech_normalizer(utterance.text or "")
+    if not text:
+        return None, "no transcript"
+    try:
+        waveform = load_audio(utterance.path, RATE)
+    except AudioError as error:
+        return None, error.reason
+    sound = (32767 * waveform.clamp(-1, 1)).short().numpy().tobytes()
+    try:
+        decoder().set_align_text(text)
+        listen(sound)
+        decoder().set_alignment()  # the second pass finds the phones within the words of the first
+        listen(sound)
+        # words live no longer than the walk over them: a list of them is a list of dangling pointers
+        spans = [(phone.name, phone.start + phone.duration) for word in decoder().get_alignment() for phone in word]
+    except RuntimeError:
+        return None, "not aligned"
+    phones = [(name, end / FRAME_RATE) for name, end in spans]
+    return phones, None if phones else "not aligned"
+
+
+@cache
+def decoder() -> Any:
+    """One recogniser a process."""
+    from pocketsphinx import Decoder
+
+    return Decoder(samprate=RATE, loglevel="FATAL", **SEARCH)
+
+
+def listen(sound: bytes) -> None:
+    decoder().start_utt()
+    decoder().process_raw(sound, full_utt=True)
+    decoder().end_utt()
+
+
+if __name__ == "__main__":
+    run_recipe(main, AlignConfig)

@@ -1,0 +1,104 @@
+"""Training a small part of a language model: LoRA and the new rows, or the new rows alone, kept in small files."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from speechllm.run import write_json
+from speechllm.vocabulary import AudioVocabulary
+from tokenizer import check_folder
+
+BASE_FILE = "base_model.json"
+ROWS = "trainable_tokens_delta"  # what PEFT calls the rows' parameters
+SAMPLES = 64  # values of each weight that go into a fingerprint
+
+
+def prepare_adapter(
+    model: PreTrainedModel,
+    vocabulary: AudioVocabulary,
+    form: Literal["lora", "rows"] = "lora",
+    rank: int = 64,
+    alpha: int = 128,
+    dropout: float = 0.0,
+) -> PeftModel:
+    """Freeze a language model except for what an adapter trains. Changes the model in place.
+
+    form "lora": low-rank updates of all linear layers but the head (Hu et al. 2021, scale alpha / rank) and the new
+    rows; "rows": the new rows alone. The rows are those of `vocabulary.new_ids` in the input embedding and, where the
+    head is not tied to it, in the head; no other row moves. They and LoRA are float32, whatever the model is.
+    Raises ValueError for a model that was not loaded from anywhere: an adapter is saved without it.
+    """
+    if form not in ("lora", "rows"):
+        raise ValueError(f'form must be "lora" or "rows", got {form!r}')
+    if not model.name_or_path:
+        raise ValueError(
+            "an adapter is saved without its language model, but this one was loaded from no folder or hub name: "
+            "write it with save_pretrained and load it from there before extending its vocabulary"
+        )
+    matrices = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if matrices[1].weight is matrices[0].weight:
+        del matrices[1]  # PEFT gives a tied head the rows of the embedding; named besides, it would be untied
+    ids = vocabulary.new_ids.tolist()
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear" if form == "lora" else DUMMY_TARGET_MODULES,  # which stands for none
+        trainable_token_indices={name: ids for name, module in model.named_modules() if module in matrices},
+    )
+    return get_peft_model(model, config)
+
+
+def save_adapter(model: PeftModel, vocabulary: AudioVocabulary, folder: str | Path) -> None:
+    """Write the trained parameters alone, and which language model they belong to."""
+    model.save_pretrained(folder, save_embedding_layers=False)  # PEFT would write whole matrices: they have grown
+    (Path(folder) / "README.md").unlink()  # PEFT's form for a model card, to be filled in
+    name = model.get_base_model().name_or_path
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())  # a relative folder means another one elsewhere
+    fingerprint = base_fingerprint(model, vocabulary.offset)
+    write_json(Path(folder) / BASE_FILE, {"name_or_path": name, "fingerprint": fingerprint})
+
+
+def load_adapter(folder: str | Path, vocabulary: AudioVocabulary, base: str | Path | None = None) -> PeftModel:
+    """Rebuild what `save_adapter` was given, on the recorded language model or on the one named by `base`.
+
+    Raises FileNotFoundError, or ValueError for a language model other than the one the adapter was trained on.
+    """
+    recorded = json.loads((Path(folder) / BASE_FILE).read_text(encoding="utf-8"))
+    name = recorded["name_or_path"] if base is None else base
+    check_folder(name, ["config.json"], "the language model that the adapter was trained on; name it with `base`")
+    model = AutoModelForCausalLM.from_pretrained(name)
+    if (found := base_fingerprint(model, vocabulary.offset)) != recorded["fingerprint"]:
+        raise ValueError(
+            f"{folder} was trained on a language model with fingerprint {recorded['fingerprint']} "
+            f"({recorded['name_or_path']}), {name} has {found}: name the right one with `base`"
+        )
+    model.resize_token_embeddings(vocabulary.size, mean_resizing=False)  # the adapter holds what the new rows are
+    return PeftModel.from_pretrained(model, folder)
+
+
+def base_fingerprint(model: nn.Module, texts: int) -> str:
+    """Identity of a language model's weights, 16 hexadecimal digits; the same before and after a vocabulary grew.
+
+    SHA-256 over the shapes and 64 evenly spaced values of every weight, of its first `texts` rows where it has more;
+    an adapter's own parameters are left out. The values are compared in bfloat16: a model may be trained and loaded
+    in different precisions. Further training moves every matrix, so a sample tells, in milliseconds.
+    """
+    digests = []
+    for name, parameter in model.named_parameters():
+        if ROWS in name or "lora_" in name:
+            continue
+        rows = parameter.detach()[:texts]
+        places = torch.arange(SAMPLES, device=rows.device) * (rows.numel() - 1) // (SAMPLES - 1)
+        values = rows.flatten()[places].to(torch.bfloat16).view(torch.int16).cpu().numpy()
+        digests.append(hashlib.sha256(str(tuple(rows.shape)).encode() + values.tobytes()).hexdigest())
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]

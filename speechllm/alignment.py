@@ -1,0 +1,97 @@
+"""Reference and recognised words side by side: aligned, by speaker, by duration, and in colour in a report."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby, zip_longest
+from typing import Any
+
+import jiwer
+import numpy as np
+
+from speechllm.page import bar, number, percent, table
+from speechllm.plots import error_rates
+
+MARKS = {"equal": "", "substitute": "sub", "delete": "del", "insert": "ins"}
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """One utterance as (reference word, recognised word, jiwer kind) columns; a missing word is empty."""
+
+    id: str
+    speaker: str
+    duration_s: float | None
+    columns: list[tuple[str, str, str]]
+    errors: int
+    words: int  # in the reference
+
+    @property
+    def badness(self) -> tuple[float, int, int]:
+        """Sort key, largest is worst: error rate, then errors, then shortness (a long perfect line says more)."""
+        return self.errors / max(self.words, 1), self.errors, -self.words
+
+
+def align(predictions: Sequence[Mapping[str, Any]], normalize: Callable[[str], str] = str) -> list[Alignment]:
+    """Align the reference and hypothesis words of every prediction, after `normalize`."""
+    if not predictions:
+        return []  # jiwer takes an empty list for one empty text
+    references, hypotheses = (
+        [" ".join(normalize(str(p.get(k) or "")).split()) for p in predictions] for k in ("reference", "hypothesis")
+    )
+    out = jiwer.process_words(references, hypotheses)
+    alignments = []
+    for p, said, heard, chunks in zip(predictions, out.references, out.hypotheses, out.alignments, strict=True):
+        columns = []
+        for c in chunks:
+            pieces = said[c.ref_start_idx : c.ref_end_idx], heard[c.hyp_start_idx : c.hyp_end_idx]
+            columns += [(*pair, c.type) for pair in zip_longest(*pieces, fillvalue="")]
+        errors = sum(kind != "equal" for *_, kind in columns)
+        name, speaker = str(p.get("id", "?")), str(p.get("speaker") or "?")
+        alignments.append(Alignment(name, speaker, number(p.get("duration_s")), columns, errors, len(said)))
+    return alignments
+
+
+def speaker_table(alignments: Sequence[Alignment]) -> str:
+    """HTML: error rate of each speaker, worst first; None where a speaker has no reference words."""
+    rates = []
+    for speaker, members in groupby(sorted(alignments, key=lambda a: a.speaker), key=lambda a: a.speaker):
+        group = list(members)
+        words = sum(a.words for a in group)
+        rates.append((sum(a.errors for a in group) / words if words else None, speaker, len(group), words))
+    rates.sort(key=lambda r: -1 if r[0] is None else r[0], reverse=True)
+    largest = max((r[0] or 0 for r in rates), default=0)
+    rows = [
+        (escape(s), f"{n:,}", f"{w:,}", "no words" if r is None else percent(r), bar(r, largest))
+        for r, s, n, w in rates
+    ]
+    return table(rows, ["speaker", "utterances", "words", "WER", ""])
+
+
+def duration_figure(alignments: Sequence[Alignment]) -> str:
+    """HTML: error rate against the duration of the utterances whose duration is known."""
+    rows = sorted((a.duration_s, a.errors, a.words) for a in alignments if a.duration_s is not None and a.words)
+    return error_rates(*np.array(rows, dtype=float).T) if rows else ""
+
+
+def alignment_list(alignments: Sequence[Alignment]) -> str:
+    """HTML: one utterance below the other."""
+    legend = (
+        '<p class="muted legend"><span class="word substitute">sub</span> another word, <span class="word '
+        'delete">del</span> word missed, <span class="word insert">ins</span> word added</p>'
+    )
+    return legend + "".join(map(_alignment, alignments)) if alignments else ""
+
+
+def _alignment(alignment: Alignment) -> str:
+    """The reference above the recognised words, column by column, with a text mark under every error."""
+    words = "".join(
+        f'<span class="word {kind}"><span>{escape(said) or "—"}</span><span>{escape(heard) or "—"}</span>'
+        f"<small>{MARKS[kind]}</small></span>"
+        for said, heard, kind in alignment.columns
+    )
+    label = '<span class="word label"><span>said</span><span>heard</span></span>'
+    name = f"{escape(alignment.id)}, speaker {escape(alignment.speaker)}"
+    head = f"{name}, words: {alignment.words}, errors: {alignment.errors}"
+    body = f'<div class="said">{label}<div class="words">{words}</div></div>'
+    return f'<div class="alignment"><div class="muted">{head}</div>{body}</div>'

@@ -1,0 +1,87 @@
+"""Changes of training examples that make a model depend less on single tokens, voices and the pace of speech."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speechllm.prompt import IGNORED, Example, is_code
+from speechllm.vocabulary import AudioVocabulary
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """What is drawn anew at every step; nothing by default. Labels keep what was said."""
+
+    tempo: float = 0.0  # each utterance up to this share longer or shorter: frames repeated or left out, evenly
+    substitute: float = 0.0  # share of codes replaced by close ones, against dependence on voices
+    mask: float = 0.0  # share of the codes and of the transcript's tokens hidden from the model
+    spans: int = 0  # stretches of audio hidden in each utterance
+    span: float = 0.05  # longest of them, as share of the utterance
+
+    def __post_init__(self) -> None:
+        shares = ("tempo", "substitute", "mask", "span")
+        problems = [
+            f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
+            for name in shares
+            if not 0 <= getattr(self, name) < 1
+        ]
+        if self.spans < 0:
+            problems.append(f"spans must be at least 0, got {self.spans}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+class Augmentation:
+    """Applies a configuration to examples; a pure function of the examples and a seed.
+
+    What is hidden becomes <|audio_start|>: of the tokens there are it is the one that no language model attached a
+    meaning to, every form of training may teach it a meaning, and none has to predict it. (SLD hides behind the end
+    token, Chen et al. 2023; Qwen2 has no mask token.) Its own place right behind the prompt stays unmistakable.
+    """
+
+    def __init__(self, config: AugmentationConfig, vocabulary: AudioVocabulary, codebooks: Tensor):
+        """codebooks float [Q, K, D]: their distances tell which codes are close."""
+        self.config = config
+        self.vocabulary = vocabulary
+        self.neighbours = vocabulary.neighbours(codebooks) if config.substitute else None
+
+    def __call__(self, examples: Sequence[Example], seed: tuple[int, ...]) -> list[Example]:
+        random = np.random.default_rng(seed)
+        return [self.augment(example, random) for example in examples]
+
+    def augment(self, example: Example, random: np.random.Generator) -> Example:
+        """One example, changed."""
+        config = self.config
+        if config.tempo:
+            example = self.change_tempo(example, random.uniform(1 - config.tempo, 1 + config.tempo))
+        ids = example.input_ids
+        codes = is_code(ids, self.vocabulary)
+        if self.neighbours is not None:  # a voice turns sounds into neighbouring codes of another one's
+            pick = torch.from_numpy(random.integers(self.neighbours.shape[1], size=len(ids)))
+            ids = torch.where(codes & draw(random, ids, config.substitute), self.neighbours[ids, pick], ids)
+        hidden = (codes | (example.labels != IGNORED)) & draw(random, ids, config.mask)
+        places = codes.nonzero().flatten()
+        for _ in range(config.spans):
+            size = int(random.uniform(0, config.span) * len(places))
+            start = random.integers(len(places) - size + 1)
+            hidden[places[start : start + size]] = True
+        return replace(example, input_ids=ids.masked_fill(hidden, self.vocabulary.start_id))
+
+    def change_tempo(self, example: Example, factor: float) -> Example:
+        """Make the audio `factor` times as long by repeating or leaving out frames at even distances."""
+        places = is_code(example.input_ids, self.vocabulary).nonzero().view(-1, self.vocabulary.encoding.layers)
+        if not len(places):
+            return example
+        count = max(1, round(factor * len(places)))
+        frames = ((torch.arange(count) + 0.5) * len(places) / count).long()
+        before, behind = torch.arange(int(places[0, 0])), torch.arange(int(places[-1, -1]) + 1, len(example))
+        kept = torch.cat([before, places[frames].flatten(), behind])
+        return Example(example.input_ids[kept], example.labels[kept])
+
+
+def draw(random: np.random.Generator, ids: Tensor, share: float) -> Tensor:
+    """bool, like ids: a random `share` of the places."""
+    return torch.from_numpy(random.random(len(ids)) < share)

@@ -1,0 +1,85 @@
+"""Several examples in one row, without padding and without seeing each other."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from speechllm.prompt import IGNORED, Example
+
+PACKED = "packed_sdpa"  # name of the attention below among transformers' implementations
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Examples end to end, S tokens in all: input_ids and position_ids long [1, S], targets long [S], lengths.
+
+    A target is the label of the next token of the same example: nothing is predicted across a border.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    targets: Tensor
+    lengths: list[int]
+
+
+def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Packed:
+    """Put examples into one row on `device`."""
+    lengths = [len(example) for example in examples]
+    return Packed(
+        torch.cat([example.input_ids for example in examples])[None].to(device),
+        torch.cat([torch.arange(length) for length in lengths])[None].to(device),
+        torch.cat([F.pad(example.labels[1:], (0, 1), value=IGNORED) for example in examples]).to(device),
+        lengths,
+    )
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    lengths: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' SDPA attention, causal within each of the examples of these lengths; its usual one without lengths.
+
+    query, key, value: [1, heads, S, D]. transformers can also attend within packed examples by a mask of S x S, which
+    is exact as well, but computes and stores the whole square.
+    Raises ValueError where a model's sliding window is shorter than an example.
+    """
+    if lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    window = kwargs.get("sliding_window")
+    if window is not None and max(lengths) > window:
+        raise ValueError(
+            f"an example has {max(lengths)} tokens, the model attends to {window} only: leave long recordings out"
+        )
+    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    return torch.cat([sdpa_attention_forward(module, *part, None, **kwargs)[0] for part in parts], 1), None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)  # for generation, which pads
+
+
+def micro_batches(batch: Sequence[Example], tokens: int, process: int = 0, processes: int = 1) -> list[list[Example]]:
+    """The share of one process in a batch, in parts of about `tokens` tokens that are computed one after the other.
+
+    Every process gets the same number of parts, of about the same size: it needs as many steps as the others. Where
+    there are fewer examples than parts, the rest are examples in which nothing is to be learnt.
+    """
+    count = processes * math.ceil(sum(map(len, batch)) / (processes * tokens))
+    parts: list[list[Example]] = [[] for _ in range(count)]
+    for example in sorted(batch, key=len, reverse=True):  # the longest first, each to the smallest part so far
+        min(parts, key=lambda part: sum(map(len, part))).append(example)
+    blank = Example(batch[0].input_ids, torch.full_like(batch[0].labels, IGNORED))
+    return [part or [blank] for part in parts[process::processes]]

@@ -1,0 +1,88 @@
+"""A job of several recipes, each run once as a command of its own: finished stages are remembered and skipped."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from speechllm.run import write_json
+from tokenizer import available_cpus
+
+
+class Stages:
+    """Runs each stage once; remembers in RUN/stages.json what is finished and the seconds it took.
+
+    run: folder of the job; recipes: folder of the recipes; processes: per training where there is no GPU, the largest
+    power of two up to the number of cores and 8 when None (a batch must be shared equally).
+    """
+
+    def __init__(self, run: Path, recipes: Path, processes: int | None = None):
+        self.recipes = recipes
+        self.processes = processes or 2 ** min(3, available_cpus().bit_length() - 1)
+        self.file = run / "stages.json"
+        self.done: dict[str, dict[str, float]] = (
+            json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        )
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each finished stage took."""
+        return {name: stage["seconds"] for name, stage in self.done.items() if stage["finished"]}
+
+    def stage(self, name: str, *commands: list[str]) -> None:
+        """Run recipes side by side, sharing the processor cores; stop the job when one fails."""
+        words = [["python", f"{self.recipes}/{recipe}", *rest] for recipe, *rest in commands]
+        self.call(name, lambda: self._run(words))
+
+    def launch(self, name: str, command: list[str]) -> None:
+        """Run one recipe on all GPUs, or else in several processes.
+
+        On CPU these are faster than one process with several threads, which mostly wait for each other in small
+        models, and far faster when other programs use the cores too.
+        """
+        # accelerate's own launcher starts a single process where there is no GPU
+        processes = torch.cuda.device_count() or self.processes
+        words = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
+        self.call(name, lambda: self._run([[*words, f"{self.recipes}/{command[0]}", *command[1:]]], processes))
+
+    def call(self, name: str, work: Callable[[], None]) -> None:
+        """Do `work` unless it was done before; a stage that was interrupted adds to the time it took before."""
+        before = self.done.get(name, {"seconds": 0.0, "finished": False})
+        if before["finished"]:
+            print(f"[{name}] done before, in {before['seconds']:.0f} s")
+            return
+        started = time.perf_counter()
+        finished = False
+        try:
+            work()
+            finished = True
+        finally:
+            seconds = before["seconds"] + time.perf_counter() - started
+            self.done[name] = {"seconds": seconds, "finished": finished}
+            write_json(self.file, self.done)
+        print(f"[{name}] {seconds:.0f} s", flush=True)
+
+    def _run(self, commands: list[list[str]], processes: int = 1) -> None:
+        threads = max(1, available_cpus() // (len(commands) * processes))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        # the recipes find the package also when it is not installed
+        paths = [str(self.recipes.resolve().parent), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        running = []
+        for command in commands:
+            print("$ " + " ".join(command), flush=True)
+            module = ["-m", "torch.distributed.run"] if command[0] == "torchrun" else []
+            words = [sys.executable, *module, *command[1:]]
+            running.append(subprocess.Popen(words, env=environment))
+        try:
+            failed = [process for process in running if process.wait() != 0]
+        finally:
+            for process in running:
+                process.terminate()
+        if failed:
+            raise SystemExit("a stage failed, see above; what is finished is kept, the same command goes on from there")
