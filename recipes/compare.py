@@ -126,18 +126,30 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             )
     lines += [
         "",
-        "| system | semantic teacher cosine | CTC probe of layer 0: CER | WER | speaker from layer 0 | layer 1 |",
-        f"|{'---|' * 6}",
+        "| system | semantic teacher cosine | phones in layer 0 (PNMI) | CTC probe of layer 0: CER | WER "
+        "| speaker from layer 0 | layer 1 |",
+        f"|{'---|' * 7}",
     ]
     for name, result in results.items():
-        probe, speaker = result["content"].get("probe", {}).get("layer_0", {}), result["content"]["speaker"]
+        content, speaker = result["content"], result["content"]["speaker"]
         cells = [
             number(result["validation"].get("dev_semantic_cosine"), ".3f"),
-            *(number(probe.get(measure), ".1%") for measure in ("cer", "wer")),
+            *content_cells(content, "layer_0"),
             *(number(speaker.get(f"layer_{layer}"), ".1%") for layer in (0, 1)),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    baseline = content_cells(next(iter(results.values()))["content"], "log_mel_kmeans")
+    lines.append(f"| log-mel k-means | {DASH} | {' | '.join(baseline)} | {DASH} | {DASH} |")
     return "\n".join(lines) + "\n"
+
+
+def content_cells(content: dict[str, Any], units: str) -> list[str]:
+    """What the units say about phones, and what a probe reads from them."""
+    probe = content.get("probe", {}).get(units, {})
+    return [
+        number(content.get("content", {}).get(units, {}).get("pnmi"), ".2f"),
+        *(number(probe.get(measure), ".1%") for measure in ("cer", "wer")),
+    ]
 
 
 def interval(measure: dict[str, Any] | None) -> str:

@@ -2,7 +2,8 @@
 
     python recipes/eval_tokenizer.py codes=CODES data=CORPUS output=results.json test_splits=[test]
 
-Content needs a corpus with a phone alignment, or one whose texts are single words; it is left out otherwise.
+Content needs a phone alignment (recipes/align_speech.py makes one), or texts that are single words; it is measured on
+the utterances that have them.
 The probe (probe_steps=2000, say) measures it on any corpus with texts: a small recogniser learns to read the training
 splits' codes, and its error rate on the test splits is set beside that of one that reads log-mel k-means units.
 """
@@ -62,9 +63,9 @@ def main(config: EvalTokenizerConfig) -> None:
         units = {"layer_0": lambda row: codes_of(row, encoding)[0]}
         units["log_mel_kmeans"] = log_mel_clusters(config, train, corpus, encoding.codebook_size)
     if labels is not None:
-        kind, per_frame = labels
-        results["content"] = {"label": kind} | {
-            name: label_information(torch.cat([units_of(row) for row in test]).numpy(), per_frame)
+        kind, rows, per_frame = labels
+        results["content"] = {"label": kind, "utterances": len(rows)} | {
+            name: label_information(torch.cat([units_of(row) for row in rows]).numpy(), per_frame)
             for name, units_of in units.items()
         }
     if config.probe_steps:
@@ -103,16 +104,24 @@ def speakers(codes: Dataset, encoding: Encoding) -> dict[str, float]:
     return {**accuracy, "speakers": len(set(names)), "chance": 1 / len(set(names))}
 
 
-def frame_labels(codes: Dataset, corpus: dict[str, Utterance], encoding: Encoding) -> tuple[str, list[str]] | None:
-    """("phone" or "word", label of every frame) where the corpus knows them."""
-    counts = [len(row["codes"]) // encoding.layers for row in codes]
-    utterances = [corpus[row["id"]] for row in codes]
-    if all(utterance.phones for utterance in utterances):
-        pairs = zip(utterances, counts, strict=True)
-        return "phone", [label for u, n in pairs for label in frame_phones(u, n, encoding.frame_rate)]
-    if all(utterance.text and " " not in utterance.text for utterance in utterances):
-        return "word", [u.text for u, n in zip(utterances, counts, strict=True) for _ in range(n)]
-    return None
+def frame_labels(
+    codes: Dataset, corpus: dict[str, Utterance], encoding: Encoding
+) -> tuple[str, list[dict[str, object]], list[str]] | None:
+    """("phone" or "word", the rows whose labels the corpus knows, the label of every frame), if there are any."""
+    pairs = [(row, corpus[row["id"]]) for row in codes]
+    if aligned := [(row, utterance) for row, utterance in pairs if utterance.phones]:
+        kind = "phone"
+        labels = [frame_phones(utterance, frames(row, encoding), encoding.frame_rate) for row, utterance in aligned]
+    elif aligned := [(row, utterance) for row, utterance in pairs if utterance.text and " " not in utterance.text]:
+        kind = "word"
+        labels = [[utterance.text] * frames(row, encoding) for row, utterance in aligned]
+    else:
+        return None
+    return kind, [row for row, _ in aligned], [label for utterance in labels for label in utterance]
+
+
+def frames(row: dict[str, object], encoding: Encoding) -> int:
+    return len(row["codes"]) // encoding.layers
 
 
 def log_mel_clusters(

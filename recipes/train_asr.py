@@ -143,16 +143,7 @@ def main(config: AsrConfig) -> None:
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
         return
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    if config.train == "full" and (config.row_learning_rate or config.row_steps) and (sharded or deepspeed):
-        raise RunError(
-            "row_learning_rate and row_steps need the whole embedding matrix in each process, which FSDP and "
-            "DeepSpeed cut into parts: leave them out, or train lora, where the new rows are parameters of their own"
-        )
-    accelerator.project_configuration.set_directories(config.output)
-    accelerator.log_with = filter_trackers(config.trackers, accelerator.logging_dir)
-    accelerator.init_trackers("train_asr", {name: str(value) for name, value in asdict(config).items()})
+    set_up(accelerator, config)
     set_seed(config.seed)
 
     # 2. a language model whose vocabulary the codes extend
@@ -236,9 +227,11 @@ def main(config: AsrConfig) -> None:
                 if training.best.worse == config.patience:
                     accelerator.set_trigger()
             if accelerator.check_trigger():
-                accelerator.print(f"no better WER in {config.patience} validations: the training ends after {done} steps")
+                accelerator.print(
+                    f"no better WER in {config.patience} validations: the training ends after {done} steps"
+                )
                 break
-        if done % config.save_every == 0 and done < config.steps and not deepspeed:
+        if done % config.save_every == 0 and done < config.steps and not is_deepspeed(accelerator):
             run.save(done, training.state_dict())
 
     # 6. export
@@ -253,6 +246,27 @@ def main(config: AsrConfig) -> None:
         print(f"speech language model saved in {run.folder / 'model'}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+
+
+def set_up(accelerator: Accelerator, config: AsrConfig) -> None:
+    """Refuse what cannot be where processes hold parts of the weights, and start the trackers."""
+    whole = accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    rows = config.train == "full" and (config.row_learning_rate is not None or config.row_steps > 0)
+    if not whole and (rows or config.weight_average is not None):
+        raise RunError(
+            "weight_average and, for train: full, row_learning_rate and row_steps need all weights in each process, "
+            "but FSDP and DeepSpeed cut them into parts: leave these keys out, or train LoRA"
+        )
+    if is_deepspeed(accelerator):  # asks for this number, but there is no loader it would be about
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+    accelerator.project_configuration.set_directories(config.output)
+    accelerator.log_with = filter_trackers(config.trackers, accelerator.logging_dir)
+    accelerator.init_trackers("train_asr", {name: str(value) for name, value in asdict(config).items()})
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    """Whether moments live where no checkpoint of ours finds them."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[list[Example]]:

@@ -38,30 +38,21 @@ def sentences(count: int, seed: int) -> list[str]:
 
 def test_codes_that_spell_their_text_are_read() -> None:
     train, test = sentences(200, 0), ["bed cab", "dad", "cab ab"]  # `dad` is no word of those
-    read = ctc_probe([(spelling(text), text) for text in train], [spelling(text) for text in test], 32, steps=120)
+    read = ctc_probe([(spelling(text), text) for text in train], [spelling(text) for text in test], 32, steps=80)
     assert read == test
 
 
-def test_codes_that_have_nothing_to_do_with_the_text_are_not_read() -> None:
-    random = torch.Generator().manual_seed(0)
-    noise = [torch.randint(32, (24,), generator=random) for _ in range(220)]
-    texts = sentences(220, 0)
-    read = ctc_probe(list(zip(noise[:200], texts, strict=False)), noise[200:], 32, steps=60)
-    assert len(read) == 20
-    assert word_error_rate(texts[200:], read).wer > 0.8
-
-
 def test_the_seed_decides_everything_and_nothing_outside_is_touched() -> None:
-    train = [(spelling(text), text) for text in sentences(40, 0)]
-    test = [spelling(text) for text in sentences(20, 1)]
+    train, test = [(spelling(text), text) for text in WORDS], [spelling(text) for text in (*WORDS, "ada", "becca")]
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     with torch.no_grad():  # as recipes are run
-        first = ctc_probe(train, test, 32, steps=25, seed=1)
+        first = ctc_probe(train, test, 32, steps=STEPS, seed=1)
     assert torch.equal(torch.rand(3), expected)
-    assert ctc_probe(train, test, 32, steps=25, seed=1) == first
-    assert ctc_probe(train, test, 32, steps=25, seed=2) != first
+    assert any(first)
+    assert ctc_probe(train, test, 32, steps=STEPS, seed=1) == first
+    assert ctc_probe(train, test, 32, steps=STEPS, seed=2) != first
 
 
 def test_what_is_read_does_not_depend_on_the_other_utterances() -> None:

@@ -1,0 +1,295 @@
+"""recipes/train_asr.py on a handful of tiny utterances: killed, cut into processes, stopped early, as an adapter."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from speechllm import (
+    SpeechCodec,
+    Utterance,
+    codes_of,
+    encode_shards,
+    load_codes,
+    load_speech_llm,
+    read_log,
+    small_qwen2,
+    small_text_tokenizer,
+    transcribe_codes,
+    word_error_rate,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = str(ROOT / "recipes" / "train_asr.py")
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",  # equal to the last bit is a promise for one machine and one kind of processor
+    "ACCELERATE_USE_CPU": "true",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+# YAML reads a bare no as false
+BASE = (
+    'codes=codes codec=codec splits=[train] dev_splits=[dev] layers=2 precision="no" batch_tokens=400 steps=12 '
+    "learning_rate=1e-3 warmup=2 log_every=1 validate_every=3 save_every=2"
+)
+SMALL = f"{BASE} model=null small.text_tokens=300 small.text_steps=2 " + " ".join(
+    f"small.{name}={size}" for name, size in SIZES.items()
+)
+# everything that is drawn at random or remembered from step to step
+EVERYTHING = (
+    f"{SMALL} augmentation.tempo=0.2 augmentation.substitute=0.2 augmentation.mask=0.1 augmentation.spans=2 "
+    "speech_loss=0.5 row_learning_rate=4e-3 weight_average=0.8 gradient_checkpointing=true patience=4 "
+    "trackers=[tensorboard] micro_batch_tokens=200"
+)
+LORA = f"{BASE} model=base train=lora lora.rank=4 lora.alpha=8 lora.dropout=0.2 row_learning_rate=4e-3 row_steps=4"
+TEXTS = ["ON", "RED LAMP", "TURN ON THE RED LAMP", "LAMP", "THE RED"]
+
+
+class Work:
+    """A folder with codes, their codec and a language model; every run in it is checked to end well."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def start(self, words: str, processes: int = 1) -> subprocess.Popen:
+        # not `accelerate launch --cpu --num_processes 2`, which starts one process only
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *(launcher if processes > 1 else []), RECIPE, *words.split()]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.folder, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
+
+    def run(self, words: str, processes: int = 1) -> None:
+        process = self.start(words, processes)
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors[-3000:]
+
+    def kill(self, words: str, run: str) -> None:
+        """Start it, and kill it as soon as there are two checkpoints: then it is past the first validation."""
+        process = self.start(words)
+        while len(list((self.folder / run / "checkpoints").glob("step_*.pt"))) < 2:
+            assert process.poll() is None, process.communicate()[1][-3000:]
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -9 and not (self.folder / run / "done.json").exists()
+
+    def weights(self, run: str) -> dict[str, torch.Tensor]:
+        (file,) = (self.folder / run / "model").glob("*model.safetensors")
+        return load_file(file)
+
+    def log(self, run: str, key: str) -> dict[int, float]:
+        return {int(line["step"]): line[key] for line in read_log(self.folder / run) if key in line}
+
+    def done(self, run: str) -> dict:
+        return json.loads((self.folder / run / "done.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, small_codec: SpeechCodec) -> Work:
+    folder = tmp_path_factory.mktemp("asr")
+    draw = np.random.default_rng(0)
+    utterances = []
+    for i in range(15):
+        seconds = float(draw.uniform(0.2, 0.8))
+        path = folder / f"u{i:02}.wav"
+        level = np.repeat(draw.uniform(0.05, 1, 200), 320)[: int(seconds * 16_000)]
+        soundfile.write(path, 0.3 * level * draw.standard_normal(len(level)), 16_000)
+        utterances.append(Utterance(path.stem, path, seconds, TEXTS[i % 5], "s", "train" if i < 12 else "dev"))
+    list(encode_shards(utterances, small_codec, folder / "codes"))
+    small_codec.save_pretrained(folder / "codec")
+    text_tokenizer = small_text_tokenizer(TEXTS, 300)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        small_qwen2(text_tokenizer, **SIZES, initializer_range=0.5).save_pretrained(folder / "base")
+    text_tokenizer.save_pretrained(folder / "base")
+    work = Work(folder)
+    work.run(f"{EVERYTHING} output=whole")
+    return work
+
+
+@pytest.fixture
+def here(work: Work, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Run the recipe as the command line does, in this process and without the seconds of importing."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.chdir(work.folder)
+
+    def run(words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train_asr.py", *words.split()])
+        runpy.run_path(RECIPE, run_name="__main__")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    with torch.set_grad_enabled(True):
+        yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key], atol=atol, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
+
+
+# ---- with everything on
+
+
+def test_the_run_holds_what_it_should(work: Work) -> None:
+    assert list(work.log("whole", "loss")) == list(work.log("whole", "speech_loss")) == list(range(1, 13))
+    wers = work.log("whole", "dev_wer")
+    assert list(wers) == [3, 6, 9, 12]
+    done = work.done("whole")
+    assert done["steps"] == 12 and done["dev_wer"] == min(wers.values()) == wers[done["best_step"]]
+    assert not (work.folder / "whole" / "checkpoints").exists()
+    assert list((work.folder / "whole").rglob("events.out.tfevents*"))
+
+
+def test_the_weights_of_the_best_validation_are_exported(work: Work) -> None:
+    speech_llm = load_speech_llm(work.folder / "whole" / "model")
+    dev, encoding = load_codes(work.folder / "codes", ["dev"])
+    hypotheses = transcribe_codes([codes_of(row, encoding) for row in dev], speech_llm)
+    assert word_error_rate(dev["text"], hypotheses).wer == work.done("whole")["dev_wer"]
+
+
+def test_a_killed_run_started_again_ends_bit_for_bit_as_if_never_killed(work: Work) -> None:
+    words = f"{EVERYTHING} output=killed"
+    work.kill(words, "killed")
+    with (work.folder / "killed" / "log.jsonl").open("r+") as file:
+        lines = file.read()
+        file.seek(0)
+        file.write('{"step": 0, "before": "the kill"}\n' + lines)
+    work.run(words)
+    log = read_log(work.folder / "killed")
+    assert log[0] == {"step": 0, "before": "the kill"}  # it went on instead of starting over
+    assert log[1:] == read_log(work.folder / "whole") and work.done("killed") == work.done("whole")
+    assert_close(work.weights("killed"), work.weights("whole"), atol=0)
+
+
+def test_two_processes_and_other_parts_learn_the_same(work: Work) -> None:
+    work.run(f"{EVERYTHING} micro_batch_tokens=70 output=two", processes=2)
+    assert_close(work.weights("two"), work.weights("whole"), atol=1e-5)
+    for key in ("loss", "speech_loss"):
+        assert list(work.log("two", key).values()) == pytest.approx(list(work.log("whole", key).values()), abs=1e-4)
+
+
+# ---- adapters
+
+
+@pytest.fixture(scope="module")
+def lora(work: Work) -> Work:
+    work.run(f"{LORA} output=lora")
+    return work
+
+
+def test_an_adapter_is_trained_and_saved_alone(lora: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(lora.folder)
+    found = lora.weights("lora")
+    assert any("lora_A" in name for name in found) and any("trainable_tokens" in name for name in found)
+    assert all("lora_" in name or "trainable_tokens" in name for name in found)
+    assert all(value.any() for name, value in found.items() if "lora_B" in name)  # they begin at zero
+    speech_llm = load_speech_llm("lora/model")
+    assert isinstance(speech_llm.model, PeftModel)
+    dev, encoding = load_codes("codes", ["dev"])
+    hypotheses = transcribe_codes([codes_of(row, encoding) for row in dev], speech_llm)
+    assert word_error_rate(dev["text"], hypotheses).wer == lora.done("lora")["dev_wer"]
+
+
+def test_a_killed_adapter_goes_on_as_if_never_killed(lora: Work) -> None:
+    lora.kill(f"{LORA} output=lora_killed", "lora_killed")
+    state = torch.load(sorted((lora.folder / "lora_killed" / "checkpoints").iterdir())[0], weights_only=True)
+    assert all("lora_" in name or "trainable_tokens" in name for name in state["model"])  # the rest is not trained
+    lora.run(f"{LORA} output=lora_killed")
+    assert read_log(lora.folder / "lora_killed") == read_log(lora.folder / "lora")
+    assert_close(lora.weights("lora_killed"), lora.weights("lora"), atol=0)
+
+
+def test_in_the_first_steps_only_the_new_rows_learn(work: Work, here: Callable[[str], None]) -> None:
+    here(f"{BASE} model=base steps=3 row_steps=3 row_learning_rate=1e-2 output=row_steps")
+    here(f"{BASE} model=base steps=3 train=rows learning_rate=1e-2 output=rows")
+    before, found = load_file(work.folder / "base" / "model.safetensors"), work.weights("row_steps")
+    texts = before["model.embed_tokens.weight"].shape[0]
+    for name, value in before.items():
+        assert torch.equal(found[name][:texts] if "embed" in name else found[name], value), name
+    # and that is just what training the rows alone does
+    rows = next(value for name, value in work.weights("rows").items() if "trainable_tokens" in name)
+    torch.testing.assert_close(rows, found["model.embed_tokens.weight"][texts:], atol=1e-5, rtol=0)
+
+
+# ---- started in this process
+
+
+def test_without_improvement_it_ends_early(work: Work, here: Callable, capsys: pytest.CaptureFixture) -> None:
+    here(f"{SMALL} learning_rate=1e-12 small.text_steps=1 validate_every=1 patience=2 output=patience")
+    assert "no better WER in 2 validations: the training ends after 3 steps" in capsys.readouterr().out
+    assert list(work.log("patience", "dev_wer")) == [1, 2, 3]
+    assert work.done("patience")["steps"] == 3 and work.done("patience")["best_step"] == 1
+
+
+def test_the_last_weights_are_exported_where_the_best_are_not_wanted(work: Work, here: Callable) -> None:
+    words = f"{SMALL} learning_rate=3e-2 validate_every=1 steps=6"
+    here(f"{words} output=best")
+    here(f"{words} keep_best=false output=last")
+    here(f"{words} dev_splits=null output=blind")
+    assert work.done("best")["best_step"] < 6  # or the test shows nothing
+    assert_close(work.weights("last"), work.weights("blind"), atol=0)
+    assert any(not torch.equal(value, work.weights("last")[name]) for name, value in work.weights("best").items())
+
+
+def test_the_plan_comes_first(here: Callable, capsys: pytest.CaptureFixture) -> None:
+    here(f"{SMALL} steps=2 max_utterances=5 output=plan")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("asr: 5 utterances, ") and "2 steps of up to 400 tokens" in lines[0]
+    assert [line.split(":")[0] for line in lines[1:3]] == ["model", "memory"] and "new rows" in lines[3]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("model=null train=lora", "train: lora needs a language model to add to, but model is null"),
+        ("dev_splits=null patience=3", "patience needs dev_splits to measure a WER on"),
+        ("batch_tokens=0 max_utterances=-1", "batch_tokens must be at least 1; max_utterances must be at least 1"),
+        ("augmentation.mask=2", "mask must be at least 0 and below 1, got 2.0"),
+    ],
+)
+def test_settings_that_cannot_be_are_named_at_once(
+    work: Work, here: Callable, capsys: pytest.CaptureFixture, words: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        here(f"{BASE} {words} output=never")
+    assert end.value.code == 2 and message in capsys.readouterr().err
+    assert not (work.folder / "never").exists()
+
+
+# ---- more than one GPU
+
+
+@pytest.mark.parametrize("name, kind", [("fsdp2", "FSDP"), ("deepspeed_zero2", "DEEPSPEED")])
+def test_accelerate_takes_the_configurations_for_many_gpus(name: str, kind: str) -> None:
+    file = ROOT / "configs" / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(file))
+    assert config.distributed_type == kind and config.num_processes > 1
+    assert f"--config_file configs/accelerate/{name}.yaml" in file.read_text(encoding="utf-8")
