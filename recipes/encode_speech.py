@@ -3,9 +3,12 @@
     accelerate launch recipes/encode_speech.py codec=RUN/model data=CORPUS output=CODES
 
 Runs in parallel over processes, goes on where a killed run stopped, and counts what it had to leave out and why.
+Texts are normalised here, once for training and evaluation: lower case without punctuation, because pretrained language
+models have seldom read LibriSpeech's capitals. recipes/import_speech.py makes a corpus folder of a data set of the hub.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -23,11 +26,12 @@ from speechllm import (
 @dataclass
 class EncodeConfig:
     codec: str  # folder or hub name of a speech codec
-    data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
+    data: str  # corpus folder: manifest.jsonl, manifest.csv or LibriSpeech's layout
     output: str  # folder for the shards
     splits: list[str] | None = None  # all when null
     layers: int | None = 1  # codebooks to store, all when null
     max_duration_s: float = 60.0  # longer recordings are left out, and counted
+    normalizer: Literal["librispeech", "none"] = "librispeech"  # of the texts; none: as they are
 
 
 def main(config: EncodeConfig) -> None:
@@ -43,6 +47,7 @@ def main(config: EncodeConfig) -> None:
         config.max_duration_s,
         accelerator.process_index,
         accelerator.num_processes,
+        config.normalizer,
     )
     share = len(utterances) // accelerator.num_processes
     with tqdm(total=share, desc="encode", unit="utt", disable=not accelerator.is_main_process) as bar:

@@ -2,10 +2,12 @@
 
     python recipes/eval_asr.py model=RUN/model codes=CODES output=RESULTS splits=[test-clean]
 
-The control transcribes every utterance from another utterance's audio: a model that listens must then fail. Writes
-RESULTS/results.json, RESULTS/predictions.jsonl and RESULTS/report.html, the page to look at.
+The control transcribes every utterance from another utterance's audio: a model that listens must then fail. Runaway
+answers (empty, looped, refused, too long) are counted, and decoded again. Writes RESULTS/results.json,
+RESULTS/predictions.jsonl (two of them: `speechllm compare`) and RESULTS/report.html, the page to look at.
 """
 
+import functools
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -15,12 +17,15 @@ import numpy as np
 import torch
 
 from speechllm import (
+    character_error_rate,
     codes_of,
+    count_runaways,
     load_codes,
     load_speech_llm,
     read_log,
+    recognize,
     run_recipe,
-    transcribe_codes,
+    speaker_error_rates,
     versions,
     word_error_rate,
     write_json,
@@ -35,9 +40,11 @@ class EvalAsrConfig:
     codes: str  # folder of encode_speech
     output: str  # folder for results.json, predictions.jsonl and report.html
     splits: list[str] | None = None  # all when null
-    normalizer: str = "librispeech"
+    normalizer: str = "librispeech"  # or whisper_english, none
+    beams: int = 1  # 1: greedy
+    fallback: bool = True  # decode runaway answers again, by beam search without repetitions
     shuffled_audio: bool = True  # also run the control
-    batch_size: int = 32
+    batch_size: int = 32  # answers written at a time: with 4 beams 8 utterances
     seed: int = 0
 
 
@@ -51,14 +58,29 @@ def main(config: EvalAsrConfig) -> None:
         raise SystemExit(f"{config.codes}: no utterance of {config.splits or 'any split'} has a transcript to score")
     codes = [codes_of(row, encoding)[: speech_llm.vocabulary.encoding.layers] for row in rows]
     references = [row["text"] for row in rows]
+    speakers = [row["speaker"] or "?" for row in rows]
+    word_error_rate(references, references, config.normalizer)  # what cannot be scored fails now, not after decoding
+    decode = functools.partial(
+        recognize,
+        speech_llm=speech_llm,
+        batch_size=config.batch_size,
+        progress=True,
+        beams=config.beams,
+        fallback=config.fallback,
+    )
     seconds = sum(row["duration_s"] for row in rows)
 
     started = time.perf_counter()
-    hypotheses = transcribe_codes(codes, speech_llm, config.batch_size, progress=True)
+    found = decode(codes)
     elapsed = time.perf_counter() - started
+    hypotheses = [transcription.text for transcription in found]
     score = word_error_rate(references, hypotheses, config.normalizer, config.seed)
     results = {
         **asdict(score),
+        "cer": character_error_rate(references, hypotheses, config.normalizer),
+        "speakers": speaker_error_rates(references, hypotheses, speakers, config.normalizer),
+        "beams": config.beams,
+        "fallback": count_runaways(found),
         "audio_s": seconds,
         "tokens_per_second": sum(part.numel() for part in codes) / seconds,
         "real_time_factor": elapsed / seconds,
@@ -67,7 +89,7 @@ def main(config: EvalAsrConfig) -> None:
     }
     if config.shuffled_audio and len(codes) > 1:
         order = cyclic_shuffle(len(codes), config.seed)
-        shuffled = transcribe_codes([codes[i] for i in order], speech_llm, config.batch_size, progress=True)
+        shuffled = [transcription.text for transcription in decode([codes[i] for i in order])]
         results["wer_shuffled_audio"] = word_error_rate(references, shuffled, config.normalizer).wer
 
     folder = Path(config.output)
@@ -78,9 +100,10 @@ def main(config: EvalAsrConfig) -> None:
             "speaker": row["speaker"],
             "duration_s": round(row["duration_s"], 3),
             "reference": row["text"],
-            "hypothesis": hypothesis,
+            "hypothesis": transcription.text,
+            **({"fallback": transcription.runaway} if transcription.runaway else {}),
         }
-        for row, hypothesis in zip(rows, hypotheses, strict=True)
+        for row, transcription in zip(rows, found, strict=True)
     ]
     lines = (json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
     write_text(folder / "predictions.jsonl", "".join(lines))

@@ -110,14 +110,13 @@ def frame_labels(
     """("phone" or "word", the rows whose labels the corpus knows, the label of every frame), if there are any."""
     pairs = [(row, corpus[row["id"]]) for row in codes]
     if aligned := [(row, utterance) for row, utterance in pairs if utterance.phones]:
-        kind = "phone"
-        labels = [frame_phones(utterance, frames(row, encoding), encoding.frame_rate) for row, utterance in aligned]
-    elif aligned := [(row, utterance) for row, utterance in pairs if utterance.text and " " not in utterance.text]:
-        kind = "word"
-        labels = [[utterance.text] * frames(row, encoding) for row, utterance in aligned]
+        kind, pairs = "phone", aligned
+        labels = [frame_phones(utterance, frames(row, encoding), encoding.frame_rate) for row, utterance in pairs]
+    elif all(utterance.text and " " not in utterance.text for _, utterance in pairs):
+        kind, labels = "word", [[utterance.text] * frames(row, encoding) for row, utterance in pairs]
     else:
         return None
-    return kind, [row for row, _ in aligned], [label for utterance in labels for label in utterance]
+    return kind, [row for row, _ in pairs], [label for utterance in labels for label in utterance]
 
 
 def frames(row: dict[str, object], encoding: Encoding) -> int:

@@ -4,7 +4,8 @@
 
 Extends the vocabulary with the codec's codes, then learns "Transcribe this speech" on utterances encoded by
 recipes/encode_speech.py. A killed run started again with the same words goes on from its newest checkpoint and ends
-as if never interrupted. The model lands in RUN/model, with its text tokenizer, audio vocabulary and codec.
+as if never interrupted. The model lands in RUN/model, with its text tokenizer, audio vocabulary and codec. On one
+smaller GPU: configs/asr/qwen2-1.5b_lora.yaml. To see whether new codes can be learnt at all: configs/asr/overfit.yaml.
 """
 
 from collections.abc import Iterator
@@ -116,10 +117,13 @@ class AsrConfig:
 
     def __post_init__(self) -> None:
         sizes = ("steps", "batch_tokens", "micro_batch_tokens", "warmup", "validate_every", "log_every", "save_every")
-        least_one = (*sizes, "layers", "max_utterances", "patience")
-        problems = [f"{name} must be at least 1" for name in least_one if (getattr(self, name) or 1) < 1]
+        sizes = (*sizes, "layers", "dev_utterances", "max_utterances", "patience")
+        given = {name: getattr(self, name) for name in sizes if getattr(self, name) is not None}
+        problems = [f"{name} must be at least 1, got {value}" for name, value in given.items() if value < 1]
         if self.model is None and self.train != "full":
             problems.append(f"train: {self.train} needs a language model to add to, but model is null")
+        if self.weight_average is not None and not 0 < self.weight_average < 1:
+            problems.append(f"weight_average must lie between 0 and 1, got {self.weight_average}")
         if self.patience is not None and not self.dev_splits:
             problems.append("patience needs dev_splits to measure a WER on")
         if problems:
@@ -291,16 +295,16 @@ def plan(config: AsrConfig, examples: list[Example], model: torch.nn.Module, row
     """What is about to happen, in four lines."""
     tokens = sum(map(len, examples))
     labels = sum(int((example.labels >= 0).sum()) for example in examples)
-    each = config.batch_tokens * len(examples) / tokens  # utterances a step
+    each = config.batch_tokens * len(examples) / tokens  # utterances in a step
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     state = 4 * (weights + trained * (4 if config.weight_average else 3))  # and gradients and two moments, in float32
     vocabulary = model.get_output_embeddings().weight.shape[0]
     logits = 8 * vocabulary * min(config.micro_batch_tokens, config.batch_tokens) * labels / tokens  # and gradients
     return (
-        f"asr: {len(examples)} utterances, {tokens:,} tokens of which {labels:,} are learnt; {config.steps} steps of up to "
-        f"{config.batch_tokens:,} tokens, about {each:.0f} utterances, without padding "
-        f"({config.steps * each / len(examples):.1f} passes)\n"
+        f"asr: {len(examples)} utterances, {tokens:,} tokens of which {labels:,} are learnt; {config.steps} steps of "
+        f"up to {config.batch_tokens:,} tokens, about {each:.0f} utterances ({config.steps * each / len(examples):.1f} "
+        "passes), without padding\n"
         f"model: {weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained ({config.train})\n"
         f"memory: {state / 1e9:.2f} GB for weights, gradients and AdamW, {logits / 1e9:.2f} GB for logits of a micro "
         f"batch; activations come on top\n"

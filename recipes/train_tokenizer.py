@@ -177,7 +177,7 @@ def main(config: TokenizerConfig) -> None:
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, tuple(config.betas), weight_decay=decay)
     averaged = average_weights(codec, config.weight_average)
     caches = make_caches(config, lessons, utterances, accelerator)
-    crops = Crops(utterances, config.crop_s, config.codec.sample_rate, config.seed, caches)
+    crops = Crops(utterances, config.crop_s, config.codec.sample_rate, config.seed, caches, run.left_out)
     accelerator.print(plan(config, utterances, codec))
 
     # 2. go on where a killed run stopped, or place the codebooks where the encoder's latents are

@@ -1,4 +1,4 @@
-"""The `speechllm` command: transcribe recordings, encode and decode speech, look into a codec, score transcripts."""
+"""The `speechllm` command: transcribe, encode and decode speech, look into a codec, score and compare transcripts."""
 
 import argparse
 import json
@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # every command imports what it needs: help and mistakes must
     from torch import Tensor
 
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
+NORMALIZERS = "librispeech (default), whisper_english or none"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +20,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (ValueError, OSError) as error:  # the package's own errors are of these kinds and say how to mend them
+    # the package's own errors are of these kinds and say how to mend them
+    except (ValueError, OSError, ImportError) as error:
         print(f"speechllm {arguments.command}: {error}", file=sys.stderr)
         return 1
 
@@ -32,7 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("files", nargs="+", help="audio files")
     command.add_argument("--model", required=True, help="folder that recipes/train_asr.py wrote")
     command.add_argument("--codec", help="another place of the codec than the model's subfolder `codec`")
-    command.add_argument("--batch-size", type=int, default=16)
+    command.add_argument("--batch-size", type=int, default=16, help="answers written at a time; a beam counts as one")
+    command.add_argument("--beams", type=int, default=1, help="1, the default, is greedy")
     command.set_defaults(run=_transcribe)
 
     command = commands.add_parser("encode", help="recordings to codes, one JSON line each")
@@ -81,8 +84,20 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("wer", help="word error rate of two text files, one utterance a line")
     command.add_argument("reference")
     command.add_argument("hypothesis")
-    command.add_argument("--normalizer", default="librispeech", help="librispeech (default) or none")
+    command.add_argument("--normalizer", default="librispeech", help=NORMALIZERS)
+    command.add_argument("--characters", action="store_true", help="also print the character error rate")
     command.set_defaults(run=_wer)
+
+    command = commands.add_parser("compare", help="paired bootstrap between two predictions.jsonl of eval_asr")
+    command.add_argument("a", metavar="A.jsonl")
+    command.add_argument("b", metavar="B.jsonl", help="of the same utterances")
+    command.add_argument("--normalizer", default="librispeech", help=NORMALIZERS)
+    command.set_defaults(run=_compare)
+
+    command = commands.add_parser("export", help="a model as a folder for transformers, vLLM or llama.cpp's converter")
+    command.add_argument("model", help="folder that recipes/train_asr.py wrote")
+    command.add_argument("output", help="new folder")
+    command.set_defaults(run=_export)
     return parser
 
 
@@ -93,7 +108,8 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     speech_llm = load_speech_llm(arguments.model, arguments.codec)
     assert speech_llm.codec is not None
     recordings = list(_usable(arguments.files, speech_llm.codec.sample_rate))
-    texts = transcribe([waveform for _, waveform in recordings], speech_llm, arguments.batch_size)
+    waveforms = [waveform for _, waveform in recordings]
+    texts = transcribe(waveforms, speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True)
     for (file, _), text in zip(recordings, texts, strict=True):
         print(f"{file}\t{text}")
     return int(len(recordings) < len(arguments.files))
@@ -210,12 +226,62 @@ def _import_codec(arguments: argparse.Namespace) -> int:
 
 
 def _wer(arguments: argparse.Namespace) -> int:
-    from speechllm import word_error_rate
+    from speechllm import character_error_rate, word_error_rate
 
     references = Path(arguments.reference).read_text(encoding="utf-8").splitlines()
     hypotheses = Path(arguments.hypothesis).read_text(encoding="utf-8").splitlines()
     print(word_error_rate(references, hypotheses, arguments.normalizer))
+    if arguments.characters:
+        print(f"CER {character_error_rate(references, hypotheses, arguments.normalizer):.2%}")
     return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    """Print the word error rate of both files and how sure the difference, B minus A, is."""
+    from speechllm import DataError, paired_bootstrap, word_error_rate
+
+    a, b = _predictions(arguments.a), _predictions(arguments.b)
+    differing = {
+        f"are only in {arguments.a}": a.keys() - b.keys(),
+        f"are only in {arguments.b}": b.keys() - a.keys(),
+        "have another reference": {name for name in a.keys() & b.keys() if a[name][0] != b[name][0]},
+    }
+    found = [
+        f"{len(ids)} {what} ({', '.join(sorted(ids)[:3] + ['...'] * (len(ids) > 3))})"
+        for what, ids in differing.items()
+        if ids
+    ]
+    if found:
+        raise DataError(f"of the utterances {'; '.join(found)}: give predictions for the same splits of one corpus")
+    references = [reference for reference, _ in a.values()]
+    heard_a, heard_b = [heard for _, heard in a.values()], [b[name][1] for name in a]
+    print(f"A: {word_error_rate(references, heard_a, arguments.normalizer)}")
+    print(f"B: {word_error_rate(references, heard_b, arguments.normalizer)}")
+    print(f"B - A: {paired_bootstrap(references, heard_a, heard_b, arguments.normalizer)}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from speechllm import export_model, load_speech_llm
+
+    export_model(load_speech_llm(arguments.model), arguments.output)
+    print(arguments.output)
+    return 0
+
+
+def _predictions(file: str) -> dict[str, tuple[str, str]]:
+    """Reference and hypothesis by utterance, as eval_asr writes them."""
+    from speechllm import DataError
+
+    pairs = {}
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                pairs[row["id"]] = row["reference"], row["hypothesis"]
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(f"{file}, line {number}: not a line of eval_asr's predictions ({error!r})") from error
+    return pairs
 
 
 def _usable(files: Iterable[str], sample_rate: int) -> Iterator[tuple[str, "Tensor"]]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 
+from speechllm.metrics import NORMALIZERS
 from speechllm.run import write_json
 from tokenizer import AudioError, Codec, Utterance, load_audio
 
@@ -67,22 +68,31 @@ def encode_shards(
     max_duration_s: float = 60.0,
     process: int = 0,
     processes: int = 1,
+    normalizer: str = "none",
 ) -> Iterator[int]:
     """Encode utterances into Parquet shards; yields the number of utterances done after each shard.
 
     Each process writes every `processes`-th shard, whole; shards that are there already are kept, so that a killed
     run loses one shard at most. Recordings that cannot be used are left out and counted by reason in the shard.
-    Raises DataError when the folder holds other codes.
+    normalizer: what the texts go through, a name that `word_error_rate` knows.
+    Raises DataError when the folder holds codes made with other settings.
     """
     folder = Path(folder)
     encoding = Encoding.of(codec, layers)
     ids = [utterance.id for utterance in utterances]
     if repeated := [name for name, count in Counter(ids).items() if count > 1]:
         raise DataError(f"utterance ids must be unique, but {repeated[0]} occurs more than once")
-    settings = {**asdict(encoding), "max_duration_s": max_duration_s, "ids": hash_ids(ids)}
+    if normalizer not in NORMALIZERS:
+        raise DataError(f"unknown normalizer {normalizer!r}: choose one of {', '.join(NORMALIZERS)}")
+    settings = {**asdict(encoding), "max_duration_s": max_duration_s, "normalizer": normalizer, "ids": hash_ids(ids)}
     claim = folder / "request.json"
-    if claim.exists() and json.loads(claim.read_text(encoding="utf-8")) != settings:
-        raise DataError(f"{folder} holds codes of another codec or other speech: choose another folder or delete it")
+    held = json.loads(claim.read_text(encoding="utf-8")) if claim.exists() else settings
+    changed = [f"{name}: {held.get(name)} -> {settings[name]}" for name in settings if held.get(name) != settings[name]]
+    if changed:
+        raise DataError(
+            f"{folder} holds codes of another codec, other speech or other settings ({'; '.join(changed)}): "
+            "choose another folder or delete it"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if process == 0:
         write_json(claim, settings)
@@ -90,12 +100,17 @@ def encode_shards(
         part = utterances[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
         file = folder / f"codes_{shard:05d}.parquet"
         if not file.exists():
-            _write_shard(file, part, codec, encoding, max_duration_s)
+            _write_shard(file, part, codec, encoding, max_duration_s, normalizer)
         yield len(part)
 
 
 def _write_shard(
-    file: Path, utterances: Sequence[Utterance], codec: Codec, encoding: Encoding, max_duration_s: float
+    file: Path,
+    utterances: Sequence[Utterance],
+    codec: Codec,
+    encoding: Encoding,
+    max_duration_s: float,
+    normalizer: str,
 ) -> None:
     rows, skipped = [], []
     device = codec.codebooks.device
@@ -111,12 +126,12 @@ def _write_shard(
                 "id": utterance.id,
                 "split": utterance.split,
                 "speaker": utterance.speaker,
-                "text": utterance.text,
+                "text": utterance.text and NORMALIZERS[normalizer](utterance.text),
                 "duration_s": len(waveform) / codec.sample_rate,
                 "codes": codes.flatten().to(torch.int32).cpu().numpy().astype(np.uint16),
             }
         )
-    metadata = {"encoding": json.dumps(asdict(encoding)), "skipped": json.dumps(skipped)}
+    metadata = {"encoding": json.dumps(asdict(encoding)), "normalizer": normalizer, "skipped": json.dumps(skipped)}
     table = pa.Table.from_pylist(rows, SCHEMA.with_metadata(metadata))
     part = file.with_suffix(".part")
     pq.write_table(table, part, compression="zstd")
@@ -124,15 +139,17 @@ def _write_shard(
 
 
 def summarize_shards(folder: str | Path) -> dict[str, object]:
-    """Counts over all shards of a folder: utterances, hours, and skips by reason (with the first five in full)."""
+    """Counts over all shards of a folder: utterances, hours, skips by reason (the first five in full), normaliser."""
     files = _shards(folder)
-    skipped = [skip for file in files for skip in json.loads(pq.read_schema(file).metadata[b"skipped"])]
+    notes = [pq.read_schema(file).metadata for file in files]
+    skipped = [skip for note in notes for skip in json.loads(note[b"skipped"])]
     durations = [pq.read_table(file, columns=["duration_s"])["duration_s"].to_numpy() for file in files]
     return {
         "utterances": int(sum(map(len, durations))),
         "hours": float(sum(part.sum() for part in durations) / 3600),
         "skipped": dict(Counter(skip["reason"] for skip in skipped)),
         "skipped_first": [skip["detail"] for skip in skipped[:5]],
+        "normalizer": ", ".join(sorted({note.get(b"normalizer", b"none").decode() for note in notes})),
     }
 
 

@@ -1,6 +1,10 @@
 """Speech in, text out."""
 
+import re
+import zlib
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,24 +18,35 @@ from tokenizer import load_audio
 
 TOKENS_PER_SECOND = 12  # upper bound of the answer's length; fast English speech has about 6 text tokens a second
 TOKENS_AT_LEAST = 16
+COMPRESSION = 2.4  # of a text by zlib: what is said stays below, loops do not (Radford et al. 2022, section 4.5)
+REFUSAL = re.compile(r"\b(as an ai|ai language model|ai assistant)\b", re.IGNORECASE)
+FALLBACK_BEAMS = 4
+FALLBACK_NGRAM = 5  # tokens; a shorter one would forbid to say a word of rare pieces twice
 
 
-class _TextOnly(LogitsProcessor):
-    """Only text and the end token may be answered: audio tokens and spare rows get no probability."""
+@dataclass(frozen=True)
+class Transcription:
+    """What was heard. runaway: why the first answer was not believed (`runaway_reason`), None where it was.
 
-    def __init__(self, forbidden: Tensor):
-        self.forbidden = forbidden
+    mended: the text is the fallback's answer.
+    """
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.masked_fill(self.forbidden, -torch.inf)
+    text: str
+    runaway: str | None = None
+    mended: bool = False
 
 
 def transcribe(
-    speech: Sequence[str | Path | Tensor], speech_llm: SpeechLLM, batch_size: int = 16, progress: bool = False
+    speech: Sequence[str | Path | Tensor],
+    speech_llm: SpeechLLM,
+    batch_size: int = 16,
+    progress: bool = False,
+    beams: int = 1,
+    fallback: bool = False,
 ) -> list[str]:
     """Texts of recordings, given as files or as waveforms float [N] at the codec's rate, in the order given.
 
-    Raises AudioError for a file that cannot be used.
+    beams, fallback: as in `recognize`. Raises AudioError for a file that cannot be used.
     """
     codec = speech_llm.codec
     if codec is None:
@@ -42,39 +57,62 @@ def transcribe(
     for item in tqdm(speech, "encode", disable=not progress):
         waveform = item if isinstance(item, Tensor) else load_audio(item, codec.sample_rate)
         codes.append(codec.encode(waveform[None].to(device), layers=layers).ids[0].cpu())
-    return transcribe_codes(codes, speech_llm, batch_size, progress)
+    return transcribe_codes(codes, speech_llm, batch_size, progress, beams, fallback)
 
 
-@torch.no_grad()
 def transcribe_codes(
-    codes: Sequence[Tensor], speech_llm: SpeechLLM, batch_size: int = 16, progress: bool = False
+    codes: Sequence[Tensor],
+    speech_llm: SpeechLLM,
+    batch_size: int = 16,
+    progress: bool = False,
+    beams: int = 1,
+    fallback: bool = False,
 ) -> list[str]:
-    """Texts of utterances given as codes long [Q, T]: greedy, in batches of similar length, bounded by duration."""
-    model, text_tokenizer, vocabulary = speech_llm.model, speech_llm.text_tokenizer, speech_llm.vocabulary
-    was_training = model.training
-    model.eval()
-    allowed = LogitsProcessorList([_TextOnly(forbidden_ids(speech_llm).to(model.device))])
-    texts = [""] * len(codes)
-    order = sorted(range(len(codes)), key=lambda i: -codes[i].shape[1])
-    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-    for batch in tqdm(batches, "transcribe", disable=not progress):
-        prompts = [transcription_prompt(codes[i], vocabulary, text_tokenizer) for i in batch]
-        inputs = collate_prompts(prompts, text_tokenizer.pad_token_id)
-        bounds = [answer_bound(codes[i].shape[1] / vocabulary.encoding.frame_rate) for i in batch]
-        answers = model.generate(
-            **{name: tensor.to(model.device) for name, tensor in inputs.items()},
-            logits_processor=allowed,
-            max_new_tokens=max(bounds),
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=text_tokenizer.eos_token_id,
-            pad_token_id=text_tokenizer.pad_token_id,
-        )
-        answers = answers[:, inputs["input_ids"].shape[1] :]
-        for i, answer, bound in zip(batch, answers, bounds, strict=True):
-            texts[i] = text_tokenizer.decode(answer[:bound], skip_special_tokens=True).strip()
-    model.train(was_training)
-    return texts
+    """Texts of utterances given as codes long [Q, T], in the order given; the rest as in `recognize`."""
+    return [found.text for found in recognize(codes, speech_llm, batch_size, progress, beams, fallback)]
+
+
+def recognize(
+    codes: Sequence[Tensor],
+    speech_llm: SpeechLLM,
+    batch_size: int = 16,
+    progress: bool = False,
+    beams: int = 1,
+    fallback: bool = False,
+) -> list[Transcription]:
+    """Transcriptions of utterances given as codes long [Q, T], in the order given.
+
+    Greedy with one beam, else beam search. Only text is answered, no more of it than `answer_bound` allows, and the
+    same in any batch. batch_size: answers written at a time, so that more beams need no more memory.
+    fallback: runaway answers are decoded again, by beam search that says no 5-gram twice, and replaced if that helps.
+    """
+    found = _decode(codes, speech_llm, batch_size, progress, beams)
+    runaways = [i for i, first in enumerate(found) if first.runaway] if fallback else []
+    beams = max(beams, FALLBACK_BEAMS)
+    second = _decode([codes[i] for i in runaways], speech_llm, batch_size, progress, beams, FALLBACK_NGRAM)
+    for i, other in zip(runaways, second, strict=True):
+        if other.runaway is None:
+            found[i] = replace(found[i], text=other.text, mended=True)
+    return found
+
+
+def runaway_reason(text: str, at_bound: bool) -> str | None:
+    """Why an answer is not believed: "empty", "looped", "refused" or "bound" (as long as it may be); else None."""
+    data = text.encode()
+    if not data:
+        return "empty"
+    if len(data) > COMPRESSION * len(zlib.compress(data)):
+        return "looped"
+    if REFUSAL.search(text):
+        return "refused"
+    return "bound" if at_bound else None
+
+
+def count_runaways(transcriptions: Sequence[Transcription]) -> dict[str, int]:
+    """Utterances by `runaway_reason`, and how many of them the fallback mended."""
+    reasons = Counter(found.runaway for found in transcriptions)
+    counts = {reason: reasons[reason] for reason in ("empty", "looped", "refused", "bound")}
+    return {**counts, "mended": sum(found.mended for found in transcriptions)}
 
 
 def answer_bound(duration_s: float) -> int:
@@ -92,3 +130,59 @@ def forbidden_ids(speech_llm: SpeechLLM) -> Tensor:
     forbidden[len(text_tokenizer) :] = True
     forbidden[text_tokenizer.eos_token_id] = False
     return forbidden
+
+
+@torch.no_grad()
+def _decode(
+    codes: Sequence[Tensor], speech_llm: SpeechLLM, batch_size: int, progress: bool, beams: int, ngram: int = 0
+) -> list[Transcription]:
+    """One pass, in batches of similar length. ngram: that many tokens in a row are not said twice; 0: no such rule."""
+    if beams < 1:
+        raise ValueError(f"beams must be at least 1, got {beams}")
+    model, text_tokenizer, vocabulary = speech_llm.model, speech_llm.text_tokenizer, speech_llm.vocabulary
+    was_training = model.training
+    model.eval()
+    forbidden = forbidden_ids(speech_llm).to(model.device)
+    found = [Transcription("")] * len(codes)
+    order = sorted(range(len(codes)), key=lambda i: -codes[i].shape[1])
+    size = max(1, batch_size // beams)
+    batches = [order[first : first + size] for first in range(0, len(order), size)]
+    for batch in tqdm(batches, "decode again" if ngram else "transcribe", disable=not (progress and batches)):
+        prompts = [transcription_prompt(codes[i], vocabulary, text_tokenizer) for i in batch]
+        inputs = collate_prompts(prompts, text_tokenizer.pad_token_id)
+        prompt_size = inputs["input_ids"].shape[1]
+        bounds = [answer_bound(codes[i].shape[1] / vocabulary.encoding.frame_rate) for i in batch]
+        processor = _BoundedText(forbidden, prompt_size, bounds, text_tokenizer.eos_token_id)
+        answers = model.generate(
+            **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+            logits_processor=LogitsProcessorList([processor]),
+            max_new_tokens=max(bounds) + 1,  # and the end token
+            do_sample=False,
+            num_beams=beams,
+            no_repeat_ngram_size=ngram,
+            repetition_penalty=1.0,  # a chat model's own would punish words said twice
+            eos_token_id=text_tokenizer.eos_token_id,
+            pad_token_id=text_tokenizer.pad_token_id,
+        )[:, prompt_size:]
+        lengths = (~forbidden[answers] & (answers != text_tokenizer.eos_token_id)).sum(1).tolist()
+        texts = text_tokenizer.batch_decode(answers, skip_special_tokens=True)
+        for i, text, length, bound in zip(batch, map(str.strip, texts), lengths, bounds, strict=True):
+            found[i] = Transcription(text, runaway_reason(text, length >= bound))
+    model.train(was_training)
+    return found
+
+
+class _BoundedText(LogitsProcessor):
+    """Only text and the end token may be answered, and nothing but the end once an answer is as long as it may be."""
+
+    def __init__(self, forbidden: Tensor, prompt_size: int, bounds: Sequence[int], end: int):
+        self.forbidden, self.prompt_size, self.end = forbidden, prompt_size, end
+        self.bounds = torch.tensor(bounds, device=forbidden.device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.masked_fill(self.forbidden, -torch.inf)
+        full = input_ids.shape[1] - self.prompt_size >= self.bounds
+        full = full.repeat_interleave(len(scores) // len(full))  # the beams of an utterance lie side by side
+        scores[full] = -torch.inf
+        scores[full, self.end] = 0
+        return scores

@@ -1,5 +1,6 @@
 """Word error rate people can trust: counts, a confidence interval, and the normaliser's name beside the number."""
 
+import functools
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,19 @@ def librispeech_normalizer(text: str) -> str:
     return " ".join("".join(kept).split())
 
 
-NORMALIZERS: dict[str, Callable[[str], str]] = {"librispeech": librispeech_normalizer, "none": str}
+def whisper_english_normalizer(text: str) -> str:
+    """Whisper's for English (Radford et al. 2022, appendix C): digits, American spelling, contractions written out.
+
+    Raises ImportError where whisper-normalizer is not installed.
+    """
+    return " ".join(_whisper_english()(text).split())
+
+
+NORMALIZERS: dict[str, Callable[[str], str]] = {
+    "librispeech": librispeech_normalizer,
+    "whisper_english": whisper_english_normalizer,
+    "none": str,
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,29 @@ class WordErrorRate:
         )
 
 
+@dataclass(frozen=True)
+class PairedBootstrap:
+    """difference: WER of b minus WER of a, as a fraction, below 0 where b is better; ci95: its 95 % interval.
+
+    improvement: share of the samples in which b errs less; p_value: two-sided, of no difference.
+    """
+
+    difference: float
+    ci95: tuple[float, float]
+    improvement: float
+    p_value: float
+    utterances: int
+    normalizer: str
+
+    def __str__(self) -> str:
+        low, high = self.ci95
+        return (
+            f"difference {self.difference:+.2%} (95 % interval {low:+.2%} to {high:+.2%}; p = {self.p_value:.3f}, "
+            f"better in {self.improvement:.1%} of the samples; {self.utterances} utterances, "
+            f"normaliser {self.normalizer})"
+        )
+
+
 def word_error_rate(
     references: Sequence[str], hypotheses: Sequence[str], normalizer: str = "librispeech", seed: int = 0
 ) -> WordErrorRate:
@@ -49,20 +85,9 @@ def word_error_rate(
     The interval resamples utterances with replacement (1,000 times, seeded) and scores each sample as a whole.
     Raises ValueError for lists of different lengths, an unknown normaliser, or references without a single word.
     """
-    if len(references) != len(hypotheses):
-        raise ValueError(f"{len(references)} references but {len(hypotheses)} hypotheses: they must match one to one")
-    if normalizer not in NORMALIZERS:
-        raise ValueError(f"unknown normalizer {normalizer!r}: choose one of {', '.join(NORMALIZERS)}")
-    counts = np.array(
-        [_count_errors(*map(NORMALIZERS[normalizer], pair)) for pair in zip(references, hypotheses, strict=True)]
-    ).reshape(-1, 4)
+    counts = _error_counts(references, hypotheses, normalizer)
     substitutions, deletions, insertions, words = map(int, counts.sum(0))
-    if words == 0:
-        raise ValueError("the references hold no words: there is nothing to score")
-    errors = counts[:, :3].sum(1)
-    draws = np.random.default_rng(seed).integers(0, len(counts), (BOOTSTRAP_SAMPLES, len(counts)))
-    rates = errors[draws].sum(1) / np.maximum(counts[draws, 3].sum(1), 1)
-    low, high = np.quantile(rates, [0.025, 0.975])
+    low, high = np.quantile(_resampled_rates(counts[:, :3].sum(1), counts[:, 3], seed), [0.025, 0.975])
     return WordErrorRate(
         (substitutions + deletions + insertions) / words,
         (float(low), float(high)),
@@ -73,6 +98,90 @@ def word_error_rate(
         len(counts),
         normalizer,
     )
+
+
+def character_error_rate(
+    references: Sequence[str], hypotheses: Sequence[str], normalizer: str = "librispeech"
+) -> float:
+    """Errors per character of the references, the space between two words being one; else as `word_error_rate`."""
+    normalize = _normalizer(normalizer)
+
+    def spell(text: str) -> str:
+        return " ".join("\u2423".join(normalize(text).split()))
+
+    return word_error_rate([*map(spell, references)], [*map(spell, hypotheses)], "none").wer
+
+
+def speaker_error_rates(
+    references: Sequence[str], hypotheses: Sequence[str], speakers: Sequence[str], normalizer: str = "librispeech"
+) -> dict[str, dict[str, float | int | None]]:
+    """wer (None without reference words), words and utterances of every speaker; errors as in `word_error_rate`."""
+    counts = _error_counts(references, hypotheses, normalizer)
+    rates: dict[str, dict[str, float | int | None]] = {}
+    for speaker in sorted(set(speakers)):
+        own = counts[[name == speaker for name in speakers]]
+        words = int(own[:, 3].sum())
+        wer = int(own[:, :3].sum()) / words if words else None
+        rates[speaker] = {"wer": wer, "words": words, "utterances": len(own)}
+    return rates
+
+
+def paired_bootstrap(
+    references: Sequence[str],
+    hypotheses_a: Sequence[str],
+    hypotheses_b: Sequence[str],
+    normalizer: str = "librispeech",
+    seed: int = 0,
+) -> PairedBootstrap:
+    """Whether b errs less than a on the same utterances, or the sample decides (Bisani & Ney 2004).
+
+    Both are scored on the same 1,000 samples of utterances. Raises ValueError as `word_error_rate` does.
+    """
+    counts_a, counts_b = (_error_counts(references, texts, normalizer) for texts in (hypotheses_a, hypotheses_b))
+    more, words = (counts_b - counts_a)[:, :3].sum(1), counts_a[:, 3]
+    differences = _resampled_rates(more, words, seed)
+    low, high = np.quantile(differences, [0.025, 0.975])
+    rarer = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
+    return PairedBootstrap(
+        float(more.sum() / words.sum()),
+        (float(low), float(high)),
+        float((differences < 0).mean()),
+        min(1.0, 2 * (rarer + 1) / (BOOTSTRAP_SAMPLES + 1)),  # never 0: so many samples cannot show it
+        len(words),
+        normalizer,
+    )
+
+
+@functools.cache
+def _whisper_english() -> Callable[[str], str]:
+    try:
+        from whisper_normalizer.english import EnglishTextNormalizer
+    except ImportError as error:
+        raise ImportError(f'{error.name} is needed for whisper_english: pip install "speechllm[eval]"') from error
+    return EnglishTextNormalizer()
+
+
+def _normalizer(name: str) -> Callable[[str], str]:
+    if name not in NORMALIZERS:
+        raise ValueError(f"unknown normalizer {name!r}: choose one of {', '.join(NORMALIZERS)}")
+    return NORMALIZERS[name]
+
+
+def _error_counts(references: Sequence[str], hypotheses: Sequence[str], normalizer: str) -> np.ndarray:
+    """int [utterances, 4]: substitutions, deletions, insertions and reference words, after the normaliser."""
+    if len(references) != len(hypotheses):
+        raise ValueError(f"{len(references)} references but {len(hypotheses)} hypotheses: they must match one to one")
+    normalize = _normalizer(normalizer)
+    counts = [_count_errors(*map(normalize, pair)) for pair in zip(references, hypotheses, strict=True)]
+    if not sum(words for *_, words in counts):
+        raise ValueError("the references hold no words: there is nothing to score")
+    return np.array(counts)
+
+
+def _resampled_rates(errors: np.ndarray, words: np.ndarray, seed: int) -> np.ndarray:
+    """Errors per word, float [1,000], of samples drawn with replacement; errors, words: int [utterances]."""
+    draws = np.random.default_rng(seed).integers(0, len(words), (BOOTSTRAP_SAMPLES, len(words)))
+    return errors[draws].sum(1) / np.maximum(words[draws].sum(1), 1)
 
 
 def _count_errors(reference: str, hypothesis: str) -> tuple[int, int, int, int]:

@@ -1,15 +1,17 @@
 """AdamW for a language model with new rows: how fast they learn, and what learns before the rest."""
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import AdamW
+from transformers import PreTrainedModel
 
 from speechllm.adapters import ROWS
 from speechllm.vocabulary import AudioVocabulary
 
 
 def make_optimizer(
-    model: nn.Module,
+    model: PreTrainedModel | PeftModel,
     vocabulary: AudioVocabulary,
     learning_rate: float,
     weight_decay: float = 0.01,
@@ -42,7 +44,7 @@ def make_optimizer(
     return optimizer
 
 
-def keep_row_gradients(model: nn.Module, vocabulary: AudioVocabulary) -> None:
+def keep_row_gradients(model: PreTrainedModel | PeftModel, vocabulary: AudioVocabulary) -> None:
     """Drop the gradients of everything but the new rows: AdamW leaves the rest as it is, if it never had any."""
     matrices, rows = trained_matrices(model), _rows(vocabulary)
     for name, parameter in model.named_parameters():
@@ -54,7 +56,7 @@ def keep_row_gradients(model: nn.Module, vocabulary: AudioVocabulary) -> None:
             parameter.grad = None
 
 
-def trained_matrices(model: nn.Module) -> list[Tensor]:
+def trained_matrices(model: PreTrainedModel | PeftModel) -> list[Tensor]:
     """The embedding matrix and, where it is another one, the head's, unless an adapter has frozen them."""
     weights = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
     if weights[1] is weights[0]:

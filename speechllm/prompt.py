@@ -16,7 +16,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """input_ids long [S]; labels long [S], -100 wherever nothing is to be learnt (all but transcript and end, mostly)."""
+    """input_ids long [S]; labels long [S], -100 wherever nothing is to be learnt."""
 
     input_ids: Tensor
     labels: Tensor

@@ -17,7 +17,7 @@ from tokenizer import codebook_usage
 ALIGNMENTS_SHOWN = 10
 SHOWN_ELSEWHERE = set(
     "wer wer_ci95 ci95 cer wer_shuffled_audio utterances tokens_per_second substitutions deletions insertions notes "
-    "seconds_by_stage versions codec_fingerprint codebooks".split()
+    "seconds_by_stage versions codec_fingerprint codebooks speakers".split()
 )
 CODEC_METRICS = {  # the order in which they are shown
     "pesq_wb": ("PESQ, wide-band", "1 to 4.6, higher is better"),

@@ -46,6 +46,7 @@ class Run:
         self.folder = Path(folder)
         self.main = accelerator is None or accelerator.is_main_process
         self.log_file = self.folder / "log.jsonl"
+        self.left_out = self.folder / "left_out.jsonl"  # recordings that could not be used, see `Crops`
         if self.main:
             try:
                 (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -77,9 +78,16 @@ class Run:
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Mark the run as finished and drop its checkpoints: the exported model replaces them."""
+        """Mark the run as finished and drop its checkpoints: the exported model replaces them.
+
+        Recordings that were left out are listed with what is wrong with them, and counted in the summary.
+        """
         if self.main:
-            write_json(self.folder / "done.json", summary)
+            lines = self.left_out.read_text(encoding="utf-8").splitlines() if self.left_out.exists() else []
+            problems = {row["path"]: row["detail"] for row in map(json.loads, lines)}
+            for problem in problems.values():
+                print(f"left out: {problem}")
+            write_json(self.folder / "done.json", summary | ({"left_out": len(problems)} if problems else {}))
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def log(self, step: int, **metrics: float) -> None:

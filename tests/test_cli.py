@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 import speechllm
-from speechllm import SpeechCodec, codebook_usage, load_audio, plots, reconstruct, save_audio
+from speechllm import (
+    SpeechCodec,
+    codebook_usage,
+    load_audio,
+    paired_bootstrap,
+    plots,
+    reconstruct,
+    save_audio,
+    transcribe,
+)
 from speechllm.cli import main
 
 RATE = 16_000
@@ -196,7 +205,7 @@ def test_a_failed_import_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.Mo
     assert capsys.readouterr().err == "speechllm import-codec: x is no EnCodec\n" and not list(tmp_path.iterdir())
 
 
-# ---- encode, decode, wer
+# ---- encode, decode, transcribe, export
 
 
 def test_what_is_encoded_is_decoded_again(speak: Callable, folder: Path, tmp_path: Path, codec: SpeechCodec) -> None:
@@ -216,11 +225,76 @@ def test_codes_of_another_codec_are_not_decoded(speak: Callable, folder: Path, t
     assert code == 1 and "line 1 holds codes of codec another" in errors and not (tmp_path / "out").exists()
 
 
+def test_transcribe_prints_a_text_per_file_and_decodes_runaways_again(
+    folder: Path, make_speech_llm: Callable, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    speech_llm, files = make_speech_llm(), [str(folder / name) for name in ("a.flac", "broken.wav", "b.flac")]
+    asked = []
+    monkeypatch.setattr(speechllm, "load_speech_llm", lambda *places: asked.append(places) or speech_llm, raising=False)
+    assert main(["transcribe", *files, "--model", "asr", "--beams", "2"]) == 1
+    printed = capsys.readouterr()
+    texts = transcribe([files[0], files[2]], speech_llm, beams=2, fallback=True)
+    assert texts != transcribe([files[0], files[2]], speech_llm) and asked == [("asr", None)]
+    assert printed.out == "".join(f"{file}\t{text}\n" for file, text in zip(files[::2], texts, strict=True))
+    assert printed.err.startswith("left out: ") and "broken.wav" in printed.err
+
+
+def test_export_writes_the_model_into_a_new_folder(make_speech_llm: Callable, tmp_path: Path, capsys: Capture) -> None:
+    make_speech_llm().save(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["suppress_tokens"]
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out")]) == 1
+    assert "is there already" in capsys.readouterr().err
+
+
+# ---- wer, compare
+
+
 def test_wer_prints_the_rate_of_two_files(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "said.txt").write_text("THE CAT SAT\nON A MAT\n", encoding="utf-8")
     (tmp_path / "heard.txt").write_text("the cat sat\non the mat\n", encoding="utf-8")
     assert main(["wer", str(tmp_path / "said.txt"), str(tmp_path / "heard.txt")]) == 0
     assert capsys.readouterr().out.startswith("WER 16.67% ")
+    assert main(["wer", str(tmp_path / "said.txt"), str(tmp_path / "heard.txt"), "--characters"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "CER 15.79%"  # "a" or "the" in 11 + 8
+
+
+def write_predictions(file: Path, **texts: tuple[str, str]) -> str:
+    rows = ({"id": name, "reference": said, "hypothesis": heard} for name, (said, heard) in texts.items())
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def test_compare_prints_both_rates_and_the_difference(tmp_path: Path, capsys: Capture) -> None:
+    a = write_predictions(tmp_path / "a.jsonl", u1=("THE CAT", "the cat"), u2=("a\u2028mat", "a hat"))
+    b = write_predictions(tmp_path / "b.jsonl", u2=("a\u2028mat", "a mat"), u1=("THE CAT", "the cat"))
+    assert main(["compare", a, b]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" (")[0] for line in lines] == ["A: WER 25.00%", "B: WER 0.00%", "B - A: difference -25.00%"]
+    assert str(paired_bootstrap(["the cat", "a mat"], ["the cat", "a hat"], ["the cat", "a mat"])) in lines[2]
+    assert main(["compare", a, b, "--normalizer", "none"]) == 0
+    assert "A: WER 75.00%" in capsys.readouterr().out
+
+
+def test_compare_names_the_utterances_that_differ(tmp_path: Path, capsys: Capture) -> None:
+    a = write_predictions(
+        tmp_path / "a.jsonl", same=("x", "x"), other=("x", "x"), **{f"a{i}": ("x", "x") for i in range(5)}
+    )
+    b = write_predictions(tmp_path / "b.jsonl", same=("x", "x"), other=("y", "x"), b0=("x", "x"))
+    assert main(["compare", a, b]) == 1
+    assert capsys.readouterr().err == (
+        f"speechllm compare: of the utterances 5 are only in {a} (a0, a1, a2, ...); 1 are only in {b} (b0); 1 have "
+        "another reference (other): give predictions for the same splits of one corpus\n"
+    )
+
+
+@pytest.mark.parametrize("line", ["no JSON", "[]", '{"id": "a", "reference": "a"}'])
+def test_compare_names_a_line_that_is_no_prediction(tmp_path: Path, capsys: Capture, line: str) -> None:
+    a = write_predictions(tmp_path / "a.jsonl", u1=("a", "a"))
+    (tmp_path / "b.jsonl").write_text(Path(a).read_text() + line + "\n", encoding="utf-8")
+    assert main(["compare", a, str(tmp_path / "b.jsonl")]) == 1
+    assert "b.jsonl, line 2: not a line of eval_asr's predictions" in capsys.readouterr().err
 
 
 def test_an_error_is_one_line(capsys: Capture) -> None:

@@ -1,5 +1,6 @@
 """Speech on disk, random crops of it, and who reads which."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -71,9 +72,9 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize("line", BAD_LINES)
-def test_a_bad_line_names_file_and_line(tmp_path: Path, line: str) -> None:
+def test_a_bad_row_names_file_and_row(tmp_path: Path, line: str) -> None:
     write_manifest(tmp_path, {"path": "a.wav", "duration_s": 1}, line)
-    with pytest.raises(CorpusError, match=r"manifest\.jsonl, line 2: expected an object like"):
+    with pytest.raises(CorpusError, match=r"manifest\.jsonl, row 2: expected {.path.: .a\.flac.,"):
         read_corpus(tmp_path)
 
 
@@ -82,6 +83,44 @@ def test_a_text_may_hold_any_character(tmp_path: Path) -> None:
     row = json.dumps({"path": "a.wav", "duration_s": 1, "text": text}, ensure_ascii=False)
     write_manifest(tmp_path, row)
     assert [utterance.text for utterance in read_corpus(tmp_path)] == [text]
+
+
+def write_csv(folder: Path, rows: list[dict], encoding: str = "utf-8") -> None:
+    with (folder / "manifest.csv").open("w", encoding=encoding, newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_csv_manifest_says_the_same_as_its_lines_in_json(tmp_path: Path, encoding: str) -> None:
+    rows = [
+        {"id": "u1", "path": "x/b.wav", "duration_s": 0.25, "split": "dev", "text": 'hé, "you"', "speaker": "s"},
+        {"path": "a.wav", "duration_s": 2},
+        {"path": "c.wav", "duration_s": 1.5, "text": "two\nlines", "speaker": "84"},
+        {"path": "d.wav", "duration_s": 1, "text": ""},
+    ]
+    write_manifest(tmp_path, *rows)
+    expected = read_corpus(tmp_path)
+    write_csv(tmp_path, rows, encoding)
+    assert read_corpus(tmp_path) == expected  # the JSON lines come first
+    (tmp_path / "manifest.jsonl").unlink()
+    assert read_corpus(tmp_path) == expected
+    assert [utterance.text for utterance in expected] == ['hé, "you"', None, "two\nlines", None]
+    assert read_corpus(tmp_path, ["dev"]) == expected[:1]
+
+
+@pytest.mark.parametrize("row", ["b.wav,long", "b.wav,", "b.wav", "b.wav,1,an alignment"])
+def test_a_bad_row_of_a_csv_manifest_is_named(tmp_path: Path, row: str) -> None:
+    (tmp_path / "manifest.csv").write_text(f"path,duration_s,phones\na.wav,1,\n{row}\n", encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"manifest\.csv, row 2: expected a row below path,duration_s,text such as"):
+        read_corpus(tmp_path)
+
+
+def test_a_csv_manifest_without_its_header_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.csv").write_text("a.wav,1\nb.wav,2\n", encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"manifest\.csv, row 1: expected a row below path,duration_s,text .*'path'"):
+        read_corpus(tmp_path)
 
 
 def test_librispeech_layout_is_read(tmp_path: Path) -> None:
@@ -145,7 +184,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 def test_a_folder_without_utterances_says_what_was_looked_for(tmp_path: Path, manifest: str | None) -> None:
     if manifest is not None:
         (tmp_path / "manifest.jsonl").write_text(manifest, encoding="utf-8")
-    with pytest.raises(CorpusError, match=r"neither a manifest\.jsonl with utterances nor LibriSpeech's"):
+    with pytest.raises(CorpusError, match=r"neither a manifest\.jsonl or manifest\.csv with utterances nor LibriSp"):
         read_corpus(tmp_path)
 
 
@@ -233,11 +272,13 @@ def test_an_unusable_recording_is_left_out_with_a_warning_and_replaced_by_the_ne
 ) -> None:
     (tmp_path / "broken.wav").write_text("not a sound")
     broken = Utterance("broken", str(tmp_path / "broken.wav"), 1.0, "train")
-    crops = Crops([utterances[0], broken, utterances[2]], crop_s=0.4)
+    crops = Crops([utterances[0], broken, utterances[2]], crop_s=0.4, left_out=tmp_path / "left_out.jsonl")
     with pytest.warns(UserWarning, match=r"left out of training: .*broken\.wav: not a readable audio file"):
         items = [crops[index] for index in range(30)]
     numbers = [item["utterance"] for item in items]
     assert set(numbers) == {0, 2}
+    rows = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {(row["path"], row["reason"]) for row in rows} == {(broken.path, "unreadable")}
     assert all(sorted(numbers[start : start + 3]) in ([0, 0, 2], [0, 2, 2]) for start in range(0, 30, 3))
     with pytest.warns(UserWarning, match="left out of training"):
         again = [Crops(crops.utterances, crop_s=0.4)[index] for index in reversed(range(30))]

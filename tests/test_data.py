@@ -6,6 +6,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,27 @@ def test_any_process_may_be_the_first_to_write(
     assert len(load_codes(tmp_path / "codes")[0]) == 10
 
 
+def test_texts_are_normalised_once_and_the_folder_says_how(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
+) -> None:
+    said = [replace(utterance, text=utterance.text and f"{utterance.text}, “Don’t!”") for utterance in speech]
+    encode(said, small_codec, tmp_path / "normal", normalizer="librispeech")
+    encode(said, small_codec, tmp_path / "plain")
+    normal, plain = (load_codes(tmp_path / name)[0] for name in ("normal", "plain"))
+    assert plain["text"] == [utterance.text for utterance in said]
+    assert normal["text"] == [None if i == 4 else f"word {i} é don't" for i in range(10)]
+    assert normal["codes"] == plain["codes"]
+    for folder, name in (("normal", "librispeech"), ("plain", "none")):
+        assert json.loads((tmp_path / folder / "request.json").read_text())["normalizer"] == name
+        assert summarize_shards(tmp_path / folder)["normalizer"] == name
+
+
+def test_an_unknown_normalizer_is_refused(tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec) -> None:
+    with pytest.raises(DataError, match="unknown normalizer 'loud': choose one of librispeech, "):
+        encode(speech, small_codec, tmp_path / "new", normalizer="loud")
+    assert not (tmp_path / "new").exists()
+
+
 # ---- recordings that cannot be used
 
 
@@ -206,11 +228,14 @@ def test_a_folder_of_another_codec_is_refused_and_stays_as_it_is(
 ) -> None:
     encode(speech, small_codec, tmp_path)
     before = stamps(tmp_path)
-    refused = [(speech, other_codec, {}), (speech[:-1], small_codec, {}), (speech[::-1], small_codec, {})]
-    refused += [(speech, small_codec, {"layers": 1}), (speech, small_codec, {"max_duration_s": 5.0})]
-    for utterances, codec, more in refused:
+    refused = [(speech, other_codec, {}, f"fingerprint: {small_codec.fingerprint} -> {other_codec.fingerprint}")]
+    refused += [(part, small_codec, {}, r"ids: \w+ -> \w+") for part in (speech[:-1], speech[::-1])]
+    refused += [(speech, small_codec, {"layers": 1}, "layers: 2 -> 1")]
+    refused += [(speech, small_codec, {"max_duration_s": 5.0}, r"max_duration_s: 60\.0 -> 5\.0")]
+    refused += [(speech, small_codec, {"normalizer": "librispeech"}, "normalizer: none -> librispeech")]
+    for utterances, codec, more, change in refused:
         for process in (0, 1):
-            with pytest.raises(DataError, match="holds codes of another codec or other speech"):
+            with pytest.raises(DataError, match=rf"another codec, other speech or other settings \({change}\)"):
                 encode(utterances, codec, tmp_path, process=process, processes=2, **more)
     assert stamps(tmp_path) == before
     assert json.loads((tmp_path / "request.json").read_text())["fingerprint"] == small_codec.fingerprint

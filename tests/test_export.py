@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from speechllm import (
+    LabelledLoss,
     SpeechCodec,
     SpeechLLM,
     export_model,
@@ -71,6 +72,7 @@ def make_trained(
         vocabulary = extend_vocabulary(model, text_tokenizer, small_codec, layers)
         if form is not None:
             model = prepare_adapter(model, vocabulary, form, rank=4, alpha=8)
+        LabelledLoss(model, vocabulary)  # as training does: it changes the model's attention
         generator = torch.Generator().manual_seed(0)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -148,6 +150,7 @@ def test_what_a_chat_model_asks_of_generation_is_not_passed_on(tmp_path: Path, m
     asked = GenerationConfig.from_pretrained(tmp_path / "served")
     assert not asked.do_sample and asked.repetition_penalty in (None, 1.0)
     assert asked.eos_token_id == speech_llm.text_tokenizer.eos_token_id == 2
+    assert json.loads((tmp_path / "served" / "config.json").read_text())["eos_token_id"] == 2
     assert asked.pad_token_id == speech_llm.text_tokenizer.pad_token_id
     assert set(speech_llm.vocabulary.new_ids.tolist()) < set(asked.suppress_tokens)
 

@@ -1,18 +1,29 @@
-"""Word error rates: counted by hand, by jiwer and by an own edit distance; the interval; the normaliser."""
+"""Error rates: counted by hand, by jiwer and by an own edit distance; intervals, comparisons, speakers, normalisers."""
 
 import math
 import random
+import sys
+from collections.abc import Callable, Sequence
 
 import jiwer
 import pytest
 
-from speechllm import WordErrorRate, word_error_rate
-from speechllm.metrics import librispeech_normalizer
+from speechllm import (
+    PairedBootstrap,
+    WordErrorRate,
+    character_error_rate,
+    librispeech_normalizer,
+    metrics,
+    paired_bootstrap,
+    speaker_error_rates,
+    whisper_english_normalizer,
+    word_error_rate,
+)
 
 WORDS = "a b c d e".split()
 
 
-def edit_distance(reference: list[str], hypothesis: list[str]) -> int:
+def edit_distance(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
     """Fewest substitutions, deletions and insertions."""
     row = list(range(len(hypothesis) + 1))
     for i, word in enumerate(reference, 1):
@@ -84,6 +95,83 @@ def test_words_are_the_same_whatever_white_space_parts_them() -> None:
     assert word_error_rate(["a\tb\nc"], ["a b c"], "none").wer == 0
 
 
+@pytest.mark.parametrize(
+    "reference, hypothesis, rate",
+    [("abc d", "abc d", 0), ("abcd", "abxd", 1 / 4), ("ab cd", "abcd", 1 / 5), ("ab", "", 1), ("A-b!", "a b", 0)],
+)
+def test_characters_are_counted_with_the_spaces_between_words(reference: str, hypothesis: str, rate: float) -> None:
+    assert character_error_rate([reference], [hypothesis]) == rate
+
+
+def test_random_texts_have_the_character_errors_of_an_own_edit_distance() -> None:
+    references, hypotheses = random_pairs(40, 0)
+    errors = sum(edit_distance(a, b) for a, b in zip(references, hypotheses, strict=True))
+    assert character_error_rate(references, hypotheses, "none") == errors / sum(map(len, references))
+    assert character_error_rate(references, hypotheses) == jiwer.cer(references, hypotheses)
+
+
+# ---- speakers
+
+
+def test_every_speaker_has_the_rate_of_the_own_utterances() -> None:
+    references, hypotheses = random_pairs(20, 0)
+    speakers = ["bert", "anna", "carl", "anna"] * 5
+    found = speaker_error_rates(references, hypotheses, speakers)
+    assert list(found) == ["anna", "bert", "carl"]
+    for speaker, row in found.items():
+        own = [i for i, name in enumerate(speakers) if name == speaker]
+        score = word_error_rate([references[i] for i in own], [hypotheses[i] for i in own])
+        assert row == {"wer": score.wer, "words": score.words, "utterances": len(own)}
+
+
+def test_a_speaker_without_words_has_no_rate() -> None:
+    found = speaker_error_rates(["a b", "..."], ["a", "a"], ["anna", "bert"])
+    assert found["bert"] == {"wer": None, "words": 0, "utterances": 1} and found["anna"]["wer"] == 0.5
+
+
+# ---- comparison
+
+
+def test_a_difference_is_that_of_the_two_rates_and_turns_its_sign_with_the_order() -> None:
+    references, a = random_pairs(60, 0)
+    b = [said if i % 3 else heard for i, (said, heard) in enumerate(zip(references, a, strict=True))]
+    found, turned = paired_bootstrap(references, a, b, seed=3), paired_bootstrap(references, b, a, seed=3)
+    assert found.difference == pytest.approx(word_error_rate(references, b).wer - word_error_rate(references, a).wer)
+    assert found.ci95[0] < found.difference < found.ci95[1] < 0
+    assert found.improvement == 1 and found.p_value == pytest.approx(2 / 1001) and found.utterances == 60
+    assert turned.difference == -found.difference and turned.ci95 == pytest.approx((-found.ci95[1], -found.ci95[0]))
+    assert turned.improvement == 0 and turned.p_value == found.p_value
+
+
+def test_two_equal_sets_of_texts_do_not_differ() -> None:
+    references, hypotheses = random_pairs(30, 0)
+    found = paired_bootstrap(references, hypotheses, hypotheses)
+    assert (found.difference, found.ci95, found.improvement, found.p_value) == (0, (0, 0), 0, 1)
+
+
+def test_a_difference_is_as_sure_as_the_utterances_that_changed_say() -> None:
+    # of 400 utterances of one word, b mends 30 and breaks 10: mean -0.05, variance 40 / 400 - 0.05 ** 2
+    references = ["a"] * 400
+    a, b = ["x"] * 100 + ["a"] * 300, ["a"] * 30 + ["x"] * 80 + ["a"] * 290
+    found = paired_bootstrap(references, a, b)
+    deviation = math.sqrt((0.1 - 0.05**2) / 400)
+    assert found.difference == -0.05
+    assert found.ci95 == pytest.approx((-0.05 - 1.96 * deviation, -0.05 + 1.96 * deviation), abs=0.005)
+    b = ["a"] * 22 + ["x"] * 92 + ["a"] * 286  # mends 22, breaks 14: 1.33 deviations
+    found = paired_bootstrap(references, a, b)
+    assert found.difference == pytest.approx(-0.02)
+    assert found.p_value == pytest.approx(math.erfc(1.333 / math.sqrt(2)), abs=0.06)
+    assert found.improvement == pytest.approx(1 - found.p_value / 2, abs=0.03)
+
+
+def test_a_comparison_says_everything_in_one_line() -> None:
+    text = str(PairedBootstrap(-0.0125, (-0.02, 0.005), 0.97, 0.0612, 9, "none"))
+    assert text == (
+        "difference -1.25% (95 % interval -2.00% to +0.50%; p = 0.061, better in 97.0% of the samples; 9 utterances, "
+        "normaliser none)"
+    )
+
+
 # ---- interval
 
 
@@ -133,9 +221,17 @@ def test_lists_of_different_lengths_are_refused() -> None:
         word_error_rate(["a", "b"], ["a"])
 
 
-def test_an_unknown_normalizer_is_refused_and_the_known_ones_named() -> None:
-    with pytest.raises(ValueError, match="unknown normalizer 'whisper': choose one of librispeech, none"):
-        word_error_rate(["a"], ["a"], "whisper")
+@pytest.mark.parametrize("score", [word_error_rate, character_error_rate])
+def test_an_unknown_normalizer_is_refused_and_the_known_ones_named(score: Callable) -> None:
+    with pytest.raises(ValueError, match="unknown normalizer 'w': choose one of librispeech, whisper_english, none"):
+        score(["a"], ["a"], "w")
+
+
+def test_without_its_package_whispers_normalizer_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics._whisper_english.cache_clear()
+    monkeypatch.setitem(sys.modules, "whisper_normalizer.english", None)
+    with pytest.raises(ImportError, match=r'pip install "speechllm\[eval\]"'):
+        word_error_rate(["a"], ["a"], "whisper_english")
 
 
 @pytest.mark.parametrize("references", [[], [""], [" ", "..."]])
@@ -166,6 +262,15 @@ def test_references_without_a_word_are_refused(references: list[str]) -> None:
 def test_the_normalizer_keeps_letters_digits_and_apostrophes_in_lower_case(text: str, normal: str) -> None:
     assert librispeech_normalizer(text) == normal
     assert librispeech_normalizer(normal) == normal
+
+
+def test_whispers_normalizer_writes_numbers_contractions_and_spellings_alike() -> None:
+    pytest.importorskip("whisper_normalizer", reason="needs the eval extra")
+    said = "Mr. Park won't repeat the COLOUR, um, it's twenty-five dollars (laughs)"
+    assert whisper_english_normalizer(said) == "mister park will not repeat the color it is $25"
+    assert whisper_english_normalizer(" uh ") == ""
+    found = word_error_rate([said], ["mister park will not repeat the color it is 25 dollars"], "whisper_english")
+    assert found.wer == 0 and found.normalizer == "whisper_english"
 
 
 def test_case_and_punctuation_count_only_without_normalizer() -> None:

@@ -19,7 +19,6 @@ from speechllm import (
     encode_shards,
     load_codes,
     read_corpus,
-    word_error_rate,
 )
 
 WORDS = ("ab", "cab", "bed", "dada", "ace")
@@ -33,26 +32,28 @@ def spelling(text: str) -> Tensor:
 
 def sentences(count: int, seed: int) -> list[str]:
     draw = np.random.default_rng(seed)
-    return [" ".join(draw.choice(WORDS, draw.integers(1, 3))) for _ in range(count)]
+    return [" ".join(draw.choice(WORDS, 2)) for _ in range(count)]
 
 
 def test_codes_that_spell_their_text_are_read() -> None:
     train, test = sentences(200, 0), ["bed cab", "dad", "cab ab"]  # `dad` is no word of those
-    read = ctc_probe([(spelling(text), text) for text in train], [spelling(text) for text in test], 32, steps=80)
+    read = ctc_probe([(spelling(text), text) for text in train], [spelling(text) for text in test], 32, steps=60)
     assert read == test
 
 
 def test_the_seed_decides_everything_and_nothing_outside_is_touched() -> None:
-    train, test = [(spelling(text), text) for text in WORDS], [spelling(text) for text in (*WORDS, "ada", "becca")]
+    train = [(spelling(text), text) for text in WORDS]
+    # nonsense, of which every model reads something else
+    test = list(torch.randint(32, (8, 40), generator=torch.Generator().manual_seed(0)))
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     with torch.no_grad():  # as recipes are run
-        first = ctc_probe(train, test, 32, steps=STEPS, seed=1)
+        first = ctc_probe(train, test, 32, steps=30, seed=1)
     assert torch.equal(torch.rand(3), expected)
     assert any(first)
-    assert ctc_probe(train, test, 32, steps=STEPS, seed=1) == first
-    assert ctc_probe(train, test, 32, steps=STEPS, seed=2) != first
+    assert ctc_probe(train, test, 32, steps=30, seed=1) == first
+    assert ctc_probe(train, test, 32, steps=30, seed=2) != first
 
 
 def test_what_is_read_does_not_depend_on_the_other_utterances() -> None:
@@ -136,7 +137,7 @@ def test_both_kinds_of_units_are_learnt_in_training_and_scored_in_the_test(
 
 def test_the_whole_evaluation_with_a_probe(evaluation: types.ModuleType, work: Path) -> None:
     found = evaluate(evaluation, work, **SPLITS, probe_steps=2)
-    assert all(0 <= found["probe"][name]["cer"] for name in ("layer_0", "log_mel_kmeans"))
+    assert set(found["probe"]) == {"steps", "layer_0", "log_mel_kmeans"}
     assert evaluate(evaluation, work, **SPLITS, probe_steps=2) == found
 
 

@@ -174,6 +174,17 @@ def test_a_finished_run_says_so_and_has_no_checkpoints(tmp_path: Path) -> None:
     assert Run(tmp_path, Job()).summary == {"loss": 0.5}
 
 
+def test_recordings_that_were_left_out_are_listed_once_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = Run(tmp_path, Job())
+    lines = [{"path": name, "reason": "unreadable", "detail": f"{name}: broken"} for name in ("a", "b", "a")]
+    run.left_out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.finish({"loss": 0.5})
+    assert capsys.readouterr().out.splitlines() == ["left out: a: broken", "left out: b: broken"]
+    assert run.summary == {"loss": 0.5, "left_out": 2}
+
+
 def test_no_step_is_left_out_between_start_and_stop() -> None:
     run = Run.__new__(Run)
     run.main = False

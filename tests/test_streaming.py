@@ -76,7 +76,7 @@ def assert_streams_equal(codec: SpeechCodec, samples: Tensor, pieces: Callable[[
     torch.testing.assert_close(through(StreamingDecoder(codec), pieces(ids)), speech, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("number, seed", [(2, 0), (5, 1), (40, 2), (200, 3)])
+@pytest.mark.parametrize("number, seed", [(2, 0), (5, 1), (60, 2)])
 def test_any_chunks_give_what_the_whole_gives(causal: SpeechCodec, noise: Noise, number: int, seed: int) -> None:
     samples = noise(320 * 23 + 17, seed=seed)[0]
     assert len(offline(causal, samples)[0].unique()) > 4
@@ -84,14 +84,13 @@ def test_any_chunks_give_what_the_whole_gives(causal: SpeechCodec, noise: Noise,
 
 
 # around one hop, around the seven frames that are mirrored, and with every layer's stride left unfilled
-@pytest.mark.parametrize("samples", [1, 2, 3, 7, 319, 320, 321, 640, 1_920, 1_921, 2_239, 2_240, 2_241, 2_561])
+@pytest.mark.parametrize("samples", [1, 2, 7, 319, 320, 321, 1_921, 2_239, 2_240, 2_241])
 def test_an_utterance_of_any_length(causal: SpeechCodec, noise: Noise, samples: int) -> None:
-    for number in (1, 4):
-        assert_streams_equal(causal, noise(samples)[0], lambda x, number=number: random_chunks(x, number, samples))
+    assert_streams_equal(causal, noise(samples)[0], lambda x: random_chunks(x, 4, samples))
 
 
 def test_sample_by_sample(causal: SpeechCodec, noise: Noise) -> None:
-    assert_streams_equal(causal, noise(400)[0], lambda x: list(x.split(1, -1)))
+    assert_streams_equal(causal, noise(330)[0], lambda x: list(x.split(1, -1)))
 
 
 @pytest.mark.parametrize("strides", [(1, 2), (3, 1, 2), (40,)])

@@ -63,7 +63,7 @@ EVERYTHING = (
     "speech_loss=0.5 row_learning_rate=4e-3 weight_average=0.8 gradient_checkpointing=true patience=4 "
     "trackers=[tensorboard] micro_batch_tokens=200"
 )
-LORA = f"{BASE} model=base train=lora lora.rank=4 lora.alpha=8 lora.dropout=0.2 row_learning_rate=4e-3 row_steps=4"
+LORA = f"{BASE} model=base train=lora lora.rank=4 lora.alpha=8 lora.dropout=0.2 row_learning_rate=4e-3 row_steps=2"
 TEXTS = ["ON", "RED LAMP", "TURN ON THE RED LAMP", "LAMP", "THE RED"]
 
 
@@ -116,7 +116,8 @@ def work(tmp_path_factory: pytest.TempPathFactory, small_codec: SpeechCodec) -> 
         path = folder / f"u{i:02}.wav"
         level = np.repeat(draw.uniform(0.05, 1, 200), 320)[: int(seconds * 16_000)]
         soundfile.write(path, 0.3 * level * draw.standard_normal(len(level)), 16_000)
-        utterances.append(Utterance(path.stem, path, seconds, TEXTS[i % 5], "s", "train" if i < 12 else "dev"))
+        split = "train" if i < 12 else "dev"
+        utterances.append(Utterance(path.stem, path, seconds, text=TEXTS[i % 5], speaker="s", split=split))
     list(encode_shards(utterances, small_codec, folder / "codes"))
     small_codec.save_pretrained(folder / "codec")
     text_tokenizer = small_text_tokenizer(TEXTS, 300)
@@ -250,7 +251,7 @@ def test_without_improvement_it_ends_early(work: Work, here: Callable, capsys: p
 
 
 def test_the_last_weights_are_exported_where_the_best_are_not_wanted(work: Work, here: Callable) -> None:
-    words = f"{SMALL} learning_rate=3e-2 validate_every=1 steps=6"
+    words = f"{SMALL} learning_rate=3e-2 validate_every=2 steps=6"
     here(f"{words} output=best")
     here(f"{words} keep_best=false output=last")
     here(f"{words} dev_splits=null output=blind")
@@ -271,7 +272,10 @@ def test_the_plan_comes_first(here: Callable, capsys: pytest.CaptureFixture) -> 
     [
         ("model=null train=lora", "train: lora needs a language model to add to, but model is null"),
         ("dev_splits=null patience=3", "patience needs dev_splits to measure a WER on"),
-        ("batch_tokens=0 max_utterances=-1", "batch_tokens must be at least 1; max_utterances must be at least 1"),
+        (
+            "batch_tokens=0 max_utterances=-1",
+            "batch_tokens must be at least 1, got 0; max_utterances must be at least 1, got -1",
+        ),
         ("augmentation.mask=2", "mask must be at least 0 and below 1, got 2.0"),
     ],
 )

@@ -159,16 +159,16 @@ class SpeechCodec(
 
     def _encode(self, samples: Tensor, layers: int | None) -> Tensor:
         """One utterance float [N] -> its codes long [Q', T]."""
-        chunk = round(CHUNK_S * self.sample_rate)
-        if self.config.causal and len(samples) > chunk:
-            return in_chunks(StreamingEncoder(self, layers), samples, chunk)
+        frames = round(CHUNK_S * self.frame_rate)
+        if self.config.causal and len(samples) > frames * self.hop_length:
+            return in_chunks(StreamingEncoder(self, layers), samples, frames, self.hop_length)
         return self.quantizer.encode(self.latents(samples[None]), layers)[0]
 
     def _decode(self, ids: Tensor) -> Tensor:
         """The codes of one utterance long [Q', T] -> speech float [T * hop]."""
-        chunk = round(CHUNK_S * self.frame_rate)
-        if self.config.causal and ids.shape[1] > chunk:
-            return in_chunks(StreamingDecoder(self), ids, chunk)
+        frames = round(CHUNK_S * self.frame_rate)
+        if self.config.causal and ids.shape[1] > frames:
+            return in_chunks(StreamingDecoder(self), ids, frames)
         return self.decoder(self.quantizer.decode(ids[None].to(self.codebooks.device)))[0, 0]
 
     def _check(self, waveform: Tensor, layers: int | None) -> None:

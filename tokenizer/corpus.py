@@ -1,5 +1,6 @@
-"""Speech on disk: a folder with a manifest.jsonl or in LibriSpeech's layout becomes a list of utterances."""
+"""Speech on disk: a folder with a manifest or in LibriSpeech's layout becomes a list of utterances."""
 
+import csv
 import json
 import os
 import warnings
@@ -45,18 +46,20 @@ def read_corpus(folder: str | Path, splits: Sequence[str] | None = None) -> list
     """Utterances of a corpus folder, in a fixed order; of the named splits only, where given.
 
     A folder with a `manifest.jsonl` has one JSON object a line: path (relative to the folder) and duration_s, and as
-    far as known id, text, speaker, split (default "train"), phones. Otherwise LibriSpeech's layout is expected:
+    far as known id, text, speaker, split (default "train"), phones; one with a `manifest.csv` has columns of these
+    names, but no phones. Otherwise LibriSpeech's layout is expected:
     <split>/<speaker>/<chapter>/<speaker>-<chapter>-<n>.flac beside <speaker>-<chapter>.trans.txt.
-    Raises CorpusError for a missing folder, an unreadable line, or splits the corpus does not have.
+    Raises CorpusError for a missing folder, an unreadable row, or splits the corpus does not have.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CorpusError(f"{folder}: no such corpus folder")
-    manifest = folder / "manifest.jsonl"
-    utterances = _read_manifest(manifest) if manifest.is_file() else _read_librispeech(folder)
+        raise CorpusError(f"{folder}: no such corpus folder (import_speech makes one of a data set of the hub)")
+    manifests = [folder / name for name in ("manifest.jsonl", "manifest.csv") if (folder / name).is_file()]
+    utterances = _read_manifest(manifests[0]) if manifests else _read_librispeech(folder)
     if not utterances:
         raise CorpusError(
-            f"{folder} holds neither a manifest.jsonl with utterances nor LibriSpeech's *.trans.txt files"
+            f"{folder} holds neither a manifest.jsonl or manifest.csv with utterances nor LibriSpeech's *.trans.txt "
+            "files; recipes/import_speech.py makes a manifest of Parquet files"
         )
     if splits is None:
         return utterances
@@ -68,26 +71,31 @@ def read_corpus(folder: str | Path, splits: Sequence[str] | None = None) -> list
 
 
 def _read_manifest(manifest: Path) -> list[Utterance]:
-    utterances = []
-    lines = manifest.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, 1):
+    utterances: list[Utterance] = []
+    with manifest.open(encoding="utf-8-sig", newline="") as file:  # some spreadsheets begin with a byte order mark
+        rows = csv.DictReader(file) if manifest.suffix == ".csv" else map(json.loads, file)
         try:
-            row = json.loads(line)
-            utterances.append(
-                Utterance(
-                    id=str(row.get("id") or row["path"]),
-                    path=str(manifest.parent / row["path"]),
-                    duration_s=float(row["duration_s"]),
-                    split=row.get("split") or "train",
-                    text=row.get("text"),
-                    speaker=row.get("speaker"),
-                    phones=tuple((phone, end) for phone, end in row["phones"]) if row.get("phones") else None,
-                )
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            for row in rows:
+                utterances.append(_read_row(row, manifest.parent))
+        except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
             expected = '{"path": "a.flac", "duration_s": 1.5, "text": "..."}'
-            raise CorpusError(f"{manifest}, line {number}: expected an object like {expected} ({error!r})") from error
+            if manifest.suffix == ".csv":
+                expected = "a row below path,duration_s,text such as a.flac,1.5,..."
+            message = f"{manifest}, row {len(utterances) + 1}: expected {expected} ({error!r})"
+            raise CorpusError(message) from error
     return utterances
+
+
+def _read_row(row: dict[str, Any], folder: Path) -> Utterance:
+    return Utterance(
+        id=str(row.get("id") or row["path"]),
+        path=str(folder / row["path"]),
+        duration_s=float(row["duration_s"]),
+        split=row.get("split") or "train",
+        text=row.get("text") or None,  # an empty cell
+        speaker=row.get("speaker") or None,
+        phones=tuple((phone, end) for phone, end in row["phones"]) if row.get("phones") else None,
+    )
 
 
 def _read_librispeech(folder: Path) -> list[Utterance]:
@@ -140,7 +148,8 @@ class Crops(Dataset):
 
     So nothing about the position in the data needs to be saved: a resumed run asks for the items after the last one.
     Every epoch visits each utterance once, in a new order. Shorter utterances are padded with zeros.
-    A recording that cannot be used is left out with a warning and replaced by the next one.
+    A recording that cannot be used is left out with a warning and replaced by the next one; its path and the reason are
+    added to the file `left_out`, a line of JSON each time.
     Crops start on whole codec frames (320 samples), so that frames of an utterance's cached features are frames of its
     crop. Items: dict of waveform float [N], its length in samples and the utterance's index, both int, and by the name
     of each cache the features float [ceil(N / hop), P] of the crop, zero behind the utterance. A speaker teacher heard
@@ -154,11 +163,12 @@ class Crops(Dataset):
         sample_rate: int = 16_000,
         seed: int = 0,
         caches: "Mapping[str, FeatureCache] | None" = None,
+        left_out: str | Path | None = None,
     ):
         if not utterances:
             raise CorpusError("no utterances to train on")
         self.utterances, self.crop_s, self.sample_rate, self.seed = list(utterances), crop_s, sample_rate, seed
-        self.caches = dict(caches or {})
+        self.caches, self.left_out = dict(caches or {}), left_out
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -172,6 +182,10 @@ class Crops(Dataset):
             except AudioError as error:
                 problem = str(error)
                 warnings.warn(f"left out of training: {problem}", stacklevel=2)
+                if self.left_out is not None:  # short lines that are appended stay whole, whichever process writes them
+                    with Path(self.left_out).open("a", encoding="utf-8") as file:
+                        row = {"path": self.utterances[number].path, "reason": error.reason, "detail": problem}
+                        file.write(json.dumps(row) + "\n")
         raise CorpusError(f"{ATTEMPTS} recordings in a row cannot be used; the last one is {problem}")
 
     def _crop(self, utterance: Utterance, index: int) -> dict[str, Any]:

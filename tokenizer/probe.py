@@ -15,7 +15,8 @@ class _Recogniser(nn.Module):
 
     def __init__(self, codebook_size: int, labels: int):
         super().__init__()
-        self.embedding = nn.Embedding(codebook_size + 1, WIDTH, padding_idx=codebook_size)
+        self.padding = codebook_size
+        self.embedding = nn.Embedding(codebook_size + 1, WIDTH, padding_idx=self.padding)
         self.convolutions = nn.ModuleList(nn.Conv1d(WIDTH, WIDTH, 5, padding=2) for _ in range(2))
         self.dropout = nn.Dropout(0.2)
         self.lstm = nn.LSTM(WIDTH, WIDTH, bidirectional=True, batch_first=True)
@@ -23,9 +24,9 @@ class _Recogniser(nn.Module):
 
     def forward(self, codes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Codes long [T_i] -> log probabilities float [T, B, labels] and lengths long [B]."""
-        padded = nn.utils.rnn.pad_sequence(list(codes), batch_first=True, padding_value=self.embedding.padding_idx)
+        padded = nn.utils.rnn.pad_sequence(list(codes), batch_first=True, padding_value=self.padding)
         lengths = torch.tensor([len(row) for row in codes])
-        speech = (padded != self.embedding.padding_idx)[:, None]
+        speech = (padded != self.padding)[:, None]
         x = self.dropout(self.embedding(padded)).transpose(1, 2)
         for convolution in self.convolutions:
             x = convolution(x).relu() * speech

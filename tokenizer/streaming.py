@@ -3,6 +3,7 @@
 The trained layers run as they are; what they must remember from chunk to chunk is kept here, once per stream.
 """
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,8 @@ class _Windowed:
         if end == self.past or (end < self.begin and not last):
             self.inputs = x
             return x.new_zeros(1, self.out_channels, 0)
-        y = self.layer(x[..., :end])[..., self.past // self.down * self.up :]
+        # contiguous: of a view, torch's ELU rounds some elements otherwise than of the whole utterance
+        y = self.layer(x[..., :end])[..., self.past // self.down * self.up :].contiguous()
         self.past = min(end, self.memory)
         self.inputs = x[..., end - self.past :].clone()  # a view would keep the whole chunk in memory
         return y
@@ -172,10 +174,12 @@ class StreamingDecoder(_Stream):
         return self._run(latents, last)[0, 0]
 
 
-def in_chunks(stream: StreamingEncoder | StreamingDecoder, x: Tensor, size: int) -> Tensor:
-    """All of x through a new stream, in chunks of at most `size` samples or frames, and what comes out in one piece.
+def in_chunks(stream: StreamingEncoder | StreamingDecoder, x: Tensor, frames: int, hop: int = 1) -> Tensor:
+    """All of x through a new stream, at most `frames` frames of `hop` elements at a time; what comes out, in one piece.
 
-    The chunks are of one length: for short ones torch takes other kernels, which round differently.
+    The chunks are whole frames and of about one length: torch's kernels round short and odd ones differently.
     """
-    *chunks, last = x.tensor_split(-(-x.shape[-1] // size), -1)
+    total = math.ceil(x.shape[-1] / hop)
+    length = math.ceil(total / math.ceil(total / frames)) * hop
+    *chunks, last = x.split(length, -1)
     return torch.cat([*(stream._step(chunk, last=False) for chunk in chunks), stream._step(last, last=True)], -1)

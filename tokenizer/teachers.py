@@ -64,7 +64,7 @@ class SemanticTeacher(nn.Module):
         return super().train(False)
 
     def features(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """As `forward`, with a gradient for the waveform (the frozen weights get none), for losses on reconstructions."""
+        """As `forward`, with a gradient for the waveform and none for the weights: for losses on reconstructions."""
         padded = pad_for_frames(waveform, self.margin, self.normalize, lengths)
         states = self.model(padded, output_hidden_states=True).hidden_states
         return torch.stack(states).mean(0) if self.layer == "avg" else states[self.layer]

@@ -1,0 +1,180 @@
+"""Make a corpus folder of a data set of the hub, or of any other that `datasets` reads: recordings and manifest.jsonl.
+
+    python recipes/import_speech.py data=openslr/librispeech_asr:clean output=CORPUS "splits=[train.100,validation]"
+
+`data` is a name on the hub, with the configuration after a colon, a folder of Parquet files, or one that `save_to_disk`
+wrote (for a folder of audio files, write a manifest.csv or install torchcodec). All other recipes read CORPUS.
+Recordings are copied as they are: CORPUS needs as much disk as the data set, and streaming nothing beyond that.
+A killed import goes on in that file of the data set in which it stopped. What cannot be read is left out and counted by
+reason in CORPUS/done.json. Texts stay as they are; encode_speech normalises them.
+"""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import soundfile
+from datasets import Audio, Dataset, IterableDataset, load_dataset, load_from_disk
+from tqdm import tqdm
+
+from speechllm import AudioError, DataError, Run, run_recipe, write_text
+
+COLUMNS = {  # of a data set, by our names; the first that it has is taken
+    "id": ("id", "file"),
+    "text": ("text", "sentence", "transcription", "normalized_text"),
+    "speaker": ("speaker_id", "speaker", "client_id"),
+}
+Row = dict[str, Any]  # of the manifest, or why there is none, with the file (shard) of the data set it comes from
+
+
+@dataclass
+class ImportConfig:
+    data: str  # hub name, hub name:configuration, or folder
+    output: str  # corpus folder
+    splits: list[str] | None = None  # all when null
+    text: str | None = None  # column of the transcripts; null: text, sentence, transcription or normalized_text
+    streaming: bool = True  # false: through the cache of `datasets`, which keeps a copy of its own
+
+
+def main(config: ImportConfig) -> None:
+    parts = open_splits(config)
+    columns = {split: find_columns(part, config) for split, part in parts.items()}
+    run = Run(config.output, config)
+    if run.summary:
+        print(f"{config.output} is finished: {run.summary}")
+        return
+    journal = run.folder / "rows.jsonl"
+    rows = read_journal(journal)
+    with journal.open("a", buffering=1, encoding="utf-8") as file:  # a line is out as soon as its recording is
+        for split, part in parts.items():
+            print(f"{split}: {columns[split]}")
+            before = [row for row in rows if row["split"] == split]
+            imported = import_split(part, columns[split], run.folder, split, before)
+            for row in tqdm(imported, split, initial=len(before), unit="utt", mininterval=1):
+                file.write(json.dumps(row) + "\n")
+                rows.append(row)
+    finish(run, rows)
+    journal.unlink()
+
+
+def open_splits(config: ImportConfig) -> dict[str, IterableDataset]:
+    """The splits asked for. Raises DataError for a data set, a configuration or a split that is not there."""
+    folder = Path(config.data)
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            found = load_from_disk(config.data)
+        else:
+            name, _, configuration = (config.data, "", "") if folder.is_dir() else config.data.partition(":")
+            found = load_dataset(name, configuration or None, streaming=config.streaming)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{config.data}: {error}") from error
+    parts = {str(found.split or "train"): found} if isinstance(found, Dataset) else dict(found)
+    if absent := [split for split in config.splits or [] if split not in parts]:
+        raise DataError(f"{config.data} has no split {', '.join(absent)}; it has {', '.join(parts)}")
+    return {
+        split: part.to_iterable_dataset() if isinstance(part, Dataset) else part
+        for split, part in parts.items()
+        if config.splits is None or split in config.splits
+    }
+
+
+def find_columns(part: IterableDataset, config: ImportConfig) -> dict[str, str]:
+    """The data set's names of audio, id, text and speaker, as far as it has them; DataError without audio."""
+    features = part.features or {}
+    sounds = [name for name, feature in features.items() if isinstance(feature, Audio)]
+    wanted = {**COLUMNS, "audio": (*sounds, "audio"), "text": (config.text,) if config.text else COLUMNS["text"]}
+    columns = {}
+    for key, names in wanted.items():
+        if there := [name for name in names if name in features]:
+            columns[key] = there[0]
+        elif key == "audio" or names == (config.text,):
+            known = ", ".join(features) or "none that is known before reading: try streaming=false"
+            raise DataError(f"{config.data} has no column {names[0]}; it has {known}")
+    return columns
+
+
+def read_journal(journal: Path) -> list[Row]:
+    """Rows of a killed import; a line that was cut off while being written goes."""
+    text = journal.read_text(encoding="utf-8") if journal.exists() else ""
+    lines = text.split("\n")[:-1]
+    write_text(journal, "".join(f"{line}\n" for line in lines))
+    return [json.loads(line) for line in lines]
+
+
+def import_split(
+    part: IterableDataset, columns: dict[str, str], folder: Path, split: str, before: list[Row]
+) -> Iterator[Row]:
+    """Copy the recordings behind those of the rows `before`. Files of the data set that are done are not read again."""
+    raw = part.select_columns(list(columns.values())).cast_column(columns["audio"], Audio(decode=False))
+    first, number = before[-1]["shard"] if before else 0, len(before)
+    for shard in range(first, raw.num_shards):
+        done = sum(row["shard"] == shard for row in before)
+        for found in raw.shard(raw.num_shards, shard).skip(done):
+            row = {key: found[name] for key, name in columns.items()}
+            place = f"audio/{split}/{number // 1000:04d}/{number:07d}"
+            yield {"split": split, "shard": shard, **import_row(row, folder, place)}
+            number += 1
+
+
+def import_row(row: Row, folder: Path, place: str) -> Row:
+    """Write one recording to `place`; its row of the manifest, or the reason why there is none."""
+    sound = row["audio"] or {}
+    try:
+        content, info = read_sound(sound, place)
+    except AudioError as error:
+        return {"skipped": error.reason, "detail": str(error)}
+    path = f"{place}.{info.format.lower()}"
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path).write_bytes(content)
+    names = {key: None if row.get(key) is None else str(row[key]) for key in COLUMNS}
+    names["id"] = names["id"] or Path(sound.get("path") or path).stem
+    return {"path": path, "duration_s": info.duration, **names}
+
+
+def read_sound(sound: Row, name: str) -> tuple[bytes, Any]:
+    """The file of a recording and what libsndfile says about it."""
+    content, source = sound.get("bytes"), sound.get("path")
+    if content is None and source:
+        try:
+            with fsspec.open(source, "rb") as file:  # of this machine, of the hub, or within an archive
+                content = file.read()
+        except FileNotFoundError:
+            pass
+    if content is None:
+        raise AudioError(name, "missing", f"the data set holds no recording ({source})")
+    try:
+        info = soundfile.info(io.BytesIO(content))
+    except soundfile.LibsndfileError as error:
+        raise AudioError(name, "unreadable", f"not a readable audio file ({error.error_string})") from error
+    if not info.frames:
+        raise AudioError(name, "empty", "holds no samples")
+    return content, info
+
+
+def finish(run: Run, rows: list[Row]) -> None:
+    """Write the manifest and the counts."""
+    skips = [row for row in rows if "skipped" in row]
+    kept = [{key: value for key, value in row.items() if key != "shard"} for row in rows if "skipped" not in row]
+    times = Counter(row["id"] for row in kept)
+    for row in kept:
+        if times[row["id"]] > 1:  # ids of sentences, not of recordings
+            row["id"] = f"{row['id']}-{row['split']}-{Path(row['path']).stem}"
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+    write_text(run.folder / "manifest.jsonl", "".join(lines))
+    summary = {
+        "utterances": len(kept),
+        "hours": sum(row["duration_s"] for row in kept) / 3600,
+        "skipped": dict(Counter(row["skipped"] for row in skips)),
+        "skipped_first": [row["detail"] for row in skips[:5]],
+    }
+    run.finish(summary)
+    print(f"imported {len(kept)} utterances, {summary['hours']:.2f} h; skipped {summary['skipped']}")
+
+
+if __name__ == "__main__":
+    run_recipe(main, ImportConfig)
