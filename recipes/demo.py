@@ -127,8 +127,9 @@ def gather(folder: str, output: Path) -> None:
     named = {u.id: u.split for u in utterances}
     found = set(named.values())
     for target in ("train", "dev", "test"):
-        if target not in found:  # LibriSpeech: train-clean-100, dev-clean, test-clean
-            named |= {u.id: target for u in utterances if u.split.startswith(target)}
+        if target not in found:  # LibriSpeech: train-clean-100, dev-clean, test-clean; on the hub: validation.clean
+            names = (target, "validation") if target == "dev" else (target,)
+            named |= {u.id: target for u in utterances if u.split.startswith(names)}
     if missing := {"train", "dev", "test"} - set(named.values()):
         print(f"no split is named {', '.join(sorted(missing))}: splitting by speaker instead, 8 : 1 : 1")
         named = split_by_speaker(utterances)

@@ -22,10 +22,12 @@ from speechllm import (
     count_runaways,
     load_codes,
     load_speech_llm,
+    merge,
     read_log,
     recognize,
     run_recipe,
     speaker_error_rates,
+    summarize_shards,
     versions,
     word_error_rate,
     write_json,
@@ -50,7 +52,7 @@ class EvalAsrConfig:
 
 def main(config: EvalAsrConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    speech_llm = load_speech_llm(config.model, device=device)
+    speech_llm = merge(load_speech_llm(config.model, device=device))
     rows, encoding = load_codes(config.codes, config.splits)
     speech_llm.vocabulary.require(encoding)
     rows = [row for row in rows if row["text"]]
@@ -85,6 +87,7 @@ def main(config: EvalAsrConfig) -> None:
         "tokens_per_second": sum(part.numel() for part in codes) / seconds,
         "real_time_factor": elapsed / seconds,
         "codec_fingerprint": encoding.fingerprint,
+        "encoded": summarize_shards(config.codes),  # how the texts were normalised, what was left out
         "versions": versions(),
     }
     if config.shuffled_audio and len(codes) > 1:

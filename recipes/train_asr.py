@@ -300,7 +300,7 @@ def plan(config: AsrConfig, examples: list[Example], model: torch.nn.Module, row
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     state = 4 * (weights + trained * (4 if config.weight_average else 3))  # and gradients and two moments, in float32
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    logits = 8 * vocabulary * min(config.micro_batch_tokens, config.batch_tokens) * labels / tokens  # and gradients
+    logits = 16 * vocabulary * min(config.micro_batch_tokens, config.batch_tokens) * labels / tokens  # with gradients
     return (
         f"asr: {len(examples)} utterances, {tokens:,} tokens of which {labels:,} are learnt; {config.steps} steps of "
         f"up to {config.batch_tokens:,} tokens, about {each:.0f} utterances ({config.steps * each / len(examples):.1f} "

@@ -44,7 +44,7 @@ def prepare_adapter(
         )
     matrices = [model.get_input_embeddings(), model.get_output_embeddings()]
     if matrices[1].weight is matrices[0].weight:
-        del matrices[1]  # PEFT gives a tied head the rows of the embedding; named besides, it would be untied
+        del matrices[1]  # PEFT lets a tied head use the rows of the embedding
     ids = vocabulary.new_ids.tolist()
     config = LoraConfig(
         task_type="CAUSAL_LM",

@@ -103,9 +103,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _transcribe(arguments: argparse.Namespace) -> int:
     """Print `file<TAB>text` for every usable file; unusable ones are named on stderr and make the exit code 1."""
-    from speechllm import load_speech_llm, transcribe
+    from speechllm import load_speech_llm, merge, transcribe
 
-    speech_llm = load_speech_llm(arguments.model, arguments.codec)
+    speech_llm = merge(load_speech_llm(arguments.model, arguments.codec))
     assert speech_llm.codec is not None
     recordings = list(_usable(arguments.files, speech_llm.codec.sample_rate))
     waveforms = [waveform for _, waveform in recordings]

@@ -123,7 +123,7 @@ def answer_bound(duration_s: float) -> int:
 def forbidden_ids(speech_llm: SpeechLLM) -> Tensor:
     """bool [rows]: token ids that are neither text nor the end token."""
     text_tokenizer = speech_llm.text_tokenizer
-    forbidden = torch.zeros(speech_llm.model.get_input_embeddings().weight.shape[0], dtype=torch.bool)
+    forbidden = torch.zeros(speech_llm.vocabulary.size, dtype=torch.bool)
     specials = [index for index, token in text_tokenizer.added_tokens_decoder.items() if token.special]
     forbidden[specials] = True
     forbidden[speech_llm.vocabulary.new_ids] = True

@@ -61,7 +61,8 @@ def trained_matrices(model: PreTrainedModel | PeftModel) -> list[Tensor]:
     weights = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
     if weights[1] is weights[0]:
         del weights[1]
-    return [weight for weight in weights if weight.requires_grad]
+    # an adapter gives out a merged copy of a matrix, which is no parameter
+    return [weight for weight in weights if isinstance(weight, nn.Parameter) and weight.requires_grad]
 
 
 def _rows(vocabulary: AudioVocabulary) -> slice:

@@ -1,6 +1,7 @@
 """recipes/train_asr.py on a handful of tiny utterances: killed, cut into processes, stopped early, as an adapter."""
 
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -260,9 +261,10 @@ def test_the_last_weights_are_exported_where_the_best_are_not_wanted(work: Work,
     assert any(not torch.equal(value, work.weights("last")[name]) for name, value in work.weights("best").items())
 
 
-def test_the_plan_comes_first(here: Callable, capsys: pytest.CaptureFixture) -> None:
-    here(f"{SMALL} steps=2 max_utterances=5 output=plan")
+def test_the_plan_comes_first(work: Work, here: Callable, capsys: pytest.CaptureFixture) -> None:
+    here(f"{SMALL} steps=2 max_utterances=5 precision=bf16 output=plan")
     lines = capsys.readouterr().out.splitlines()
+    assert all(math.isfinite(loss) for loss in work.log("plan", "loss").values())
     assert lines[0].startswith("asr: 5 utterances, ") and "2 steps of up to 400 tokens" in lines[0]
     assert [line.split(":")[0] for line in lines[1:3]] == ["model", "memory"] and "new rows" in lines[3]
 
