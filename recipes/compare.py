@@ -37,7 +37,7 @@ class CompareConfig:
     quality_splits: list[str] = field(default_factory=lambda: ["test"])  # speech quality is measured on these
     quality_layers: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # numbers of codebooks to decode from
     quality_utterances: int | None = None  # at most, all when null
-    probe_steps: int = 600  # of the CTC probe for the content of layer 0; 0: none
+    probe_steps: int = 400  # of the CTC probe for the content of layer 0; 0: none
 
     def __post_init__(self) -> None:
         names = [system.name for system in self.systems]
@@ -64,7 +64,8 @@ def main(config: CompareConfig) -> None:
         stages.launch(f"{system.name}: train", ["train_tokenizer.py", *shared, *system.changes])
         encode = ["encode_speech.py", codec, data, f"output={folder / 'codes'}", "layers=2", f"splits={both}"]
         stages.launch(f"{system.name}: encode", encode)
-        probe = [f"output={folder / 'content.json'}", f"probe_steps={config.probe_steps}"]
+        once = as_yaml(system is config.systems[0])  # the baseline is the same for all
+        probe = [f"output={folder / 'content.json'}", f"probe_steps={config.probe_steps}", f"baseline={once}"]
         quality = [
             *(codec, data, f"output={folder / 'quality'}", f"splits={as_yaml(config.quality_splits)}"),
             f"layers={as_yaml(config.quality_layers)}",

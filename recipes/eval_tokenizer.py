@@ -46,6 +46,7 @@ class EvalTokenizerConfig:
     output: str  # JSON file
     train_splits: list[str] | None = None  # for the k-means baseline and the voices, all when null
     test_splits: list[str] | None = None  # for codebook use and content, all when null
+    baseline: bool = True  # also measure the content of log-mel k-means units
     kmeans_utterances: int = 400  # training utterances the baseline's clusters are fitted on
     probe_steps: int = 0  # of the recogniser that reads layer 0, no probe at 0
     seed: int = 0
@@ -61,7 +62,8 @@ def main(config: EvalTokenizerConfig) -> None:
     labels = frame_labels(test, corpus, encoding)
     if labels is not None or config.probe_steps:
         units = {"layer_0": lambda row: codes_of(row, encoding)[0]}
-        units["log_mel_kmeans"] = log_mel_clusters(config, train, corpus, encoding.codebook_size)
+        if config.baseline:
+            units["log_mel_kmeans"] = log_mel_clusters(config, train, corpus, encoding.codebook_size)
     if labels is not None:
         kind, rows, per_frame = labels
         results["content"] = {"label": kind, "utterances": len(rows)} | {

@@ -132,22 +132,25 @@ class AsrConfig:
 
 def main(config: AsrConfig) -> None:
     accelerator = make_accelerator(config.precision)
+    refuse_parts(accelerator, config)
 
     # 1. encoded speech of one codec, and that codec
     train, encoding = load_codes(config.codes, config.splits)
     train = train.filter(lambda text: bool(text), input_columns="text")
     train = train.select(range(min(len(train), config.max_utterances or len(train))))
-    if not len(train):
-        raise DataError(f"{config.codes}: no utterance of {config.splits or 'any split'} has a transcript")
     dev = load_codes(config.codes, config.dev_splits)[0].select_columns(["text", "codes"]) if config.dev_splits else []
     dev = [row for row in dev if row["text"]][: config.dev_utterances]
+    if not len(train) or (config.dev_splits and not dev):
+        raise DataError(
+            f"{config.codes}: no utterance to {'validate with' if len(train) else 'learn from'} has a transcript"
+        )
     codec = SpeechCodec.from_pretrained(config.codec)
     encoding.require(codec.fingerprint, config.codec)
     run = Run(config.output, config, accelerator)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
         return
-    set_up(accelerator, config)
+    start_trackers(accelerator, config)
     set_seed(config.seed)
 
     # 2. a language model whose vocabulary the codes extend
@@ -165,12 +168,8 @@ def main(config: AsrConfig) -> None:
         model = prepare_adapter(model, vocabulary, config.train, **asdict(config.lora))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    examples = [
-        transcription_example(
-            codes_of(row, encoding), row["text"], vocabulary, text_tokenizer, learn_speech=config.speech_loss > 0
-        )
-        for row in train
-    ]
+    parts = vocabulary, text_tokenizer, config.speech_loss > 0
+    examples = [transcription_example(codes_of(row, encoding), row["text"], *parts) for row in train]
     sentences = [text_example(text, text_tokenizer) for text in train["text"]] if config.model is None else []
     augmentation = Augmentation(config.augmentation, vocabulary, codec.codebooks)
 
@@ -180,6 +179,9 @@ def main(config: AsrConfig) -> None:
     training = TrainingState(accelerator, model, optimizer, config.weight_average)
     speech_llm = SpeechLLM(training.judged, text_tokenizer, vocabulary, codec)
     accelerator.print(plan(config, examples, model, rows))
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if deepspeed:  # asks for this number, but there is no loader it would be about
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     loss_of, optimizer = accelerator.prepare(loss_of, optimizer)
     start = 0
     if state := run.resume():
@@ -235,7 +237,7 @@ def main(config: AsrConfig) -> None:
                     f"no better WER in {config.patience} validations: the training ends after {done} steps"
                 )
                 break
-        if done % config.save_every == 0 and done < config.steps and not is_deepspeed(accelerator):
+        if done % config.save_every == 0 and done < config.steps and not deepspeed:  # which keeps moments to itself
             run.save(done, training.state_dict())
 
     # 6. export
@@ -245,15 +247,15 @@ def main(config: AsrConfig) -> None:
         training.judged.eval()
         with whole_folder(run.folder / "model") as folder:
             speech_llm.save(folder)
-        validated = {"dev_wer": training.best.wer, "best_step": training.best.step} if dev else {}
-        run.finish({"steps": done, "loss": loss, **validated, "codec_fingerprint": codec.fingerprint})
+        best = {"dev_wer": training.best.wer, "best_step": training.best.step} if dev else {}
+        run.finish({"steps": done, "loss": loss, **best, "codec_fingerprint": codec.fingerprint})
         print(f"speech language model saved in {run.folder / 'model'}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def set_up(accelerator: Accelerator, config: AsrConfig) -> None:
-    """Refuse what cannot be where processes hold parts of the weights, and start the trackers."""
+def refuse_parts(accelerator: Accelerator, config: AsrConfig) -> None:
+    """Raise RunError for what cannot be where processes hold parts of the weights."""
     whole = accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
     rows = config.train == "full" and (config.row_learning_rate is not None or config.row_steps > 0)
     if not whole and (rows or config.weight_average is not None):
@@ -261,16 +263,13 @@ def set_up(accelerator: Accelerator, config: AsrConfig) -> None:
             "weight_average and, for train: full, row_learning_rate and row_steps need all weights in each process, "
             "but FSDP and DeepSpeed cut them into parts: leave these keys out, or train LoRA"
         )
-    if is_deepspeed(accelerator):  # asks for this number, but there is no loader it would be about
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+
+
+def start_trackers(accelerator: Accelerator, config: AsrConfig) -> None:
+    """Let Accelerate pass on what is logged."""
     accelerator.project_configuration.set_directories(config.output)
     accelerator.log_with = filter_trackers(config.trackers, accelerator.logging_dir)
     accelerator.init_trackers("train_asr", {name: str(value) for name, value in asdict(config).items()})
-
-
-def is_deepspeed(accelerator: Accelerator) -> bool:
-    """Whether moments live where no checkpoint of ours finds them."""
-    return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[list[Example]]:

@@ -1,7 +1,7 @@
 """Streams: the codes and samples of the whole utterance from any chunks of it, in memory that does not grow."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -62,6 +62,14 @@ def through(stream: StreamingEncoder | StreamingDecoder, chunks: list[Tensor]) -
     return torch.cat([*map(stream.push, chunks), stream.finish()], -1)
 
 
+@torch.no_grad()
+def streamed_latents(codec: SpeechCodec, chunks: Iterable[Tensor]) -> Tensor:
+    """What the codes are chosen from: it differs already where no code does."""
+    encoder, end = StreamingEncoder(codec), torch.zeros(0).double()
+    parts = [encoder._run(chunk[None, None], last=False) for chunk in chunks]
+    return torch.cat([*parts, encoder._run(end[None, None], last=True)], -1)
+
+
 def random_chunks(x: Tensor, number: int, seed: int) -> list[Tensor]:
     """x in so many pieces, some of them likely empty."""
     cuts = torch.randint(x.shape[-1] + 1, (number - 1,), generator=torch.Generator().manual_seed(seed))
@@ -73,6 +81,8 @@ def assert_streams_equal(codec: SpeechCodec, samples: Tensor, pieces: Callable[[
     streamed = through(StreamingEncoder(codec), pieces(samples))
     assert streamed.dtype == torch.long
     assert torch.equal(streamed, ids)
+    latents = streamed_latents(codec, pieces(samples))
+    torch.testing.assert_close(latents, codec.latents(samples[None]), atol=1e-12, rtol=0)
     torch.testing.assert_close(through(StreamingDecoder(codec), pieces(ids)), speech, atol=1e-5, rtol=0)
 
 
@@ -91,6 +101,12 @@ def test_an_utterance_of_any_length(causal: SpeechCodec, noise: Noise, samples: 
 
 def test_sample_by_sample(causal: SpeechCodec, noise: Noise) -> None:
     assert_streams_equal(causal, noise(330)[0], lambda x: list(x.split(1, -1)))
+
+
+def test_a_buffer_may_be_filled_again_after_its_push(make_causal: MakeCodec, noise: Noise) -> None:
+    codec, samples, buffer = make_causal(), noise(330)[0], torch.zeros(3).double()
+    latents = streamed_latents(codec, (buffer.copy_(chunk) for chunk in samples.split(3)))
+    torch.testing.assert_close(latents, codec.latents(samples[None]), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("strides", [(1, 2), (3, 1, 2), (40,)])

@@ -9,16 +9,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from speechllm import (
+    RunError,
     SpeechCodec,
     Utterance,
     codes_of,
@@ -290,7 +293,36 @@ def test_settings_that_cannot_be_are_named_at_once(
     assert not (work.folder / "never").exists()
 
 
+def test_splits_without_transcripts_are_named(work: Work, here: Callable, small_codec: SpeechCodec) -> None:
+    silent = [Utterance("u00", str(work.folder / "u00.wav"), 0.5, split=split) for split in ("train", "dev")]
+    speaking = Utterance("u01", str(work.folder / "u01.wav"), 0.5, text="ON", split="train")
+    list(encode_shards([silent[0]], small_codec, work.folder / "silent"))
+    list(encode_shards([speaking, silent[1]], small_codec, work.folder / "half"))
+    with pytest.raises(SystemExit, match="silent: no utterance to learn from has a transcript"):
+        here(f"{SMALL} codes=silent dev_splits=null output=never")
+    with pytest.raises(SystemExit, match="half: no utterance to validate with has a transcript"):
+        here(f"{SMALL} codes=half output=never")
+    assert not (work.folder / "never").exists()
+
+
 # ---- more than one GPU
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+@pytest.mark.parametrize(
+    "settings", [{"weight_average": 0.9}, {"row_learning_rate": 1e-3}, {"row_steps": 3}, {"train": "lora"}]
+)
+def test_what_needs_whole_weights_is_refused_where_there_are_parts(recipe: Callable, kind: str, settings: dict) -> None:
+    module = recipe("train_asr.py")
+    config = module.AsrConfig(codes="", codec="", output="", **settings)
+    whole, parts = (SimpleNamespace(distributed_type=DistributedType(name)) for name in ("MULTI_GPU", kind))
+    module.refuse_parts(whole, config)
+    if settings == {"train": "lora"}:
+        config.row_learning_rate, config.row_steps = 1e-3, 3
+        module.refuse_parts(parts, config)
+    else:
+        with pytest.raises(RunError, match="FSDP and DeepSpeed cut them into parts"):
+            module.refuse_parts(parts, config)
 
 
 @pytest.mark.parametrize("name, kind", [("fsdp2", "FSDP"), ("deepspeed_zero2", "DEEPSPEED")])

@@ -39,7 +39,7 @@ class _Windowed:
             x = torch.cat([self.inputs, x], -1)
         end = x.shape[-1] if last else x.shape[-1] - x.shape[-1] % self.down
         if end == self.past or (end < self.begin and not last):
-            self.inputs = x
+            self.inputs = x.clone()  # x may be the caller's buffer
             return x.new_zeros(1, self.out_channels, 0)
         # contiguous: of a view, torch's ELU rounds some elements otherwise than of the whole utterance
         y = self.layer(x[..., :end])[..., self.past // self.down * self.up :].contiguous()
@@ -108,7 +108,8 @@ class StreamingEncoder(_Stream):
     """Encodes one utterance while it comes in; all codes together are those of `codec.encode`.
 
     A frame comes as soon as its samples are there; with pad_mode reflect the first seven come together, because the
-    beginning is mirrored. Only the first `layers` codebooks are searched (all when None).
+    beginning is mirrored. Only the first `layers` codebooks are searched (all when None). Equal means up to rounding:
+    torch's kernels round short chunks otherwise, and a frame just between two codes may then, rarely, take the other.
     Raises ValueError for a codec that is not causal or in training mode.
 
     >>> encoder = StreamingEncoder(codec)
