@@ -110,7 +110,7 @@ class AsrConfig:
     dev_utterances: int = 100  # at most, for the WER while training
     keep_best: bool = True  # export the weights of the best validation, not the last ones
     patience: int | None = None  # end after so many validations without a better WER; null: never
-    trackers: list[str] | None = None  # tensorboard, wandb or others that Accelerate knows and that are installed
+    trackers: list[Literal["tensorboard", "wandb"]] | None = None  # that get what is logged, too
     log_every: int = 10  # steps
     save_every: int = 1000  # steps between checkpoints
     seed: int = 0
@@ -266,9 +266,11 @@ def refuse_parts(accelerator: Accelerator, config: AsrConfig) -> None:
 
 
 def start_trackers(accelerator: Accelerator, config: AsrConfig) -> None:
-    """Let Accelerate pass on what is logged."""
+    """Let Accelerate pass on what is logged. Raises RunError for a tracker that is not installed."""
     accelerator.project_configuration.set_directories(config.output)
     accelerator.log_with = filter_trackers(config.trackers, accelerator.logging_dir)
+    if absent := set(config.trackers or []) - set(map(str, accelerator.log_with)):
+        raise RunError(f"trackers: {', '.join(absent)} is not installed: run pip install {' '.join(absent)}")
     accelerator.init_trackers("train_asr", {name: str(value) for name, value in asdict(config).items()})
 
 

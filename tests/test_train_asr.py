@@ -16,7 +16,7 @@ import pytest
 import soundfile
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_tensorboard_available, is_wandb_available
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -65,8 +65,8 @@ SMALL = f"{BASE} model=null small.text_tokens=300 small.text_steps=2 " + " ".joi
 EVERYTHING = (
     f"{SMALL} augmentation.tempo=0.2 augmentation.substitute=0.2 augmentation.mask=0.1 augmentation.spans=2 "
     "speech_loss=0.5 row_learning_rate=4e-3 weight_average=0.8 gradient_checkpointing=true patience=4 "
-    "trackers=[tensorboard] micro_batch_tokens=200"
-)
+    "micro_batch_tokens=200"
+) + (" trackers=[tensorboard]" if is_tensorboard_available() else "")
 LORA = f"{BASE} model=base train=lora lora.rank=4 lora.alpha=8 lora.dropout=0.2 row_learning_rate=4e-3 row_steps=2"
 TEXTS = ["ON", "RED LAMP", "TURN ON THE RED LAMP", "LAMP", "THE RED"]
 
@@ -170,7 +170,7 @@ def test_the_run_holds_what_it_should(work: Work) -> None:
     done = work.done("whole")
     assert done["steps"] == 12 and done["dev_wer"] == min(wers.values()) == wers[done["best_step"]]
     assert not (work.folder / "whole" / "checkpoints").exists()
-    assert list((work.folder / "whole").rglob("events.out.tfevents*"))
+    assert bool(list((work.folder / "whole").rglob("events.out.tfevents*"))) == is_tensorboard_available()
 
 
 def test_the_weights_of_the_best_validation_are_exported(work: Work) -> None:
@@ -291,6 +291,12 @@ def test_settings_that_cannot_be_are_named_at_once(
         here(f"{BASE} {words} output=never")
     assert end.value.code == 2 and message in capsys.readouterr().err
     assert not (work.folder / "never").exists()
+
+
+@pytest.mark.skipif(is_wandb_available(), reason="nothing is missing")
+def test_a_tracker_that_is_not_installed_is_named(here: Callable) -> None:
+    with pytest.raises(SystemExit, match="trackers: wandb is not installed: run pip install wandb"):
+        here(f"{SMALL} trackers=[wandb] output=tracked")
 
 
 def test_splits_without_transcripts_are_named(work: Work, here: Callable, small_codec: SpeechCodec) -> None:
