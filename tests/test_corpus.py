@@ -240,15 +240,25 @@ def test_crops_move_over_the_whole_recording(utterances: list[Utterance]) -> Non
     assert starts.max() <= 24_000
 
 
-def test_crops_start_on_whole_codec_frames(utterances: list[Utterance]) -> None:
-    crops = Crops(utterances, crop_s=0.123)
-    starts = [crop_start(crops[index]) for index in range(40)]
-    assert all(start % 320 == 0 for start in starts)
-    assert len(set(starts)) > 20
+class Silence:
+    """A cache whose features say nothing."""
+
+    hop = 320
+
+    def crop(self, utterance: Utterance, start_frame: int, frames: int) -> torch.Tensor:
+        return torch.zeros(frames, 1)
+
+
+def test_crops_start_anywhere_but_with_features_on_whole_codec_frames(utterances: list[Utterance]) -> None:
+    for caches, whole in ((None, False), ({"semantic": Silence()}, True)):
+        crops = Crops(utterances, crop_s=0.123, caches=caches)
+        starts = [crop_start(crops[index]) for index in range(40)]
+        assert all(start % 320 == 0 for start in starts) == whole
+        assert len(set(starts)) > 20
 
 
 def test_the_last_crop_ends_with_the_recording(utterances: list[Utterance]) -> None:
-    crops = Crops(utterances[1:2], crop_s=0.23)  # 0.25 s: 0 and 320 are the only starts
+    crops = Crops(utterances[1:2], crop_s=0.23, caches={"semantic": Silence()})  # 0.25 s: 0 and 320 are the only starts
     items = [crops[index] for index in range(20)]
     assert {crop_start(item) for item in items} == {0, 320}
     assert all(item["length"] == 3_680 for item in items)

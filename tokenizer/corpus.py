@@ -150,10 +150,11 @@ class Crops(Dataset):
     Every epoch visits each utterance once, in a new order. Shorter utterances are padded with zeros.
     A recording that cannot be used is left out with a warning and replaced by the next one; its path and the reason are
     added to the file `left_out`, a line of JSON each time.
-    Crops start on whole codec frames (320 samples), so that frames of an utterance's cached features are frames of its
-    crop. Items: dict of waveform float [N], its length in samples and the utterance's index, both int, and by the name
-    of each cache the features float [ceil(N / hop), P] of the crop, zero behind the utterance. A speaker teacher heard
-    on the crop itself gives one frame more, which is centred on the end.
+    Crops start anywhere, so that speech meets the frames as it happens to; with cached features on whole codec frames
+    (320 samples), since the utterance's frames are then those of the crop.
+    Items: dict of waveform float [N], its length in samples and the utterance's index, both int, and by the name of each
+    cache the features float [ceil(N / hop), P] of the crop, zero behind the utterance. A speaker teacher heard on the
+    crop itself gives one frame more, which is centred on the end.
     """
 
     def __init__(
@@ -189,8 +190,9 @@ class Crops(Dataset):
         raise CorpusError(f"{ATTEMPTS} recordings in a row cannot be used; the last one is {problem}")
 
     def _crop(self, utterance: Utterance, index: int) -> dict[str, Any]:
-        room = round(max(0.0, utterance.duration_s - self.crop_s) * self.sample_rate) // HOP
-        start = HOP * int(np.random.default_rng((self.seed, 1, index)).integers(room + 1))
+        step = HOP if self.caches else 1
+        room = round(max(0.0, utterance.duration_s - self.crop_s) * self.sample_rate) // step
+        start = step * int(np.random.default_rng((self.seed, 1, index)).integers(room + 1))
         start_s = start / self.sample_rate
         crop = load_audio(utterance.path, self.sample_rate, start_s=start_s, duration_s=self.crop_s)
         size = round(self.crop_s * self.sample_rate)
