@@ -152,9 +152,9 @@ class Crops(Dataset):
     added to the file `left_out`, a line of JSON each time.
     Crops start anywhere, so that speech meets the frames as it happens to; with cached features on whole codec frames
     (320 samples), since the utterance's frames are then those of the crop.
-    Items: dict of waveform float [N], its length in samples and the utterance's index, both int, and by the name of each
-    cache the features float [ceil(N / hop), P] of the crop, zero behind the utterance. A speaker teacher heard on the
-    crop itself gives one frame more, which is centred on the end.
+    Items: dict of waveform float [N], its length in samples and the utterance's index, both int, and by the name of
+    each cache the features float [ceil(N / hop), P] of the crop, zero behind the utterance. A speaker teacher heard on
+    the crop itself gives one frame more, which is centred on the end.
     """
 
     def __init__(
