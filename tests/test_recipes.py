@@ -300,8 +300,9 @@ def test_two_processes_train_the_tokenizer_like_one(work: Work) -> None:
     trained = [key for key in one if not key.startswith("quantizer")]
     difference = torch.cat([(one[key] - two[key]).abs().flatten() for key in trained]).mean()
     assert len(trained) > 50 and difference < 0.01 * way
+    # rounding may send a vector that lies between two codes to the other one: so here, too, the mean counts
     for key in set(one) - set(trained):
-        torch.testing.assert_close(one[key], two[key], atol=1e-4, rtol=1e-3)
+        assert (one[key] - two[key]).abs().mean() < 1e-3 * one[key].abs().mean(), key
 
 
 # ---- started in this process: what is said at the beginning
