@@ -78,8 +78,9 @@ def main(config: CompareConfig) -> None:
     results = {system.name: collect(run / system.name) for system in config.systems}
     everything = {"systems": results, "seconds": stages.seconds, "versions": versions()}
     write_json(run / "results.json", everything)
-    write_text(run / "table.md", table(results))
-    print(table(results))
+    page = table(results)
+    write_text(run / "table.md", page)
+    print(page)
 
 
 def train_teacher(stages: Stages, run: Path, kind: str, config: CompareConfig) -> str:

@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -30,6 +29,7 @@ from speechllm import (
     available_cpus,
     layer_counts,
     load_audio,
+    mean_and_interval,
     read_corpus,
     reconstruct,
     run_recipe,
@@ -39,7 +39,6 @@ from speechllm import (
     write_text,
 )
 
-BOOTSTRAP_SAMPLES = 1000
 LONGEST_S = 40.0  # `speech_quality` refuses longer ones: do not even encode them
 MEASURES = {
     "pesq_wb": "PESQ-WB",
@@ -152,13 +151,6 @@ def summarize(rows: Sequence[Row], count: int, codec: SpeechCodec, seed: int) ->
         "utterances": len(scores),
         **{name: mean_and_interval([score[name] for score in scores], seed) for name in MEASURES if scores},
     }
-
-
-def mean_and_interval(values: Sequence[float], seed: int) -> Row:
-    """The mean and its 95 % bootstrap interval over utterances."""
-    array = np.array(values)
-    draws = np.random.default_rng(seed).integers(0, len(array), (BOOTSTRAP_SAMPLES, len(array)))
-    return {"mean": float(array.mean()), "ci95": np.quantile(array[draws].mean(1), [0.025, 0.975]).tolist()}
 
 
 def table(codebooks: dict[int, Row]) -> str:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
         WordErrorRate,
         character_error_rate,
         librispeech_normalizer,
+        mean_and_interval,
         paired_bootstrap,
         speaker_error_rates,
         whisper_english_normalizer,
@@ -168,6 +169,7 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
         small_hubert,
         speaker_accuracy,
         speech_quality,
+        usage_of_counts,
         validate_codec,
     )
 else:
@@ -257,6 +259,7 @@ __all__ = [
     "make_accelerator",
     "make_discriminators",
     "make_optimizer",
+    "mean_and_interval",
     "merge",
     "micro_batches",
     "pack",
@@ -289,6 +292,7 @@ __all__ = [
     "transcribe_codes",
     "transcription_example",
     "transcription_prompt",
+    "usage_of_counts",
     "validate_codec",
     "versions",
     "warmup_cosine",

@@ -12,7 +12,7 @@ from speechllm.metrics import NORMALIZERS
 from speechllm.page import bar, duration, number, percent, table, tables, text, tiles, write_page
 from speechllm.plots import LAYER, code_usage, curves
 from speechllm.sounds import Reconstruction, spectrograms_and_players
-from tokenizer import codebook_usage
+from tokenizer import usage_of_counts
 
 ALIGNMENTS_SHOWN = 10
 SHOWN_ELSEWHERE = set(
@@ -166,7 +166,7 @@ def _codebooks(counts: Sequence[np.ndarray]) -> str:
         return ""
     rows = []
     for index, layer in enumerate(layers):
-        usage = codebook_usage(np.repeat(np.arange(len(layer)), layer), len(layer))
+        usage = usage_of_counts(layer)
         numbers = (usage["perplexity"], usage["dead"], layer.sum())
         used = f"{usage['used']:,}\u00a0/\u00a0{len(layer):,}"
         rows.append((f"layer\u00a0{index}", used, *map(text, numbers)))

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 from tokenizer.lazy import lazy_names
 
 if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
-    from tokenizer.analysis import codebook_usage, label_information, log_mel_features, speaker_accuracy
+    from tokenizer.analysis import (
+        codebook_usage,
+        label_information,
+        log_mel_features,
+        speaker_accuracy,
+        usage_of_counts,
+    )
     from tokenizer.audio import AudioError, load_audio, pad_waveforms, save_audio
     from tokenizer.cache import FeatureCache
     from tokenizer.codec import SpeechCodec, SpeechCodecConfig, check_folder
@@ -99,5 +105,6 @@ __all__ = [
     "small_hubert",
     "speaker_accuracy",
     "speech_quality",
+    "usage_of_counts",
     "validate_codec",
 ]

@@ -11,10 +11,14 @@ from tokenizer.logmel import HOP, LogMel
 
 def codebook_usage(ids: np.ndarray, size: int) -> dict[str, float]:
     """Use of one codebook over a corpus, ids int [M]: codes used, dead ones, and perplexity exp(entropy)."""
-    counts = np.bincount(ids, minlength=size)
+    return usage_of_counts(np.bincount(ids, minlength=size))
+
+
+def usage_of_counts(counts: np.ndarray) -> dict[str, float]:
+    """As `codebook_usage`, from how often each code was used, int [K]."""
     share = counts[counts > 0] / counts.sum()
     used = int((counts > 0).sum())
-    return {"used": used, "dead": size - used, "perplexity": float(np.exp(-(share * np.log(share)).sum()))}
+    return {"used": used, "dead": len(counts) - used, "perplexity": float(np.exp(-(share * np.log(share)).sum()))}
 
 
 def label_information(ids: np.ndarray, labels: Sequence[str]) -> dict[str, float]:

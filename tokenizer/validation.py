@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenizer.analysis import codebook_usage
+from tokenizer.analysis import usage_of_counts
 from tokenizer.codec import SpeechCodec
 from tokenizer.distillation import SemanticDistillation
 from tokenizer.losses import MultiScaleMelLoss
@@ -55,7 +55,7 @@ def validate_codec(
     codec.train(training)
     metrics = {name: float(np.mean(values)) for name, values in figures.items()}
     for layer, row in enumerate(counts):
-        usage = codebook_usage(np.repeat(np.arange(len(row)), row), len(row))
+        usage = usage_of_counts(row)
         metrics |= {f"dev_perplexity_{layer}": usage["perplexity"], f"dev_dead_{layer}": usage["dead"]}
     return Validation(metrics, counts)
 
