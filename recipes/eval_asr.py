@@ -18,7 +18,7 @@ import torch
 
 from speechllm import (
     character_error_rate,
-    codes_of,
+    speech_of,
     count_runaways,
     load_codes,
     load_speech_llm,
@@ -58,7 +58,7 @@ def main(config: EvalAsrConfig) -> None:
     rows = [row for row in rows if row["text"]]
     if not rows:
         raise SystemExit(f"{config.codes}: no utterance of {config.splits or 'any split'} has a transcript to score")
-    codes = [codes_of(row, encoding)[: speech_llm.vocabulary.encoding.layers] for row in rows]
+    codes = [speech_of(row, encoding)[: speech_llm.vocabulary.encoding.layers] for row in rows]
     references = [row["text"] for row in rows]
     speakers = [row["speaker"] or "?" for row in rows]
     word_error_rate(references, references, config.normalizer)  # what cannot be scored fails now, not after decoding

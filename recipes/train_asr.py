@@ -31,7 +31,7 @@ from speechllm import (
     SpeechCodec,
     SpeechLLM,
     TrainingState,
-    codes_of,
+    speech_of,
     describe_rows,
     extend_vocabulary,
     keep_row_gradients,
@@ -169,7 +169,7 @@ def main(config: AsrConfig) -> None:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     parts = vocabulary, text_tokenizer, config.speech_loss > 0
-    examples = [transcription_example(codes_of(row, encoding), row["text"], *parts) for row in train]
+    examples = [transcription_example(speech_of(row, encoding), row["text"], *parts) for row in train]
     sentences = [text_example(text, text_tokenizer) for text in train["text"]] if config.model is None else []
     augmentation = Augmentation(config.augmentation, vocabulary, codec.codebooks)
 
@@ -282,7 +282,7 @@ def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[
 
 def dev_wer(dev: list[dict[str, object]], encoding: Encoding, speech_llm: SpeechLLM) -> float:
     """WER on a few unseen utterances, for the curve."""
-    hypotheses = transcribe_codes([codes_of(row, encoding) for row in dev], speech_llm, batch_size=50)
+    hypotheses = transcribe_codes([speech_of(row, encoding) for row in dev], speech_llm, batch_size=50)
     return word_error_rate([row["text"] for row in dev], hypotheses).wer
 
 

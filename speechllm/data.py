@@ -172,7 +172,7 @@ def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple
     return Dataset(table), Encoding(**json.loads(encodings.pop()))
 
 
-def codes_of(row: dict[str, object], encoding: Encoding) -> torch.Tensor:
+def speech_of(row: dict[str, object], encoding: Encoding) -> torch.Tensor:
     """The codes of one row as long [layers, frames]."""
     return torch.tensor(row["codes"], dtype=torch.long).view(encoding.layers, -1)
 

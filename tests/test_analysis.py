@@ -63,10 +63,10 @@ def test_pnmi_and_purity_equal_independent_computations(random: np.random.Genera
 
 
 def utterances_of(
-    speakers: int, each: int, codes_of: Callable[[int], np.ndarray]
+    speakers: int, each: int, speech_of: Callable[[int], np.ndarray]
 ) -> tuple[list[np.ndarray], list[str]]:
     names = [f"s{speaker}" for speaker in range(speakers) for _ in range(each)]
-    return [codes_of(int(name[1:])) for name in names], names
+    return [speech_of(int(name[1:])) for name in names], names
 
 
 def test_speakers_with_codes_of_their_own_are_told_apart(random: np.random.Generator) -> None:

@@ -21,7 +21,7 @@ from speechllm import (
     Encoding,
     SpeechCodec,
     Utterance,
-    codes_of,
+    speech_of,
     encode_shards,
     grouped_batches,
     load_audio,
@@ -81,7 +81,7 @@ def test_codes_are_those_of_the_codec_with_everything_known_about_the_utterance(
     for row, utterance in zip(rows, speech, strict=True):
         waveform = load_audio(utterance.path)
         expected = small_codec.encode(waveform[None]).ids[0]
-        assert torch.equal(codes_of(row, encoding), expected) and expected.shape == (2, -(-len(waveform) // 320))
+        assert torch.equal(speech_of(row, encoding), expected) and expected.shape == (2, -(-len(waveform) // 320))
         known = {name: row[name] for name in ("id", "split", "speaker", "text")}
         assert known == {name: getattr(utterance, name) for name in known}
         assert row["duration_s"] == pytest.approx(len(waveform) / RATE)
@@ -96,7 +96,7 @@ def test_only_the_layers_asked_for_are_stored(
     two, both = load_codes(tmp_path / "2")
     assert (encoding.layers, both.layers) == (1, 2)
     for short, long in zip(one, two, strict=True):
-        assert torch.equal(codes_of(short, encoding), codes_of(long, both)[:1])
+        assert torch.equal(speech_of(short, encoding), speech_of(long, both)[:1])
 
 
 def test_encoding_again_changes_nothing(tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from speechllm import (
     DataError,
     SpeechCodec,
-    codes_of,
+    speech_of,
     ctc_probe,
     encode_shards,
     load_codes,
@@ -128,7 +128,7 @@ def test_both_kinds_of_units_are_learnt_in_training_and_scored_in_the_test(
         assert [text for _, text in train] == texts[1:16] and len(test) == 8  # the first one has no text
         assert (size, steps, seed) == (8, 7, 4)
     rows, encoding = load_codes(work / "codes")
-    layer_0 = [codes_of(row, encoding)[0] for row in rows][1:]
+    layer_0 = [speech_of(row, encoding)[0] for row in rows][1:]
     units = [[*(units for units, _ in train), *test] for train, test, *_ in asked]
     assert all(torch.equal(a, b) for a, b in zip(units[0], layer_0, strict=True))
     assert all(len(a) == len(b) == 15 for a, b in zip(*units, strict=True))

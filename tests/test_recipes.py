@@ -22,7 +22,7 @@ from speechllm import (
     SemanticTeacher,
     SpeakerTeacher,
     SpeechCodec,
-    codes_of,
+    speech_of,
     load_audio,
     load_codes,
     load_speech_llm,
@@ -191,7 +191,7 @@ def test_every_utterance_is_encoded_with_the_codec_that_was_trained(work: Work) 
     assert encoding.fingerprint == codec.fingerprint and encoding.layers == 2
     assert rows["id"] == [utterance.id for utterance in corpus]
     for row, utterance in zip(rows, corpus, strict=True):
-        assert torch.equal(codes_of(row, encoding), codec.encode(load_audio(utterance.path)[None]).ids[0])
+        assert torch.equal(speech_of(row, encoding), codec.encode(load_audio(utterance.path)[None]).ids[0])
     found = work.json("codes/done.json")
     assert found["utterances"] == UTTERANCES and found["skipped"] == {}
     assert found["hours"] == pytest.approx(UTTERANCES * 0.5 / 3600)
@@ -200,7 +200,7 @@ def test_every_utterance_is_encoded_with_the_codec_that_was_trained(work: Work) 
 def test_the_content_of_the_codes_is_what_scikit_learn_finds(work: Work) -> None:
     found = work.json("content.json")
     rows, encoding = load_codes(work.folder / "codes", ["test"])
-    codes = np.concatenate([codes_of(row, encoding).numpy() for row in rows], 1)
+    codes = np.concatenate([speech_of(row, encoding).numpy() for row in rows], 1)
     for layer, usage in zip(codes, found["usage"], strict=True):
         assert usage["counts"] == np.bincount(layer, minlength=16).tolist()
         assert usage["used"] == len(set(layer.tolist())) == 16 - usage["dead"]

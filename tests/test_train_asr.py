@@ -24,7 +24,7 @@ from speechllm import (
     RunError,
     SpeechCodec,
     Utterance,
-    codes_of,
+    speech_of,
     encode_shards,
     load_codes,
     load_speech_llm,
@@ -176,7 +176,7 @@ def test_the_run_holds_what_it_should(work: Work) -> None:
 def test_the_weights_of_the_best_validation_are_exported(work: Work) -> None:
     speech_llm = load_speech_llm(work.folder / "whole" / "model")
     dev, encoding = load_codes(work.folder / "codes", ["dev"])
-    hypotheses = transcribe_codes([codes_of(row, encoding) for row in dev], speech_llm)
+    hypotheses = transcribe_codes([speech_of(row, encoding) for row in dev], speech_llm)
     assert word_error_rate(dev["text"], hypotheses).wer == work.done("whole")["dev_wer"]
 
 
@@ -219,7 +219,7 @@ def test_an_adapter_is_trained_and_saved_alone(lora: Work, monkeypatch: pytest.M
     speech_llm = load_speech_llm("lora/model")
     assert isinstance(speech_llm.model, PeftModel)
     dev, encoding = load_codes("codes", ["dev"])
-    hypotheses = transcribe_codes([codes_of(row, encoding) for row in dev], speech_llm)
+    hypotheses = transcribe_codes([speech_of(row, encoding) for row in dev], speech_llm)
     assert word_error_rate(dev["text"], hypotheses).wer == lora.done("lora")["dev_wer"]
 
 

@@ -28,7 +28,15 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
         make_discriminators,
     )
     from tokenizer.distillation import AcousticDistillation, SemanticDistillation
-    from tokenizer.interface import AudioTokenizer, Codec, Codes, Features, Transcripts
+    from tokenizer.interface import (
+        AudioTokenizer,
+        Codec,
+        Codes,
+        DiscreteTokenizer,
+        Features,
+        FeatureTokenizer,
+        Transcripts,
+    )
     from tokenizer.losses import Balancer, MultiScaleMelLoss, ReconstructionLoss
     from tokenizer.parallel import average_gradients
     from tokenizer.probe import ctc_probe
@@ -57,7 +65,9 @@ __all__ = [
     "Codes",
     "CorpusError",
     "Crops",
+    "DiscreteTokenizer",
     "FeatureCache",
+    "FeatureTokenizer",
     "Features",
     "FrameClassifier",
     "Lesson",

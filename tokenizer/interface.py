@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -44,10 +45,14 @@ class Codes:
 
 @dataclass(frozen=True)
 class Features:
-    """Continuous "soft" tokens: values float [B, T, C], lengths long [B] in frames."""
+    """Continuous "soft" tokens: values float [B, T, C], zero beyond an utterance's length; lengths long [B], frames."""
 
     values: Tensor
     lengths: Tensor
+
+    def utterance(self, index: int) -> Tensor:
+        """The features of one utterance without padding, float [T, C]."""
+        return self.values[index, : int(self.lengths[index])]
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,14 @@ class Transcripts:
 
     texts: list[str]
 
+    def utterance(self, index: int) -> str:
+        """The text of one utterance."""
+        return self.texts[index]
+
 
 @runtime_checkable
 class AudioTokenizer(Protocol):
-    """Anything that turns waveforms into something a language model can read."""
+    """Anything that turns waveforms into something a language model can read; `load_tokenizer` finds it by name."""
 
     @property
     def sample_rate(self) -> int:
@@ -67,15 +76,29 @@ class AudioTokenizer(Protocol):
 
     @property
     def frame_rate(self) -> float:
-        """Frames per second of what `encode` returns."""
+        """Frames per second of what `encode` returns; 0 where it returns text."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of weights and configuration: what two fingerprints encoded must never be mixed."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the waveforms for `encode` must be."""
 
     def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> Codes | Features | Transcripts:
-        """waveform float [B, N] in [-1, 1]; lengths long [B] in samples (all of N when None)."""
+        """waveform float [B, N] in [-1, 1]; lengths long [B] in samples (all of N when None).
+
+        An utterance gets the same in any batch.
+        """
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write everything `load_tokenizer(folder)` needs."""
 
 
 @runtime_checkable
-class Codec(AudioTokenizer, Protocol):
-    """An audio tokenizer with codebooks that can speak its codes again."""
+class DiscreteTokenizer(AudioTokenizer, Protocol):
+    """An audio tokenizer with codebooks."""
 
     @property
     def num_codebooks(self) -> int: ...
@@ -84,15 +107,25 @@ class Codec(AudioTokenizer, Protocol):
     def codebook_size(self) -> int: ...
 
     @property
-    def fingerprint(self) -> str:
-        """Identity of weights and configuration: codes of two fingerprints must never be mixed."""
-
-    @property
     def codebooks(self) -> Tensor:
         """Code vectors, float [Q, K, D]."""
 
     def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
         """As `AudioTokenizer.encode`; only the first `layers` codebooks where given."""
+
+
+@runtime_checkable
+class FeatureTokenizer(AudioTokenizer, Protocol):
+    """An audio tokenizer that returns `Features`."""
+
+    @property
+    def width(self) -> int:
+        """C, dimensions of a feature."""
+
+
+@runtime_checkable
+class Codec(DiscreteTokenizer, Protocol):
+    """A discrete tokenizer that can speak its codes again."""
 
     def decode(self, codes: Codes) -> Tensor:
         """Waveforms float [B, N]."""
