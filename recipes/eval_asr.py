@@ -18,7 +18,6 @@ import torch
 
 from speechllm import (
     character_error_rate,
-    speech_of,
     count_runaways,
     load_codes,
     load_speech_llm,
@@ -27,6 +26,7 @@ from speechllm import (
     recognize,
     run_recipe,
     speaker_error_rates,
+    speech_of,
     summarize_shards,
     versions,
     word_error_rate,

@@ -21,7 +21,6 @@ from speechllm import (
     Encoding,
     Utterance,
     codebook_usage,
-    speech_of,
     ctc_probe,
     frame_phones,
     label_information,
@@ -32,6 +31,7 @@ from speechllm import (
     read_corpus,
     run_recipe,
     speaker_accuracy,
+    speech_of,
     word_error_rate,
     write_json,
 )

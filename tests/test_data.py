@@ -21,11 +21,11 @@ from speechllm import (
     Encoding,
     SpeechCodec,
     Utterance,
-    speech_of,
     encode_shards,
     grouped_batches,
     load_audio,
     load_codes,
+    speech_of,
     summarize_shards,
     token_batches,
 )

@@ -14,11 +14,11 @@ from torch import Tensor
 from speechllm import (
     DataError,
     SpeechCodec,
-    speech_of,
     ctc_probe,
     encode_shards,
     load_codes,
     read_corpus,
+    speech_of,
 )
 
 WORDS = ("ab", "cab", "bed", "dada", "ace")

@@ -22,12 +22,12 @@ from speechllm import (
     SemanticTeacher,
     SpeakerTeacher,
     SpeechCodec,
-    speech_of,
     load_audio,
     load_codes,
     load_speech_llm,
     read_corpus,
     read_log,
+    speech_of,
     transcribe,
     word_error_rate,
 )
