@@ -2,8 +2,10 @@
 
     accelerate launch recipes/train_teacher.py --config configs/teacher/semantic_demo.yaml data=FOLDER output=RUN
 
-kind: semantic  a HuBERT on raw waveforms, saved as a transformers folder. objective ctc learns from the transcripts;
-                objective alignment from the phone alignment of a synthetic corpus (supervised, synthetic speech only).
+kind: semantic  a HuBERT on raw waveforms, saved as a transformers folder. objective ctc learns the characters of the
+                transcripts and is saved as the whole recogniser (`recognizer:RUN/model` is a tokenizer; see
+                configs/teacher/recognizer.yaml); objective alignment learns the phones recipes/align_speech.py found,
+                or those a synthetic corpus comes with.
 kind: speaker   an ECAPA-TDNN on speaker labels, saved as a SpeechBrain folder.
 Both load through the same door as facebook/hubert-base-ls960 and speechbrain/spkrec-ecapa-voxceleb.
 """
@@ -12,7 +14,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from speechllm import (
     Crops,
     FrameClassifier,
     Run,
+    SemanticTeacher,
     Utterance,
     endless_batches,
     frame_phones,
@@ -34,12 +37,16 @@ from speechllm import (
     run_recipe,
     save_ecapa,
     save_hubert,
+    save_recognizer,
     seed_step,
     set_learning_rate,
     small_hubert,
     warmup_cosine,
     whole_folder,
 )
+
+HEAD_RATE = 20  # how much faster a new head learns on a HuBERT that is not new
+WORD_END = "|"  # what transformers' CTC vocabularies have for a space
 
 
 @dataclass
@@ -50,8 +57,9 @@ class TeacherConfig:
     objective: Literal["ctc", "alignment"] = "ctc"  # of the semantic teacher
     splits: list[str] | None = None  # training splits, all when null
     dev_splits: list[str] | None = None  # for the figure of merit at the end, none when null
-    hidden_size: int = 128  # semantic: width of the features
-    layers: int = 3  # semantic: transformer layers
+    init: str | None = None  # semantic: HuBERT folder or hub name to start from; null: a small new one
+    hidden_size: int = 128  # of a new HuBERT: width of the features
+    layers: int = 3  # of a new HuBERT: transformer layers
     channels: int = 64  # speaker: ECAPA channels; the frames are three times as wide
     steps: int = 300
     batch_size: int = 32  # over all processes
@@ -65,6 +73,8 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_size, self.save_every, self.warmup) < 1:
             raise ValueError("steps, batch_size, save_every and warmup must be at least 1")
+        if self.init and self.kind != "semantic":
+            raise ValueError("init is for kind: semantic, an ECAPA-TDNN always starts anew")
 
 
 def main(config: TeacherConfig) -> None:
@@ -83,7 +93,8 @@ def main(config: TeacherConfig) -> None:
         f"{sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters"
     )
     model = accelerator.prepare(student)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate)
+    parameters = student.groups() if config.init else student.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
 
     # 2. go on where a killed run stopped
     start = 0
@@ -132,11 +143,25 @@ class SemanticStudent(nn.Module):
             raise SystemExit(f"{config.data}: no utterance has {self.key}: objective {config.objective} learns from it")
         symbols = {symbol for u in self.utterances for symbol in self._symbols(u)}
         self.labels = {symbol: i for i, symbol in enumerate(sorted(symbols), 1)}
-        self.classifier = FrameClassifier(small_hubert(config.hidden_size, config.layers), len(self.labels) + 1)
+        if config.init:
+            teacher = SemanticTeacher.from_pretrained(config.init)
+            hubert, normalize = teacher.model.requires_grad_(True), teacher.normalize
+        else:
+            hubert, normalize = small_hubert(config.hidden_size, config.layers), True
+        self.classifier = FrameClassifier(hubert, len(self.labels) + 1, normalize)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameters for the optimizer where the HuBERT is not new.
+
+        Only a head that learns much faster finds what is there before CTC's first lesson, blanks everywhere, wipes it
+        out: with one rate for all, the loss stays near that plateau for much longer.
+        """
+        body, head = self.classifier.hubert.parameters(), self.classifier.head.parameters()
+        return [{"params": body}, {"params": head, "lr": HEAD_RATE * self.config.learning_rate}]
 
     def _symbols(self, utterance: Utterance) -> list[str]:
         if self.config.objective == "ctc":
-            return list(utterance.text or "")
+            return list((utterance.text or "").replace(" ", WORD_END))
         return frame_phones(utterance, math.ceil(utterance.duration_s * 50))
 
     def batches(self, start: int, process: int, processes: int) -> Iterator[tuple[Tensor, ...]]:
@@ -179,7 +204,8 @@ class SemanticStudent(nn.Module):
             for row, length, label, size, u in zip(best, frames, labels, sizes, group, strict=True):
                 if self.config.objective == "ctc":
                     references.append(u.text)
-                    hypotheses.append("".join(names[i] for i in row[:length].unique_consecutive().tolist()))
+                    characters = [names[i] for i in row[:length].unique_consecutive().tolist()]
+                    hypotheses.append("".join(characters).replace(WORD_END, " "))
                 else:
                     size = min(length, size)
                     hits, total = hits + int((row[:size] == label[:size]).sum()), total + int(size)
@@ -188,7 +214,10 @@ class SemanticStudent(nn.Module):
         return {"dev_frame_accuracy": hits / total} if total else {}
 
     def save(self, folder) -> None:
-        save_hubert(self.classifier.hubert, folder)
+        if self.config.objective == "ctc":
+            save_recognizer(self.classifier, list(self.labels), folder)
+        else:
+            save_hubert(self.classifier.hubert, folder, self.classifier.normalize)
 
 
 class SpeakerStudent(nn.Module):

@@ -95,6 +95,10 @@ class SpeechCodec(
         self.decoder = SEANetDecoder(config.dimension, config.n_filters, config.strides, decoder_lstm, style)
 
     @property
+    def device(self) -> torch.device:
+        return self.codebooks.device
+
+    @property
     def sample_rate(self) -> int:
         return self.config.sample_rate
 

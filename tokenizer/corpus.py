@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from tokenizer.audio import AudioError, load_audio
+from tokenizer.ravdess import parse_ravdess
 from tokenizer.teachers import HOP
 
 if TYPE_CHECKING:
@@ -48,18 +49,19 @@ def read_corpus(folder: str | Path, splits: Sequence[str] | None = None) -> list
     A folder with a `manifest.jsonl` has one JSON object a line: path (relative to the folder) and duration_s, and as
     far as known id, text, speaker, split (default "train"), phones; one with a `manifest.csv` has columns of these
     names, but no phones. Otherwise LibriSpeech's layout is expected:
-    <split>/<speaker>/<chapter>/<speaker>-<chapter>-<n>.flac beside <speaker>-<chapter>.trans.txt.
+    <split>/<speaker>/<chapter>/<speaker>-<chapter>-<n>.flac beside <speaker>-<chapter>.trans.txt; or RAVDESS's, whose
+    file names tell text and speaker (`parse_ravdess`): Actor_01/03-01-05-01-02-02-01.wav; all of it is split "train".
     Raises CorpusError for a missing folder, an unreadable row, or splits the corpus does not have.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CorpusError(f"{folder}: no such corpus folder (import_speech makes one of a data set of the hub)")
     manifests = [folder / name for name in ("manifest.jsonl", "manifest.csv") if (folder / name).is_file()]
-    utterances = _read_manifest(manifests[0]) if manifests else _read_librispeech(folder)
+    utterances = _read_manifest(manifests[0]) if manifests else _read_librispeech(folder) or _read_ravdess(folder)
     if not utterances:
         raise CorpusError(
             f"{folder} holds neither a manifest.jsonl or manifest.csv with utterances nor LibriSpeech's *.trans.txt "
-            "files; recipes/import_speech.py makes a manifest of Parquet files"
+            "files nor RAVDESS's 03-01-*.wav; recipes/import_speech.py makes a manifest of Parquet files"
         )
     if splits is None:
         return utterances
@@ -118,6 +120,23 @@ def _read_chapter(transcript: Path) -> list[Utterance]:
             raise CorpusError(f"{path}: not a readable FLAC file ({error}): fetch it again") from error
         utterances.append(Utterance(name, str(path), duration_s, split, text, speaker))
     return utterances
+
+
+def _read_ravdess(folder: Path) -> list[Utterance]:
+    files = [(path, name) for path in sorted(folder.rglob("03-01-*.wav")) if (name := parse_ravdess(path.stem))]
+    with ThreadPoolExecutor(READERS) as pool:
+        durations = pool.map(_wav_duration, [path for path, _ in files])
+        return [
+            Utterance(path.stem, str(path), duration_s, "train", name.text, f"actor{name.actor:02}")
+            for (path, name), duration_s in zip(files, durations, strict=True)
+        ]
+
+
+def _wav_duration(path: Path) -> float:
+    try:
+        return float(soundfile.info(str(path)).duration)
+    except soundfile.LibsndfileError as error:
+        raise CorpusError(f"{path}: not a readable WAV file ({error}): fetch it again") from error
 
 
 def _flac_duration(path: Path) -> float:

@@ -1,12 +1,12 @@
 """What every audio tokenizer takes and returns: one interface for all the ways to turn speech into tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,13 @@ class AudioTokenizer(Protocol):
         An utterance gets the same in any batch.
         """
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def to(self, device: torch.device | str, /) -> Self:
+        """Move the weights, as of any torch module."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The weights, as of any torch module."""
+
+    def save_pretrained(self, folder: str | Path, /) -> object:
         """Write everything `load_tokenizer(folder)` needs."""
 
 

@@ -17,7 +17,7 @@ from tokenizer.interface import Codec
 
 RATE = 16_000  # Hz, at which everything is measured: wide-band PESQ is defined for no other
 SHORTEST_S = 0.25  # PESQ's own limit
-LONGEST_S = 40.0  # PESQ has room for 50 pieces of speech; with more it overwrites memory: wrong scores, then a crash
+MAX_SCORED_S = 40.0  # PESQ has room for 50 pieces of speech; with more it overwrites memory: wrong scores, then a crash
 LENGTH_TOLERANCE_S = 0.1  # a codec may add or lose a frame, not more
 
 
@@ -59,7 +59,7 @@ def speech_quality(original: Tensor | np.ndarray, reconstruction: Tensor | np.nd
     without scores, and ImportError where pesq or pystoi is not installed.
     """
     pesq, pystoi = _packages()
-    a, b = _at_16_khz(original, reconstruction, sample_rate)
+    a, b = _pair_at_16_khz(original, reconstruction, sample_rate)
     pair = a.numpy(), b.numpy()
     try:  # asked not to raise, pesq returns negative numbers that spoil an average
         wide, narrow = (float(pesq.pesq(RATE, *pair, mode)) for mode in ("wb", "nb"))
@@ -96,33 +96,44 @@ def _packages() -> tuple[Any, Any]:
     return pesq, pystoi
 
 
-def _at_16_khz(
+def at_16_khz(waveform: Tensor | np.ndarray, sample_rate: int, name: str = "recording") -> Tensor:
+    """A waveform float [N] that can be measured, as float32 at 16 kHz on the CPU.
+
+    Raises QualityError (reasons: non-finite, too short, too long, silent); `name` is what its message calls it.
+    """
+    speech = _finite(waveform, name)
+    duration_s = len(speech) / sample_rate
+    if duration_s < SHORTEST_S:
+        raise QualityError("too short", f"the {name} is {duration_s:.2f} s long, at least {SHORTEST_S} s are needed")
+    if duration_s > MAX_SCORED_S:
+        detail = f"the {name} is {duration_s:.0f} s long, at most {MAX_SCORED_S:.0f} s can be scored: cut it"
+        raise QualityError("too long", detail)
+    if speech.abs().max() < SILENCE_PEAK:
+        raise QualityError("silent", f"the {name} holds digital silence only")
+    return resample(speech, sample_rate, RATE)
+
+
+def _finite(waveform: Tensor | np.ndarray, name: str) -> Tensor:
+    speech = torch.as_tensor(waveform).detach().cpu().float()
+    if speech.ndim != 1:
+        raise ValueError(f"expected waveforms float [N], got the {name} of shape {tuple(speech.shape)}")
+    if not torch.isfinite(speech).all():
+        raise QualityError("non-finite", f"the {name} holds NaN or infinite samples")
+    return speech
+
+
+def _pair_at_16_khz(
     original: Tensor | np.ndarray, reconstruction: Tensor | np.ndarray, sample_rate: int
 ) -> tuple[Tensor, Tensor]:
     """Both as float32 [N] of one length at 16 kHz, or a QualityError."""
     pair = {
-        name: torch.as_tensor(waveform).detach().cpu().float()
-        for name, waveform in (("original", original), ("reconstruction", reconstruction))
+        name: _finite(waveform, name) for name, waveform in (("original", original), ("reconstruction", reconstruction))
     }
-    for name, waveform in pair.items():
-        if waveform.ndim != 1:
-            raise ValueError(f"expected waveforms float [N], got an {name} of shape {tuple(waveform.shape)}")
-        if not torch.isfinite(waveform).all():
-            raise QualityError("non-finite", f"the {name} holds NaN or infinite samples")
     shorter, longer = sorted(len(waveform) for waveform in pair.values())
     if longer - shorter > LENGTH_TOLERANCE_S * sample_rate:
         lengths = " and ".join(f"{len(waveform) / sample_rate:.2f} s" for waveform in pair.values())
         raise QualityError("lengths differ", f"original and reconstruction last {lengths}: not the same recording")
-    if shorter < SHORTEST_S * sample_rate:
-        raise QualityError("too short", f"{shorter / sample_rate:.2f} s long, PESQ needs {SHORTEST_S} s")
-    if shorter > LONGEST_S * sample_rate:
-        raise QualityError(
-            "too long", f"{shorter / sample_rate:.0f} s long, PESQ is safe up to {LONGEST_S:.0f} s: cut it"
-        )
-    for name, waveform in pair.items():
-        if waveform[:shorter].abs().max() < SILENCE_PEAK:
-            raise QualityError("silent", f"the {name} holds digital silence only")
-    a, b = (resample(waveform[:shorter], sample_rate, RATE) for waveform in pair.values())
+    a, b = (at_16_khz(waveform[:shorter], sample_rate, name) for name, waveform in pair.items())
     return a, b
 
 

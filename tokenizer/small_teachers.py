@@ -1,7 +1,9 @@
 """Small teachers trained here, in the formats of the published ones, for machines that cannot fetch those."""
 
+import copy
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,25 +75,44 @@ def _mel(frequency: float) -> float:
 class FrameClassifier(nn.Module):
     """A HuBERT with one linear layer of label scores per frame, for training by CTC or by frame labels."""
 
-    def __init__(self, hubert: "HubertModel", labels: int):
+    def __init__(self, hubert: "HubertModel", labels: int, normalize: bool = True):
         super().__init__()
-        self.hubert = hubert
+        self.hubert, self.normalize = hubert, normalize
         self.head = nn.Linear(hubert.config.hidden_size, labels)
         self.margin = receptive_field(hubert.config) - math.prod(hubert.config.conv_stride)
 
     def forward(self, waveform: Tensor, frames: Tensor) -> Tensor:
         """waveform float [B, N]; frames long [B], codec frames that hold speech -> scores float [B, T, labels]."""
-        x = pad_for_frames(waveform, self.margin, normalize=True)
+        x = pad_for_frames(waveform, self.margin, self.normalize)
         mask = torch.arange(x.shape[1], device=x.device) < (frames * 320 + self.margin)[:, None]
         return self.head(self.hubert(x, attention_mask=mask.long()).last_hidden_state)
 
 
-def save_hubert(hubert: "HubertModel", folder: Path) -> None:
+def save_hubert(hubert: "HubertModel", folder: Path, normalize: bool = True) -> None:
     """Write a transformers folder with the preprocessing that `SemanticTeacher` reads."""
     from transformers import Wav2Vec2FeatureExtractor
 
     hubert.save_pretrained(folder)
-    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=normalize).save_pretrained(folder)
+
+
+def save_recognizer(classifier: FrameClassifier, characters: Sequence[str], folder: Path) -> None:
+    """Write a HuBERT trained by CTC as the whole recogniser transformers knows, with its preprocessing and vocabulary.
+
+    characters: those of labels 1, 2, ...; label 0 is the blank and "|" stands between words. `SemanticTeacher` finds
+    its HuBERT in the same folder.
+    """
+    from transformers import AutoModelForCTC, Wav2Vec2CTCTokenizer
+
+    config = copy.deepcopy(classifier.hubert.config)
+    config.vocab_size, config.pad_token_id = len(characters) + 1, 0
+    model = AutoModelForCTC.from_config(config)
+    setattr(model, model.base_model_prefix, classifier.hubert)
+    model.lm_head = classifier.head
+    save_hubert(model, folder, classifier.normalize)
+    vocabulary = folder / "vocab.json"
+    vocabulary.write_text(json.dumps({"<pad>": 0} | {character: i for i, character in enumerate(characters, 1)}))
+    Wav2Vec2CTCTokenizer(vocabulary, bos_token=None, eos_token=None, unk_token="<pad>").save_pretrained(folder)
 
 
 def save_ecapa(ecapa: nn.Module, settings: dict[str, object], mels: int, speakers: list[str], folder: Path) -> None:

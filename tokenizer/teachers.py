@@ -159,8 +159,16 @@ class SpeakerTeacher(nn.Module):
         frames: list[Tensor] = []
         hook = self.ecapa.mfa.register_forward_hook(lambda module, inputs, output: frames.append(output))
         try:
-            share = waveform.new_ones(len(waveform)) if lengths is None else lengths / waveform.shape[1]
-            self.ecapa(self.normalization(self.features(waveform), share), share)
+            self.embedding(waveform, lengths)
         finally:
             hook.remove()
         return frames[0].transpose(1, 2)
+
+    @torch.no_grad()
+    def embedding(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The voice as a whole, ECAPA's own pooled embedding: waveforms as for `forward` -> float [B, E].
+
+        The cosine between two embeddings tells how alike the voices are.
+        """
+        share = waveform.new_ones(len(waveform)) if lengths is None else lengths / waveform.shape[1]
+        return self.ecapa(self.normalization(self.features(waveform), share), share)[:, 0]

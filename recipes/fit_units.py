@@ -1,0 +1,101 @@
+"""Find speech units: k-means over the frames of a self-supervised model (HuBERT, GSLM: Lakhotia et al., 2102.01192).
+
+    python recipes/fit_units.py model=HUBERT data=CORPUS output=RUN clusters=500 layer=6 "splits=[train]"
+
+Frames are those of utterances in a random order, up to `max_frames`. RUN/model is then an audio tokenizer like a codec;
+RUN/results.json tells how far frames lie from their centroids, how many units are in use, and what was left out.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.cluster import MiniBatchKMeans
+from tqdm import tqdm
+
+from speechllm import (
+    AudioError,
+    FeatureEncoder,
+    UnitTokenizer,
+    Utterance,
+    load_audio,
+    make_accelerator,
+    read_corpus,
+    run_recipe,
+    usage_of_counts,
+    versions,
+    whole_folder,
+    write_json,
+)
+
+
+@dataclass
+class UnitsConfig:
+    model: str  # folder or hub name of HuBERT, WavLM, wav2vec 2.0 or Whisper
+    data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
+    output: str  # run folder; the tokenizer goes to its subfolder `model`
+    clusters: int = 500  # K
+    layer: int | str | None = 6  # hidden state, "avg" for the mean of all; null for Whisper
+    splits: list[str] | None = None  # all when null
+    deduplicate: bool = False  # the tokenizer merges repeats of a unit
+    max_frames: int = 500_000  # to learn from: 2.8 hours
+    max_duration_s: float = 60.0  # longer utterances are left out
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 < self.clusters <= min(self.max_frames, 65_536):
+            raise ValueError(f"clusters must be 2..65536 and at most max_frames, got {self.clusters}")
+
+
+def main(config: UnitsConfig) -> None:
+    utterances = read_corpus(config.data, config.splits)
+    encoder = FeatureEncoder.from_pretrained(config.model, config.layer).to(make_accelerator().device)
+    frames, skipped = collect(utterances, encoder, config)
+    if len(frames) < config.clusters:
+        raise SystemExit(f"error: {config.data}: {len(frames)} frames cannot make {config.clusters} clusters {skipped}")
+    kmeans = MiniBatchKMeans(config.clusters, batch_size=10_000, n_init=5, random_state=config.seed).fit(frames)
+    units = UnitTokenizer(encoder, torch.from_numpy(kmeans.cluster_centers_), config.deduplicate)
+
+    run = Path(config.output)
+    with whole_folder(run / "model") as folder:
+        units.save_pretrained(folder)
+    results = {
+        "fingerprint": units.fingerprint,
+        "frames": len(frames),
+        "inertia": kmeans.inertia_ / len(frames),  # mean squared distance of a frame to its centroid
+        "variance": float(frames.var(0).sum()),  # the same with a single cluster
+        **usage_of_counts(np.bincount(kmeans.labels_, minlength=config.clusters)),
+        "skipped": skipped,
+        "versions": versions() | {"scikit-learn": version("scikit-learn")},
+    }
+    write_json(run / "results.json", results)
+    print(f"{config.clusters} units of {len(frames)} frames in {run / 'model'}: perplexity {results['perplexity']:.1f}")
+
+
+def collect(
+    utterances: Sequence[Utterance], encoder: FeatureEncoder, config: UnitsConfig
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Frames float [M, C] of utterances in a random order, and how many recordings were left out for which reason."""
+    found: list[np.ndarray] = []
+    skipped: Counter[str] = Counter()
+    with tqdm(total=config.max_frames, desc="features", unit="frames", dynamic_ncols=True) as bar:
+        for index in np.random.default_rng(config.seed).permutation(len(utterances)):
+            try:
+                waveform = load_audio(utterances[index].path, max_duration_s=config.max_duration_s)
+            except AudioError as error:
+                skipped[error.reason] += 1
+                continue
+            found.append(encoder.encode(waveform[None].to(encoder.device)).utterance(0).numpy())
+            bar.update(len(found[-1]))
+            if bar.n >= config.max_frames:
+                break
+    frames = np.concatenate(found)[: config.max_frames] if found else np.empty((0, encoder.width), np.float32)
+    return frames, dict(skipped)
+
+
+if __name__ == "__main__":
+    run_recipe(main, UnitsConfig)

@@ -1,0 +1,82 @@
+"""Every audio tokenizer by its name: what a folder or a model of the hub is, is told by its files."""
+
+from pathlib import Path
+
+from tokenizer.codec import SpeechCodec, check_folder
+from tokenizer.common import SETTINGS_FILE, read_json
+from tokenizer.convert import convert_speechtokenizer
+from tokenizer.features import FeatureEncoder
+from tokenizer.interface import AudioTokenizer
+from tokenizer.published import PUBLISHED, PublishedCodec
+from tokenizer.recognizer import Recognizer
+from tokenizer.units import UnitTokenizer
+
+SPELLINGS = (
+    "an audio tokenizer is FOLDER_OR_HUB_NAME (a codec of this package, EnCodec, Mimi or DAC of transformers, "
+    "SpeechTokenizer, units of recipes/fit_units.py), features:FOLDER_OR_HUB_NAME#LAYER (HuBERT, WavLM, wav2vec 2.0 or "
+    "Whisper) or recognizer:FOLDER_OR_HUB_NAME (a speech recogniser of transformers)"
+)
+
+
+class TokenizerError(ValueError):
+    """A name that is no audio tokenizer; the message says what was found and how names are spelt."""
+
+
+def load_tokenizer(name: str | Path) -> AudioTokenizer:
+    """Load an audio tokenizer of any kind, in eval mode, from a folder or a hub name.
+
+    FOLDER_OR_HUB_NAME                  a codec or units, or whatever `save_pretrained` wrote
+    features:FOLDER_OR_HUB_NAME#LAYER   hidden states; their mean without #LAYER, Whisper's encoder output has none
+    recognizer:FOLDER_OR_HUB_NAME       the text a recogniser hears
+    Raises FileNotFoundError for a missing folder, TokenizerError for one that is something else.
+    """
+    name = str(name)
+    prefix, colon, rest = name.partition(":")
+    try:
+        if not colon:
+            return _by_files(name)
+        if prefix == "features":
+            folder, _, layer = rest.partition("#")
+            return FeatureEncoder.from_pretrained(folder, _layer(layer))
+        if prefix == "recognizer":
+            return Recognizer.from_pretrained(rest)
+        raise ValueError(f"unknown kind {prefix!r}; {SPELLINGS}")
+    except ValueError as error:
+        raise TokenizerError(f"{name}: {error}") from error
+
+
+def _layer(text: str) -> int | str | None:
+    if text in ("", "avg"):
+        return text or None
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"expected a number or avg behind #, got {text!r}") from None
+
+
+def _by_files(name: str) -> AudioTokenizer:
+    check_folder(name, [], "an audio tokenizer")
+    settings = read_json(name, SETTINGS_FILE)
+    match settings.get("kind"):
+        case "units":
+            return UnitTokenizer.from_pretrained(name)
+        case "features":
+            return FeatureEncoder.from_pretrained(name, settings["layer"])
+        case "recognizer":
+            return Recognizer.from_pretrained(name)
+    config = read_json(name, "config.json")
+    if not config and not Path(name).is_dir():
+        raise FileNotFoundError(f"{name}: no such folder, and no model of the hub that can be reached; {SPELLINGS}")
+    model_type = config.get("model_type")
+    if model_type in PUBLISHED:
+        return PublishedCodec.from_pretrained(name)
+    if model_type == "whisper" or "conv_stride" in config:
+        raise ValueError(
+            f"it is a {model_type} model: write features:{name} for its frames, recognizer:{name} for text"
+        )
+    if "num_codebooks" in config and not model_type:
+        return SpeechCodec.from_pretrained(name)
+    if "n_q" in config:
+        return convert_speechtokenizer(name)
+    found = f"a {model_type} model" if model_type else f"no audio tokenizer in {', '.join(config) or 'it'}"
+    raise ValueError(f"found {found}; {SPELLINGS}")
