@@ -2,6 +2,8 @@
 
     accelerate launch recipes/encode_speech.py codec=RUN/model data=CORPUS output=CODES
 
+The codec is any audio tokenizer: `features:NAME` stores continuous features (float16; 100 h of 768 dimensions at 50
+frames/s are 28 GB), `recognizer:NAME` what a recogniser hears.
 Runs in parallel over processes, goes on where a killed run stopped, and counts what it had to leave out and why.
 Texts are normalised here, once for training and evaluation: lower case without punctuation, because pretrained language
 models have seldom read LibriSpeech's capitals. recipes/import_speech.py makes a corpus folder of a data set of the hub.
@@ -13,8 +15,8 @@ from typing import Literal
 from tqdm import tqdm
 
 from speechllm import (
-    SpeechCodec,
     encode_shards,
+    load_tokenizer,
     make_accelerator,
     read_corpus,
     run_recipe,
@@ -25,7 +27,7 @@ from speechllm import (
 
 @dataclass
 class EncodeConfig:
-    codec: str  # folder or hub name of a speech codec
+    codec: str  # audio tokenizer, as `load_tokenizer` takes it: a codec's folder or hub name, features:NAME, ...
     data: str  # corpus folder: manifest.jsonl, manifest.csv or LibriSpeech's layout
     output: str  # folder for the shards
     splits: list[str] | None = None  # all when null
@@ -36,7 +38,7 @@ class EncodeConfig:
 
 def main(config: EncodeConfig) -> None:
     accelerator = make_accelerator()
-    codec = SpeechCodec.from_pretrained(config.codec).to(accelerator.device)
+    codec = load_tokenizer(config.codec).to(accelerator.device)
     utterances = read_corpus(config.data, config.splits)
 
     shards = encode_shards(
@@ -57,7 +59,7 @@ def main(config: EncodeConfig) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         summary = summarize_shards(config.output)
-        write_json(f"{config.output}/done.json", summary)
+        write_json(f"{config.output}/done.json", {**summary, "parameters": sum(p.numel() for p in codec.parameters())})
         print(f"encoded {summary['utterances']} utterances, {summary['hours']:.2f} h; skipped {summary['skipped']}")
 
 

@@ -58,7 +58,8 @@ def main(config: EvalAsrConfig) -> None:
     rows = [row for row in rows if row["text"]]
     if not rows:
         raise SystemExit(f"{config.codes}: no utterance of {config.splits or 'any split'} has a transcript to score")
-    codes = [speech_of(row, encoding)[: speech_llm.vocabulary.encoding.layers] for row in rows]
+    speech = [speech_of(row, encoding) for row in rows]
+    durations_s = [row["duration_s"] for row in rows]
     references = [row["text"] for row in rows]
     speakers = [row["speaker"] or "?" for row in rows]
     word_error_rate(references, references, config.normalizer)  # what cannot be scored fails now, not after decoding
@@ -70,10 +71,11 @@ def main(config: EvalAsrConfig) -> None:
         beams=config.beams,
         fallback=config.fallback,
     )
-    seconds = sum(row["duration_s"] for row in rows)
+    seconds = sum(durations_s)
+    tokens = [len(speech_llm.vocabulary.token_ids(part, speech_llm.text_tokenizer)) - 2 for part in speech]  # markers
 
     started = time.perf_counter()
-    found = decode(codes)
+    found = decode(speech, durations_s=durations_s)
     elapsed = time.perf_counter() - started
     hypotheses = [transcription.text for transcription in found]
     score = word_error_rate(references, hypotheses, config.normalizer, config.seed)
@@ -84,15 +86,16 @@ def main(config: EvalAsrConfig) -> None:
         "beams": config.beams,
         "fallback": count_runaways(found),
         "audio_s": seconds,
-        "tokens_per_second": sum(part.numel() for part in codes) / seconds,
+        "tokens_per_second": sum(tokens) / seconds,
         "real_time_factor": elapsed / seconds,
         "codec_fingerprint": encoding.fingerprint,
         "encoded": summarize_shards(config.codes),  # how the texts were normalised, what was left out
         "versions": versions(),
     }
-    if config.shuffled_audio and len(codes) > 1:
-        order = cyclic_shuffle(len(codes), config.seed)
-        shuffled = [transcription.text for transcription in decode([codes[i] for i in order])]
+    if config.shuffled_audio and len(speech) > 1:
+        order = cyclic_shuffle(len(speech), config.seed)
+        others = decode([speech[i] for i in order], durations_s=[durations_s[i] for i in order])
+        shuffled = [transcription.text for transcription in others]
         results["wer_shuffled_audio"] = word_error_rate(references, shuffled, config.normalizer).wer
 
     folder = Path(config.output)

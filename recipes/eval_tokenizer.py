@@ -21,6 +21,7 @@ from speechllm import (
     Encoding,
     Utterance,
     codebook_usage,
+    codes_of,
     ctc_probe,
     frame_phones,
     label_information,
@@ -31,7 +32,6 @@ from speechllm import (
     read_corpus,
     run_recipe,
     speaker_accuracy,
-    speech_of,
     word_error_rate,
     write_json,
 )
@@ -61,7 +61,7 @@ def main(config: EvalTokenizerConfig) -> None:
     results = {"usage": usage(test, encoding), "speaker": speakers(train, encoding)}
     labels = frame_labels(test, corpus, encoding)
     if labels is not None or config.probe_steps:
-        units = {"layer_0": lambda row: speech_of(row, encoding)[0]}
+        units = {"layer_0": lambda row: codes_of(row, encoding)[0]}
         if config.baseline:
             units["log_mel_kmeans"] = log_mel_clusters(config, train, corpus, encoding.codebook_size)
     if labels is not None:
@@ -80,7 +80,7 @@ def main(config: EvalTokenizerConfig) -> None:
 
 def usage(codes: Dataset, encoding: Encoding) -> list[dict[str, object]]:
     """Use of every codebook, with the counts a picture needs."""
-    joined = np.concatenate([speech_of(row, encoding).numpy() for row in codes], 1)
+    joined = np.concatenate([codes_of(row, encoding).numpy() for row in codes], 1)
     return [
         {
             **codebook_usage(layer, encoding.codebook_size),
@@ -99,7 +99,7 @@ def speakers(codes: Dataset, encoding: Encoding) -> dict[str, float]:
     layers = range(min(2, encoding.layers))
     accuracy = {
         f"layer_{layer}": speaker_accuracy(
-            [speech_of(row, encoding)[layer].numpy() for row in rows], names, encoding.codebook_size
+            [codes_of(row, encoding)[layer].numpy() for row in rows], names, encoding.codebook_size
         )
         for layer in layers
     }

@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import filter_trackers
 from accelerate.utils import DistributedType, set_seed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,7 +27,6 @@ from speechllm import (
     LabelledLoss,
     Run,
     RunError,
-    SpeechCodec,
     SpeechLLM,
     TrainingState,
     describe_rows,
@@ -36,10 +34,12 @@ from speechllm import (
     keep_row_gradients,
     label_counts,
     load_codes,
+    load_tokenizer,
     make_accelerator,
     make_optimizer,
     micro_batches,
     prepare_adapter,
+    recognize,
     run_recipe,
     seed_step,
     set_learning_rate,
@@ -48,7 +48,6 @@ from speechllm import (
     speech_of,
     text_example,
     token_batches,
-    transcribe_codes,
     transcription_example,
     warmup_cosine,
     whole_folder,
@@ -81,7 +80,7 @@ class LoraConfig:
 @dataclass
 class AsrConfig:
     codes: str  # folder of encode_speech
-    codec: str  # the codec the codes were made with: folder or hub name
+    codec: str  # the audio tokenizer they were made with, as `load_tokenizer` takes it
     output: str  # run folder; the model goes to its subfolder `model`
     model: str | None = "Qwen/Qwen2-1.5B"  # language model, folder or hub name; null: a small one made here
     small: SmallModelConfig = field(default_factory=SmallModelConfig)  # its shape, used when model is null
@@ -91,6 +90,8 @@ class AsrConfig:
     dev_splits: list[str] | None = None  # for the WER while training, none when null
     max_utterances: int | None = None  # of the training splits, the first ones; all when null
     layers: int = 1  # codebooks the model reads; 1 is 50 tokens/s
+    order: Literal["frame", "layer", "delay", "semantic"] = "frame"  # in which it reads several of them
+    stack: int = 2  # continuous features that make one token
     init: Literal["codebook", "mean", "random"] = "codebook"  # of the new rows
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     speech_loss: float = 0.0  # weight of predicting the codes, too, against smoothed labels; 0: text alone is learnt
@@ -117,9 +118,9 @@ class AsrConfig:
 
     def __post_init__(self) -> None:
         sizes = ("steps", "batch_tokens", "micro_batch_tokens", "warmup", "validate_every", "log_every", "save_every")
-        sizes = (*sizes, "layers", "dev_utterances", "max_utterances", "patience")
-        given = {name: getattr(self, name) for name in sizes if getattr(self, name) is not None}
-        problems = [f"{name} must be at least 1, got {value}" for name, value in given.items() if value < 1]
+        sizes = (*sizes, "layers", "stack", "dev_utterances", "max_utterances", "patience")
+        given = ((name, getattr(self, name)) for name in sizes)
+        problems = [f"{name} must be at least 1, got {size}" for name, size in given if size is not None and size < 1]
         if self.model is None and self.train != "full":
             problems.append(f"train: {self.train} needs a language model to add to, but model is null")
         if self.weight_average is not None and not 0 < self.weight_average < 1:
@@ -138,19 +139,17 @@ def main(config: AsrConfig) -> None:
     train, encoding = load_codes(config.codes, config.splits)
     train = train.filter(lambda text: bool(text), input_columns="text")
     train = train.select(range(min(len(train), config.max_utterances or len(train))))
-    dev = load_codes(config.codes, config.dev_splits)[0].select_columns(["text", "codes"]) if config.dev_splits else []
+    dev = load_codes(config.codes, config.dev_splits)[0] if config.dev_splits else []
     dev = [row for row in dev if row["text"]][: config.dev_utterances]
     if not len(train) or (config.dev_splits and not dev):
-        raise DataError(
-            f"{config.codes}: no utterance to {'validate with' if len(train) else 'learn from'} has a transcript"
-        )
-    codec = SpeechCodec.from_pretrained(config.codec)
+        purpose = "validate with" if len(train) else "learn from"
+        raise DataError(f"{config.codes}: no utterance to {purpose} has a transcript")
+    codec = load_tokenizer(config.codec)
     encoding.require(codec.fingerprint, config.codec)
-    run = Run(config.output, config, accelerator)
+    run = Run(config.output, config, accelerator, config.trackers)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
         return
-    start_trackers(accelerator, config)
     set_seed(config.seed)
 
     # 2. a language model whose vocabulary the codes extend
@@ -161,17 +160,18 @@ def main(config: AsrConfig) -> None:
     else:
         text_tokenizer = AutoTokenizer.from_pretrained(config.model)
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-    vocabulary = extend_vocabulary(model, text_tokenizer, codec, config.layers, config.init, config.seed)
+    reading = config.layers, config.init, config.seed, config.order, config.stack
+    vocabulary = extend_vocabulary(model, text_tokenizer, codec, *reading)
     vocabulary.require(encoding)
     rows = describe_rows(model, vocabulary)
     if config.train != "full":
         model = prepare_adapter(model, vocabulary, config.train, **asdict(config.lora))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    parts = vocabulary, text_tokenizer, config.speech_loss > 0
-    examples = [transcription_example(speech_of(row, encoding), row["text"], *parts) for row in train]
-    sentences = [text_example(text, text_tokenizer) for text in train["text"]] if config.model is None else []
-    augmentation = Augmentation(config.augmentation, vocabulary, codec.codebooks)
+    how = vocabulary, text_tokenizer, config.speech_loss > 0
+    examples = [transcription_example(speech_of(row, encoding), row["text"], *how) for row in train]
+    sentences = [text_example(text, text_tokenizer) for text in train["text"] if config.model is None]
+    augmentation = Augmentation(config.augmentation, vocabulary, getattr(codec, "codebooks", None))
 
     # 3. what learns; a killed run goes on where it stopped
     loss_of = LabelledLoss(model, vocabulary)
@@ -222,13 +222,13 @@ def main(config: AsrConfig) -> None:
             loss, speech_loss = (accelerator.reduce(sums) / counts).tolist()
             speech = {"speech_loss": speech_loss} if config.speech_loss else {}
             rate = optimizer.param_groups[0]["lr"]
-            log(run, accelerator, done, loss=loss, **speech, lr=rate, tokens=sum(map(len, batch)))
+            run.log(done, loss=loss, **speech, lr=rate, tokens=sum(map(len, batch)))
             bar.set_postfix(loss=f"{loss:.3f}")
         if validating:
             training.gather()
             if run.main:
                 wer = dev_wer(dev, encoding, speech_llm)
-                log(run, accelerator, done, dev_wer=wer)
+                run.log(done, dev_wer=wer)
                 training.offer(done, wer, keep=config.keep_best)
                 if training.best.worse == config.patience:
                     accelerator.set_trigger()
@@ -265,15 +265,6 @@ def refuse_parts(accelerator: Accelerator, config: AsrConfig) -> None:
         )
 
 
-def start_trackers(accelerator: Accelerator, config: AsrConfig) -> None:
-    """Let Accelerate pass on what is logged. Raises RunError for a tracker that is not installed."""
-    accelerator.project_configuration.set_directories(config.output)
-    accelerator.log_with = filter_trackers(config.trackers, accelerator.logging_dir)
-    if absent := set(config.trackers or []) - set(map(str, accelerator.log_with)):
-        raise RunError(f"trackers: {', '.join(absent)} is not installed: run pip install {' '.join(absent)}")
-    accelerator.init_trackers("train_asr", {name: str(value) for name, value in asdict(config).items()})
-
-
 def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[list[Example]]:
     """The examples of one optimizer step after the other, the same in every process and after every resume."""
     for indices in token_batches(list(map(len, examples)), config.batch_tokens, config.seed, start):
@@ -282,14 +273,9 @@ def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[
 
 def dev_wer(dev: list[dict[str, object]], encoding: Encoding, speech_llm: SpeechLLM) -> float:
     """WER on a few unseen utterances, for the curve."""
-    hypotheses = transcribe_codes([speech_of(row, encoding) for row in dev], speech_llm, batch_size=50)
-    return word_error_rate([row["text"] for row in dev], hypotheses).wer
-
-
-def log(run: Run, accelerator: Accelerator, step: int, **metrics: float) -> None:
-    """Into the run's log.jsonl and to the trackers."""
-    run.log(step, **metrics)
-    accelerator.log(metrics, step=step)
+    speech, durations_s = [speech_of(row, encoding) for row in dev], [row["duration_s"] for row in dev]
+    found = recognize(speech, speech_llm, batch_size=50, durations_s=durations_s)
+    return word_error_rate([row["text"] for row in dev], [transcription.text for transcription in found]).wer
 
 
 def plan(config: AsrConfig, examples: list[Example], model: torch.nn.Module, rows: dict[str, float]) -> str:
@@ -300,8 +286,13 @@ def plan(config: AsrConfig, examples: list[Example], model: torch.nn.Module, row
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     state = 4 * (weights + trained * (4 if config.weight_average else 3))  # and gradients and two moments, in float32
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    logits = 16 * vocabulary * min(config.micro_batch_tokens, config.batch_tokens) * labels / tokens  # with gradients
+    logits = (
+        16
+        * len(model.get_output_embeddings().weight)
+        * min(config.micro_batch_tokens, config.batch_tokens)
+        * labels
+        / tokens
+    )  # with gradients
     return (
         f"asr: {len(examples)} utterances, {tokens:,} tokens of which {labels:,} are learnt; {config.steps} steps of "
         f"up to {config.batch_tokens:,} tokens, about {each:.0f} utterances ({config.steps * each / len(examples):.1f} "

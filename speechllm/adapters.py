@@ -11,6 +11,8 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from speechllm.projector import NAME as PROJECTOR
+from speechllm.projector import add_projector
 from speechllm.run import write_json
 from speechllm.vocabulary import AudioVocabulary
 from tokenizer import check_folder
@@ -32,7 +34,8 @@ def prepare_adapter(
 
     form "lora": low-rank updates of all linear layers but the head (Hu et al. 2021, scale alpha / rank) and the new
     rows; "rows": the new rows alone. The rows are those of `vocabulary.new_ids` in the input embedding and, where the
-    head is not tied to it, in the head; no other row moves. They and LoRA are float32, whatever the model is.
+    head is not tied to it, in the head; no other row moves. They and LoRA are float32, whatever the model is. A
+    projector is trained whole in both forms.
     Raises ValueError for a model that was not loaded from anywhere: an adapter is saved without it.
     """
     if form not in ("lora", "rows"):
@@ -46,12 +49,15 @@ def prepare_adapter(
     if matrices[1].weight is matrices[0].weight:
         del matrices[1]  # PEFT lets a tied head use the rows of the embedding
     ids = vocabulary.new_ids.tolist()
+    projector = [PROJECTOR] if hasattr(model, PROJECTOR) else None
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules="all-linear" if form == "lora" else DUMMY_TARGET_MODULES,  # which stands for none
+        exclude_modules=rf"{PROJECTOR}\..*" if form == "lora" and projector else None,
+        modules_to_save=projector,
         trainable_token_indices={name: ids for name, module in model.named_modules() if module in matrices},
     )
     return get_peft_model(model, config)
@@ -83,6 +89,7 @@ def load_adapter(folder: str | Path, vocabulary: AudioVocabulary, base: str | Pa
             f"({recorded['name_or_path']}), {name} has {found}: name the right one with `base`"
         )
     model.resize_token_embeddings(vocabulary.size, mean_resizing=False)  # the adapter holds what the new rows are
+    add_projector(model, vocabulary)
     return PeftModel.from_pretrained(model, folder)
 
 
@@ -95,7 +102,7 @@ def base_fingerprint(model: nn.Module, texts: int) -> str:
     """
     digests = []
     for name, parameter in model.named_parameters():
-        if ROWS in name or "lora_" in name:
+        if ROWS in name or "lora_" in name or PROJECTOR in name:
             continue
         rows = parameter.detach()[:texts]
         places = torch.arange(SAMPLES, device=rows.device) * (rows.numel() - 1) // (SAMPLES - 1)

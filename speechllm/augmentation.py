@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speechllm.prompt import IGNORED, Example, is_code
+from speechllm.prompt import IGNORED, Example
 from speechllm.vocabulary import AudioVocabulary
 
 
@@ -42,11 +42,16 @@ class Augmentation:
     token, Chen et al. 2023; Qwen2 has no mask token.) Its own place right behind the prompt stays unmistakable.
     """
 
-    def __init__(self, config: AugmentationConfig, vocabulary: AudioVocabulary, codebooks: Tensor):
-        """codebooks float [Q, K, D]: their distances tell which codes are close."""
+    def __init__(self, config: AugmentationConfig, vocabulary: AudioVocabulary, codebooks: Tensor | None):
+        """codebooks float [Q, K, D]: their distances tell which codes are close.
+
+        Raises ValueError for `substitute` where there are none.
+        """
+        if config.substitute and codebooks is None:
+            raise ValueError("augmentation.substitute replaces codes by close ones, but here are no codes: set it to 0")
         self.config = config
         self.vocabulary = vocabulary
-        self.neighbours = vocabulary.neighbours(codebooks) if config.substitute else None
+        self.neighbours = None if codebooks is None or not config.substitute else vocabulary.neighbours(codebooks)
 
     def __call__(self, examples: Sequence[Example], seed: tuple[int, ...]) -> list[Example]:
         random = np.random.default_rng(seed)
@@ -58,7 +63,7 @@ class Augmentation:
         if config.tempo:
             example = self.change_tempo(example, random.uniform(1 - config.tempo, 1 + config.tempo))
         ids = example.input_ids
-        codes = is_code(ids, self.vocabulary)
+        codes = self.vocabulary.is_code(ids)
         if self.neighbours is not None:  # a voice turns sounds into neighbouring codes of another one's
             pick = torch.from_numpy(random.integers(self.neighbours.shape[1], size=len(ids)))
             ids = torch.where(codes & draw(random, ids, config.substitute), self.neighbours[ids, pick], ids)
@@ -68,18 +73,23 @@ class Augmentation:
             size = int(random.uniform(0, config.span) * len(places))
             start = random.integers(len(places) - size + 1)
             hidden[places[start : start + size]] = True
-        return replace(example, input_ids=ids.masked_fill(hidden, self.vocabulary.start_id))
+        features = None if example.features is None else example.features[~hidden[places]]
+        return replace(example, input_ids=ids.masked_fill(hidden, self.vocabulary.start_id), features=features)
 
     def change_tempo(self, example: Example, factor: float) -> Example:
         """Make the audio `factor` times as long by repeating or leaving out frames at even distances."""
-        places = is_code(example.input_ids, self.vocabulary).nonzero().view(-1, self.vocabulary.encoding.layers)
+        places = self.vocabulary.is_code(example.input_ids).nonzero().flatten()
         if not len(places):
             return example
-        count = max(1, round(factor * len(places)))
-        frames = ((torch.arange(count) + 0.5) * len(places) / count).long()
-        before, behind = torch.arange(int(places[0, 0])), torch.arange(int(places[-1, -1]) + 1, len(example))
-        kept = torch.cat([before, places[frames].flatten(), behind])
-        return Example(example.input_ids[kept], example.labels[kept])
+        size = len(places) // self.vocabulary.encoding.layers
+        count = max(1, round(factor * size))
+        frames = ((torch.arange(count) + 0.5) * size / count).long()
+        grid = places[self.vocabulary.arrangement(size).argsort()].view(-1, size)  # where code [q, t] stands
+        codes = grid[:, frames].flatten()[self.vocabulary.arrangement(count)]
+        before, behind = torch.arange(int(places[0])), torch.arange(int(places[-1]) + 1, len(example))
+        kept = torch.cat([before, codes, behind])
+        features = None if example.features is None else example.features[frames]
+        return Example(example.input_ids[kept], example.labels[kept], features)
 
 
 def draw(random: np.random.Generator, ids: Tensor, share: float) -> Tensor:

@@ -4,20 +4,23 @@ import hashlib
 import itertools
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from speechllm.metrics import NORMALIZERS
 from speechllm.run import write_json
-from tokenizer import AudioError, Codec, Utterance, load_audio
+from tokenizer import AudioError, AudioTokenizer, DiscreteTokenizer, FeatureTokenizer, Utterance, load_audio
 
 SHARD_SIZE = 500  # utterances per Parquet file
 SCHEMA = pa.schema(
@@ -27,9 +30,14 @@ SCHEMA = pa.schema(
         ("speaker", pa.string()),
         ("text", pa.string()),
         ("duration_s", pa.float32()),
-        ("codes", pa.list_(pa.uint16())),  # [layers, frames], one layer after the other
     ]
 )
+SPEECH = {  # the column beside them, by kind of encoding
+    "codes": pa.field("codes", pa.list_(pa.uint16())),  # [layers, frames], one layer after the other
+    "features": pa.field("features", pa.list_(pa.float16())),  # [frames, width], one frame after the other
+    "text": pa.field("heard", pa.string()),
+}
+Speech = Tensor | str  # one utterance: codes long [Q, T], features float [T, C], or what a recogniser heard
 
 
 class DataError(ValueError):
@@ -38,21 +46,46 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a folder of codes was made; the fingerprint ties it to one codec."""
+    """How a folder of encoded speech was made; the fingerprint ties it to one audio tokenizer.
+
+    kind: what the audio tokenizer returns. Features need one new word, whose place they take; texts need none.
+    """
 
     fingerprint: str
     sample_rate: int  # Hz
-    frame_rate: float  # frames/s
-    layers: int
-    codebook_size: int
+    frame_rate: float  # frames/s, 0 for texts
+    layers: int  # codebooks; 1 for features, 0 for texts
+    codebook_size: int  # 1 for features, 0 for texts
+    kind: Literal["codes", "features", "text"] = "codes"
+    width: int = 0  # C, dimensions of a feature
 
     @staticmethod
-    def of(codec: Codec, layers: int | None = None) -> "Encoding":
-        layers = codec.num_codebooks if layers is None else layers
-        return Encoding(codec.fingerprint, codec.sample_rate, codec.frame_rate, layers, codec.codebook_size)
+    def of(codec: AudioTokenizer, layers: int | None = None) -> "Encoding":
+        """What the codec will return for its first `layers` codebooks, all when None.
+
+        Raises DataError for codebooks it does not have.
+        """
+        rates = codec.fingerprint, codec.sample_rate, codec.frame_rate
+        if not isinstance(codec, DiscreteTokenizer):
+            if layers not in (None, 1):
+                raise DataError(f"layers={layers}, but only codes have layers: {type(codec).__name__} returns none")
+            if isinstance(codec, FeatureTokenizer):
+                return Encoding(*rates, layers=1, codebook_size=1, kind="features", width=codec.width)
+            return Encoding(*rates, layers=0, codebook_size=0, kind="text")
+        if layers is not None and not 1 <= layers <= codec.num_codebooks:
+            raise DataError(f"layers must be 1..{codec.num_codebooks}, got {layers}")
+        return Encoding(*rates, codec.num_codebooks if layers is None else layers, codec.codebook_size)
+
+    def encode(self, codec: AudioTokenizer, waveform: Tensor) -> Speech:
+        """One waveform float [N] in this encoding; on the CPU."""
+        waveforms = waveform[None].to(codec.device)
+        if self.kind == "codes":
+            return cast(DiscreteTokenizer, codec).encode(waveforms, layers=self.layers).utterance(0).cpu()
+        speech = codec.encode(waveforms).utterance(0)
+        return speech if isinstance(speech, str) else speech.cpu()
 
     def require(self, fingerprint: str, holder: str) -> None:
-        """Raise DataError unless these codes are of the codec that `holder` was made with."""
+        """Raise DataError unless this is speech encoded by the codec that `holder` was made with."""
         if self.fingerprint != fingerprint:
             raise DataError(
                 f"the codes are of codec {self.fingerprint}, {holder} is of codec {fingerprint}: "
@@ -62,7 +95,7 @@ class Encoding:
 
 def encode_shards(
     utterances: Sequence[Utterance],
-    codec: Codec,
+    codec: AudioTokenizer,
     folder: str | Path,
     layers: int | None = None,
     max_duration_s: float = 60.0,
@@ -107,20 +140,21 @@ def encode_shards(
 def _write_shard(
     file: Path,
     utterances: Sequence[Utterance],
-    codec: Codec,
+    codec: AudioTokenizer,
     encoding: Encoding,
     max_duration_s: float,
     normalizer: str,
 ) -> None:
-    rows, skipped = [], []
-    device = codec.codebooks.device
+    rows, skipped, seconds = [], [], 0.0
     for utterance in utterances:
         try:
             waveform = load_audio(utterance.path, codec.sample_rate, max_duration_s=max_duration_s)
         except AudioError as error:
             skipped.append({"id": utterance.id, "reason": error.reason, "detail": str(error)})
             continue
-        codes = codec.encode(waveform[None].to(device), layers=encoding.layers).ids[0]
+        started = time.perf_counter()
+        speech = encoding.encode(codec, waveform)
+        seconds += time.perf_counter() - started
         rows.append(
             {
                 "id": utterance.id,
@@ -128,25 +162,44 @@ def _write_shard(
                 "speaker": utterance.speaker,
                 "text": utterance.text and NORMALIZERS[normalizer](utterance.text),
                 "duration_s": len(waveform) / codec.sample_rate,
-                "codes": codes.flatten().to(torch.int32).cpu().numpy().astype(np.uint16),
+                SPEECH[encoding.kind].name: _stored(speech),
             }
         )
-    metadata = {"encoding": json.dumps(asdict(encoding)), "normalizer": normalizer, "skipped": json.dumps(skipped)}
-    table = pa.Table.from_pylist(rows, SCHEMA.with_metadata(metadata))
+    metadata = {
+        "encoding": json.dumps(asdict(encoding)),
+        "normalizer": normalizer,
+        "skipped": json.dumps(skipped),
+        "seconds": json.dumps(seconds),
+    }
+    table = pa.Table.from_pylist(rows, SCHEMA.append(SPEECH[encoding.kind]).with_metadata(metadata))
     part = file.with_suffix(".part")
     pq.write_table(table, part, compression="zstd")
     os.replace(part, file)
 
 
+def _stored(speech: Speech) -> str | np.ndarray:
+    """One utterance as its column holds it."""
+    if isinstance(speech, str):
+        return speech
+    values = speech.flatten().numpy()
+    return values.astype(np.float16 if speech.is_floating_point() else np.uint16)
+
+
 def summarize_shards(folder: str | Path) -> dict[str, object]:
-    """Counts over all shards of a folder: utterances, hours, skips by reason (the first five in full), normaliser."""
+    """Counts over all shards of a folder: utterances, hours, skips by reason (the first five in full), normaliser.
+
+    real_time_factor: seconds of encoding, in one process, per second of speech.
+    """
     files = _shards(folder)
     notes = [pq.read_schema(file).metadata for file in files]
     skipped = [skip for note in notes for skip in json.loads(note[b"skipped"])]
     durations = [pq.read_table(file, columns=["duration_s"])["duration_s"].to_numpy() for file in files]
+    speech_s = float(sum(part.sum() for part in durations))
     return {
         "utterances": int(sum(map(len, durations))),
-        "hours": float(sum(part.sum() for part in durations) / 3600),
+        "hours": speech_s / 3600,
+        "real_time_factor": sum(json.loads(note[b"seconds"]) for note in notes) / max(speech_s, 1e-9),
+        "encoding": json.loads(notes[0][b"encoding"]),
         "skipped": dict(Counter(skip["reason"] for skip in skipped)),
         "skipped_first": [skip["detail"] for skip in skipped[:5]],
         "normalizer": ", ".join(sorted({note.get(b"normalizer", b"none").decode() for note in notes})),
@@ -156,8 +209,8 @@ def summarize_shards(folder: str | Path) -> dict[str, object]:
 def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple[Dataset, Encoding]:
     """Encoded utterances of the named splits (all when None) and how they were made.
 
-    Columns: id, split, speaker, text, duration_s, codes (uint16, layers * frames). Raises DataError when there are
-    no shards, shards of several codecs, or a named split is missing.
+    Columns: id, split, speaker, text, duration_s, and the speech (`SPEECH`), which `speech_of` reads. Raises DataError
+    when there are no shards, shards of several codecs, or a named split is missing.
     """
     files = _shards(folder)
     encodings = {pq.read_schema(file).metadata[b"encoding"] for file in files}
@@ -172,9 +225,24 @@ def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple
     return Dataset(table), Encoding(**json.loads(encodings.pop()))
 
 
-def speech_of(row: dict[str, object], encoding: Encoding) -> torch.Tensor:
-    """The codes of one row as long [layers, frames]."""
+def codes_of(row: dict[str, Any], encoding: Encoding) -> Tensor:
+    """The codes of one row, long [layers, frames]. Raises DataError for speech that was encoded otherwise."""
+    if encoding.kind != "codes":
+        raise DataError(
+            f"expected codes, but this speech was encoded as {encoding.kind}: use an audio tokenizer with codebooks"
+        )
     return torch.tensor(row["codes"], dtype=torch.long).view(encoding.layers, -1)
+
+
+def speech_of(row: dict[str, Any], encoding: Encoding) -> Speech:
+    """The speech of one row: codes long [layers, frames], features float [frames, width], or a text."""
+    match encoding.kind:
+        case "codes":
+            return codes_of(row, encoding)
+        case "features":
+            return torch.tensor(row["features"], dtype=torch.float32).view(-1, encoding.width)
+        case "text":
+            return row["heard"]
 
 
 def _shards(folder: str | Path) -> list[Path]:

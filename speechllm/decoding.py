@@ -12,8 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from speechllm.data import Speech
 from speechllm.model import SpeechLLM
-from speechllm.prompt import collate_prompts, transcription_prompt
+from speechllm.projector import model_inputs
+from speechllm.prompt import Example, collate_prompts, join_features, transcription_prompt
 from tokenizer import load_audio
 
 TOKENS_PER_SECOND = 12  # upper bound of the answer's length; fast English speech has about 6 text tokens a second
@@ -51,13 +53,13 @@ def transcribe(
     codec = speech_llm.codec
     if codec is None:
         raise ValueError("this SpeechLLM has no codec: load it with load_speech_llm, or use transcribe_codes")
-    device = codec.codebooks.device
-    layers = speech_llm.vocabulary.encoding.layers
-    codes = []
+    encoded, durations_s = [], []
     for item in tqdm(speech, "encode", disable=not progress):
         waveform = item if isinstance(item, Tensor) else load_audio(item, codec.sample_rate)
-        codes.append(codec.encode(waveform[None].to(device), layers=layers).ids[0].cpu())
-    return transcribe_codes(codes, speech_llm, batch_size, progress, beams, fallback)
+        encoded.append(speech_llm.vocabulary.encoding.encode(codec, waveform))
+        durations_s.append(len(waveform) / codec.sample_rate)
+    found = recognize(encoded, speech_llm, batch_size, progress, beams, fallback, durations_s)
+    return [transcription.text for transcription in found]
 
 
 def transcribe_codes(
@@ -73,23 +75,35 @@ def transcribe_codes(
 
 
 def recognize(
-    codes: Sequence[Tensor],
+    speech: Sequence[Speech],
     speech_llm: SpeechLLM,
     batch_size: int = 16,
     progress: bool = False,
     beams: int = 1,
     fallback: bool = False,
+    durations_s: Sequence[float] | None = None,
 ) -> list[Transcription]:
-    """Transcriptions of utterances given as codes long [Q, T], in the order given.
+    """Transcriptions of encoded utterances (`speech_of`), in the order given.
 
     Greedy with one beam, else beam search. Only text is answered, no more of it than `answer_bound` allows, and the
     same in any batch. batch_size: answers written at a time, so that more beams need no more memory.
     fallback: runaway answers are decoded again, by beam search that says no 5-gram twice, and replaced if that helps.
+    durations_s: of the utterances; None where their frames tell, that is for codes without gaps and for features.
     """
-    found = _decode(codes, speech_llm, batch_size, progress, beams)
+    text_tokenizer, encoding = speech_llm.text_tokenizer, speech_llm.vocabulary.encoding
+    if durations_s is None:
+        axis = -1 if encoding.kind == "codes" else 0
+        frames = [utterance.shape[axis] for utterance in speech if isinstance(utterance, Tensor)]
+        if len(frames) < len(speech):
+            raise ValueError("texts do not tell how long the speech was: pass durations_s")
+        durations_s = [count / encoding.frame_rate for count in frames]
+    prompts = [transcription_prompt(utterance, speech_llm.vocabulary, text_tokenizer) for utterance in speech]
+    bounds = [answer_bound(duration_s) for duration_s in durations_s]
+    found = _decode(prompts, bounds, speech_llm, batch_size, progress, beams)
     runaways = [i for i, first in enumerate(found) if first.runaway] if fallback else []
+    again = [prompts[i] for i in runaways], [bounds[i] for i in runaways]
     beams = max(beams, FALLBACK_BEAMS)
-    second = _decode([codes[i] for i in runaways], speech_llm, batch_size, progress, beams, FALLBACK_NGRAM)
+    second = _decode(*again, speech_llm, batch_size, progress, beams, FALLBACK_NGRAM)
     for i, other in zip(runaways, second, strict=True):
         if other.runaway is None:
             found[i] = replace(found[i], text=other.text, mended=True)
@@ -134,7 +148,13 @@ def forbidden_ids(speech_llm: SpeechLLM) -> Tensor:
 
 @torch.no_grad()
 def _decode(
-    codes: Sequence[Tensor], speech_llm: SpeechLLM, batch_size: int, progress: bool, beams: int, ngram: int = 0
+    prompts: Sequence[Example],
+    bounds: Sequence[int],
+    speech_llm: SpeechLLM,
+    batch_size: int,
+    progress: bool,
+    beams: int,
+    ngram: int = 0,
 ) -> list[Transcription]:
     """One pass, in batches of similar length. ngram: that many tokens in a row are not said twice; 0: no such rule."""
     if beams < 1:
@@ -143,20 +163,21 @@ def _decode(
     was_training = model.training
     model.eval()
     forbidden = forbidden_ids(speech_llm).to(model.device)
-    found = [Transcription("")] * len(codes)
-    order = sorted(range(len(codes)), key=lambda i: -codes[i].shape[1])
+    found = [Transcription("")] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     size = max(1, batch_size // beams)
     batches = [order[first : first + size] for first in range(0, len(order), size)]
     for batch in tqdm(batches, "decode again" if ngram else "transcribe", disable=not (progress and batches)):
-        prompts = [transcription_prompt(codes[i], vocabulary, text_tokenizer) for i in batch]
-        inputs = collate_prompts(prompts, text_tokenizer.pad_token_id)
+        inputs = collate_prompts([prompts[i] for i in batch], text_tokenizer.pad_token_id)
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        inputs |= model_inputs(model, vocabulary, inputs["input_ids"], join_features([prompts[i] for i in batch]))
         prompt_size = inputs["input_ids"].shape[1]
-        bounds = [answer_bound(codes[i].shape[1] / vocabulary.encoding.frame_rate) for i in batch]
-        processor = _BoundedText(forbidden, prompt_size, bounds, text_tokenizer.eos_token_id)
+        limits = [bounds[i] for i in batch]
+        processor = _BoundedText(forbidden, prompt_size, limits, text_tokenizer.eos_token_id)
         answers = model.generate(
-            **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+            **inputs,
             logits_processor=LogitsProcessorList([processor]),
-            max_new_tokens=max(bounds) + 1,  # and the end token
+            max_new_tokens=max(limits) + 1,  # and the end token
             do_sample=False,
             num_beams=beams,
             no_repeat_ngram_size=ngram,
@@ -166,7 +187,7 @@ def _decode(
         )[:, prompt_size:]
         lengths = (~forbidden[answers] & (answers != text_tokenizer.eos_token_id)).sum(1).tolist()
         texts = text_tokenizer.batch_decode(answers, skip_special_tokens=True)
-        for i, text, length, bound in zip(batch, map(str.strip, texts), lengths, bounds, strict=True):
+        for i, text, length, bound in zip(batch, map(str.strip, texts), lengths, limits, strict=True):
             found[i] = Transcription(text, runaway_reason(text, length >= bound))
     model.train(was_training)
     return found

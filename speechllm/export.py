@@ -25,11 +25,13 @@ def export_model(speech_llm: SpeechLLM, output: str | Path) -> None:
     """Write a folder that transformers, vLLM or llama.cpp's converter loads as an ordinary language model.
 
     The prompt is text: "Transcribe this speech<|audio_start|><|audio_17|>...<|audio_end|>". `generate` of transformers
-    answers what `transcribe_codes` answers; other engines have to be told temperature 0. Merges like `merge`.
-    Raises FileExistsError for an output that is there already.
+    answers what `transcribe` answers; other engines have to be told temperature 0. Merges like `merge`.
+    Raises FileExistsError for an output that is there already, ValueError for a model of continuous features.
     """
     if Path(output).exists():
         raise FileExistsError(f"{output} is there already: choose another folder or delete it")
+    if speech_llm.vocabulary.encoding.kind == "features":
+        raise ValueError("this model reads continuous features through a projector: no other engine can, keep it here")
     merged = merge(speech_llm)
     model, text_tokenizer = merged.model, merged.text_tokenizer
     model.config.eos_token_id = text_tokenizer.eos_token_id

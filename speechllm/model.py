@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from speechllm.adapters import load_adapter, save_adapter
 from speechllm.packing import PACKED, pack
-from speechllm.prompt import IGNORED, Example, is_code
+from speechllm.projector import load_projector, model_inputs, save_with_projector
+from speechllm.prompt import IGNORED, Example
 from speechllm.vocabulary import AudioVocabulary
-from tokenizer import SpeechCodec, check_folder
+from tokenizer import AudioTokenizer, check_folder, load_tokenizer
 
 SMOOTHING = 0.1  # of the labels of speech
 
@@ -26,7 +27,7 @@ class SpeechLLM:
     model: PreTrainedModel | PeftModel
     text_tokenizer: PreTrainedTokenizerBase
     vocabulary: AudioVocabulary
-    codec: SpeechCodec | None = None
+    codec: AudioTokenizer | None = None
 
     def save(self, folder: str | Path) -> None:
         """Write everything into one folder: the model as transformers knows it, the codec in its subfolder `codec`.
@@ -36,7 +37,7 @@ class SpeechLLM:
         if isinstance(self.model, PeftModel):
             save_adapter(self.model, self.vocabulary, folder)
         else:
-            self.model.save_pretrained(folder)
+            save_with_projector(self.model, folder)
         self.text_tokenizer.save_pretrained(folder)
         self.vocabulary.save(folder)
         if self.codec is not None:
@@ -64,9 +65,13 @@ def load_speech_llm(
     place = Path(folder) / "codec" if codec is None else codec
     if codec is None and not Path(place).is_dir():
         raise FileNotFoundError(f"{place}: no such folder; name the place of the codec")
-    loaded_codec = SpeechCodec.from_pretrained(place)
+    loaded_codec = load_tokenizer(place)
     vocabulary.encoding.require(loaded_codec.fingerprint, "the codec")
-    model = load_adapter(folder, vocabulary, base) if adapter else AutoModelForCausalLM.from_pretrained(folder)
+    if adapter:
+        model = load_adapter(folder, vocabulary, base)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        load_projector(model, vocabulary, folder)
     if dtype is not None:
         for parameter in model.parameters():  # not model.to(dtype): the rotary frequencies must stay float32
             parameter.data = parameter.data.to(dtype)
@@ -95,7 +100,7 @@ class LabelledLoss(nn.Module):
         """
         packed = pack(examples, self.model.device)
         hidden = self.model.get_decoder()(
-            input_ids=packed.input_ids,
+            **model_inputs(self.model, self.vocabulary, packed.input_ids, packed.features),
             position_ids=packed.position_ids,
             attention_mask=packed.input_ids.new_empty(1, 1, 1, 1),  # one of four dimensions is taken for ready-made
             lengths=packed.lengths,
@@ -103,7 +108,7 @@ class LabelledLoss(nn.Module):
         ).last_hidden_state[0]
         labelled = packed.targets != IGNORED
         logits, targets = self.model.get_output_embeddings()(hidden[labelled]), packed.targets[labelled]
-        speech = is_code(targets, self.vocabulary)
+        speech = self.vocabulary.is_code(targets)
         codes = slice(self.vocabulary.offset, self.vocabulary.start_id)
         text_loss = F.cross_entropy(logits[~speech].float(), targets[~speech], reduction="sum")
         speech_loss = F.cross_entropy(

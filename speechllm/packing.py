@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from speechllm.prompt import IGNORED, Example
+from speechllm.prompt import IGNORED, Example, join_features
 
 PACKED = "packed_sdpa"  # name of the attention below among transformers' implementations
 
@@ -22,12 +22,14 @@ class Packed:
     """Examples end to end, S tokens in all: input_ids and position_ids long [1, S], targets long [S], lengths.
 
     A target is the label of the next token of the same example: nothing is predicted across a border.
+    features: float [P, C] of all examples, None where there are none.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     targets: Tensor
     lengths: list[int]
+    features: Tensor | None
 
 
 def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Packed:
@@ -38,6 +40,7 @@ def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Pac
         torch.cat([torch.arange(length) for length in lengths])[None].to(device),
         torch.cat([F.pad(example.labels[1:], (0, 1), value=IGNORED) for example in examples]).to(device),
         lengths,
+        join_features(examples),
     )
 
 
@@ -81,5 +84,5 @@ def micro_batches(batch: Sequence[Example], tokens: int, process: int = 0, proce
     parts: list[list[Example]] = [[] for _ in range(count)]
     for example in sorted(batch, key=len, reverse=True):  # the longest first, each to the smallest part so far
         min(parts, key=lambda part: sum(map(len, part))).append(example)
-    blank = Example(batch[0].input_ids, torch.full_like(batch[0].labels, IGNORED))
+    blank = replace(batch[0], labels=torch.full_like(batch[0].labels, IGNORED))
     return [part or [blank] for part in parts[process::processes]]

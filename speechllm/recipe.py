@@ -8,10 +8,19 @@ from speechllm.config import parse_config
 from speechllm.data import DataError
 from speechllm.run import RunError
 from speechllm.vocabulary import VocabularyError
-from tokenizer import AudioError, CorpusError
+from tokenizer import AudioError, CorpusError, TokenizerError
 
 T = TypeVar("T")
-EXPECTED = (AudioError, CorpusError, DataError, RunError, VocabularyError, FileNotFoundError, ImportError)
+EXPECTED = (
+    AudioError,
+    CorpusError,
+    DataError,
+    RunError,
+    TokenizerError,
+    VocabularyError,
+    FileNotFoundError,
+    ImportError,
+)
 
 
 def run_recipe(main: Callable[[T], None], config_class: type[T]) -> None:

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
 from tqdm import tqdm
 
 KEPT_CHECKPOINTS = 2
@@ -41,9 +42,20 @@ class Run:
     Only the main process writes.
     """
 
-    def __init__(self, folder: str | Path, config: Any, accelerator: Accelerator | None = None):
-        """Raises RunError for a folder that cannot be written or holds another configuration."""
+    def __init__(
+        self,
+        folder: str | Path,
+        config: Any,
+        accelerator: Accelerator | None = None,
+        trackers: Sequence[str] | None = None,
+    ):
+        """trackers: names, as Accelerate knows them, of what is told what is logged, too.
+
+        Raises RunError for a folder that cannot be written or holds another configuration, or for a tracker that is
+        not installed.
+        """
         self.folder = Path(folder)
+        self.accelerator = accelerator
         self.main = accelerator is None or accelerator.is_main_process
         self.log_file = self.folder / "log.jsonl"
         self.left_out = self.folder / "left_out.jsonl"  # recordings that could not be used, see `Crops`
@@ -55,6 +67,15 @@ class Run:
                 raise RunError(f"cannot write the run folder {self.folder}: {error}") from error
         if accelerator is not None:
             accelerator.wait_for_everyone()
+            self._start_trackers(accelerator, trackers or [], asdict(config))
+
+    def _start_trackers(self, accelerator: Accelerator, trackers: Sequence[str], config: dict[str, Any]) -> None:
+        if trackers and self.summary is None:
+            accelerator.project_configuration.set_directories(str(self.folder))
+            accelerator.log_with = filter_trackers(list(trackers), accelerator.logging_dir)
+            if absent := set(trackers) - set(map(str, accelerator.log_with)):
+                raise RunError(f"trackers: {', '.join(absent)} is not installed: run pip install {' '.join(absent)}")
+            accelerator.init_trackers(self.folder.name, {name: str(value) for name, value in config.items()})
 
     def _settle_config(self, config: dict[str, Any]) -> None:
         config = json.loads(json.dumps(config))  # tuples as YAML gives them back
@@ -91,7 +112,9 @@ class Run:
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def log(self, step: int, **metrics: float) -> None:
-        """Append one line to log.jsonl."""
+        """Append one line to log.jsonl, and tell the trackers."""
+        if self.accelerator is not None:
+            self.accelerator.log(metrics, step=step)
         if self.main:
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")

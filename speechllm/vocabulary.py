@@ -1,6 +1,7 @@
 """New words for a language model: one token per audio code, beside two markers."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from speechllm.data import DataError, Encoding
+from speechllm.data import DataError, Encoding, Speech
+from speechllm.projector import add_projector
 from speechllm.run import write_json
-from tokenizer import Codec, Codes
+from tokenizer import AudioTokenizer, Codes, DiscreteTokenizer
 
 START, END = "<|audio_start|>", "<|audio_end|>"
 FILE = "audio_vocabulary.json"
+Order = Literal["frame", "layer", "delay", "semantic"]
 
 
 class VocabularyError(ValueError):
@@ -26,7 +29,8 @@ class VocabularyError(ValueError):
 class AudioVocabulary:
     """Which token ids mean which codes: id = offset + layer * codebook_size + code.
 
-    The codec's fingerprint and rates travel with it, so that codes of another codec are refused.
+    The codec's fingerprint and rates travel with it, so that codes of another codec are refused. Continuous features
+    have a single code, a placeholder whose embeddings come from a projector; texts are ordinary text tokens.
     """
 
     encoding: Encoding
@@ -34,25 +38,67 @@ class AudioVocabulary:
     start_id: int
     end_id: int
     size: int  # all token ids lie below: rows of the embedding matrix
+    order: Order = "frame"  # of the codes of several layers, see `arrangement`
+    stack: int = 1  # features that share one placeholder
 
-    def token_ids(self, codes: Codes | Tensor) -> Tensor:
+    def token_ids(self, speech: Codes | Speech, text_tokenizer: PreTrainedTokenizerBase | None = None) -> Tensor:
         """Ids of one utterance with the start and end markers around them.
 
-        codes: long [Q, T], or `Codes` of a single utterance -> long [Q * T + 2], frame after frame (all layers of
-        frame 0, then of frame 1, ...). Raises VocabularyError for codes outside the codebooks.
+        speech: codes long [Q, T] (or `Codes` of a single utterance) -> long [Q * T + 2], in `order`; features float
+        [T, C] -> long [ceil(T / stack) + 2]; a text, which needs the text tokenizer -> its tokens between the markers.
+        Raises VocabularyError for codes outside the codebooks.
         """
-        if isinstance(codes, Codes):
-            if len(codes) != 1:
-                raise VocabularyError(f"expected one utterance, got {len(codes)}: use codes.utterance(i)")
-            codes = codes.utterance(0)
+        match speech:
+            case Codes():
+                if len(speech) != 1:
+                    raise VocabularyError(f"expected one utterance, got {len(speech)}: use codes.utterance(i)")
+                return self.token_ids(speech.utterance(0))
+            case str():
+                assert text_tokenizer is not None
+                ids = torch.tensor(text_token_ids(text_tokenizer, [speech])[0], dtype=torch.long)
+            case Tensor() if speech.is_floating_point():
+                ids = torch.full((math.ceil(len(speech) / self.stack),), self.offset)
+            case Tensor():
+                ids = self._code_ids(speech)
+        return torch.cat([ids.new_tensor([self.start_id]), ids, ids.new_tensor([self.end_id])])
+
+    def _code_ids(self, codes: Tensor) -> Tensor:
         layers, size = self.encoding.layers, self.encoding.codebook_size
         if codes.ndim != 2 or codes.shape[0] < layers:
             raise VocabularyError(f"expected codes [{layers}, T], got {tuple(codes.shape)}")
         codes = codes[:layers]
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
             raise VocabularyError(f"codes must be 0..{size - 1}, got {int(codes.min())}..{int(codes.max())}")
-        ids = (codes + self.offset + size * torch.arange(layers, device=codes.device)[:, None]).T.flatten()
-        return torch.cat([ids.new_tensor([self.start_id]), ids, ids.new_tensor([self.end_id])])
+        ids = codes + self.offset + size * torch.arange(layers, device=codes.device)[:, None]
+        return ids.flatten()[self.arrangement(codes.shape[1]).to(codes.device)]
+
+    def arrangement(self, frames: int) -> Tensor:
+        """In which order the codes [Q, T] of T frames are read: long [Q * T], places in the flattened codes.
+
+        frame: all layers of frame 0, then of frame 1, ...; layer: all of layer 0, then of layer 1, ...;
+        delay: layer q comes q frames later (Copet et al. 2023, "delay pattern", one code after the other);
+        semantic: all of layer 0, then the other layers frame by frame (AudioLM: Borsos et al. 2022).
+        """
+        layers = self.encoding.layers
+        layer, frame = torch.arange(layers)[:, None], torch.arange(frames)[None]
+        rank = {
+            "frame": frame * layers + layer,
+            "layer": layer * frames + frame,
+            "delay": (frame + layer) * layers + layer,
+            "semantic": torch.where(layer == 0, frame, frames + frame * layers + layer),
+        }[self.order]
+        return rank.flatten().argsort()
+
+    def features(self, speech: Codes | Speech) -> Tensor | None:
+        """What the placeholders stand for, float [P, C * stack], the last one filled up with zeros; None for others."""
+        if not isinstance(speech, Tensor) or not speech.is_floating_point():
+            return None
+        missing = -len(speech) % self.stack
+        return torch.nn.functional.pad(speech, (0, 0, 0, missing)).view(-1, self.stack * speech.shape[1])
+
+    def is_code(self, ids: Tensor) -> Tensor:
+        """bool, like ids: which are audio codes or placeholders (not markers, not text)."""
+        return (ids >= self.offset) & (ids < self.start_id)
 
     @property
     def new_ids(self) -> Tensor:
@@ -100,10 +146,12 @@ class AudioVocabulary:
 def extend_vocabulary(
     model: PreTrainedModel,
     text_tokenizer: PreTrainedTokenizerBase,
-    codec: Codec,
+    codec: AudioTokenizer,
     layers: int = 1,
     init: Literal["codebook", "mean", "random"] = "codebook",
     seed: int = 0,
+    order: Order = "frame",
+    stack: int = 1,
 ) -> AudioVocabulary:
     """Give a language model one token per code of the codec's first `layers` codebooks. Changes both in place, once.
 
@@ -114,16 +162,17 @@ def extend_vocabulary(
     init: "codebook" projects the code vectors to the model's width by a random orthogonal map, and gives them the
     mean and per-dimension spread of the text rows, so that similar sounds start similar; "random" has the same mean
     and spread without the structure; "mean" makes all rows the mean text row.
-    Raises VocabularyError for a vocabulary that is extended already, or more layers than the codec has.
+    order: of the codes of several layers. stack: continuous features that make one token; what turns them into
+    embeddings becomes the model's submodule `speech_projector`.
+    Raises VocabularyError for a vocabulary that is extended already, DataError for layers that the codec lacks.
     """
-    if not 1 <= layers <= codec.num_codebooks:
-        raise VocabularyError(f"layers must be 1..{codec.num_codebooks}, got {layers}")
+    encoding = Encoding.of(codec, layers)
     if init not in ("codebook", "mean", "random"):
         raise VocabularyError(f'init must be "codebook", "mean" or "random", got {init!r}')
     if START in text_tokenizer.get_vocab():
         raise VocabularyError(f"the text tokenizer already has {START}: a vocabulary is extended once only")
     texts = len(text_tokenizer)
-    count = layers * codec.codebook_size
+    count = encoding.layers * encoding.codebook_size
     names = [f"<|audio_{code}|>" for code in range(count)] + [START, END]
     added = text_tokenizer.add_tokens(names, special_tokens=True)
     ids = text_tokenizer.convert_tokens_to_ids(names)
@@ -132,7 +181,7 @@ def extend_vocabulary(
     rows = max(model.get_input_embeddings().weight.shape[0], len(text_tokenizer))
     model.resize_token_embeddings(rows, mean_resizing=False)
 
-    vectors = codec.codebooks[:layers].flatten(0, 1)
+    vectors = codec.codebooks[:layers].flatten(0, 1) if isinstance(codec, DiscreteTokenizer) else torch.empty(0, 1)
     generator = torch.Generator().manual_seed(seed)
     matrices = [model.get_input_embeddings().weight]
     output = model.get_output_embeddings()
@@ -142,7 +191,10 @@ def extend_vocabulary(
         for matrix in matrices:
             rows_new = new_rows(matrix[:texts], vectors, len(names), init, generator)
             matrix[ids[0] : ids[0] + len(names)] = rows_new.to(matrix)
-    return AudioVocabulary(Encoding.of(codec, layers), ids[0], ids[count], ids[count + 1], rows)
+    stack = stack if encoding.kind == "features" else 1
+    vocabulary = AudioVocabulary(encoding, ids[0], ids[count], ids[count + 1], rows, order, stack)
+    add_projector(model, vocabulary)
+    return vocabulary
 
 
 def new_rows(text_rows: Tensor, vectors: Tensor, count: int, init: str, generator: torch.Generator) -> Tensor:
@@ -152,7 +204,7 @@ def new_rows(text_rows: Tensor, vectors: Tensor, count: int, init: str, generato
     noise = torch.randn(count, text_rows.shape[1], generator=generator)
     if init == "mean":
         return mean.expand(count, -1).clone()
-    if init == "codebook":
+    if init == "codebook" and len(vectors):
         width = max(vectors.shape[1], text_rows.shape[1])
         square = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
         projected = vectors @ square[: vectors.shape[1], : text_rows.shape[1]]

@@ -1,5 +1,7 @@
 """What augmentation changes, how much of it, and what it leaves alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -148,3 +150,34 @@ def test_what_has_no_audio_or_one_frame_goes_through() -> None:
 def test_impossible_settings_are_named(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AugmentationConfig(**settings)
+
+
+@pytest.mark.parametrize("order", ["frame", "layer", "delay", "semantic"])
+def test_tempo_keeps_the_order_in_which_layers_are_read(order: str) -> None:
+    vocabulary = replace(VOCABULARY, order=order)
+    text_tokenizer = small_text_tokenizer([], 259)
+    codes = torch.randint(16, (2, 40), generator=torch.Generator().manual_seed(0))
+    changed = Augmentation(AugmentationConfig(tempo=0.3), vocabulary, CODEBOOKS)
+    example = transcription_example(codes, "ON", vocabulary, text_tokenizer)
+    for factor in (0.7, 1.0, 1.3):
+        count = round(factor * 40)
+        frames = ((torch.arange(count) + 0.5) * 40 / count).long()
+        expected = transcription_example(codes[:, frames], "ON", vocabulary, text_tokenizer)
+        found = changed.change_tempo(example, factor)
+        assert torch.equal(found.input_ids, expected.input_ids) and torch.equal(found.labels, expected.labels)
+
+
+def test_features_go_where_their_placeholders_go() -> None:
+    vocabulary = AudioVocabulary(Encoding("f" * 16, 16_000, 50.0, 1, 1, "features", width=3), 300, 301, 302, 303)
+    features = torch.arange(60.0).view(20, 3)
+    example = transcription_example(features, "ON", vocabulary, small_text_tokenizer([], 259))
+    settings = AugmentationConfig(tempo=0.2, mask=0.3, spans=1, span=0.2)
+    found = Augmentation(settings, vocabulary, None)([example], (0, 3))[0]
+    assert int((found.input_ids == 300).sum()) == len(found.features) < 24
+    rows = (found.features[:, 0] / 3).long()
+    assert torch.equal(found.features, features[rows]) and bool((rows.diff() >= 0).all())
+
+
+def test_only_codes_have_close_ones() -> None:
+    with pytest.raises(ValueError, match="substitute replaces codes by close ones, but here are no codes"):
+        Augmentation(AugmentationConfig(substitute=0.1), VOCABULARY, None)

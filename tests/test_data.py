@@ -58,9 +58,10 @@ def encode(speech: list[Utterance], codec: SpeechCodec, folder: Path, *arguments
 
 
 def content(folder: Path) -> dict[str, tuple[list[dict], dict]]:
-    """Rows and metadata of every shard."""
+    """Rows and metadata of every shard, but for the time it took."""
     tables = {file.name: pq.read_table(file) for file in folder.glob("*.parquet")}
-    return {name: (table.to_pylist(), table.schema.metadata) for name, table in tables.items()}
+    metadata = {name: {**table.schema.metadata, b"seconds": b""} for name, table in tables.items()}
+    return {name: (table.to_pylist(), metadata[name]) for name, table in tables.items()}
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:

@@ -109,7 +109,8 @@ def test_plain_transformers_reads_the_same_prompt_and_gives_the_same_answer(
         folder = str(tmp_path / name)
         texts = transcribe_codes(codes, speech_llm, batch_size=1)
         assert len(set(texts)) == 4
-        ids = [transcription_prompt(part, speech_llm.vocabulary, speech_llm.text_tokenizer).tolist() for part in codes]
+        parts = speech_llm.vocabulary, speech_llm.text_tokenizer
+        ids = [transcription_prompt(part, *parts).input_ids.tolist() for part in codes]
         questions[folder] = [[as_text(part, speech_llm), answer_bound(part.shape[1] / 50)] for part in codes]
         expected[folder] = ["Qwen2ForCausalLM", [list(pair) for pair in zip(ids, texts, strict=True)]]
         export_model(speech_llm, folder)

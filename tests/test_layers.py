@@ -146,7 +146,8 @@ def test_the_name_rule_itself(source: str, found: bool) -> None:
 
 
 def test_files_stay_short() -> None:
-    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in python_files(*CODE)}
+    files = [path for path in python_files(*CODE) if path.name != "__init__.py"]  # which are lists of names
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     problems = [
         f"{path.relative_to(ROOT)}: {n} lines, at most {MAX_LINES}" for path, n in lengths.items() if n > MAX_LINES
     ]

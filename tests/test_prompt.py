@@ -9,6 +9,7 @@ from speechllm import (
     AudioVocabulary,
     Codes,
     Encoding,
+    Example,
     SpeechLLM,
     VocabularyError,
     label_counts,
@@ -77,7 +78,8 @@ def test_the_prompt_of_evaluation_is_the_beginning_of_the_training_example(make_
         codes = torch.randint(16, (2, frames), generator=generator)
         example, prompt = transcription_example(codes, text, *parts), transcription_prompt(codes, *parts)
         size = len(prompt)
-        assert torch.equal(example.input_ids[:size], prompt)
+        assert torch.equal(example.input_ids[:size], prompt.input_ids)
+        assert (prompt.labels == -100).all()
         assert (example.labels[:size] == -100).all()
         assert torch.equal(example.labels[size:], example.input_ids[size:])
         assert example.labels[-1] == speech_llm.text_tokenizer.eos_token_id
@@ -86,7 +88,7 @@ def test_the_prompt_of_evaluation_is_the_beginning_of_the_training_example(make_
 
 def test_codes_from_a_codec_and_their_tensor_give_the_same_prompt(characters) -> None:
     codes = Codes(CODES[None], lengths=torch.tensor([2]))
-    assert transcription_prompt(codes, VOCABULARY, characters).tolist() == PROMPT + AUDIO
+    assert transcription_prompt(codes, VOCABULARY, characters).input_ids.tolist() == PROMPT + AUDIO
 
 
 def test_an_example_of_impossible_codes_is_refused(characters) -> None:
@@ -95,7 +97,8 @@ def test_an_example_of_impossible_codes_is_refused(characters) -> None:
 
 
 def test_prompts_are_padded_on_the_left() -> None:
-    batch = collate_prompts([torch.tensor([5, 6]), torch.tensor([7, 8, 9])], pad_id=1)
+    prompts = [Example(torch.tensor(ids), torch.tensor(ids)) for ids in ([5, 6], [7, 8, 9])]
+    batch = collate_prompts(prompts, pad_id=1)
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 5, 6], [7, 8, 9]],
         "attention_mask": [[0, 1, 1], [1, 1, 1]],

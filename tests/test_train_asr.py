@@ -21,16 +21,22 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from speechllm import (
+    FrameClassifier,
     RunError,
     SpeechCodec,
     Utterance,
     encode_shards,
     load_codes,
     load_speech_llm,
+    load_tokenizer,
     read_log,
+    recognize,
+    save_recognizer,
+    small_hubert,
     small_qwen2,
     small_text_tokenizer,
     speech_of,
+    transcribe,
     transcribe_codes,
     word_error_rate,
 )
@@ -242,6 +248,61 @@ def test_in_the_first_steps_only_the_new_rows_learn(work: Work, here: Callable[[
     # and that is just what training the rows alone does
     rows = next(value for name, value in work.weights("rows").items() if "trainable_tokens" in name)
     torch.testing.assert_close(rows, found["model.embed_tokens.weight"][texts:], atol=1e-5, rtol=0)
+
+
+# ---- speech that is no codes
+
+
+@pytest.fixture(scope="module")
+def other_speech(work: Work) -> Work:
+    """The same recordings as features, and as what a recogniser hears, of one small HuBERT with random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        classifier = FrameClassifier(small_hubert(8, 1), 6)
+        torch.nn.init.normal_(classifier.head.weight)  # it hears something
+    save_recognizer(classifier, list("|ENOT"), work.folder / "hubert")
+    utterances = [
+        Utterance(row["id"], work.folder / f"{row['id']}.wav", row["duration_s"], row["split"], row["text"], "s")
+        for row in load_codes(work.folder / "codes")[0]
+    ]
+    for kind in ("features", "recognizer"):
+        list(encode_shards(utterances, load_tokenizer(f"{kind}:{work.folder / 'hubert'}"), work.folder / kind))
+    return work
+
+
+@pytest.mark.parametrize("train", ["model=null small.text_tokens=300 small.text_steps=2", "model=base train=lora"])
+@pytest.mark.parametrize("kind", ["features", "recognizer"])
+def test_the_recipe_takes_features_and_texts_as_it_takes_codes(
+    other_speech: Work, here: Callable, kind: str, train: str
+) -> None:
+    output = f"{kind}_{train.split('=')[-1]}"
+    words = f"{BASE} {train} layers=1 codes={kind} codec={kind}:hubert lora.rank=2 steps=6 output={output}"
+    here(words)
+    done = other_speech.done(output)
+    speech_llm = load_speech_llm(f"{output}/model")
+    dev, encoding = load_codes(kind, ["dev"])
+    speech = [speech_of(row, encoding) for row in dev]
+    found = recognize(speech, speech_llm, durations_s=dev["duration_s"])
+    assert word_error_rate(dev["text"], [each.text for each in found]).wer == done["dev_wer"]
+    heard = transcribe([other_speech.folder / f"{name}.wav" for name in dev["id"]], speech_llm)
+    assert len(heard) == len(found)
+
+
+def test_a_killed_training_on_features_goes_on_as_if_never_killed(other_speech: Work) -> None:
+    words = (
+        f"{SMALL} layers=1 codes=features codec=features:hubert weight_average=0.8 augmentation.tempo=0.2 "
+        "augmentation.mask=0.1 augmentation.spans=1"
+    )
+    other_speech.run(f"{words} output=features_whole")
+    other_speech.kill(f"{words} output=features_killed", "features_killed")
+    other_speech.run(f"{words} output=features_killed")
+    assert read_log(other_speech.folder / "features_killed") == read_log(other_speech.folder / "features_whole")
+    assert_close(other_speech.weights("features_killed"), other_speech.weights("features_whole"), atol=0)
+    projectors = [
+        load_file(other_speech.folder / run / "model" / "speech_projector.safetensors")
+        for run in ("features_killed", "features_whole")
+    ]
+    assert_close(*projectors, atol=0)
 
 
 # ---- started in this process

@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,30 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 # ---- ids
+
+
+# codes of layer q and frame t are written "qt"; by hand, three layers and three frames
+ORDERS = {
+    "frame": "00 10 20 01 11 21 02 12 22",
+    "layer": "00 01 02 10 11 12 20 21 22",
+    "delay": "00 01 10 02 11 20 12 21 22",
+    "semantic": "00 01 02 10 20 11 21 12 22",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_codes_of_several_layers_are_read_in_the_order_asked_for(order: str) -> None:
+    vocabulary = replace(hand_vocabulary(layers=3), order=order)
+    codes = torch.tensor([[0, 1, 2], [0, 1, 2], [0, 1, 2]])  # code t in frame t
+    expected = [100 + K * int(q) + int(t) for q, t in ORDERS[order].split()]
+    assert vocabulary.token_ids(codes)[1:-1].tolist() == expected
+    assert vocabulary.token_ids(codes[:, :0]).tolist() == [vocabulary.start_id, vocabulary.end_id]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_one_layer_has_one_order(order: str) -> None:
+    vocabulary, codes = hand_vocabulary(layers=1), torch.tensor([[3, 0, 15]])
+    assert torch.equal(replace(vocabulary, order=order).token_ids(codes), vocabulary.token_ids(codes))
 
 
 def test_ids_are_offset_plus_layer_times_size_plus_code_frame_after_frame() -> None:
@@ -281,7 +306,7 @@ def test_a_text_tokenizer_that_knows_some_audio_tokens_is_refused(
 def test_more_layers_than_the_codec_has_are_refused(
     make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, layers: int
 ) -> None:
-    with pytest.raises(VocabularyError, match=rf"layers must be 1\.\.2, got {layers}"):
+    with pytest.raises(DataError, match=rf"layers must be 1\.\.2, got {layers}"):
         extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec, layers)
 
 

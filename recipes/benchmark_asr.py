@@ -1,0 +1,247 @@
+"""How fast the language model learns, against the usual way: one run, the same examples, in turns.
+
+    python recipes/benchmark_asr.py codes=CODES codec=CODEC output=RESULTS
+
+packed: as recipes/train_asr.py does it, without padding and with logits only where there is a label. padded: the same
+model as transformers trains it, batches padded to their longest example and logits everywhere. Both do whole optimizer
+steps on encoded speech with its real lengths; a token counts if it is no padding. The language model has random weights
+in Qwen2-1.5B's shape (`shape=small` for a machine without GPU), or is the one that `model` names. Prints a Markdown
+table and writes RESULTS/results.json: tokens/s, their ratio, peak memory, and the share of the GPU's arithmetic that is
+used (model FLOPs, see `model_flops`; `peak_tflops` is the GPU's own figure, 989 for an H100 or H200 in bfloat16).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from speechllm import (
+    Example,
+    LabelledLoss,
+    codes_of,
+    extend_vocabulary,
+    load_codes,
+    load_tokenizer,
+    make_optimizer,
+    micro_batches,
+    prepare_adapter,
+    run_recipe,
+    small_text_tokenizer,
+    token_batches,
+    transcription_example,
+    versions,
+    write_json,
+)
+
+SHAPES = {  # hidden size, intermediate size, layers, heads, heads of keys and values, rows of the embedding
+    "1.5b": (1536, 8960, 28, 12, 2, 151_936),
+    "small": (192, 512, 4, 4, 2, 1024),
+}
+Step = Callable[[Sequence[Example]], None]
+
+
+@dataclass
+class BenchmarkConfig:
+    codes: str  # folder of encode_speech
+    codec: str  # the audio tokenizer they were made with
+    output: str  # folder for results.json
+    model: str | None = None  # language model, folder or hub name; null: random weights in `shape`
+    shape: Literal["1.5b", "small"] = "1.5b"
+    train: Literal["full", "lora"] = "full"
+    splits: list[str] | None = None  # all when null
+    batch_tokens: int = 24_576  # of an optimizer step
+    micro_batch_tokens: int = 8192  # of what is computed at once; for padded batches padding counts, too
+    precision: Literal["no", "bf16"] = "bf16"
+    gradient_checkpointing: bool = False
+    steps: int = 8  # of each way, after one that is not counted
+    peak_tflops: float | None = None
+    seed: int = 0
+
+
+def main(config: BenchmarkConfig) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows, encoding = load_codes(config.codes, config.splits)
+    rows = [row for row in rows if row["text"]]
+    codec = load_tokenizer(config.codec)
+    encoding.require(codec.fingerprint, config.codec)
+    torch.manual_seed(config.seed)
+    model, text_tokenizer = language_model(config, [row["text"] for row in rows])
+    vocabulary = extend_vocabulary(model, text_tokenizer, codec, seed=config.seed)
+    if config.train == "lora":
+        model = prepare_adapter(model, vocabulary)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.to(device).train()
+    usual = model.config._attn_implementation
+    loss_of = LabelledLoss(model, vocabulary)  # sets the attention it needs
+    packed_attention = model.config._attn_implementation
+    optimizer = make_optimizer(model, vocabulary, 1e-5)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    examples = [transcription_example(codes_of(row, encoding), row["text"], vocabulary, text_tokenizer) for row in rows]
+
+    def packed(batch: Sequence[Example]) -> None:
+        labels = sum(int((example.labels[1:] >= 0).sum()) for example in batch)
+        for part in micro_batches(batch, config.micro_batch_tokens):
+            with autocast:
+                loss = loss_of(part)[0] / labels
+            loss.backward()
+
+    def padded(batch: Sequence[Example]) -> None:
+        parts = padded_batches(batch, config.micro_batch_tokens)
+        for part in parts:
+            inputs = {name: tensor.to(device) for name, tensor in collate(part, text_tokenizer.pad_token_id).items()}
+            with autocast:
+                loss = model(**inputs).loss / len(parts)
+            loss.backward()
+
+    ways: dict[str, tuple[Step, str]] = {"packed": (packed, packed_attention), "padded": (padded, usual)}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    memory: dict[str, float | None] = dict.fromkeys(ways)
+    tokens, flops = [], []
+    batches = token_batches(list(map(len, examples)), config.batch_tokens, config.seed)
+    for step, indices in zip(range(config.steps + 1), batches, strict=False):
+        batch = [examples[i] for i in indices]
+        for name, (way, attention) in ways.items():
+            model.set_attn_implementation(attention)
+            elapsed, peak = timed(lambda way=way, batch=batch: learn(way, batch, optimizer), device)
+            if step:
+                seconds[name].append(elapsed)
+                memory[name] = None if peak is None else max(peak, memory[name] or 0.0)
+        if step:
+            tokens.append(sum(map(len, batch)))
+            flops.append(model_flops(model, batch, config.train))
+
+    ratios = [usual_s / our_s for our_s, usual_s in zip(seconds["packed"], seconds["padded"], strict=True)]
+    results = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
+        "model": config.model or f"Qwen2 {config.shape}, random weights",
+        "train": config.train,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "precision": config.precision,
+        "tokens_a_step": sum(tokens) / len(tokens),
+        "speedup": median(ratios),
+        "speedup_of_steps": ratios,
+        "ways": {
+            name: {
+                "tokens_per_second": sum(tokens) / sum(times),
+                "peak_memory_gb": memory[name],
+                "mfu": config.peak_tflops and sum(flops) / sum(times) / (1e12 * config.peak_tflops),
+            }
+            for name, times in seconds.items()
+        },
+        "versions": versions(),
+    }
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    write_json(f"{config.output}/results.json", results)
+    print(table(results))
+
+
+def language_model(config: BenchmarkConfig, texts: list[str]) -> tuple[Any, Any]:
+    """The named language model, or one of random weights, with its text tokenizer."""
+    if config.model is not None:
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(config.model)
+    hidden, intermediate, layers, heads, key_heads, rows = SHAPES[config.shape]
+    text_tokenizer = small_text_tokenizer(texts, 400)
+    shape = Qwen2Config(
+        vocab_size=rows,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        tie_word_embeddings=True,
+        pad_token_id=text_tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(shape)
+    model.config._name_or_path = "random"  # an adapter wants to know what it belongs to; it is not saved here
+    return model, text_tokenizer
+
+
+def padded_batches(batch: Sequence[Example], tokens: int) -> list[list[Example]]:
+    """The examples in batches of up to `tokens` tokens with their padding, of similar lengths."""
+    parts: list[list[Example]] = [[]]
+    for example in sorted(batch, key=len, reverse=True):
+        if parts[-1] and len(parts[-1][0]) * (len(parts[-1]) + 1) > tokens:
+            parts.append([])
+        parts[-1].append(example)
+    return parts
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """Padded on the right, as `transformers` trains: input_ids, attention_mask and labels, long [B, S]."""
+    ids = pad_sequence([example.input_ids for example in examples], batch_first=True, padding_value=pad_id)
+    labels = pad_sequence([example.labels for example in examples], batch_first=True, padding_value=-100)
+    lengths = torch.tensor(list(map(len, examples)))
+    return {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+        "labels": labels,
+    }
+
+
+def learn(way: Step, batch: Sequence[Example], optimizer: torch.optim.Optimizer) -> None:
+    """One optimizer step."""
+    optimizer.zero_grad()
+    way(batch)
+    optimizer.step()
+
+
+def timed(work: Callable[[], None], device: torch.device) -> tuple[float, float | None]:
+    """Seconds, and the largest memory on a GPU in GB, that something took."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started, None
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started, torch.cuda.max_memory_allocated() / 1e9
+
+
+def model_flops(model: Any, batch: Sequence[Example], train: str) -> float:
+    """Floating point operations that learning from a batch needs, whatever a way of computing spends beyond.
+
+    Two for each weight that a token meets, three times over (forward, gradients of inputs and of weights; twice where
+    weights are frozen); the head meets labelled tokens only; attention looks at all earlier tokens of its example.
+    """
+    config, passes = model.config, 3 if train == "full" else 2
+    head = model.get_output_embeddings().weight.numel()
+    layers = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
+    lengths = [len(example) for example in batch]
+    labels = sum(int((example.labels[1:] >= 0).sum()) for example in batch)
+    attention = 2 * config.num_hidden_layers * config.hidden_size * sum(length**2 for length in lengths)
+    return passes * (2 * layers * sum(lengths) + 2 * head * labels + attention)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: one row for each way."""
+    lines = [
+        f"{results['model']}, {results['train']}, {results['precision']}, {results['device']}",
+        "",
+        "| way | tokens/s | peak memory (GB) | share of the peak arithmetic |",
+        "|---|---|---|---|",
+    ]
+    for name, way in results["ways"].items():
+        cells = [
+            f"{way['tokens_per_second']:,.0f}",
+            *(
+                "–" if way[key] is None else f"{way[key]:{form}}"
+                for key, form in (("peak_memory_gb", ".1f"), ("mfu", ".0%"))
+            ),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"packed is {results['speedup']:.2f} times as fast (median of the steps)"])
+
+
+if __name__ == "__main__":
+    run_recipe(main, BenchmarkConfig)

@@ -1,0 +1,72 @@
+"""Continuous features as a language model's input: what stands at the place of a token instead of its embedding."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from speechllm.vocabulary import AudioVocabulary
+
+NAME = "speech_projector"  # of the submodule
+FILE = "speech_projector.safetensors"
+
+
+class SpeechProjector(nn.Module):
+    """Features float [P, C] -> embeddings float [P, H]: normalised, then two linear layers with GELU between them."""
+
+    def __init__(self, width: int, hidden: int, spread: float = 1.0):
+        """spread: standard deviation that the embeddings have at first, about; that of a text row is fitting."""
+        super().__init__()
+        self.normalization = nn.LayerNorm(width)
+        self.inner, self.outer = nn.Linear(width, hidden), nn.Linear(hidden, hidden)
+        nn.init.normal_(self.outer.weight, std=spread * math.sqrt(2 / hidden))
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.outer(nn.functional.gelu(self.inner(self.normalization(features))))
+
+
+def add_projector(model: PreTrainedModel, vocabulary: "AudioVocabulary") -> None:
+    """Give a language model a projector for the vocabulary's features, as its submodule `speech_projector`.
+
+    Nothing happens for a vocabulary of codes or texts.
+    """
+    if vocabulary.encoding.kind == "features":
+        rows = model.get_input_embeddings().weight
+        width = vocabulary.encoding.width * vocabulary.stack
+        projector = SpeechProjector(width, rows.shape[1], float(rows.detach().float().std()))
+        model.add_module(NAME, projector.to(rows))
+
+
+def save_with_projector(model: PreTrainedModel, folder: str | Path) -> None:
+    """`save_pretrained`, with the projector, where there is one, in a file beside the language model's own weights."""
+    own = {name: weight for name, weight in model.state_dict().items() if not name.startswith(f"{NAME}.")}
+    model.save_pretrained(folder, state_dict=own)
+    if hasattr(model, NAME):
+        save_file(model.speech_projector.state_dict(), Path(folder) / FILE)
+
+
+def load_projector(model: PreTrainedModel, vocabulary: "AudioVocabulary", folder: str | Path) -> None:
+    """Give a language model the projector that `save_with_projector` wrote."""
+    add_projector(model, vocabulary)
+    if vocabulary.encoding.kind == "features":
+        model.speech_projector.load_state_dict(load_file(Path(folder) / FILE))
+
+
+def model_inputs(
+    model: Any, vocabulary: "AudioVocabulary", input_ids: Tensor, features: Tensor | None
+) -> dict[str, Any]:
+    """What a language model, with or without an adapter, reads.
+
+    input_ids long [B, S]; features float [P, C * stack], one for each of the P placeholders among the ids, or None
+    where there are none.
+    """
+    if features is None:
+        return {"input_ids": input_ids}
+    vectors = model.get_input_embeddings()(input_ids)
+    projected = model.speech_projector(features.to(vectors)).to(vectors)  # under autocast in a smaller type
+    return {"inputs_embeds": vectors.masked_scatter(vocabulary.is_code(input_ids)[..., None], projected)}
