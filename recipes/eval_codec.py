@@ -1,10 +1,13 @@
 """How good speech is after the codec, by the number of codebooks it is decoded from (the paper's Table 1).
 
-    python recipes/eval_codec.py codec=RUN/model data=CORPUS output=RESULTS "splits=[test-clean]" "layers=[1,2,4,8]"
+    python recipes/eval_codec.py codec=RUN/model data=CORPUS output=RESULTS "splits=[test-clean]" "layers=[1,2,4,8]" \\
+        speaker=ECAPA judge=recognizer:NAME
 
-Each utterance is encoded once and decoded from each number of codebooks; the measures are those of `Quality`. Whatever
-cannot be scored is listed with the reason and never averaged in. Writes RESULTS/results.json and utterances.jsonl, and
-prints a Markdown table. Needs the packages of `pip install "speechllm[eval]"`.
+Each utterance is encoded once and decoded from each number of codebooks; the measures are those of `Quality`, with
+`speaker` also the cosine similarity of the voice to the original's, and with `judge` the word error rate of what a
+recogniser hears. The original scored against itself is the bound of every measure. Whatever cannot be scored is listed
+with the reason and never averaged in. Writes RESULTS/results.json and utterances.jsonl, and prints a Markdown table.
+Needs the packages of `pip install "speechllm[eval]"`.
 """
 
 import json
@@ -19,57 +22,74 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from speechllm import (
+    MAX_SCORED_S,
     AudioError,
+    AudioTokenizer,
+    Codec,
     QualityError,
-    SpeechCodec,
+    SpeakerTeacher,
     Utterance,
     available_cpus,
+    embed_voice,
+    hear,
     layer_counts,
     load_audio,
+    load_codec,
+    load_judge,
     mean_and_interval,
     read_corpus,
     reconstruct,
     run_recipe,
     speech_quality,
     versions,
+    word_error_rate,
     write_json,
     write_text,
 )
 
-LONGEST_S = 40.0  # `speech_quality` refuses longer ones: do not even encode them
 MEASURES = {
     "pesq_wb": "PESQ-WB",
     "pesq_nb": "PESQ-NB",
     "stoi": "STOI",
     "si_sdr": "SI-SDR (dB)",
     "mel_distance": "mel distance",
+    "speaker_similarity": "speaker similarity",
+    "wer": "WER",
 }
+ORIGINAL = "original"  # stands where the others have their number of codebooks
 Row = dict[str, Any]
 
 
 @dataclass
 class EvalCodecConfig:
-    codec: str  # folder or hub name of a speech codec
+    codec: str  # name of a codec, as load_tokenizer takes it
     data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
     output: str  # folder for results.json and utterances.jsonl
     splits: list[str] | None = None  # all when null
     layers: list[int] | None = None  # numbers of codebooks to decode from; 1, 2, 4, ... and all when null
     max_utterances: int | None = None  # spread evenly over the splits, all when null
+    speaker: str | None = None  # folder or hub name of a SpeechBrain ECAPA-TDNN: measure speaker similarity
+    judge: str | None = None  # recognizer:NAME: measure the word error rate
     seed: int = 0  # of the bootstrap
 
 
 def main(config: EvalCodecConfig) -> None:
     started = time.perf_counter()
-    codec = SpeechCodec.from_pretrained(config.codec).to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        codec = load_codec(config.codec).to(device)
         counts = layer_counts(codec, config.layers)
+        judge = load_judge(config.judge).to(device) if config.judge else None
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+    speaker = SpeakerTeacher.from_pretrained(config.speaker).to(device) if config.speaker else None
     utterances = spread(read_corpus(config.data, config.splits), config.max_utterances)
-    rows = list(tqdm(score(utterances, codec, counts), "score", len(utterances), unit="utt"))
+    scored = score(utterances, codec, counts, speaker, judge)
+    rows = list(tqdm(scored, "score", len(utterances), unit="utt"))
 
     failed = [failure for row in rows for failure in row["failed"]]
     results = {
@@ -77,8 +97,11 @@ def main(config: EvalCodecConfig) -> None:
         "codec_fingerprint": codec.fingerprint,
         "data": config.data,
         "splits": config.splits,
+        "speaker": config.speaker,
+        "judge": config.judge,
         "utterances": len(rows),
-        "codebooks": {count: summarize(rows, count, codec, config.seed) for count in counts},
+        "original": means(rows, ORIGINAL, config.seed),
+        "codebooks": {count: rates(count, codec) | means(rows, count, config.seed) for count in counts},
         "failed": failed,
         "versions": versions() | {package: version(package) for package in ("pesq", "pystoi")},
         "seconds": time.perf_counter() - started,
@@ -87,7 +110,7 @@ def main(config: EvalCodecConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "utterances.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_json(folder / "results.json", results)
-    print(table(results["codebooks"]))
+    print(table({ORIGINAL: results["original"], **results["codebooks"]}))
     if failed:
         print(f"\n{len(failed)} without scores, see {folder / 'results.json'}; the first: {failed[0]['detail']}")
 
@@ -99,69 +122,100 @@ def spread(utterances: list[Utterance], most: int | None) -> list[Utterance]:
     return [utterances[i * len(utterances) // most] for i in range(most)]
 
 
-def score(utterances: Sequence[Utterance], codec: SpeechCodec, counts: Sequence[int]) -> Iterator[Row]:
-    """One row per utterance, in order: this process runs the codec, the others compute PESQ and its companions."""
+@dataclass
+class Waiting:
+    """An utterance whose sounds, by number of codebooks, are being scored by other processes."""
+
+    utterance: Utterance
+    sounds: dict[int | str, Tensor]
+    futures: dict[int | str, Future]
+
+
+def score(
+    utterances: Sequence[Utterance],
+    codec: Codec,
+    counts: Sequence[int],
+    speaker: SpeakerTeacher | None,
+    judge: AudioTokenizer | None,
+) -> Iterator[Row]:
+    """One row per utterance, in order: this process runs the networks, the others compute PESQ and its companions."""
     workers = available_cpus()
     with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: deque[tuple[Utterance, dict[int, Future]]] = deque()
+        waiting: deque[Waiting] = deque()
         for utterance in utterances:
-            waiting.append((utterance, submit(pool, utterance, codec, counts)))
+            waiting.append(submit(pool, utterance, codec, counts))
             if len(waiting) > 2 * workers:  # the waveforms of a whole corpus would fill the memory
-                yield collect(*waiting.popleft())
+                yield collect(waiting.popleft(), codec.sample_rate, speaker, judge)
         while waiting:
-            yield collect(*waiting.popleft())
+            yield collect(waiting.popleft(), codec.sample_rate, speaker, judge)
 
 
-def submit(
-    pool: ProcessPoolExecutor, utterance: Utterance, codec: SpeechCodec, counts: Sequence[int]
-) -> dict[int, Future]:
-    """The coming scores by number of codebooks; for an unusable recording they fail with its AudioError."""
+def submit(pool: ProcessPoolExecutor, utterance: Utterance, codec: Codec, counts: Sequence[int]) -> Waiting:
+    """Sounds and their coming scores; for an unusable recording there are no sounds, but its AudioError."""
     try:
-        original = load_audio(utterance.path, codec.sample_rate, max_duration_s=LONGEST_S)
+        original = load_audio(utterance.path, codec.sample_rate, max_duration_s=MAX_SCORED_S)
     except AudioError as error:
         unusable: Future = Future()
         unusable.set_exception(error)
-        return dict.fromkeys(counts, unusable)
-    return {
-        count: pool.submit(speech_quality, original.numpy(), waveform.numpy(), codec.sample_rate)
-        for count, waveform in reconstruct(codec, original, counts).items()
+        return Waiting(utterance, {}, dict.fromkeys([ORIGINAL, *counts], unusable))
+    sounds = {ORIGINAL: original, **reconstruct(codec, original, counts)}
+    futures = {
+        name: pool.submit(speech_quality, original.numpy(), sound.numpy(), codec.sample_rate)
+        for name, sound in sounds.items()
     }
+    return Waiting(utterance, sounds, futures)
 
 
-def collect(utterance: Utterance, futures: dict[int, Future]) -> Row:
+def collect(waiting: Waiting, sample_rate: int, speaker: SpeakerTeacher | None, judge: AudioTokenizer | None) -> Row:
     """Scores by number of codebooks, and what failed: one entry per reason with the numbers of codebooks it met."""
-    scores: dict[int, dict[str, float]] = {}
+    utterance, sounds = waiting.utterance, waiting.sounds
+    row: Row = {"id": utterance.id, "speaker": utterance.speaker, "text": utterance.text, "scores": {}, "heard": {}}
     failed: dict[str, Row] = {}
-    for count, future in futures.items():
+    for name, future in waiting.futures.items():
         try:
-            scores[count] = asdict(future.result())
+            scores = asdict(future.result())
+            if speaker is not None:
+                voices = [embed_voice(speaker, sounds[one], sample_rate) for one in (ORIGINAL, name)]
+                scores["speaker_similarity"] = float(voices[0] @ voices[1])
         except (AudioError, QualityError) as error:
             failure = {"id": utterance.id, "reason": error.reason, "detail": str(error), "codebooks": []}
-            failed.setdefault(str(error), failure)["codebooks"].append(count)
-    return {"id": utterance.id, "speaker": utterance.speaker, "scores": scores, "failed": list(failed.values())}
+            failed.setdefault(str(error), failure)["codebooks"].append(name)
+            continue
+        row["scores"][name] = scores
+        if judge is not None and utterance.text:
+            row["heard"][name] = hear(judge, sounds[name], sample_rate)
+    return row | {"failed": list(failed.values())}
 
 
-def summarize(rows: Sequence[Row], count: int, codec: SpeechCodec, seed: int) -> Row:
-    """Rate and mean scores of decoding from `count` codebooks; no means where nothing could be scored."""
-    scores = [row["scores"][count] for row in rows if count in row["scores"]]
+def rates(count: int, codec: Codec) -> Row:
+    """What `count` codebooks cost."""
     tokens = count * codec.frame_rate
-    return {
-        "tokens_per_second": tokens,
-        "kbps": tokens * math.log2(codec.codebook_size) / 1000,
-        "utterances": len(scores),
-        **{name: mean_and_interval([score[name] for score in scores], seed) for name in MEASURES if scores},
-    }
+    return {"tokens_per_second": tokens, "kbps": tokens * math.log2(codec.codebook_size) / 1000}
 
 
-def table(codebooks: dict[int, Row]) -> str:
-    """Markdown: one row per number of codebooks, means with their intervals."""
+def means(rows: Sequence[Row], name: int | str, seed: int) -> Row:
+    """Mean scores of one number of codebooks, or of the originals; none of what nothing has been scored for."""
+    scores = [row["scores"][name] for row in rows if name in row["scores"]]
+    found: Row = {"utterances": len(scores)}
+    for measure in MEASURES:
+        if values := [score[measure] for score in scores if measure in score]:
+            found[measure] = mean_and_interval(values, seed)
+    if heard := [(row["text"], row["heard"][name]) for row in rows if name in row["heard"]]:
+        rate = word_error_rate(*zip(*heard, strict=True), seed=seed)
+        found["wer"] = {"mean": rate.wer, "ci95": list(rate.ci95), "words": rate.words}
+    return found
+
+
+def table(rows: dict[int | str, Row]) -> str:
+    """Markdown: the originals and one row per number of codebooks, means with their intervals."""
+    measures = [name for name in MEASURES if any(name in row for row in rows.values())]
     lines = [
-        f"| codebooks | tokens/s | kbps | {' | '.join(MEASURES.values())} | utterances |",
-        f"|{'---|' * (len(MEASURES) + 4)}",
+        f"| codebooks | tokens/s | kbps | {' | '.join([*(MEASURES[name] for name in measures), 'utterances'])} |",
+        f"|{'---|' * (len(measures) + 4)}",
     ]
-    for count, row in codebooks.items():
-        cells = [f"{count}", f"{row['tokens_per_second']:g}", f"{row['kbps']:g}"]
-        for name in MEASURES:
+    for count, row in rows.items():
+        cells = [f"{count}", *(f"{row[rate]:g}" if rate in row else "" for rate in ("tokens_per_second", "kbps"))]
+        for name in measures:
             low, high = row[name]["ci95"] if name in row else (math.nan, math.nan)
             cells.append(f"{row[name]['mean']:.3f} ({low:.3f} to {high:.3f})" if name in row else "none")
         lines.append(f"| {' | '.join(cells)} | {row['utterances']} |")

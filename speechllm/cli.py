@@ -3,13 +3,18 @@
 import argparse
 import json
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # every command imports what it needs: help and mistakes must not wait for torch
-    from torch import Tensor
+# no torch among these: every command imports what it needs itself, so that help and mistakes need not wait
+from speechllm.codec_commands import (
+    convert_file,
+    count_codebooks,
+    decode_file,
+    encode_files,
+    import_codec,
+    reconstruct_files,
+    usable,
+)
 
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
 NORMALIZERS = "librispeech (default), whisper_english or none"
@@ -42,13 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("files", nargs="+", help="audio files")
     command.add_argument("--codec", required=True, help="folder or hub name of a speech codec")
     command.add_argument("--layers", type=int, help="codebooks, all by default")
-    command.set_defaults(run=_encode)
+    command.set_defaults(run=encode_files)
 
     command = commands.add_parser("decode", help="codes (JSON lines of `speechllm encode`) to WAV files")
     command.add_argument("codes", help="file of JSON lines, or - for standard input")
     command.add_argument("--codec", required=True, help="the codec that made the codes")
     command.add_argument("--output", required=True, help="folder for the WAV files")
-    command.set_defaults(run=_decode)
+    command.set_defaults(run=decode_file)
 
     command = commands.add_parser(
         "reconstruct", help="recordings as a codec gives them back: WAV files and spectrograms"
@@ -62,7 +67,27 @@ def _parser() -> argparse.ArgumentParser:
         help="numbers of codebooks to decode from; 1, 2, 4, ... and all of them by default",
     )
     command.add_argument("--output", required=True, help="folder for NAME_<n>_codebooks.wav and NAME.png")
-    command.set_defaults(run=_reconstruct)
+    command.set_defaults(run=reconstruct_files)
+
+    command = commands.add_parser("convert", help="what one recording says in the voice of another, by swapping codes")
+    command.add_argument("source", help="audio file that says what is to be said")
+    command.add_argument("target", help="audio file of the voice to say it in")
+    command.add_argument("--codec", required=True, help="folder or hub name of a speech codec")
+    command.add_argument("--output", required=True, help="audio file to write")
+    command.add_argument(
+        "--layers",
+        type=_numbers,
+        default=[1],
+        metavar="1,2,3",
+        help="codes to take from the target, the first layer is 0; 1, the default, is the paper's",
+    )
+    command.add_argument(
+        "--matching",
+        choices=("position", "content"),
+        default="position",
+        help="take them from the target's frame of the same number (default, the paper's), or of the nearest content",
+    )
+    command.set_defaults(run=convert_file)
 
     command = commands.add_parser("codebooks", help="how many codes of each codebook are in use")
     command.add_argument("files", nargs="*", help="audio files, or none with --data")
@@ -71,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--split", action="append", help="of the corpus, can be given several times; all by default")
     command.add_argument("--output", help="also write the numbers and the count of every code to this JSON file")
     command.add_argument("--picture", help="also draw the sorted use of the codes into this PNG, PDF or SVG file")
-    command.set_defaults(run=_codebooks)
+    command.set_defaults(run=count_codebooks)
 
     command = commands.add_parser("import-codec", help="a published codec as one of this package")
     command.add_argument("source", help="folder (or hub name, for encodec) of the published codec")
@@ -79,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--kind", required=True, choices=("encodec", "speechtokenizer"), help="encodec: in the format of transformers"
     )
-    command.set_defaults(run=_import_codec)
+    command.set_defaults(run=import_codec)
 
     command = commands.add_parser("wer", help="word error rate of two text files, one utterance a line")
     command.add_argument("reference")
@@ -107,122 +132,12 @@ def _transcribe(arguments: argparse.Namespace) -> int:
 
     speech_llm = merge(load_speech_llm(arguments.model, arguments.codec))
     assert speech_llm.codec is not None
-    recordings = list(_usable(arguments.files, speech_llm.codec.sample_rate))
+    recordings = list(usable(arguments.files, speech_llm.codec.sample_rate))
     waveforms = [waveform for _, waveform in recordings]
     texts = transcribe(waveforms, speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True)
     for (file, _), text in zip(recordings, texts, strict=True):
         print(f"{file}\t{text}")
     return int(len(recordings) < len(arguments.files))
-
-
-def _encode(arguments: argparse.Namespace) -> int:
-    from speechllm import SpeechCodec, load_audio
-
-    codec = SpeechCodec.from_pretrained(arguments.codec)
-    for file in arguments.files:
-        waveform = load_audio(file, codec.sample_rate)
-        ids = codec.encode(waveform[None], layers=arguments.layers).ids[0].tolist()
-        row = {"file": file, "codec": codec.fingerprint, "samples": len(waveform), "codes": ids}
-        print(json.dumps(row, ensure_ascii=False))
-    return 0
-
-
-def _decode(arguments: argparse.Namespace) -> int:
-    import torch
-
-    from speechllm import Codes, DataError, SpeechCodec, save_audio
-
-    codec = SpeechCodec.from_pretrained(arguments.codec)
-    text = sys.stdin.read() if arguments.codes == "-" else Path(arguments.codes).read_text(encoding="utf-8")
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            row = json.loads(line)
-            ids, samples, fingerprint = torch.tensor(row["codes"]), torch.tensor([row["samples"]]), row["codec"]
-            name = Path(row["file"]).with_suffix(".wav").name
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{arguments.codes}, line {number}: not a line of `speechllm encode` ({error!r})"
-            ) from error
-        if fingerprint != codec.fingerprint:
-            raise DataError(
-                f"line {number} holds codes of codec {fingerprint}, {arguments.codec} is {codec.fingerprint}"
-            )
-        waveform = codec.decode(Codes(ids[None], torch.tensor([ids.shape[1]]), samples))[0]
-        save_audio(Path(arguments.output) / name, waveform, codec.sample_rate)
-        print(Path(arguments.output) / name)
-    return 0
-
-
-def _reconstruct(arguments: argparse.Namespace) -> int:
-    """Print the name of every file written; unusable recordings are named on stderr and make the exit code 1."""
-    from speechllm import SpeechCodec, layer_counts, reconstruct, save_audio
-    from speechllm.plots import save_figure, spectrogram_figure
-
-    repeated = [name for name, count in Counter(Path(file).stem for file in arguments.files).items() if count > 1]
-    if repeated:
-        raise ValueError(f"several files are named {repeated[0]} and would overwrite each other: give them one by one")
-    codec = SpeechCodec.from_pretrained(arguments.codec)
-    counts = layer_counts(codec, arguments.layers)
-    output, done = Path(arguments.output), 0
-    for file, waveform in _usable(arguments.files, codec.sample_rate):
-        sounds = {"original": waveform.numpy()}
-        for count, sound in reconstruct(codec, waveform, counts).items():
-            path = output / f"{Path(file).stem}_{count}_codebooks.wav"
-            save_audio(path, sound, codec.sample_rate)
-            print(path)
-            sounds[f"{count} codebook{'s' * (count != 1)}"] = sound.numpy()
-        picture = output / f"{Path(file).stem}.png"
-        save_figure(spectrogram_figure(sounds, codec.sample_rate), picture)
-        print(picture)
-        done += 1
-    return int(done < len(arguments.files))
-
-
-def _codebooks(arguments: argparse.Namespace) -> int:
-    """Print one line per layer; unusable recordings are named on stderr and make the exit code 1."""
-    import numpy as np
-    from tqdm import tqdm
-
-    from speechllm import SpeechCodec, codebook_usage, read_corpus, write_json
-    from speechllm.plots import code_usage_figure, save_figure
-
-    if bool(arguments.files) == bool(arguments.data):
-        raise ValueError("give either audio files or a corpus folder with --data")
-    codec = SpeechCodec.from_pretrained(arguments.codec)
-    files = arguments.files or [utterance.path for utterance in read_corpus(arguments.data, arguments.split)]
-    recordings = _usable(tqdm(files, "encode", unit="utt"), codec.sample_rate)
-    ids = [codec.encode(waveform[None]).ids[0].numpy().astype(np.uint16) for _, waveform in recordings]
-    if not ids:
-        raise ValueError("none of the recordings can be used")
-    layers = np.concatenate(ids, 1)
-    usage = [codebook_usage(layer, codec.codebook_size) for layer in layers]
-    print(f"layer  used of {codec.codebook_size}  dead  perplexity")
-    for layer, row in enumerate(usage):
-        print(f"{layer:5}  {row['used']:7}  {row['dead']:4}  {row['perplexity']:10.1f}")
-    counts = [np.bincount(layer, minlength=codec.codebook_size) for layer in layers]
-    if arguments.output:
-        numbers = [{**row, "counts": count.tolist()} for row, count in zip(usage, counts, strict=True)]
-        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
-        summary = {"codec_fingerprint": codec.fingerprint, "recordings": len(ids), "frames": layers.shape[1]}
-        write_json(arguments.output, {**summary, "layers": numbers})
-    if arguments.picture:
-        shares = [np.sort(count[count > 0])[::-1] / count.sum() for count in counts]
-        save_figure(code_usage_figure(shares, [codec.codebook_size] * len(counts)), arguments.picture)
-    return int(len(ids) < len(files))
-
-
-def _import_codec(arguments: argparse.Namespace) -> int:
-    from speechllm import convert_encodec, convert_speechtokenizer, whole_folder
-
-    convert = {"encodec": convert_encodec, "speechtokenizer": convert_speechtokenizer}[arguments.kind]
-    codec = convert(arguments.source)
-    with whole_folder(arguments.output) as folder:
-        codec.save_pretrained(folder)
-    print(
-        f"{arguments.output}: {codec.num_codebooks} codebooks of {codec.codebook_size}, {codec.frame_rate:g} frames/s "
-        f"at {codec.sample_rate} Hz, fingerprint {codec.fingerprint}"
-    )
-    return 0
 
 
 def _wer(arguments: argparse.Namespace) -> int:
@@ -282,19 +197,6 @@ def _predictions(file: str) -> dict[str, tuple[str, str]]:
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{file}, line {number}: not a line of eval_asr's predictions ({error!r})") from error
     return pairs
-
-
-def _usable(files: Iterable[str], sample_rate: int) -> Iterator[tuple[str, "Tensor"]]:
-    """Every file with its waveform float [N]; those that cannot be used are named on stderr and left out."""
-    from speechllm import AudioError, load_audio
-
-    for file in files:
-        try:
-            waveform = load_audio(file, sample_rate)
-        except AudioError as error:
-            print(f"left out: {error}", file=sys.stderr)
-            continue
-        yield file, waveform
 
 
 def _numbers(text: str) -> list[int]:

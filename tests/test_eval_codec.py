@@ -13,7 +13,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from speechllm import SpeechCodec, load_audio, load_config, save_audio, speech_quality
+from speechllm import SpeechCodec, Transcripts, load_audio, load_config, save_audio, speech_quality
 
 pytest.importorskip("pesq")
 pytest.importorskip("pystoi")
@@ -89,11 +89,55 @@ def test_means_are_those_of_the_usable_recordings_alone(results: dict, codec: Sp
             assert min(values) - 1e-6 <= low < np.mean(values) < high <= max(values) + 1e-6
 
 
+def test_the_original_against_itself_is_the_bound_of_every_measure(results: dict) -> None:
+    original = results["original"]
+    assert original["utterances"] == 3 and original["mel_distance"]["mean"] == 0
+    assert original["pesq_wb"]["mean"] == pytest.approx(4.644, abs=1e-3)
+    assert original["stoi"]["mean"] == pytest.approx(1)
+    assert not {"wer", "speaker_similarity"} & original.keys()  # without judges
+
+
+def test_judges_score_what_they_hear(
+    evaluate: Callable[..., dict],
+    corpus: Path,
+    codec: SpeechCodec,
+    tmp_path: Path,
+    recipe: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A voice is the beginning of a recording; the recogniser knows the original."""
+
+    class Speaker(torch.nn.Linear):
+        def embedding(self, waveform: Tensor) -> Tensor:
+            return waveform[:, :4_000]
+
+    class Judge(torch.nn.Module):
+        sample_rate, frame_rate, device = RATE, 0.0, torch.device("cpu")
+
+        def encode(self, waveform: Tensor) -> Transcripts:
+            return Transcripts(["LOUD" if (waveform[0] - original).abs().max() < 1e-3 else "LOW"])
+
+    original = load_audio(corpus / "a.wav")
+    reconstruction = codec.decode(codec.encode(original[None], layers=1))[0]
+    row = {"id": "a", "path": str(corpus / "a.wav"), "duration_s": 1.0, "text": "loud"}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    monkeypatch.setattr(recipe(RECIPE).SpeakerTeacher, "from_pretrained", lambda name: Speaker(1, 1))
+    monkeypatch.setattr(recipe(RECIPE), "load_judge", lambda name: Judge())
+    found = evaluate(tmp_path, f"data={tmp_path}", "layers=[1]", "speaker=x", "judge=recognizer:x")
+    assert found["original"]["speaker_similarity"]["mean"] == pytest.approx(1)
+    similarity = torch.cosine_similarity(original[:4_000], reconstruction[:4_000], dim=0)
+    assert found["codebooks"]["1"]["speaker_similarity"]["mean"] == pytest.approx(float(similarity), abs=1e-5)
+    assert found["original"]["wer"] == {"mean": 0, "ci95": [0, 0], "words": 1}
+    assert found["codebooks"]["1"]["wer"]["mean"] == 1
+    line = json.loads((tmp_path / "utterances.jsonl").read_text(encoding="utf-8"))
+    assert line["heard"] == {"original": "LOUD", "1": "LOW"}
+
+
 def test_what_cannot_be_scored_is_listed_once_with_its_reason(results: dict) -> None:
     assert results["utterances"] == 6
     found = [(failure["id"], failure["reason"], failure["codebooks"]) for failure in results["failed"]]
-    both = [1, 3]
-    assert found == [("silent", "silent", both), ("corrupt", "unreadable", both), ("brief", "too short", both)]
+    each = ["original", 1, 3]
+    assert found == [("silent", "silent", each), ("corrupt", "unreadable", each), ("brief", "too short", each)]
     assert all(failure["detail"] for failure in results["failed"])
 
 
@@ -110,7 +154,7 @@ def test_every_utterance_has_a_line_with_its_scores(
     assert [line["id"] for line in lines] == ["a", "silent", "b", "corrupt", "brief", "c"]
     for line in lines:
         usable = line["id"] in GOOD
-        assert list(line["scores"]) == (["1", "3"] if usable else []) and bool(line["failed"]) != usable
+        assert list(line["scores"]) == (["original", "1", "3"] if usable else []) and bool(line["failed"]) != usable
     assert lines[2]["scores"]["3"] == pytest.approx(qualities(codec, corpus, "b", 3), rel=1e-5)
     assert lines[2]["scores"]["3"] != lines[2]["scores"]["1"]
 
@@ -139,9 +183,9 @@ def test_all_codebooks_and_all_splits_are_the_default(
     found = evaluate(tmp_path)
     assert list(found["codebooks"]) == ["1", "2", "3"] and found["codebooks"]["2"]["utterances"] == 5
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) == 5 and len({line.count("|") for line in table}) == 1
+    assert len(table) == 6 and len({line.count("|") for line in table}) == 1
     row = found["codebooks"]["2"]
-    cells = [cell.strip() for cell in table[3].strip("|").split("|")]
+    cells = [cell.strip() for cell in table[4].strip("|").split("|")]
     assert cells[:3] == ["2", "100", "0.3"] and cells[-1] == "5"
     assert cells[3].startswith(f"{row['pesq_wb']['mean']:.3f} (")
 
@@ -160,7 +204,8 @@ def test_a_corpus_without_a_usable_recording_has_no_means(
     (tmp_path / "manifest.jsonl").write_text(json.dumps(row), encoding="utf-8")
     found = evaluate(tmp_path / "out", f"data={tmp_path}", "layers=[2]")
     assert found["codebooks"] == {"2": {"tokens_per_second": 100.0, "kbps": pytest.approx(0.3), "utterances": 0}}
-    assert "| 2 | 100 | 0.3 | none | none | none | none | none | 0 |" in capsys.readouterr().out
+    assert found["original"] == {"utterances": 0}
+    assert "| 2 | 100 | 0.3 | 0 |" in capsys.readouterr().out
 
 
 def test_more_utterances_than_may_wait_stay_in_order(

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import yaml
 from safetensors.torch import load_file
 from sklearn.metrics import mutual_info_score
 
@@ -238,34 +237,6 @@ def test_the_evaluation_is_what_its_predictions_say(work: Work) -> None:
     assert found["wer_shuffled_audio"] >= 0
     speech_llm = load_speech_llm(work.folder / "asr" / "model")
     assert transcribe([u.path for u in corpus], speech_llm, fallback=True) == [p["hypothesis"] for p in predictions]
-
-
-def test_systems_are_compared_in_one_table_and_only_what_is_missing_is_run(work: Work) -> None:
-    keys = dict(word.split("=", 1) for word in TOKENIZER.split() if not word.startswith(("data=", "semantic.t")))
-    shared: dict = {"steps": 2, "warmup": 1, "dev_splits": ["dev"]}
-    for key, value in keys.items():
-        *sections, last = key.split(".")
-        section = shared
-        for name in sections:
-            section = section.setdefault(name, {})
-        section[last] = yaml.safe_load(value)
-    (work.folder / "shared.yaml").write_text(yaml.safe_dump(shared), encoding="utf-8")
-    systems = [{"name": "taught"}, {"name": "untaught", "changes": ["semantic.teacher=null", "acoustic.teacher=null"]}]
-    compared = {"train": "shared.yaml", "systems": systems[:1], "quality_layers": [1, 2], "probe_steps": 2}
-    teachers = {"semantic_teacher": "alignment/model", "speaker_teacher": "speaker/model"}
-    config = work.folder / "compare.yaml"
-    for found in (systems[:1], systems):
-        config.write_text(yaml.safe_dump({**compared, **teachers, "systems": found}), encoding="utf-8")
-        output = work.run("compare.py", "--config compare.yaml data=corpus output=compare")
-    assert "[taught: train] done before" in output and "[untaught: train] done before" not in output
-    results = work.json("compare/results.json")["systems"]
-    assert results.keys() == {"taught", "untaught"}
-    assert len({result["fingerprint"] for result in results.values()}) == 2
-    assert "dev_semantic_cosine" in results["taught"]["validation"]
-    assert "dev_semantic_cosine" not in results["untaught"]["validation"]
-    table = (work.folder / "compare" / "table.md").read_text(encoding="utf-8")
-    assert table.count("| taught |") == 3 and table.count("| untaught |") == 3  # two rates, and the content
-    assert table.count("| log-mel k-means |") == 1 and table in output
 
 
 # ---- killed and started again

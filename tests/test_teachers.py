@@ -300,6 +300,16 @@ def test_a_saved_ecapa_has_the_saved_weights_and_the_output_before_pooling(ecapa
     torch.testing.assert_close(voice, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_the_voice_as_a_whole_is_speechbrains_own_embedding(ecapa_folder: Path, noise: Noise) -> None:
+    from speechbrain.inference.classifiers import EncoderClassifier
+
+    waveform = noise(3_200, batch=2)
+    expected = EncoderClassifier.from_hparams(str(ecapa_folder), savedir=str(ecapa_folder)).encode_batch(waveform)
+    voice = SpeakerTeacher.from_pretrained(ecapa_folder).embedding(waveform)
+    assert voice.shape == (2, ECAPA["lin_neurons"])
+    torch.testing.assert_close(voice, expected[:, 0])
+
+
 def test_a_speaker_teacher_does_not_average_over_padding(ecapa_folder: Path, noise: Noise) -> None:
     teacher = SpeakerTeacher.from_pretrained(ecapa_folder)
     waveform = noise(32_000)

@@ -1,0 +1,299 @@
+"""How well a codec converts voices by swapping codes (the paper's Table 2, eq. 8), between bounds of real recordings.
+
+    python recipes/eval_conversion.py codec=RUN/model data=CORPUS output=RESULTS "splits=[test]" pairs=100 \\
+        "layers=[[1],[1,2,3,4,5,6,7]]" speaker=ECAPA judge=recognizer:NAME
+
+A pair is a source, which is a recording with its words, and a target by another speaker, whose codes are put in: one
+with other words where there is one, so that it cannot lend its words as well. Measured against recordings of the target
+speaker that the method has not heard:
+- distortion (MCD) and pitch correlation against the reference: the target speaker saying the words of the source, of
+  several recordings the one closest to the source in length. Without such parallel text there is neither;
+- speaker similarity (with `speaker`) against a further recording, where the target speaker has one;
+- word error rate (with `judge`) against the words of the source.
+"source" is the untouched source, "source, n codebooks" what the codec alone makes of it, "target" the reference itself.
+Read a swap beside the codec alone: a codec that blurs spectra comes closer to any voice by MCD than a real other voice.
+Whatever cannot be scored is listed with the reason and never averaged in; intervals are over pairs. Writes
+RESULTS/results.json, pairs.jsonl and some pairs to listen to, and prints a Markdown table. Needs the packages of
+`pip install "speechllm[eval]"`.
+"""
+
+import contextlib
+import json
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchaudio.functional import resample
+from tqdm import tqdm
+
+from speechllm import (
+    MATCHINGS,
+    MAX_SCORED_S,
+    AudioError,
+    AudioTokenizer,
+    Codec,
+    FreeVC,
+    QualityError,
+    SpeakerTeacher,
+    Utterance,
+    at_16_khz,
+    embed_voice,
+    hear,
+    load_audio,
+    load_codec,
+    load_judge,
+    mean_and_interval,
+    mel_cepstral_distortion,
+    pitch_correlation,
+    read_corpus,
+    run_recipe,
+    save_audio,
+    swap_layers,
+    versions,
+    voice_frames,
+    word_error_rate,
+    write_json,
+    write_text,
+)
+
+MEASURES = {
+    "mcd": "MCD (dB)",
+    "f0_correlation": "log-F0 correlation",
+    "speaker_similarity": "speaker similarity",
+    "wer": "WER",
+}
+LISTEN = 5  # pairs whose sounds are kept
+Row = dict[str, Any]
+
+
+@dataclass
+class EvalConversionConfig:
+    codec: str  # name of a codec, as load_tokenizer takes it
+    data: str  # corpus folder with speakers: manifest.jsonl or LibriSpeech's layout
+    output: str  # folder for results.json, pairs.jsonl and audio/
+    splits: list[str] | None = None  # all when null
+    pairs: int = 100  # at most; a recording is the source of one pair only
+    layers: list[list[int]] | None = None  # sets of layers to take from the target; [1] and [1, ..., last] when null
+    speaker: str | None = None  # folder or hub name of a SpeechBrain ECAPA-TDNN: measure speaker similarity
+    judge: str | None = None  # recognizer:NAME: measure the word error rate
+    freevc: str | None = None  # folder of FreeVC's published files: one method more
+    wavlm: str = "microsoft/wavlm-large"  # folder or hub name, for FreeVC
+    seed: int = 0  # of the pairs and the bootstrap
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Recordings of one conversion; see above. `voice` is the one the speaker's similarity is measured against."""
+
+    source: Utterance
+    target: Utterance
+    reference: Utterance | None
+    voice: Utterance
+
+
+def main(config: EvalConversionConfig) -> None:
+    started = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        codec = load_codec(config.codec).to(device)
+        layers = layer_sets(config.layers, codec.num_codebooks)
+        judge = load_judge(config.judge).to(device) if config.judge else None
+        freevc = FreeVC.from_pretrained(config.freevc, config.wavlm).to(device) if config.freevc else None
+        pairs = choose_pairs(read_corpus(config.data, config.splits), config.pairs, config.seed)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    speaker = SpeakerTeacher.from_pretrained(config.speaker).to(device) if config.speaker else None
+
+    folder = Path(config.output)
+    rows: list[Row] = []
+    for pair in tqdm(pairs, "convert", unit="pair"):
+        row: Row = {role: recording and recording.id for role, recording in vars(pair).items()}
+        row |= {"scores": {}, "failed": []}
+        with noted(row, None):
+            sounds = load_sounds(pair, codec.sample_rate)
+            converted = convert(sounds, codec, layers, freevc)
+            row["scores"] = score(pair, sounds, converted, codec.sample_rate, speaker, judge, row)
+            if len(rows) < LISTEN:
+                keep(folder / "audio", f"{len(rows)}", {**converted, **sounds}, codec.sample_rate)
+        rows.append(row)
+
+    results = {
+        "codec": config.codec,
+        "codec_fingerprint": codec.fingerprint,
+        "data": config.data,
+        "splits": config.splits,
+        "speaker": config.speaker,
+        "judge": config.judge,
+        "pairs": len(rows),
+        "parallel": sum(pair.reference is not None for pair in pairs),
+        "methods": summarize(rows, config.seed),
+        "failed": [failure for row in rows for failure in row["failed"]],
+        "versions": versions() | {"pyworld": version("pyworld")},
+        "seconds": time.perf_counter() - started,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "pairs.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_json(folder / "results.json", results)
+    print(table(results["methods"]))
+    if not results["parallel"]:
+        print("\nNo target speaker says the words of a source: neither distortion nor pitch correlation.")
+    if failed := results["failed"]:
+        print(f"\n{len(failed)} without scores, see {folder / 'results.json'}; the first: {failed[0]['detail']}")
+
+
+def layer_sets(wanted: list[list[int]] | None, codebooks: int) -> list[list[int]]:
+    """The wanted sets of layers, sorted; the second layer, and all but the first, when None."""
+    if wanted is None:
+        wanted = [[1], list(range(1, codebooks))][: max(1, codebooks - 1)]
+    if not wanted or not all(chosen and set(chosen) <= set(range(codebooks)) for chosen in wanted):
+        raise ValueError(f"layers must be sets of numbers from 0 to {codebooks - 1}, as [[1]]; got {wanted}")
+    return [sorted(set(chosen)) for chosen in wanted]
+
+
+def choose_pairs(utterances: Sequence[Utterance], most: int, seed: int) -> list[Pair]:
+    """At most `most` pairs, drawn: each source with one of the other speakers."""
+    speakers: dict[str, list[Utterance]] = defaultdict(list)
+    for utterance in utterances:
+        if utterance.speaker:
+            speakers[utterance.speaker].append(utterance)
+    if len(speakers) < 2:
+        raise ValueError(f"conversion needs recordings of two speakers, these are of {len(speakers)}: other splits?")
+    draw = random.Random(seed)
+    sources = [utterance for recordings in speakers.values() for utterance in recordings]
+    pairs = []
+    for source in draw.sample(sources, min(most, len(sources))):
+        recordings = speakers[draw.choice([name for name in speakers if name != source.speaker])]
+        same = [recording for recording in recordings if source.text and recording.text == source.text]
+        target = draw.choice([recording for recording in recordings if recording not in same] or recordings)
+        references = [recording for recording in same if recording is not target]
+        reference = min(references, key=lambda r: abs(r.duration_s - source.duration_s), default=None)
+        others = [recording for recording in recordings if recording not in (target, reference)]
+        pairs.append(Pair(source, target, reference, draw.choice(others) if others else reference or target))
+    return pairs
+
+
+@contextlib.contextmanager
+def noted(row: Row, method: str | None) -> Iterator[None]:
+    """What cannot be scored ends the block and is added to the failures of the row; method None: all of them."""
+    try:
+        yield
+    except (AudioError, QualityError) as error:
+        failure = {"source": row["source"], "target": row["target"], "method": method}
+        row["failed"].append(failure | {"reason": error.reason, "detail": str(error)})
+
+
+def load_sounds(pair: Pair, rate: int) -> dict[str, Tensor]:
+    """The recordings of a pair by role, float [N]; without "reference" where there is none."""
+    recordings = {role: recording for role, recording in vars(pair).items() if recording is not None}
+    return {role: load_audio(r.path, rate, max_duration_s=MAX_SCORED_S) for role, r in recordings.items()}
+
+
+@torch.no_grad()
+def convert(
+    sounds: dict[str, Tensor], codec: Codec, layers: list[list[int]], freevc: FreeVC | None
+) -> dict[str, Tensor]:
+    """What each method makes of a pair, float [N] on the CPU, between the two bounds."""
+    device = codec.codebooks.device
+    source, target = (codec.encode(sounds[role][None].to(device)) for role in ("source", "target"))
+    codes = {f"source, {n} codebooks": source.first(n) for n in sorted({max(chosen) + 1 for chosen in layers})}
+    for chosen in layers:
+        for matching in MATCHINGS:
+            swapped = swap_layers(source, target, chosen, matching, codec.codebooks)
+            codes[f"swap {numbers(chosen)}, by {matching}"] = swapped
+    made = {name: codec.decode(one)[0].cpu() for name, one in codes.items()}
+    if freevc is not None:
+        pair = (at_16_khz(sounds[role], codec.sample_rate).to(device) for role in ("source", "target"))
+        made["FreeVC"] = resample(freevc.convert(*pair).cpu(), freevc.sample_rate, codec.sample_rate)
+    return {"source": sounds["source"], **made, "target": sounds.get("reference", sounds["target"])}
+
+
+def numbers(layers: Sequence[int]) -> str:
+    """Sorted layers in few words: 1-7 for all from 1 to 7."""
+    first, last = layers[0], layers[-1]
+    return f"{first}-{last}" if last - first == len(layers) - 1 > 0 else ",".join(map(str, layers))
+
+
+def score(
+    pair: Pair,
+    sounds: dict[str, Tensor],
+    converted: dict[str, Tensor],
+    rate: int,
+    speaker: SpeakerTeacher | None,
+    judge: AudioTokenizer | None,
+    row: Row,
+) -> dict[str, Row]:
+    """Scores by method, as far as there are a reference and judges; what fails is noted in the row."""
+    reference = voice_frames(sounds["reference"], rate) if pair.reference else None
+    voice = embed_voice(speaker, sounds["voice"], rate) if speaker else None
+    scores: dict[str, Row] = {name: {} for name in converted}
+    for name, sound in converted.items():
+        if reference is not None:
+            with noted(row, name):
+                frames = voice_frames(sound, rate)
+                scores[name]["mcd"] = mel_cepstral_distortion(frames, reference)
+                scores[name]["f0_correlation"] = pitch_correlation(frames, reference)
+        if speaker is not None:
+            with noted(row, name):
+                scores[name]["speaker_similarity"] = float(embed_voice(speaker, sound, rate) @ voice)
+        spoken = pair.target if name == "target" and pair.reference is None else pair.source
+        if judge is not None and spoken.text:
+            scores[name] |= {"text": spoken.text, "heard": hear(judge, sound, rate)}
+    return scores
+
+
+def keep(folder: Path, number: str, sounds: dict[str, Tensor], rate: int) -> None:
+    """Files to listen to, e.g. 0_source.wav and 0_swap_1_by_content.wav."""
+    for name, sound in sounds.items():
+        save_audio(folder / f"{number}_{name.replace(',', '').replace(' ', '_')}.wav", sound, rate)
+
+
+def summarize(rows: Sequence[Row], seed: int) -> dict[str, Row]:
+    """Means by method, each with the number of pairs it is over."""
+    methods: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        for name, scores in row["scores"].items():
+            methods[name].append(scores)
+    return {name: {**means(scores, seed), "pairs": len(scores)} for name, scores in methods.items()}
+
+
+def means(scores: Sequence[Row], seed: int) -> Row:
+    """Every measure that at least one pair has; the word error rate over the words of all pairs."""
+    found: Row = {}
+    for measure in MEASURES:
+        if values := [pair[measure] for pair in scores if measure in pair]:
+            found[measure] = mean_and_interval(values, seed) | {"pairs": len(values)}
+    if heard := [pair for pair in scores if "heard" in pair]:
+        rate = word_error_rate([pair["text"] for pair in heard], [pair["heard"] for pair in heard], seed=seed)
+        found["wer"] = {"mean": rate.wer, "ci95": list(rate.ci95), "pairs": len(heard), "words": rate.words}
+    return found
+
+
+def table(methods: dict[str, Row]) -> str:
+    """Markdown: one row per method, means with their intervals; the pairs in brackets where some have no score."""
+    measures = [name for name in MEASURES if any(name in row for row in methods.values())]
+    lines = [
+        f"| method | {' | '.join([*(MEASURES[name] for name in measures), 'pairs'])} |",
+        f"|{'---|' * (len(measures) + 2)}",
+    ]
+    for method, row in methods.items():
+        cells = [method]
+        for name in measures:
+            if name not in row:
+                cells.append("none")
+                continue
+            low, high = row[name]["ci95"]
+            fewer = f" [{row[name]['pairs']}]" if row[name]["pairs"] < row["pairs"] else ""
+            cells.append(f"{row[name]['mean']:.3f} ({low:.3f} to {high:.3f}){fewer}")
+        lines.append(f"| {' | '.join(cells)} | {row['pairs']} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_recipe(main, EvalConversionConfig)
