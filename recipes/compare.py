@@ -1,168 +1,318 @@
-"""Train several tokenizers under identical conditions and compare them: speech quality, content, voice, in one table.
+"""Compare tokenizers: chosen systems, chosen tasks, identical conditions, one page.
 
     python recipes/compare.py --config configs/compare/tokenizers.yaml data=CORPUS output=RUN
 
-Every step is one of the other recipes, started as its own command (printed before it runs). What is finished is
-skipped and a killed step goes on, so the same command can be repeated at any time, also with a system more. Writes
-RUN/results.json and RUN/table.md.
+Tasks: content (what the codes hold), quality (the paper's Table 1), conversion (2), emotion (3), asr (4). Every step is
+one of the other recipes, started as its own command (printed before it runs); all commands are checked before the first
+one runs. What is finished is skipped and a killed step goes on, so the same command can be repeated at any time, also
+with a system, a task or a seed more (what changes a finished step needs another RUN). Writes RUN/results.json,
+RUN/table.md and RUN/report.html. More: configs/compare/schemes.yaml, configs/compare/initialization.yaml.
 """
 
 import json
+import runpy
 from dataclasses import dataclass, field
+from itertools import groupby, product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_type_hints
 
-from speechllm import Stages, read_log, run_recipe, versions, write_json, write_text
+import numpy as np
+import torch
+
+from speechllm import (
+    ConfigError,
+    RunError,
+    Stages,
+    comparison_markdown,
+    load_config,
+    pool_emotion,
+    pool_recognition,
+    read_log,
+    run_recipe,
+    versions,
+    write_comparison,
+    write_json,
+    write_text,
+)
 
 RECIPES = Path(__file__).parent
-DASH = "–"
+Task = Literal["content", "quality", "conversion", "emotion", "asr"]
+TASKS = get_args(Task)
+ENCODED = ("content", "emotion", "asr")  # tasks that read encoded speech
+NAMED = ("tokenizer", "recognizer", "speaker_teacher", "semantic_teacher")  # keys that "{...}" may stand for
+SHARED = ("train_teacher.py", "train_tokenizer.py", "encode_speech.py", "train_asr.py")  # processes share the work
+SINGLE = ("eval_tokenizer.py", "train_emotion.py", "train_asr.py", "eval_asr.py")  # one would leave cores idle
+Commands = dict[str, list[str]]  # recipe and words, by stage
 
 
 @dataclass
 class SystemConfig:
     name: str  # also its folder's
-    changes: list[str] = field(default_factory=list)  # key=value, to the configuration all systems share
+    train: list[str] | None = None  # a codec trained here: changes key=value to the configuration all codecs share
+    units: list[str] | None = None  # k-means units fitted here: key=value for fit_units, besides model, data, output
+    tokenizer: str | None = None  # what load_tokenizer takes; "features:{semantic_teacher}" and the like, see NAMED
+    like: str | None = None  # another system, whose encoded speech the language model reads in another way
+    asr: list[str] = field(default_factory=list)  # changes key=value to the configuration of the task asr
+    tasks: list[Task] | None = None  # only these; null: all it can do
+
+    @property
+    def able(self) -> tuple[str, ...]:
+        """Tasks that make sense; of what a name stands for only the prefix is known here."""
+        if self.like or (self.tokenizer or "").startswith(("features:", "recognizer:")):
+            return ("asr",)
+        return ENCODED if self.units is not None else TASKS  # units do not decode
 
 
 @dataclass
 class CompareConfig:
     data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
     output: str  # run folder
-    train: str  # configuration of train_tokenizer all systems share
     systems: list[SystemConfig]
+    tasks: list[Task]
+    codec: str | None = None  # configuration of train_tokenizer that all codecs trained here share
+    asr: str | None = None  # configuration of train_asr that all systems share
+    emotion: str | None = None  # configuration of train_emotion that all systems share
+    asr_data: str | None = None  # corpus of the task, here and below; data when null
+    emotion_data: str | None = None
+    conversion_data: str | None = None
+    tokenizer: str | None = None  # what "{tokenizer}" stands for, so that the command line can name one
     semantic_teacher: str = "facebook/hubert-base-ls960"  # folder or hub name, or a .yaml of train_teacher
     speaker_teacher: str = "speechbrain/spkrec-ecapa-voxceleb"  # the same
-    train_splits: list[str] = field(default_factory=lambda: ["train"])  # the probes learn on these
-    test_splits: list[str] = field(default_factory=lambda: ["test"])  # and are scored on these: content, voice
-    quality_splits: list[str] = field(default_factory=lambda: ["test"])  # speech quality is measured on these
-    quality_layers: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # numbers of codebooks to decode from
+    recognizer: str | None = None  # the same; a .yaml learns from asr_data, from the semantic teacher on
+    judge: str | None = None  # recognizer:NAME, for the WER of decoded and converted speech
+    judge_speaker: bool = True  # let the speaker teacher tell how alike the voices are
+    train_splits: list[str] = field(default_factory=lambda: ["train"])  # of data, for units and probes
+    test_splits: list[str] = field(default_factory=lambda: ["test"])  # of data, for content and voice
+    quality_splits: list[str] = field(default_factory=lambda: ["test"])  # of data
+    conversion_splits: list[str] = field(default_factory=lambda: ["test"])
+    asr_splits: list[str] = field(default_factory=lambda: ["test"])  # scored; those to learn from are named in asr
+    quality_layers: list[int] | None = None  # numbers of codebooks to decode from; 1, 2, 4, ... and all when null
     quality_utterances: int | None = None  # at most, all when null
+    conversion_pairs: int = 100
     probe_steps: int = 400  # of the CTC probe for the content of layer 0; 0: none
+    seeds: list[int] = field(default_factory=lambda: [0])  # the tasks asr and emotion are learnt once with each
 
     def __post_init__(self) -> None:
-        names = [system.name for system in self.systems]
-        if not names or len(set(names)) < len(names) or any(Path(name).name != name for name in names):
-            raise ValueError(f"systems need different names that can be names of folders, got {names}")
+        if problems := find_problems(self):
+            raise ValueError("\n  ".join(problems))
+
+
+def find_problems(config: CompareConfig) -> list[str]:
+    """Everything that can be told from the configuration alone."""
+    names, problems = [system.name for system in config.systems], []
+    if not names or len(set(names)) < len(names) or any(Path(name).name != name for name in names):
+        problems.append(f"systems need different names that can be names of folders, got {names}")
+    for key in ("tasks", "seeds"):
+        if not (values := getattr(config, key)) or len(set(values)) < len(values):
+            problems.append(f"{key}: expected at least one, each once, got {values}")
+    wanted = {task for system in config.systems for task in tasks_of(system, config)}
+    needed = {key: key in wanted for key in ("asr", "emotion")}
+    needed |= {"codec": any(system.train is not None for system in config.systems)}
+    text = json.dumps([vars(system) for system in config.systems]) + str(config.judge)
+    needed |= {key: "{" + key + "}" in text for key in ("tokenizer", "recognizer")}
+    absent = [key for key in needed if needed[key] and not getattr(config, key)]
+    problems += [f"missing key {key}: the systems or tasks need it" for key in absent]
+    for system in config.systems:
+        given = [key for key in ("train", "units", "tokenizer", "like") if getattr(system, key) is not None]
+        if len(given) != 1:
+            problems.append(f"{system.name}: expected one of train, units, tokenizer, like, got {given or 'none'}")
+        if system.like and not any(other.name == system.like and not other.like for other in config.systems):
+            problems.append(f"{system.name}: like must name a system that has its own tokenizer, got {system.like}")
+        if unable := [task for task in system.tasks or [] if task not in system.able]:
+            problems.append(f"{system.name}: cannot do {', '.join(unable)}; it can do {', '.join(system.able)}")
+    return problems
+
+
+def tasks_of(system: SystemConfig, config: CompareConfig) -> list[str]:
+    """The tasks of the comparison that this system takes part in."""
+    return [task for task in config.tasks if task in (system.able if system.tasks is None else system.tasks)]
 
 
 def main(config: CompareConfig) -> None:
-    run, data = Path(config.output), f"data={config.data}"
+    run = Path(config.output)
+    commands = plan(config, run)
+    check(commands)
     run.mkdir(parents=True, exist_ok=True)
     stages = Stages(run, RECIPES)
+    try:
+        execute(commands, stages)
+    finally:  # also after a failure: what there is
+        results = {system.name: collect(system, config, run, stages.seconds) for system in config.systems}
+        write_json(run / "results.json", {"systems": results, "seconds": stages.seconds, "versions": versions()})
+        write_text(run / "table.md", comparison_markdown(results))
+        write_comparison(run / "report.html", title="Tokenizers compared", results=results, versions=versions())
+    print(comparison_markdown(results))
 
-    # 1. the teachers all systems share, trained here unless they are named
-    semantic, speaker = (train_teacher(stages, run, kind, config) for kind in ("semantic", "speaker"))
-    teachers = [f"semantic.teacher={semantic}", f"acoustic.teacher={speaker}"]
 
-    # 2. every system: trained, and measured
-    splits = [f"train_splits={as_yaml(config.train_splits)}", f"test_splits={as_yaml(config.test_splits)}"]
-    both = as_yaml(sorted({*config.train_splits, *config.test_splits}))
+def plan(config: CompareConfig, run: Path) -> Commands:
+    """All commands of the comparison, in the order in which they can run."""
+    doing = {task: [s for s in config.systems if task in tasks_of(s, config)] for task in TASKS}
+    commands: Commands = {}
     for system in config.systems:
-        folder = run / system.name
-        codec, codes = f"codec={folder / 'model'}", f"codes={folder / 'codes'}"
-        shared = [f"--config={config.train}", data, f"output={folder}", *teachers]
-        stages.launch(f"{system.name}: train", ["train_tokenizer.py", *shared, *system.changes])
-        encode = ["encode_speech.py", codec, data, f"output={folder / 'codes'}", "layers=2", f"splits={both}"]
-        stages.launch(f"{system.name}: encode", encode)
-        once = as_yaml(system is config.systems[0])  # the baseline is the same for all
-        probe = [f"output={folder / 'content.json'}", f"probe_steps={config.probe_steps}", f"baseline={once}"]
-        quality = [
-            *(codec, data, f"output={folder / 'quality'}", f"splits={as_yaml(config.quality_splits)}"),
-            f"layers={as_yaml(config.quality_layers)}",
-            f"max_utterances={as_yaml(config.quality_utterances)}",
-        ]
-        stages.stage(f"{system.name}: content", ["eval_tokenizer.py", codes, data, *splits, *probe])
-        stages.stage(f"{system.name}: quality", ["eval_codec.py", *quality])
-
-    # 3. one table
-    results = {system.name: collect(run / system.name) for system in config.systems}
-    everything = {"systems": results, "seconds": stages.seconds, "versions": versions()}
-    write_json(run / "results.json", everything)
-    page = table(results)
-    write_text(run / "table.md", page)
-    print(page)
+        commands |= make_tokenizer(system, config, run)
+    for task in ENCODED:
+        for system in doing[task]:  # one that is like another reads the same folder
+            data, folder = encoded(system, task, config, run)
+            words = [f"codec={codec_of(system, config, run)}", f"data={data}", f"output={folder}", "layers=null"]
+            commands[f"{owner(system, config).name}: {folder.name}"] = ["encode_speech.py", *words]
+    for system in doing["content"]:  # the first one has the baseline, which is the same for all
+        commands[f"{system.name}: content"] = content(system, config, run, baseline=system is doing["content"][0])
+    for make in (quality, conversion):
+        for system in doing[make.__name__]:
+            commands[f"{system.name}: {make.__name__}"] = make(system, config, run)
+    for task in ("emotion", "asr"):
+        for system, seed in product(doing[task], config.seeds):
+            commands[f"{system.name}: {task} {seed}"] = training(system, task, config, run, seed)
+    for system, seed in product(doing["asr"], config.seeds):
+        commands[f"{system.name}: asr {seed}, test"] = eval_asr(system, config, run, seed)
+    return with_teachers(commands, config, run)
 
 
-def train_teacher(stages: Stages, run: Path, kind: str, config: CompareConfig) -> str:
-    """Where the teacher is: as it was named, or trained here from a configuration."""
-    source = getattr(config, f"{kind}_teacher")
-    if not source.endswith(".yaml"):
-        return source
-    folder = run / f"{kind}_teacher"
-    words = ["train_teacher.py", f"--config={source}", f"data={config.data}", f"output={folder}"]
-    stages.launch(f"{kind} teacher", words)
-    return str(folder / "model")
+def make_tokenizer(system: SystemConfig, config: CompareConfig, run: Path) -> Commands:
+    output = f"output={run / system.name / 'tokenizer'}"
+    if system.train is not None:
+        teachers = ["semantic.teacher={semantic_teacher}", "acoustic.teacher={speaker_teacher}"]
+        shared = [f"--config={config.codec}", f"data={config.data}", output, *teachers]
+        return {f"{system.name}: tokenizer": ["train_tokenizer.py", *shared, *system.train]}
+    if system.units is not None:
+        shared = ["model={semantic_teacher}", f"data={config.data}", output, word("splits", config.train_splits)]
+        return {f"{system.name}: tokenizer": ["fit_units.py", *shared, *system.units]}
+    return {}
 
 
-def as_yaml(value: Any) -> str:
-    """A value as one word of a command line."""
-    return json.dumps(value)
+def owner(system: SystemConfig, config: CompareConfig) -> SystemConfig:
+    """The system whose tokenizer it uses."""
+    return next(other for other in config.systems if other.name == (system.like or system.name))
 
 
-def collect(folder: Path) -> dict[str, Any]:
-    """Everything measured on one system."""
-    quality = read_json(folder / "quality" / "results.json")
-    log = [line for line in read_log(folder) if "dev_mel" in line]
+def codec_of(system: SystemConfig, config: CompareConfig, run: Path) -> str:
+    """The name by which a system's tokenizer is loaded."""
+    return (own := owner(system, config)).tokenizer or str(run / own.name / "tokenizer" / "model")
+
+
+def encoded(system: SystemConfig, task: str, config: CompareConfig, run: Path) -> tuple[str, Path]:
+    """The corpus of a task, and the folder of what the tokenizer makes of it; tasks on the same corpus share it."""
+    data = getattr(config, f"{task}_data", None) or config.data
+    return data, run / owner(system, config).name / ("codes" if data == config.data else f"{task}_codes")
+
+
+def word(key: str, value: Any) -> str:
+    """key=value for a command line."""
+    return f"{key}={json.dumps(value)}"
+
+
+def content(system: SystemConfig, config: CompareConfig, run: Path, baseline: bool) -> list[str]:
+    folder = run / system.name
+    probe = [f"output={folder / 'content.json'}", f"probe_steps={config.probe_steps}", word("baseline", baseline)]
+    splits = [word("train_splits", config.train_splits), word("test_splits", config.test_splits)]
+    return ["eval_tokenizer.py", f"codes={folder / 'codes'}", f"data={config.data}", *splits, *probe]
+
+
+def quality(system: SystemConfig, config: CompareConfig, run: Path) -> list[str]:
+    settings = [word("splits", config.quality_splits), word("layers", config.quality_layers)]
+    limit = word("max_utterances", config.quality_utterances)
+    shared = [
+        f"codec={codec_of(system, config, run)}",
+        f"data={config.data}",
+        f"output={run / system.name / 'quality'}",
+    ]
+    return ["eval_codec.py", *shared, *settings, limit, *judges(config)]
+
+
+def conversion(system: SystemConfig, config: CompareConfig, run: Path) -> list[str]:
+    shared = [f"codec={codec_of(system, config, run)}", f"data={config.conversion_data or config.data}"]
+    settings = [word("splits", config.conversion_splits), f"pairs={config.conversion_pairs}"]
+    return ["eval_conversion.py", *shared, f"output={run / system.name / 'conversion'}", *settings, *judges(config)]
+
+
+def judges(config: CompareConfig) -> list[str]:
+    """Who listens to decoded and converted speech."""
+    speaker = ["speaker={speaker_teacher}"] if config.judge_speaker else []
+    return speaker + ([f"judge={config.judge}"] if config.judge else [])
+
+
+def training(system: SystemConfig, task: str, config: CompareConfig, run: Path, seed: int) -> list[str]:
+    source = [f"codes={encoded(system, task, config, run)[1]}", f"codec={codec_of(system, config, run)}"]
+    output = [f"output={run / system.name / f'{task}_{seed}'}", f"seed={seed}", *(system.asr if task == "asr" else [])]
+    return [f"train_{task}.py", f"--config={getattr(config, task)}", *source, *output]
+
+
+def eval_asr(system: SystemConfig, config: CompareConfig, run: Path, seed: int) -> list[str]:
+    folder, codes = run / system.name / f"asr_{seed}", encoded(system, "asr", config, run)[1]
+    words = [f"model={folder / 'model'}", f"codes={codes}", f"output={folder / 'test'}"]
+    return ["eval_asr.py", *words, word("splits", config.asr_splits)]
+
+
+def with_teachers(commands: Commands, config: CompareConfig, run: Path) -> Commands:
+    """The same with names in the place of "{...}", behind the trainings of those teachers that are needed."""
+    for name in NAMED:  # the recogniser starts from the semantic teacher, which therefore comes last
+        mark, value = "{" + name + "}", str(getattr(config, name))
+        if value.endswith(".yaml") and any(mark in part for words in commands.values() for part in words):
+            data = config.asr_data if name == "recognizer" else None
+            words = [f"--config={value}", f"data={data or config.data}", f"output={run / name}"]
+            words += ["init={semantic_teacher}"] if name == "recognizer" else []
+            commands = {name.replace("_", " "): ["train_teacher.py", *words], **commands}
+            value = str(run / name / "model")
+        commands = {stage: [part.replace(mark, value) for part in words] for stage, words in commands.items()}
+    return commands
+
+
+def check(commands: Commands) -> None:
+    """Raise RunError with what the recipes would find wrong with their commands, one after the other."""
+    mains = {recipe: runpy.run_path(str(RECIPES / recipe))["main"] for recipe in {c[0] for c in commands.values()}}
+    problems = []
+    for stage, (recipe, *words) in commands.items():
+        file = words.pop(0).removeprefix("--config=") if words[0].startswith("--config=") else None
+        try:
+            load_config(get_type_hints(mains[recipe])["config"], file, words)
+        except ConfigError as error:
+            problems.append(f"[{stage}] {recipe}: {error}")
+    if problems:
+        raise RunError("\n".join(problems))
+
+
+def execute(commands: Commands, stages: Stages) -> None:
+    """Run what is not finished; small jobs of one recipe side by side, but on GPUs each on its own."""
+    for recipe, group in groupby(commands.items(), key=lambda item: item[1][0]):
+        named = dict(group)
+        if recipe in SINGLE and len(named) > 1 and not torch.cuda.is_available():
+            stages.side_by_side(named)
+        else:
+            for stage, words in named.items():
+                (stages.launch if recipe in SHARED else stages.stage)(stage, words)
+
+
+def collect(system: SystemConfig, config: CompareConfig, run: Path, seconds: dict[str, float]) -> dict[str, Any]:
+    """Everything measured on one system so far."""
+    folder = run / system.name
+    notes = (read(encoded(system, task, config, run)[1] / "done.json") for task in ENCODED[::-1])
+    note = next(filter(None, notes), {})  # that of asr, where there is one
+    log = [line for line in read_log(folder / "tokenizer") if "dev_mel" in line]
+    trainings = {task: [f"{system.name}: {task} {seed}" for seed in config.seeds] for task in ("asr", "emotion")}
+    trainings["tokenizer"] = [f"{owner(system, config).name}: tokenizer"]
+    taken = {what: [seconds[stage] for stage in found if stage in seconds] for what, found in trainings.items()}
     return {
-        "fingerprint": quality["codec_fingerprint"],
-        "quality": quality["codebooks"],
-        "failed": quality["failed"],
-        "content": read_json(folder / "content.json"),
+        "like": system.like,
+        "encoding": note.get("encoding", {}),
+        "parameters": note.get("parameters"),
+        "rtf": note.get("real_time_factor"),
+        "content": read(folder / "content.json"),
+        "quality": read(folder / "quality" / "results.json"),
+        "conversion": read(folder / "conversion" / "results.json"),
+        "emotion": pool_emotion({s: read(folder / f"emotion_{s}" / "results.json") for s in config.seeds}),
+        "asr": pool_recognition(
+            {s: read(folder / f"asr_{s}" / "test" / "results.json") for s in config.seeds},
+            {s: read(folder / f"asr_{s}" / "test" / "predictions.jsonl") for s in config.seeds},
+        ),
         "validation": log[-1] if log else {},
-        "training": read_json(folder / "done.json"),
+        "minutes": {what: float(np.mean(found)) / 60 for what, found in taken.items() if found},
     }
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Two Markdown tables: speech quality by number of codebooks, and what layers 0 and 1 hold."""
-    lines = ["| system | codebooks | tokens/s | PESQ-WB | PESQ-NB | STOI | utterances |", f"|{'---|' * 7}"]
-    for name, result in results.items():
-        for count, row in result["quality"].items():
-            cells = [interval(row.get(measure)) for measure in ("pesq_wb", "pesq_nb", "stoi")]
-            lines.append(
-                f"| {name} | {count} | {row['tokens_per_second']:g} | {' | '.join(cells)} | {row['utterances']} |"
-            )
-    lines += [
-        "",
-        "| system | semantic teacher cosine | phones in layer 0 (PNMI) | CTC probe of layer 0: CER | WER "
-        "| speaker from layer 0 | layer 1 |",
-        f"|{'---|' * 7}",
-    ]
-    for name, result in results.items():
-        content, speaker = result["content"], result["content"]["speaker"]
-        cells = [
-            number(result["validation"].get("dev_semantic_cosine"), ".3f"),
-            *content_cells(content, "layer_0"),
-            *(number(speaker.get(f"layer_{layer}"), ".1%") for layer in (0, 1)),
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    baseline = content_cells(next(iter(results.values()))["content"], "log_mel_kmeans")
-    lines.append(f"| log-mel k-means | {DASH} | {' | '.join(baseline)} | {DASH} | {DASH} |")
-    return "\n".join(lines) + "\n"
-
-
-def content_cells(content: dict[str, Any], units: str) -> list[str]:
-    """What the units say about phones, and what a probe reads from them."""
-    probe = content.get("probe", {}).get(units, {})
-    return [
-        number(content.get("content", {}).get(units, {}).get("pnmi"), ".2f"),
-        *(number(probe.get(measure), ".1%") for measure in ("cer", "wer")),
-    ]
-
-
-def interval(measure: dict[str, Any] | None) -> str:
-    if measure is None:
-        return DASH
-    low, high = measure["ci95"]
-    return f"{measure['mean']:.3f} ({low:.3f} to {high:.3f})"
-
-
-def number(value: float | None, form: str) -> str:
-    return DASH if value is None else format(value, form)
+def read(file: Path) -> Any:
+    """What a .json or .jsonl file holds; nothing where there is none."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return [*map(json.loads, text.splitlines())] if file.suffix == ".jsonl" else json.loads(text or "{}")
 
 
 if __name__ == "__main__":

@@ -152,6 +152,27 @@ def paired_bootstrap(
     )
 
 
+def seeds_error_rate(
+    references: Sequence[str], hypotheses: Sequence[Sequence[str]], normalizer: str = "librispeech", seed: int = 0
+) -> dict[str, float | list[float]]:
+    """ "mean": the mean WER of several trainings on the same utterances; "ci95": its 95 % bootstrap interval.
+
+    hypotheses: one list of texts per training. Each of the 1,000 samples draws trainings as well as utterances with
+    replacement; of one training it is the interval of `word_error_rate`, of few it is too narrow. Raises ValueError as
+    `word_error_rate` does.
+    """
+    counts = np.stack([_error_counts(references, texts, normalizer) for texts in hypotheses])
+    errors, words = counts[:, :, :3].sum(2), counts[0, :, 3]
+    generator = np.random.default_rng(seed)
+    utterances = generator.integers(0, len(words), (BOOTSTRAP_SAMPLES, len(words)))
+    trainings = generator.integers(0, len(errors), (BOOTSTRAP_SAMPLES, len(errors)))
+    rates = [
+        errors[chosen].mean(0)[drawn].sum() / max(words[drawn].sum(), 1)
+        for chosen, drawn in zip(trainings, utterances, strict=True)
+    ]
+    return {"mean": float(errors.mean(0).sum() / words.sum()), "ci95": np.quantile(rates, [0.025, 0.975]).tolist()}
+
+
 def mean_and_interval(values: Sequence[float], seed: int = 0) -> dict[str, float | list[float]]:
     """ "mean" and its 95 % bootstrap interval "ci95", over utterances drawn as in `word_error_rate`."""
     array = np.array(values)

@@ -52,6 +52,32 @@ def error_rates(durations: np.ndarray, errors: np.ndarray, words: np.ndarray) ->
     return _image(figure, "Word error rate by duration", caption)
 
 
+def against_bitrate(series: Mapping[str, np.ndarray], without: Mapping[str, float], label: str) -> str:
+    """A measure against the bitrate, HTML, or nothing without a point: a line per system.
+
+    series: float [points, 4] of kbit/s, value and the bounds of its interval; without: values that have no bitrate.
+    """
+    from matplotlib import colormaps
+
+    if not series:
+        return ""
+    figure, (axis,) = _panels(1, 1, 3.6)
+    colours = [colormaps["tab10"](i) for i in range(10)]
+    for index, (name, points) in enumerate(series.items()):
+        rate, value, low, high = points[points[:, 0].argsort()].T
+        bounds = np.maximum([value - low, high - value], 0)
+        axis.errorbar(rate, value, bounds, fmt="o-", color=colours[index % 10], markersize=4, capsize=2, label=name)
+    for index, (name, value) in enumerate(without.items(), len(series)):
+        axis.axhline(value, color=colours[index % 10], linestyle="--", lw=1.2, label=f"{name} (no codes)")
+    axis.set(xscale="log", xlabel="kbit/s", ylabel=label)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="x", which="minor", labelsize=7)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, frameon=False)
+    return _image(figure, f"{label} by bitrate", "Bars: 95 % intervals.")
+
+
 def code_usage(shares: Sequence[np.ndarray], sizes: Sequence[int]) -> str:
     """`code_usage_figure` as HTML."""
     caption = "Codes sorted by use: where a line ends before its K, the remaining codes are dead."
@@ -69,6 +95,29 @@ def code_usage_figure(shares: Sequence[np.ndarray], sizes: Sequence[int]) -> Any
     axis.set_xlim(0, 1.01 * max(sizes))
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False, ncols=2)
+    return figure
+
+
+def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
+    """`confusion_figure` as HTML."""
+    caption = "How often an utterance of the class of a row got the answer of a column; in colour the share of the row."
+    return _image(confusion_figure(counts, classes), "Confusion matrix", caption)
+
+
+def confusion_figure(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Any:
+    """Counts int [classes, classes] of answers (columns) to utterances of each class (rows), coloured by row."""
+    figure, (axis,) = _panels(1, 1, 1.2 + 0.7 * len(classes), width=2.2 + 0.9 * len(classes))
+    table = np.asarray(counts)
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (row, column), count in np.ndenumerate(table):
+        share = shares[row, column]
+        text = f"{count}\n{share:.0%}"
+        axis.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if share > 0.6 else "black")
+    axis.set_xticks(range(len(classes)), classes)
+    axis.set_yticks(range(len(classes)), classes)
+    axis.set(xlabel="answer", ylabel="class")
+    figure.colorbar(image, ax=axis, label="share of the row", format="{x:.0%}")
     return figure
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from speechllm.alignment import Alignment, align, alignment_list, duration_figure, speaker_table
 from speechllm.metrics import NORMALIZERS
 from speechllm.page import bar, duration, number, percent, table, tables, text, tiles, write_page
-from speechllm.plots import LAYER, code_usage, curves
+from speechllm.plots import LAYER, code_usage, confusion_matrix, curves
 from speechllm.sounds import Reconstruction, spectrograms_and_players
 from tokenizer import usage_of_counts
 
@@ -73,6 +73,29 @@ def write_recognition_report(
         "Versions": _versions(results),
     }
     write_page(path, title, _recognition_tiles(results), sections)
+
+
+def write_emotion_report(path: str | Path, title: str, results: Mapping[str, Any], log: list[dict[str, Any]]) -> None:
+    """Write the page of train_emotion in one step; results as in its results.json, log: mean losses by epoch."""
+    low, high = results["ci95"]
+    figures = tiles(
+        [
+            ("Accuracy", percent(results["accuracy"]), f"95 % interval {percent(low)} to {percent(high)}"),
+            ("Mean recall", percent(results["unweighted_average_recall"]), "every class counts the same"),
+            ("Shuffled-label control", percent(results["accuracy_shuffled_labels"]), "learnt from permuted labels"),
+            ("Chance", percent(results["chance"]), "always the most frequent class"),
+            ("Utterances", text(results["utterances"]), f"of {results['actors']} actors"),
+            ("Token rate", text(results["tokens_per_second"]), "tokens per second of speech"),
+        ]
+    )
+    folds = [(f"{i}", text(fold["actors"]), percent(fold["accuracy"])) for i, fold in enumerate(results["folds"])]
+    sections = {
+        "Confusion": confusion_matrix(results["confusion"], results["classes"]),
+        "Folds": table(folds, ["", "actors tested", "accuracy"]),
+        "Training": curves(log),
+        "Versions": _versions(results),
+    }
+    write_page(path, title, figures, sections)
 
 
 def write_report(
