@@ -41,6 +41,7 @@ class EvalAsrConfig:
     model: str  # folder of train_asr, or one that `SpeechLLM.save` wrote
     codes: str  # folder of encode_speech
     output: str  # folder for results.json, predictions.jsonl and report.html
+    codec: str | None = None  # its audio tokenizer, where that is not saved beside the model
     splits: list[str] | None = None  # all when null
     normalizer: str = "librispeech"  # or whisper_english, none
     beams: int = 1  # 1: greedy
@@ -52,7 +53,7 @@ class EvalAsrConfig:
 
 def main(config: EvalAsrConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    speech_llm = merge(load_speech_llm(config.model, device=device))
+    speech_llm = merge(load_speech_llm(config.model, config.codec, device))
     rows, encoding = load_codes(config.codes, config.splits)
     speech_llm.vocabulary.require(encoding)
     rows = [row for row in rows if row["text"]]

@@ -7,9 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import speechllm
-from speechllm import load_config
+from speechllm import (
+    DiscreteTokenizer,
+    SpeechLLM,
+    TokenizerError,
+    Utterance,
+    codes_of,
+    encode_shards,
+    extend_vocabulary,
+    load_codes,
+    load_config,
+    load_speech_llm,
+    load_tokenizer,
+    save_audio,
+    transcribe,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [path.name for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if path.is_file()]
@@ -32,7 +47,9 @@ def commands(document: str) -> list[str]:
 
 
 def words(line: str) -> list[str]:
-    return shlex.split(line, comments=True)
+    return shlex.split(
+        re.sub(r"\s#.*", "", line)
+    )  # shlex takes every # for a comment, the shell only one behind a space
 
 
 def recipe_commands() -> list[str]:
@@ -102,3 +119,41 @@ def test_python_blocks_compile_and_import_names_that_exist(document: str) -> Non
             if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "speechllm":
                 assert node.module == "speechllm"
                 assert {alias.name for alias in node.names} <= set(speechllm.__all__)
+
+
+def test_the_tokenizer_of_ones_own_works_everywhere(
+    tmp_path: Path, noise: Callable, make_qwen2: Callable, text_tokenizer: object
+) -> None:
+    (block,) = [text for text in blocks("README.md", "python") if "class Loudness" in text]
+    assert len(block.splitlines()) < 60
+    (tmp_path / "loudness.py").write_text(block, encoding="utf-8")
+    name = f"{tmp_path / 'loudness.py'}:Loudness"
+    codec = load_tokenizer(name)
+    assert isinstance(codec, DiscreteTokenizer)
+    waveform, lengths = noise(2000, batch=2), torch.tensor([2000, 700])
+    codes = codec.encode(waveform, lengths)
+    assert codes.ids.shape == (2, 1, 7) and codes.lengths.tolist() == [7, 3] and len(codes.ids.unique()) > 3
+    assert torch.equal(codec.encode(waveform[1:, :700]).utterance(0), codes.utterance(1))  # alone as in the batch
+    save_audio(tmp_path / "a.wav", waveform[0], 16_000)
+    utterances = [Utterance("a", str(tmp_path / "a.wav"), 0.125, "train", "ON")]
+    list(encode_shards(utterances, codec, tmp_path / "codes"))
+    rows, encoding = load_codes(tmp_path / "codes")
+    model = make_qwen2(text_tokenizer)
+    vocabulary = extend_vocabulary(model, text_tokenizer, codec)
+    vocabulary.require(encoding)
+    assert codes_of(rows[0], encoding).shape == (1, 7)
+    speech_llm = SpeechLLM(model, text_tokenizer, vocabulary, codec)
+    speech_llm.save(tmp_path / "model")
+    loaded = load_speech_llm(tmp_path / "model", codec=name)
+    assert transcribe([tmp_path / "a.wav"], loaded) == transcribe([tmp_path / "a.wav"], speech_llm)
+
+
+def test_a_file_without_such_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("class Half:\n    sample_rate = 16_000\n")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_tokenizer(f"{tmp_path / 'other.py'}:Half")
+    with pytest.raises(TokenizerError, match="has no class Whole"):
+        load_tokenizer(f"{file}:Whole")
+    with pytest.raises(TokenizerError, match="no audio tokenizer yet, it lacks device, encode, fingerprint"):
+        load_tokenizer(f"{file}:Half")

@@ -1,5 +1,6 @@
 """Every audio tokenizer by its name: what a folder or a model of the hub is, is told by its files."""
 
+import runpy
 from pathlib import Path
 
 from tokenizer.codec import SpeechCodec, check_folder
@@ -14,7 +15,7 @@ from tokenizer.units import UnitTokenizer
 SPELLINGS = (
     "an audio tokenizer is FOLDER_OR_HUB_NAME (a codec of this package, EnCodec, Mimi or DAC of transformers, "
     "SpeechTokenizer, units of recipes/fit_units.py), features:FOLDER_OR_HUB_NAME#LAYER (HuBERT, WavLM, wav2vec 2.0 or "
-    "Whisper) or recognizer:FOLDER_OR_HUB_NAME (a speech recogniser of transformers)"
+    "Whisper), recognizer:FOLDER_OR_HUB_NAME (a speech recogniser of transformers) or FILE.py:CLASS (your own)"
 )
 
 
@@ -28,9 +29,12 @@ def load_tokenizer(name: str | Path) -> AudioTokenizer:
     FOLDER_OR_HUB_NAME                  a codec or units, or whatever `save_pretrained` wrote
     features:FOLDER_OR_HUB_NAME#LAYER   hidden states; their mean without #LAYER, Whisper's encoder output has none
     recognizer:FOLDER_OR_HUB_NAME       the text a recogniser hears
+    FILE.py:CLASS                       your own, made by calling the class without arguments
     Raises FileNotFoundError for a missing folder, TokenizerError for one that is something else.
     """
     name = str(name)
+    if ".py:" in name:
+        return _from_file(*name.rsplit(":", 1))
     prefix, colon, rest = name.partition(":")
     try:
         if not colon:
@@ -43,6 +47,23 @@ def load_tokenizer(name: str | Path) -> AudioTokenizer:
         raise ValueError(f"unknown kind {prefix!r}; {SPELLINGS}")
     except ValueError as error:
         raise TokenizerError(f"{name}: {error}") from error
+
+
+def _from_file(file: str, name: str) -> AudioTokenizer:
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file; {SPELLINGS}")
+    module = runpy.run_path(file)
+    if name not in module:
+        raise TokenizerError(f"{file} has no class {name}")
+    made = module[name]()
+    if not isinstance(made, AudioTokenizer):
+        missing = sorted(part for part in _parts(AudioTokenizer) if not hasattr(made, part))
+        raise TokenizerError(f"{name} of {file} is no audio tokenizer yet, it lacks {', '.join(missing)}")
+    return made
+
+
+def _parts(protocol: type) -> set[str]:
+    return {part for part in vars(protocol) if not part.startswith("_")}
 
 
 def _layer(text: str) -> int | str | None:
