@@ -113,7 +113,7 @@ def small_bert(hidden_size: int = 768, **shape: Any) -> BertForSequenceClassific
     frames at first.
     """
     config = BertConfig(
-        vocab_size=2,  # replaced by the codes
+        vocab_size=1000,  # the codes will replace these words, and take their mean and spread
         num_labels=len(EMOTIONS),
         hidden_size=hidden_size,
         **{"initializer_range": 0.02 * (768 / hidden_size) ** 0.5, **shape},

@@ -11,15 +11,11 @@ NAME = re.compile(r"(?:^|\D)03-01-0([1-8])-0[12]-0([12])-0[12]-(\d\d)$")
 
 @dataclass(frozen=True)
 class RavdessName:
-    """emotion: one of eight; text: the statement; actor: 1 to 24; gender: odd actors are men."""
+    """emotion: one of eight; text: the statement; actor: 1 to 24, men have odd numbers."""
 
     emotion: str
     text: str
     actor: int
-
-    @property
-    def gender(self) -> str:
-        return "m" if self.actor % 2 else "f"
 
 
 def parse_ravdess(name: str) -> RavdessName | None:
