@@ -14,9 +14,9 @@ if TYPE_CHECKING:  # every command imports what it needs: help and mistakes must
 
 def encode_files(arguments: argparse.Namespace) -> int:
     """Print a JSON line with the codes of every file."""
-    from speechllm import SpeechCodec, load_audio
+    from speechllm import load_audio, load_codec
 
-    codec = SpeechCodec.from_pretrained(arguments.codec)
+    codec = load_codec(arguments.codec)
     for file in arguments.files:
         waveform = load_audio(file, codec.sample_rate)
         ids = codec.encode(waveform[None], layers=arguments.layers).ids[0].tolist()
@@ -29,9 +29,9 @@ def decode_file(arguments: argparse.Namespace) -> int:
     """Write a WAV file for every line of codes and print its name."""
     import torch
 
-    from speechllm import Codes, DataError, SpeechCodec, save_audio
+    from speechllm import Codes, DataError, load_codec, save_audio
 
-    codec = SpeechCodec.from_pretrained(arguments.codec)
+    codec = load_codec(arguments.codec)
     text = sys.stdin.read() if arguments.codes == "-" else Path(arguments.codes).read_text(encoding="utf-8")
     for number, line in enumerate(text.splitlines(), 1):
         try:
@@ -54,13 +54,13 @@ def decode_file(arguments: argparse.Namespace) -> int:
 
 def reconstruct_files(arguments: argparse.Namespace) -> int:
     """Print the name of every file written; unusable recordings are named on stderr and make the exit code 1."""
-    from speechllm import SpeechCodec, layer_counts, reconstruct, save_audio
+    from speechllm import layer_counts, load_codec, reconstruct, save_audio
     from speechllm.plots import save_figure, spectrogram_figure
 
     repeated = [name for name, count in Counter(Path(file).stem for file in arguments.files).items() if count > 1]
     if repeated:
         raise ValueError(f"several files are named {repeated[0]} and would overwrite each other: give them one by one")
-    codec = SpeechCodec.from_pretrained(arguments.codec)
+    codec = load_codec(arguments.codec)
     counts = layer_counts(codec, arguments.layers)
     output, done = Path(arguments.output), 0
     for file, waveform in usable(arguments.files, codec.sample_rate):
@@ -94,12 +94,12 @@ def count_codebooks(arguments: argparse.Namespace) -> int:
     import numpy as np
     from tqdm import tqdm
 
-    from speechllm import SpeechCodec, codebook_usage, read_corpus, write_json
+    from speechllm import codebook_usage, load_codec, read_corpus, write_json
     from speechllm.plots import code_usage_figure, save_figure
 
     if bool(arguments.files) == bool(arguments.data):
         raise ValueError("give either audio files or a corpus folder with --data")
-    codec = SpeechCodec.from_pretrained(arguments.codec)
+    codec = load_codec(arguments.codec)
     files = arguments.files or [utterance.path for utterance in read_corpus(arguments.data, arguments.split)]
     recordings = usable(tqdm(files, "encode", unit="utt"), codec.sample_rate)
     ids = [codec.encode(waveform[None]).ids[0].numpy().astype(np.uint16) for _, waveform in recordings]

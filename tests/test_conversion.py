@@ -94,7 +94,7 @@ def test_a_converted_voice_is_the_decoded_swap(codec: SpeechCodec, noise: Callab
 
 def test_what_cannot_decode_is_no_codec(monkeypatch: pytest.MonkeyPatch, codec_folder: Path) -> None:
     assert isinstance(load_codec(codec_folder), SpeechCodec)
-    monkeypatch.setattr("tokenizer.conversion.load_tokenizer", lambda name: object())
+    monkeypatch.setattr("tokenizer.loading.load_tokenizer", lambda name: object())
     with pytest.raises(ValueError, match="units cannot turn its tokens into speech again"):
         load_codec("units")
 

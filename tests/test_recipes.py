@@ -330,6 +330,8 @@ RECIPES = {
     "train_asr.py": (f"{ASR} {EXACT} output=new small.hiden_size=3", "did you mean small.hidden_size?"),
     "eval_asr.py": ("model=asr/model codes=codes output=new normaliser=none", "did you mean normalizer?"),
     "demo.py": ("output=new fresch=true", "did you mean fresh?"),
+    "fit_units.py": ("model=alignment/model data=corpus output=new cluster=3", "did you mean clusters?"),
+    "benchmark_asr.py": ("codes=codes codec=tokenizer/model output=new shap=small", "did you mean shape?"),
 }
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
     from tokenizer.conversion import (
         MATCHINGS,
         convert_voice,
-        load_codec,
         swap_layers,
     )
     from tokenizer.convert import convert_encodec, convert_speechtokenizer
@@ -56,6 +55,7 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
     )
     from tokenizer.loading import (
         TokenizerError,
+        load_codec,
         load_tokenizer,
     )
     from tokenizer.losses import Balancer, MultiScaleMelLoss, ReconstructionLoss

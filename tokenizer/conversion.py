@@ -1,23 +1,13 @@
 """Voice conversion without training: some layers of one speaker's codes go into the codes of another."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tokenizer.interface import Codec, Codes
-from tokenizer.loading import load_tokenizer
 
 MATCHINGS = ("position", "content")
-
-
-def load_codec(name: str | Path) -> Codec:
-    """As `load_tokenizer`, for what can also speak its codes; raises ValueError for the others."""
-    codec = load_tokenizer(name)
-    if not isinstance(codec, Codec):
-        raise ValueError(f"{name} cannot turn its tokens into speech again: give a codec")
-    return codec
 
 
 def convert_voice(codec: Codec, source: Tensor, target: Tensor, layers: Sequence[int], matching: str) -> Tensor:

@@ -7,7 +7,7 @@ from tokenizer.codec import SpeechCodec, check_folder
 from tokenizer.common import SETTINGS_FILE, read_json
 from tokenizer.convert import convert_speechtokenizer
 from tokenizer.features import FeatureEncoder
-from tokenizer.interface import AudioTokenizer
+from tokenizer.interface import AudioTokenizer, Codec
 from tokenizer.published import PUBLISHED, PublishedCodec
 from tokenizer.recognizer import Recognizer
 from tokenizer.units import UnitTokenizer
@@ -47,6 +47,14 @@ def load_tokenizer(name: str | Path) -> AudioTokenizer:
         raise ValueError(f"unknown kind {prefix!r}; {SPELLINGS}")
     except ValueError as error:
         raise TokenizerError(f"{name}: {error}") from error
+
+
+def load_codec(name: str | Path) -> Codec:
+    """As `load_tokenizer`, for what can also speak its codes; raises TokenizerError for the others."""
+    codec = load_tokenizer(name)
+    if not isinstance(codec, Codec):
+        raise TokenizerError(f"{name} cannot turn its tokens into speech again: give a codec")
+    return codec
 
 
 def _from_file(file: str, name: str) -> AudioTokenizer:
