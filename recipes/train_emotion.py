@@ -1,0 +1,258 @@
+"""Emotion recognition from audio tokens with a BERT, on speakers it has not heard: the paper's Table 3.
+
+    python recipes/train_emotion.py --config configs/emotion/ravdess.yaml codes=CODES codec=CODEC output=RUN
+
+Reads what recipes/encode_speech.py made of RAVDESS (official layout, or its file names as ids). The actors are dealt
+out into folds, and each fold is answered by a classifier trained on the others; a control learns permuted labels and
+must be at chance. Several processes share the folds; a killed run started again keeps those that are finished. Writes
+RUN/results.json, RUN/predictions.jsonl, RUN/confusion.png and RUN/report.html.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import set_seed
+from torch import Tensor
+from tqdm import tqdm
+from transformers import BertForSequenceClassification
+
+from speechllm import (
+    EMOTIONS,
+    Codes,
+    DataError,
+    EmotionalSpeech,
+    EmotionClassifier,
+    Encoding,
+    Run,
+    actor_folds,
+    confusion_figure,
+    emotional_speech,
+    endless_batches,
+    load_codes,
+    load_tokenizer,
+    make_accelerator,
+    mean_and_interval,
+    run_recipe,
+    save_figure,
+    set_learning_rate,
+    small_bert,
+    versions,
+    warmup_cosine,
+    write_emotion_report,
+    write_json,
+    write_text,
+)
+
+CONTROL = "shuffled labels"
+
+
+@dataclass
+class BertShape:
+    """A BERT with random weights; by default of the shape of BERT-base."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+
+
+@dataclass
+class EmotionConfig:
+    codes: str  # folder of encode_speech
+    codec: str  # the audio tokenizer they were made with, as `load_tokenizer` takes it
+    output: str  # run folder
+    layers: list[int] = field(default_factory=lambda: [0])  # codebooks that are read; of several the embeddings add up
+    model: str | None = None  # a pretrained BERT, folder or hub name; null: random weights
+    bert: BertShape = field(default_factory=BertShape)  # its shape, used when model is null
+    init: Literal["codebook", "random"] = "codebook"  # of the token embeddings
+    folds: int = 5  # over the actors
+    epochs: int = 30
+    batch_size: int = 16
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.01
+    warmup: int = 50  # steps
+    clip: float = 1.0  # largest gradient norm
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.batch_size, self.warmup) < 1:
+            raise ValueError("epochs, batch_size and warmup must be at least 1")
+        if self.folds < 2:
+            raise ValueError(f"folds must be at least 2, got {self.folds}: one to train on, one to test")
+        if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
+            raise ValueError(f"layers must be different numbers from 0 on, got {self.layers}")
+
+
+def main(config: EmotionConfig) -> None:
+    accelerator = make_accelerator()
+
+    # 1. labelled codes, their codec, and the folds
+    rows, encoding = load_codes(config.codes)
+    speech = emotional_speech(rows, encoding, config.layers)
+    codec = load_tokenizer(config.codec)
+    encoding.require(codec.fingerprint, config.codec)
+    codebooks = codec.codebooks[config.layers].detach().float().cpu()
+    folds = actor_folds([one.actor for one in speech], config.folds, config.seed)
+    run = Run(config.output, config, accelerator)
+    accelerator.print(f"emotion: {len(speech)} utterances of {sum(map(len, folds))} actors, {len(rows)} encoded")
+
+    # 2. a classifier for each fold, and one more for the control; the processes share them
+    jobs = [(str(number), actors) for number, actors in enumerate(folds)] + [(CONTROL, folds[0])]
+    files = [run.folder / "folds" / f"{name}.json" for name, _ in jobs]
+    files[0].parent.mkdir(exist_ok=True)
+    for number in range(accelerator.process_index, len(jobs), accelerator.num_processes):
+        if not files[number].exists():
+            write_json(files[number], run_fold(*jobs[number], speech, codebooks, config, accelerator.device))
+
+    # 3. everything together
+    accelerator.wait_for_everyone()
+    if run.main:
+        *found, control = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        results = score(found, control) | {
+            "left_out": len(rows) - len(speech),  # other emotions, or no RAVDESS name
+            "tokens_per_second": tokens_per_second(rows, speech),
+            "codec_fingerprint": encoding.fingerprint,
+            "versions": versions(),
+        }
+        report(run.folder, results, found, control, config, encoding)
+        run.finish({name: results[name] for name in ("accuracy", "ci95", "accuracy_shuffled_labels")})
+
+
+def run_fold(
+    name: str,
+    actors: Sequence[int],
+    speech: Sequence[EmotionalSpeech],
+    codebooks: Tensor,
+    config: EmotionConfig,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Train on all other actors, and answer for these: mean loss by epoch, and a row for each utterance."""
+    train = [one for one in speech if one.actor not in actors]
+    test = [one for one in speech if one.actor in actors]
+    labels = torch.tensor([one.label for one in train])
+    # not a seed for each step: a fold always starts at its beginning
+    set_seed(config.seed)
+    if name == CONTROL:
+        labels = labels[torch.randperm(len(labels))]
+    classifier = make_classifier(speech, codebooks, config).to(device)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    per_epoch = max(1, len(train) // config.batch_size)
+    batches = endless_batches([one.codes.shape[1] for one in train], config.batch_size, config.seed)
+    steps = config.epochs * per_epoch
+    losses = torch.zeros(steps)
+    classifier.train()
+    for step in tqdm(range(steps), f"fold {name}", dynamic_ncols=True, mininterval=2):
+        set_learning_rate(optimizer, warmup_cosine(step, steps, config.warmup))
+        batch = next(batches)
+        logits = classifier(padded([train[i] for i in batch], device))
+        # every utterance counts the same, as in the accuracy; the mean recall tells what rare emotions suffer
+        loss = F.cross_entropy(logits, labels[batch].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(classifier.parameters(), config.clip)
+        optimizer.step()
+        losses[step] = loss.detach()
+
+    classifier.eval()
+    rows = []
+    for first in range(0, len(test), config.batch_size):
+        part = test[first : first + config.batch_size]
+        with torch.no_grad():
+            shares = classifier(padded(part, device)).softmax(-1).cpu()
+        for one, share in zip(part, shares, strict=True):
+            answer = int(share.argmax())
+            row = {"id": one.id, "actor": one.actor, "fold": name, "emotion": EMOTIONS[one.label]}
+            rows.append(row | {"answer": EMOTIONS[answer], "confidence": round(float(share[answer]), 4)})
+    return {"actors": list(actors), "losses": losses.view(-1, per_epoch).mean(1).tolist(), "rows": rows}
+
+
+def make_classifier(speech: Sequence[EmotionalSpeech], codebooks: Tensor, config: EmotionConfig) -> EmotionClassifier:
+    """A new one, if all utterances find a place in it."""
+    if config.model is None:
+        bert = small_bert(**asdict(config.bert))
+    else:
+        bert = BertForSequenceClassification.from_pretrained(config.model, num_labels=len(EMOTIONS))
+    longest, places = max(one.codes.shape[1] for one in speech), bert.config.max_position_embeddings
+    if longest >= places:
+        raise DataError(f"an utterance has {longest} frames, this BERT has room for {places - 1}: leave long ones out")
+    return EmotionClassifier(bert, codebooks, config.init, config.seed)
+
+
+def padded(speech: Sequence[EmotionalSpeech], device: torch.device) -> Codes:
+    codes = Codes.from_utterances([one.codes for one in speech])
+    return Codes(codes.ids.to(device), codes.lengths)
+
+
+def score(found: Sequence[dict[str, Any]], control: dict[str, Any]) -> dict[str, Any]:
+    """The figures over all folds. Every utterance is tested once, by a classifier that never heard its speaker.
+
+    ci95 draws utterances, ci95_actors actors: the first tells what more utterances of these actors would change, the
+    second what other actors would.
+    """
+    rows = [row for fold in found for row in fold["rows"]]
+    confusion = np.zeros((len(EMOTIONS), len(EMOTIONS)), int)
+    for row in rows:
+        confusion[EMOTIONS.index(row["emotion"]), EMOTIONS.index(row["answer"])] += 1
+    totals = confusion.sum(1)
+    overall = mean_and_interval([row["answer"] == row["emotion"] for row in rows])
+    actors = sorted({row["actor"] for row in rows})
+    by_actor = [accuracy([row for row in rows if row["actor"] == actor]) for actor in actors]
+    return {
+        "accuracy": overall["mean"],
+        "ci95": overall["ci95"],
+        "ci95_actors": mean_and_interval(by_actor)["ci95"],
+        "unweighted_average_recall": float((confusion.diagonal()[totals > 0] / totals[totals > 0]).mean()),
+        "accuracy_shuffled_labels": accuracy(control["rows"]),
+        "chance": float(totals.max() / totals.sum()),  # of always answering the most frequent emotion
+        "utterances": len(rows),
+        "actors": len(actors),
+        "classes": list(EMOTIONS),
+        "confusion": confusion.tolist(),  # a row for each emotion, a column for each answer
+        "folds": [{"actors": fold["actors"], "accuracy": accuracy(fold["rows"])} for fold in found],
+    }
+
+
+def accuracy(rows: Sequence[dict[str, Any]]) -> float:
+    return float(np.mean([row["answer"] == row["emotion"] for row in rows]))
+
+
+def tokens_per_second(rows: Any, speech: Sequence[EmotionalSpeech]) -> float:
+    seconds = dict(zip(rows["id"], rows["duration_s"], strict=True))
+    return sum(one.codes.numel() for one in speech) / sum(seconds[one.id] for one in speech)
+
+
+def report(
+    folder: Path,
+    results: dict[str, Any],
+    found: Sequence[dict[str, Any]],
+    control: dict[str, Any],
+    config: EmotionConfig,
+    encoding: Encoding,
+) -> None:
+    """Files to keep, a page to look at, a row to paste."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for fold in found for row in fold["rows"])
+    write_text(folder / "predictions.jsonl", "".join(lines))
+    write_json(folder / "results.json", results)
+    save_figure(confusion_figure(results["confusion"], EMOTIONS), folder / "confusion.png")
+    losses = zip(np.mean([fold["losses"] for fold in found], 0), control["losses"], strict=True)
+    log = [{"step": i, "loss": loss, "loss with shuffled labels": other} for i, (loss, other) in enumerate(losses, 1)]
+    layers = "+".join(map(str, config.layers))
+    write_emotion_report(folder / "report.html", f"{config.codec}, layer {layers}: emotions", results, log)
+    low, high = results["ci95"]
+    print("| codec | layers | tokens/s | accuracy | 95 % interval | mean recall | shuffled labels | chance |")
+    print("|---|---|---|---|---|---|---|---|")
+    print(
+        f"| {config.codec} ({encoding.fingerprint[:8]}) | {layers} | {results['tokens_per_second']:.0f} | "
+        f"{results['accuracy']:.1%} | {low:.1%} to {high:.1%} | {results['unweighted_average_recall']:.1%} | "
+        f"{results['accuracy_shuffled_labels']:.1%} | {results['chance']:.1%} |"
+    )
+
+
+if __name__ == "__main__":
+    run_recipe(main, EmotionConfig)
