@@ -1,4 +1,7 @@
-"""The reports, one self-contained HTML page each: on a tokenizer's training, a recogniser's evaluation, the demo."""
+"""The reports, one self-contained HTML page each.
+
+On a tokenizer's training, a recogniser's evaluation, emotion recognition and the demo.
+"""
 
 from collections.abc import Mapping, Sequence
 from html import escape
