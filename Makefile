@@ -46,8 +46,8 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	@$(BIN)/python -c '' 2>/dev/null || { echo "making $(VENV) with $$("$(PYTHON)" --version)"; "$(PYTHON)" -m venv --clear $(VENV); }
 	@echo "installing speechllm and its dependencies into $(VENV): about 2 minutes and 6 GB when it is new"
 	@$(PIP_INSTALL) -e ".[eval,demo,align,dev]" || { \
-		echo "That did not work; the usual reason is pesq, which needs a C compiler and the Python headers." \
-			"Trying without it: PESQ will not be measured." >&2; \
+		echo "That did not work; the usual reason is pesq or pyworld, which need a C compiler and the Python headers." \
+			"Trying without them: neither PESQ nor prosody will be measured." >&2; \
 		$(PIP_INSTALL) -e ".[demo,align,dev]" pystoi whisper-normalizer; }
 	@touch $(READY)
 

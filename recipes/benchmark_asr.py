@@ -159,10 +159,9 @@ def language_model(config: BenchmarkConfig, texts: list[str]) -> tuple[Any, Any]
         num_key_value_heads=key_heads,
         tie_word_embeddings=True,
         pad_token_id=text_tokenizer.pad_token_id,
+        name_or_path="random weights",  # an adapter wants to know what it belongs to
     )
-    model = Qwen2ForCausalLM(shape)
-    model.config._name_or_path = "random"  # an adapter wants to know what it belongs to; it is not saved here
-    return model, text_tokenizer
+    return Qwen2ForCausalLM(shape), text_tokenizer
 
 
 def padded_batches(batch: Sequence[Example], tokens: int) -> list[list[Example]]:
