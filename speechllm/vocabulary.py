@@ -46,20 +46,22 @@ class AudioVocabulary:
 
         speech: codes long [Q, T] (or `Codes` of a single utterance) -> long [Q * T + 2], in `order`; features float
         [T, C] -> long [ceil(T / stack) + 2]; a text, which needs the text tokenizer -> its tokens between the markers.
-        Raises VocabularyError for codes outside the codebooks.
+        Raises VocabularyError for codes outside the codebooks, and for another kind of speech than the vocabulary's.
         """
-        match speech:
-            case Codes():
-                if len(speech) != 1:
-                    raise VocabularyError(f"expected one utterance, got {len(speech)}: use codes.utterance(i)")
-                return self.token_ids(speech.utterance(0))
-            case str():
-                assert text_tokenizer is not None
+        if isinstance(speech, Codes):
+            if len(speech) != 1:
+                raise VocabularyError(f"expected one utterance, got {len(speech)}: use codes.utterance(i)")
+            speech = speech.utterance(0)
+        match self.encoding.kind, speech:
+            case "text", str() if text_tokenizer is not None:
                 ids = torch.tensor(text_token_ids(text_tokenizer, [speech])[0], dtype=torch.long)
-            case Tensor() if speech.is_floating_point():
+            case "features", Tensor() if speech.is_floating_point():
                 ids = torch.full((math.ceil(len(speech) / self.stack),), self.offset)
-            case Tensor():
+            case "codes", Tensor() if not speech.is_floating_point():
                 ids = self._code_ids(speech)
+            case kind, _:
+                needs = ", and the text tokenizer" if kind == "text" else ""
+                raise VocabularyError(f"this vocabulary needs {kind}{needs}, got {_describe(speech)}")
         return torch.cat([ids.new_tensor([self.start_id]), ids, ids.new_tensor([self.end_id])])
 
     def _code_ids(self, codes: Tensor) -> Tensor:
@@ -195,6 +197,10 @@ def extend_vocabulary(
     vocabulary = AudioVocabulary(encoding, ids[0], ids[count], ids[count + 1], rows, order, stack)
     add_projector(model, vocabulary)
     return vocabulary
+
+
+def _describe(speech: Speech) -> str:
+    return "a text" if isinstance(speech, str) else f"a tensor of {speech.dtype}"
 
 
 def new_rows(text_rows: Tensor, vectors: Tensor, count: int, init: str, generator: torch.Generator) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from speechllm import (
     SpeechLLM,
     Transcripts,
     Utterance,
+    VocabularyError,
     encode_shards,
     export_model,
     extend_vocabulary,
@@ -117,6 +119,17 @@ def test_a_text_is_ordinary_text_between_the_markers(make: Callable[..., SpeechL
     assert text_tokenizer.decode(ids[1:-1]) == said
     assert vocabulary.end_id not in ids[1:-1].tolist()
     assert transcription_prompt(said, vocabulary, text_tokenizer).features is None
+
+
+def test_another_kind_of_speech_is_refused(make: Callable[..., SpeechLLM], features: list[Tensor]) -> None:
+    soft, texts = make(Loudness()).vocabulary, make(Counter()).vocabulary
+    codes = torch.zeros(1, 3, dtype=torch.long)
+    for vocabulary, speech in ((soft, codes), (soft, "CALL"), (texts, codes), (texts, features[0]), (texts, "CALL")):
+        with pytest.raises(VocabularyError, match=f"needs {vocabulary.encoding.kind}.*, got a "):
+            vocabulary.token_ids(speech)
+    of_codes = replace(soft, encoding=Encoding("f" * 16, RATE, 50.0, 1, 1))
+    with pytest.raises(VocabularyError, match=r"needs codes, got a tensor of torch.float32"):
+        of_codes.token_ids(features[0])
 
 
 def examples_of(speech_llm: SpeechLLM, speech: list) -> list[Example]:
