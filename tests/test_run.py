@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 
 from speechllm import (
     Run,
@@ -46,6 +48,9 @@ class OtherProcess:
 
     def wait_for_everyone(self) -> None:
         self.waited += 1
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Trackers listen to the main process only."""
 
 
 def files_in(folder: Path) -> set[str]:
@@ -111,6 +116,27 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
     run.save(1, {})
     run.finish({})
     assert accelerator.waited == 1 and not (tmp_path / "run").exists()
+
+
+def test_trackers_are_told_what_is_logged(tmp_path: Path) -> None:
+    """A tracker of our own: Accelerate passes everything on to it."""
+    told: list[tuple[dict, int | None]] = []
+
+    class Listener(GeneralTracker):
+        name, requires_logging_directory, main_process_only = "listener", False, True
+        tracker = None
+
+        def store_init_configuration(self, values: dict) -> None:
+            told.append((values, None))
+
+        def log(self, values: dict, step: int | None = None, **_: object) -> None:
+            told.append((values, step))
+
+    accelerator = Accelerator(cpu=True, log_with=Listener())
+    accelerator.init_trackers("run")
+    Run(tmp_path, Job(), accelerator).log(3, loss=1.5)
+    assert told[-1] == ({"loss": 1.5}, 3)
+    assert read_log(tmp_path) == [{"step": 3, "loss": 1.5}]
 
 
 # ---- checkpoints and the log
