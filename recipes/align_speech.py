@@ -7,7 +7,6 @@ semantic teacher learns from little speech (train_teacher, objective: alignment)
 phones in layer 0. Utterances that cannot be aligned stay in the manifest without phones, counted by reason.
 """
 
-import json
 import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +25,7 @@ from speechllm import (
     load_audio,
     read_corpus,
     run_recipe,
-    write_text,
+    write_jsonl,
 )
 
 RATE, FRAME_RATE = 16_000, 100  # of PocketSphinx
@@ -55,7 +54,7 @@ def main(config: AlignConfig) -> None:
         {**asdict(utterance), "path": os.path.relpath(utterance.path, folder), "phones": phones}
         for utterance, (phones, _) in zip(utterances, results, strict=True)
     ]
-    write_text(folder / "manifest.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_jsonl(folder / "manifest.jsonl", rows)
     problems = Counter(problem for _, problem in results if problem)
     print(f"aligned {len(results) - problems.total()} of {len(results)} utterances; without phones: {dict(problems)}")
 

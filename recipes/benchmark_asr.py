@@ -87,7 +87,7 @@ def main(config: BenchmarkConfig) -> None:
     examples = [transcription_example(codes_of(row, encoding), row["text"], vocabulary, text_tokenizer) for row in rows]
 
     def packed(batch: Sequence[Example]) -> None:
-        labels = sum(int((example.labels[1:] >= 0).sum()) for example in batch)
+        labels = count_labels(batch)
         for part in micro_batches(batch, config.micro_batch_tokens):
             with autocast:
                 loss = loss_of(part)[0] / labels
@@ -207,6 +207,11 @@ def timed(work: Callable[[], None], device: torch.device) -> tuple[float, float 
     return time.perf_counter() - started, torch.cuda.max_memory_allocated() / 1e9
 
 
+def count_labels(batch: Sequence[Example]) -> int:
+    """What is learnt; the first token of an example is predicted by nothing."""
+    return sum(int((example.labels[1:] >= 0).sum()) for example in batch)
+
+
 def model_flops(model: Any, batch: Sequence[Example], train: str) -> float:
     """Floating point operations that learning from a batch needs, whatever a way of computing spends beyond.
 
@@ -217,9 +222,8 @@ def model_flops(model: Any, batch: Sequence[Example], train: str) -> float:
     head = model.get_output_embeddings().weight.numel()
     layers = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
     lengths = [len(example) for example in batch]
-    labels = sum(int((example.labels[1:] >= 0).sum()) for example in batch)
     attention = 2 * config.num_hidden_layers * config.hidden_size * sum(length**2 for length in lengths)
-    return passes * (2 * layers * sum(lengths) + 2 * head * labels + attention)
+    return passes * (2 * layers * sum(lengths) + 2 * head * count_labels(batch) + attention)
 
 
 def table(results: dict[str, Any]) -> str:

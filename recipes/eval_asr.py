@@ -8,7 +8,6 @@ RESULTS/predictions.jsonl (two of them: `speechllm compare`) and RESULTS/report.
 """
 
 import functools
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,8 +30,8 @@ from speechllm import (
     versions,
     word_error_rate,
     write_json,
+    write_jsonl,
     write_recognition_report,
-    write_text,
 )
 
 
@@ -112,8 +111,7 @@ def main(config: EvalAsrConfig) -> None:
         }
         for row, transcription in zip(rows, found, strict=True)
     ]
-    lines = (json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
-    write_text(folder / "predictions.jsonl", "".join(lines))
+    write_jsonl(folder / "predictions.jsonl", predictions)
     write_json(folder / "results.json", results)
     write_recognition_report(
         folder / "report.html",

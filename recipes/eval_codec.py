@@ -10,7 +10,7 @@ with the reason and never averaged in. Writes RESULTS/results.json and utterance
 Needs the packages of `pip install "speechllm[eval]"`.
 """
 
-import json
+import functools
 import math
 import time
 from collections import deque
@@ -48,7 +48,7 @@ from speechllm import (
     versions,
     word_error_rate,
     write_json,
-    write_text,
+    write_jsonl,
 )
 
 MEASURES = {
@@ -108,7 +108,7 @@ def main(config: EvalCodecConfig) -> None:
     }
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "utterances.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_jsonl(folder / "utterances.jsonl", rows)
     write_json(folder / "results.json", results)
     print(table({ORIGINAL: results["original"], **results["codebooks"]}))
     if failed:
@@ -171,12 +171,12 @@ def collect(waiting: Waiting, sample_rate: int, speaker: SpeakerTeacher | None, 
     utterance, sounds = waiting.utterance, waiting.sounds
     row: Row = {"id": utterance.id, "speaker": utterance.speaker, "text": utterance.text, "scores": {}, "heard": {}}
     failed: dict[str, Row] = {}
+    embed = functools.cache(lambda name: embed_voice(speaker, sounds[name], sample_rate))  # the original once only
     for name, future in waiting.futures.items():
         try:
             scores = asdict(future.result())
             if speaker is not None:
-                voices = [embed_voice(speaker, sounds[one], sample_rate) for one in (ORIGINAL, name)]
-                scores["speaker_similarity"] = float(voices[0] @ voices[1])
+                scores["speaker_similarity"] = float(embed(ORIGINAL) @ embed(name))
         except (AudioError, QualityError) as error:
             failure = {"id": utterance.id, "reason": error.reason, "detail": str(error), "codebooks": []}
             failed.setdefault(str(error), failure)["codebooks"].append(name)

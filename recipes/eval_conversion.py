@@ -18,7 +18,6 @@ RESULTS/results.json, pairs.jsonl and some pairs to listen to, and prints a Mark
 """
 
 import contextlib
-import json
 import random
 import time
 from collections import defaultdict
@@ -60,7 +59,7 @@ from speechllm import (
     voice_frames,
     word_error_rate,
     write_json,
-    write_text,
+    write_jsonl,
 )
 
 MEASURES = {
@@ -139,7 +138,7 @@ def main(config: EvalConversionConfig) -> None:
         "seconds": time.perf_counter() - started,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "pairs.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_jsonl(folder / "pairs.jsonl", rows)
     write_json(folder / "results.json", results)
     print(table(results["methods"]))
     if not results["parallel"]:

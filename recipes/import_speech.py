@@ -22,7 +22,7 @@ import soundfile
 from datasets import Audio, Dataset, IterableDataset, load_dataset, load_from_disk
 from tqdm import tqdm
 
-from speechllm import AudioError, DataError, Run, run_recipe, write_text
+from speechllm import AudioError, DataError, Run, run_recipe, write_jsonl, write_text
 
 COLUMNS = {  # of a data set, by our names; the first that it has is taken
     "id": ("id", "file"),
@@ -164,8 +164,7 @@ def finish(run: Run, rows: list[Row]) -> None:
     for row in kept:
         if times[row["id"]] > 1:  # ids of sentences, not of recordings
             row["id"] = f"{row['id']}-{row['split']}-{Path(row['path']).stem}"
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-    write_text(run.folder / "manifest.jsonl", "".join(lines))
+    write_jsonl(run.folder / "manifest.jsonl", kept)
     summary = {
         "utterances": len(kept),
         "hours": sum(row["duration_s"] for row in kept) / 3600,

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from speechllm import (
@@ -137,10 +138,12 @@ def main(config: AsrConfig) -> None:
 
     # 1. encoded speech of one codec, and that codec
     train, encoding = load_codes(config.codes, config.splits)
-    train = train.filter(lambda text: bool(text), input_columns="text")
-    train = train.select(range(min(len(train), config.max_utterances or len(train))))
-    dev = load_codes(config.codes, config.dev_splits)[0] if config.dev_splits else []
-    dev = [row for row in dev if row["text"]][: config.dev_utterances]
+    train = transcribed(train, config.max_utterances)
+    dev = (
+        [*transcribed(load_codes(config.codes, config.dev_splits)[0], config.dev_utterances)]
+        if config.dev_splits
+        else []
+    )
     if not len(train) or (config.dev_splits and not dev):
         purpose = "validate with" if len(train) else "learn from"
         raise DataError(f"{config.codes}: no utterance to {purpose} has a transcript")
@@ -263,6 +266,12 @@ def refuse_parts(accelerator: Accelerator, config: AsrConfig) -> None:
             "weight_average and, for train: full, row_learning_rate and row_steps need all weights in each process, "
             "but FSDP and DeepSpeed cut them into parts: leave these keys out, or train LoRA"
         )
+
+
+def transcribed(speech: Dataset, most: int | None) -> Dataset:
+    """The first `most` utterances with a transcript, all when None."""
+    speech = speech.filter(lambda text: bool(text), input_columns="text")
+    return speech.select(range(min(len(speech), most or len(speech))))
 
 
 def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[list[Example]]:

@@ -46,7 +46,7 @@ from speechllm import (
     warmup_cosine,
     write_emotion_report,
     write_json,
-    write_text,
+    write_jsonl,
 )
 
 CONTROL = "shuffled labels"
@@ -236,8 +236,7 @@ def report(
     encoding: Encoding,
 ) -> None:
     """Files to keep, a page to look at, a row to paste."""
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for fold in found for row in fold["rows"])
-    write_text(folder / "predictions.jsonl", "".join(lines))
+    write_jsonl(folder / "predictions.jsonl", (row for fold in found for row in fold["rows"]))
     write_json(folder / "results.json", results)
     save_figure(confusion_figure(results["confusion"], EMOTIONS), folder / "confusion.png")
     losses = zip(np.mean([fold["losses"] for fold in found], 0), control["losses"], strict=True)

@@ -120,6 +120,7 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
         warmup_cosine,
         whole_folder,
         write_json,
+        write_jsonl,
         write_text,
     )
     from speechllm.sounds import (
@@ -397,6 +398,7 @@ __all__ = [
     "write_comparison",
     "write_emotion_report",
     "write_json",
+    "write_jsonl",
     "write_recognition_report",
     "write_report",
     "write_text",

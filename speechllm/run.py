@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -201,6 +201,11 @@ def write_text(file: str | Path, text: str) -> None:
 def write_json(file: str | Path, value: Any) -> None:
     """Write indented JSON so that it appears whole or not at all."""
     write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(file: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line so that the file appears whole or not at all."""
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 @contextlib.contextmanager

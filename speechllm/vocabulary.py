@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -183,7 +183,11 @@ def extend_vocabulary(
     rows = max(model.get_input_embeddings().weight.shape[0], len(text_tokenizer))
     model.resize_token_embeddings(rows, mean_resizing=False)
 
-    vectors = codec.codebooks[:layers].flatten(0, 1) if isinstance(codec, DiscreteTokenizer) else torch.empty(0, 1)
+    vectors = (
+        cast(DiscreteTokenizer, codec).codebooks[:layers].flatten(0, 1)
+        if encoding.kind == "codes"
+        else torch.empty(0, 1)
+    )
     generator = torch.Generator().manual_seed(seed)
     matrices = [model.get_input_embeddings().weight]
     output = model.get_output_embeddings()
