@@ -239,8 +239,8 @@ def training(system: SystemConfig, task: str, config: CompareConfig, run: Path, 
 
 def eval_asr(system: SystemConfig, config: CompareConfig, run: Path, seed: int) -> list[str]:
     folder, codes = run / system.name / f"asr_{seed}", encoded(system, "asr", config, run)[1]
-    words = [f"model={folder / 'model'}", f"codes={codes}", f"output={folder / 'test'}"]
-    return ["eval_asr.py", *words, word("splits", config.asr_splits)]
+    words = [f"model={folder / 'model'}", f"codes={codes}", f"codec={codec_of(system, config, run)}"]
+    return ["eval_asr.py", *words, f"output={folder / 'test'}", word("splits", config.asr_splits)]
 
 
 def with_teachers(commands: Commands, config: CompareConfig, run: Path) -> Commands:
