@@ -176,15 +176,14 @@ class SemanticStudent(nn.Module):
             raise SystemExit(f"none of {len(utterances)} recordings of a batch can be used, {utterances[0].path} first")
         utterances = [u for u, _ in pairs]
         waveform, lengths = pad_waveforms([waveform for _, waveform in pairs])
-        frames = (lengths + 319) // 320
         labels = [torch.tensor([self.labels.get(s, 0) for s in self._symbols(u)]) for u in utterances]
         sizes = torch.tensor([len(x) for x in labels])
-        return waveform, frames, nn.utils.rnn.pad_sequence(labels, batch_first=True), sizes
+        return waveform, lengths, nn.utils.rnn.pad_sequence(labels, batch_first=True), sizes
 
-    def forward(self, waveform: Tensor, frames: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
-        scores = F.log_softmax(self.classifier(waveform, frames), -1)
+    def forward(self, waveform: Tensor, lengths: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
+        scores = F.log_softmax(self.classifier(waveform, lengths), -1)
         if self.config.objective == "ctc":
-            return F.ctc_loss(scores.transpose(0, 1), labels, frames, sizes, zero_infinity=True)
+            return F.ctc_loss(scores.transpose(0, 1), labels, frame_counts(lengths), sizes, zero_infinity=True)
         length = min(scores.shape[1], labels.shape[1])
         return F.nll_loss(scores[:, :length].flatten(0, 1), labels[:, :length].flatten(), ignore_index=0)
 
@@ -199,9 +198,9 @@ class SemanticStudent(nn.Module):
             group = [u for u in utterances[first : first + self.config.batch_size] if getattr(u, self.key)]
             if not group:
                 continue
-            waveform, frames, labels, sizes = self._batch(group)
-            best = self.classifier(waveform, frames).argmax(-1)
-            for row, length, label, size, u in zip(best, frames, labels, sizes, group, strict=True):
+            waveform, lengths, labels, sizes = self._batch(group)
+            best = self.classifier(waveform, lengths).argmax(-1)
+            for row, length, label, size, u in zip(best, frame_counts(lengths), labels, sizes, group, strict=True):
                 if self.config.objective == "ctc":
                     references.append(u.text)
                     characters = [names[i] for i in row[:length].unique_consecutive().tolist()]
@@ -284,6 +283,11 @@ class SpeakerStudent(nn.Module):
 
     def save(self, folder) -> None:
         save_ecapa(self.ecapa, self.settings, self.MELS, self.speakers, folder)
+
+
+def frame_counts(lengths: Tensor) -> Tensor:
+    """Codec frames of so many samples."""
+    return -(-lengths // 320)
 
 
 def load_or_warn(path: str) -> Tensor | None:

@@ -276,6 +276,15 @@ def test_two_processes_train_the_tokenizer_like_one(work: Work) -> None:
         assert (one[key] - two[key]).abs().mean() < 1e-3 * one[key].abs().mean(), key
 
 
+def test_two_processes_train_a_teacher_like_one(work: Work) -> None:
+    small = "kind=semantic objective=alignment hidden_size=16 layers=1"
+    work.run("train_teacher.py", f"{small} output=alignment_2 {TEACHER}", processes=2)
+    one, two = work.weights("alignment"), work.weights("alignment_2")
+    assert one.keys() == two.keys()
+    way = 2e-3 * 6  # no weight has gone further in its 6 steps
+    assert torch.cat([(one[key] - two[key]).abs().flatten() for key in one]).mean() < 0.01 * way
+
+
 # ---- started in this process: what is said at the beginning
 
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from tokenizer.teachers import pad_for_frames, receptive_field
+from tokenizer.teachers import HOP, pad_for_frames, receptive_field
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and encoding speech does not need it
     from transformers import HubertModel
@@ -78,13 +78,16 @@ class FrameClassifier(nn.Module):
     def __init__(self, hubert: "HubertModel", labels: int, normalize: bool = True):
         super().__init__()
         self.hubert, self.normalize = hubert, normalize
+        if (mask := getattr(hubert, "masked_spec_embed", None)) is not None:
+            mask.requires_grad_(False)  # nothing is masked here, and several processes wait for every gradient
         self.head = nn.Linear(hubert.config.hidden_size, labels)
         self.margin = receptive_field(hubert.config) - math.prod(hubert.config.conv_stride)
 
-    def forward(self, waveform: Tensor, frames: Tensor) -> Tensor:
-        """waveform float [B, N]; frames long [B], codec frames that hold speech -> scores float [B, T, labels]."""
-        x = pad_for_frames(waveform, self.margin, self.normalize)
-        mask = torch.arange(x.shape[1], device=x.device) < (frames * 320 + self.margin)[:, None]
+    def forward(self, waveform: Tensor, lengths: Tensor) -> Tensor:
+        """waveform float [B, N], zero behind its lengths long [B] in samples -> scores float [B, T, labels]."""
+        x = pad_for_frames(waveform, self.margin, self.normalize, lengths)
+        seen = (lengths + HOP - 1) // HOP * HOP + self.margin  # by the frames that hold speech
+        mask = torch.arange(x.shape[1], device=x.device) < seen[:, None]
         return self.head(self.hubert(x, attention_mask=mask.long()).last_hidden_state)
 
 
