@@ -41,6 +41,7 @@ from speechllm import (
     load_codec,
     load_judge,
     mean_and_interval,
+    quality_table,
     read_corpus,
     reconstruct,
     run_recipe,
@@ -51,15 +52,6 @@ from speechllm import (
     write_jsonl,
 )
 
-MEASURES = {
-    "pesq_wb": "PESQ-WB",
-    "pesq_nb": "PESQ-NB",
-    "stoi": "STOI",
-    "si_sdr": "SI-SDR (dB)",
-    "mel_distance": "mel distance",
-    "speaker_similarity": "speaker similarity",
-    "wer": "WER",
-}
 ORIGINAL = "original"  # stands where the others have their number of codebooks
 Row = dict[str, Any]
 
@@ -110,9 +102,9 @@ def main(config: EvalCodecConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "utterances.jsonl", rows)
     write_json(folder / "results.json", results)
-    print(table({ORIGINAL: results["original"], **results["codebooks"]}))
+    print(quality_table({config.codec: {"quality": results}}).markdown())
     if failed:
-        print(f"\n{len(failed)} without scores, see {folder / 'results.json'}; the first: {failed[0]['detail']}")
+        print(f"{len(failed)} without scores, see {folder / 'results.json'}; the first: {failed[0]['detail']}")
 
 
 def spread(utterances: list[Utterance], most: int | None) -> list[Utterance]:
@@ -197,29 +189,12 @@ def means(rows: Sequence[Row], name: int | str, seed: int) -> Row:
     """Mean scores of one number of codebooks, or of the originals; none of what nothing has been scored for."""
     scores = [row["scores"][name] for row in rows if name in row["scores"]]
     found: Row = {"utterances": len(scores)}
-    for measure in MEASURES:
-        if values := [score[measure] for score in scores if measure in score]:
-            found[measure] = mean_and_interval(values, seed)
+    for measure in scores[0] if scores else ():
+        found[measure] = mean_and_interval([score[measure] for score in scores], seed)
     if heard := [(row["text"], row["heard"][name]) for row in rows if name in row["heard"]]:
         rate = word_error_rate(*zip(*heard, strict=True), seed=seed)
         found["wer"] = {"mean": rate.wer, "ci95": list(rate.ci95), "words": rate.words}
     return found
-
-
-def table(rows: dict[int | str, Row]) -> str:
-    """Markdown: the originals and one row per number of codebooks, means with their intervals."""
-    measures = [name for name in MEASURES if any(name in row for row in rows.values())]
-    lines = [
-        f"| codebooks | tokens/s | kbps | {' | '.join([*(MEASURES[name] for name in measures), 'utterances'])} |",
-        f"|{'---|' * (len(measures) + 4)}",
-    ]
-    for count, row in rows.items():
-        cells = [f"{count}", *(f"{row[rate]:g}" if rate in row else "" for rate in ("tokens_per_second", "kbps"))]
-        for name in measures:
-            low, high = row[name]["ci95"] if name in row else (math.nan, math.nan)
-            cells.append(f"{row[name]['mean']:.3f} ({low:.3f} to {high:.3f})" if name in row else "none")
-        lines.append(f"| {' | '.join(cells)} | {row['utterances']} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

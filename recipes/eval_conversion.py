@@ -43,6 +43,7 @@ from speechllm import (
     SpeakerTeacher,
     Utterance,
     at_16_khz,
+    conversion_table,
     embed_voice,
     hear,
     load_audio,
@@ -62,12 +63,7 @@ from speechllm import (
     write_jsonl,
 )
 
-MEASURES = {
-    "mcd": "MCD (dB)",
-    "f0_correlation": "log-F0 correlation",
-    "speaker_similarity": "speaker similarity",
-    "wer": "WER",
-}
+MEASURES = ("mcd", "f0_correlation", "speaker_similarity")
 LISTEN = 5  # pairs whose sounds are kept
 Row = dict[str, Any]
 
@@ -140,11 +136,11 @@ def main(config: EvalConversionConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "pairs.jsonl", rows)
     write_json(folder / "results.json", results)
-    print(table(results["methods"]))
+    print(conversion_table({config.codec: {"conversion": results}}).markdown())
     if not results["parallel"]:
         print("\nNo target speaker says the words of a source: neither distortion nor pitch correlation.")
     if failed := results["failed"]:
-        print(f"\n{len(failed)} without scores, see {folder / 'results.json'}; the first: {failed[0]['detail']}")
+        print(f"{len(failed)} without scores, see {folder / 'results.json'}; the first: {failed[0]['detail']}")
 
 
 def layer_sets(wanted: list[list[int]] | None, codebooks: int) -> list[list[int]]:
@@ -272,26 +268,6 @@ def means(scores: Sequence[Row], seed: int) -> Row:
         rate = word_error_rate([pair["text"] for pair in heard], [pair["heard"] for pair in heard], seed=seed)
         found["wer"] = {"mean": rate.wer, "ci95": list(rate.ci95), "pairs": len(heard), "words": rate.words}
     return found
-
-
-def table(methods: dict[str, Row]) -> str:
-    """Markdown: one row per method, means with their intervals; the pairs in brackets where some have no score."""
-    measures = [name for name in MEASURES if any(name in row for row in methods.values())]
-    lines = [
-        f"| method | {' | '.join([*(MEASURES[name] for name in measures), 'pairs'])} |",
-        f"|{'---|' * (len(measures) + 2)}",
-    ]
-    for method, row in methods.items():
-        cells = [method]
-        for name in measures:
-            if name not in row:
-                cells.append("none")
-                continue
-            low, high = row[name]["ci95"]
-            fewer = f" [{row[name]['pairs']}]" if row[name]["pairs"] < row["pairs"] else ""
-            cells.append(f"{row[name]['mean']:.3f} ({low:.3f} to {high:.3f}){fewer}")
-        lines.append(f"| {' | '.join(cells)} | {row['pairs']} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

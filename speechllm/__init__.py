@@ -18,8 +18,10 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
     )
     from speechllm.comparison import (
         comparison_markdown,
+        conversion_table,
         pool_emotion,
         pool_recognition,
+        quality_table,
         write_comparison,
     )
     from speechllm.config import (
@@ -307,6 +309,7 @@ __all__ = [
     "codes_of",
     "comparison_markdown",
     "confusion_figure",
+    "conversion_table",
     "convert_encodec",
     "convert_speechtokenizer",
     "convert_voice",
@@ -355,6 +358,7 @@ __all__ = [
     "pool_emotion",
     "pool_recognition",
     "prepare_adapter",
+    "quality_table",
     "read_corpus",
     "read_log",
     "read_sounds",

@@ -12,10 +12,26 @@ from typing import Any
 import numpy as np
 
 from speechllm import page
-from speechllm.cells import DASH, Result, Results, Table, cell, plain
+from speechllm.cells import DASH, Measure, Result, Results, Table, cell, plain
 from speechllm.guidance import guidance
 from speechllm.metrics import seeds_error_rate
 from speechllm.plots import against_bitrate
+
+QUALITY = {  # measures of eval_codec: label and form
+    "pesq_wb": ("PESQ-WB", ".3f"),
+    "pesq_nb": ("PESQ-NB", ".3f"),
+    "stoi": ("STOI", ".3f"),
+    "si_sdr": ("SI-SDR (dB)", ".2f"),
+    "mel_distance": ("mel distance", ".3f"),
+    "speaker_similarity": ("speaker similarity", ".3f"),
+    "wer": ("WER", ".1%"),
+}
+CONVERSION = {  # those of eval_conversion
+    "mcd": ("MCD (dB)", ".2f"),
+    "f0_correlation": ("log-F0 correlation", ".3f"),
+    "speaker_similarity": ("speaker similarity", ".3f"),
+    "wer": ("WER", ".1%"),
+}
 
 
 def comparison_tables(results: Results) -> list[Table]:
@@ -90,12 +106,11 @@ def owners(results: Results) -> dict[str, Result]:
 
 def quality_table(results: Results) -> Table:
     """Speech quality by number of codebooks (the paper's Table 1)."""
-    measures = {"pesq_wb": ".3f", "pesq_nb": ".3f", "stoi": ".3f", "speaker_similarity": ".3f", "wer": ".1%"}
 
-    def row(name: str, count: str, found: Mapping[str, Any]) -> list[str]:
+    def row(name: str, count: int | str, found: Mapping[str, Any]) -> list[str]:
         rates = [plain(found.get("tokens_per_second")), plain(found.get("kbps"))]
-        cells = [cell(found.get(measure), form) for measure, form in measures.items()]
-        return [name, count, *rates, *cells, plain(found.get("utterances"))]
+        cells = [cell(found.get(measure), form) for measure, (_, form) in QUALITY.items()]
+        return [name, f"{count}", *rates, *cells, plain(found.get("utterances"))]
 
     measured = {name: result["quality"] for name, result in results.items() if result.get("quality")}
     bound = next((quality["original"] for quality in measured.values() if quality.get("original")), None)
@@ -105,13 +120,12 @@ def quality_table(results: Results) -> Table:
         rows += [row(name, count, found) for count, found in codebooks.items()] or [row(name, DASH, {})]
     lost = {name: len(quality["failed"]) for name, quality in measured.items() if quality.get("failed")}
     note = "Not scored: " + ", ".join(f"{count} of {name}" for name, count in lost.items()) + "." if lost else ""
-    head = ["system", "codebooks", "tokens/s", "kbps", "PESQ-WB", "PESQ-NB", "STOI", "speaker similarity", "WER"]
-    return Table("Table 1: speech quality", [*head, "utterances"], rows, note)
+    head = ["system", "codebooks", "tokens/s", "kbps", *(label for label, _ in QUALITY.values()), "utterances"]
+    return Table("Table 1: speech quality", head, rows, note)
 
 
 def conversion_table(results: Results) -> Table:
     """Voice conversion by method, between its bounds (the paper's Table 2)."""
-    measures = {"mcd": ".2f", "f0_correlation": ".3f", "speaker_similarity": ".3f", "wer": ".1%"}
     measured = {name: result["conversion"]["methods"] for name, result in results.items() if result.get("conversion")}
     rows, bounds = [], set()
     for name in owners(results) if measured else ():
@@ -120,10 +134,19 @@ def conversion_table(results: Results) -> Table:
             if bound and method in bounds:
                 continue
             bounds |= {method} if bound else set()
-            cells = [cell(found.get(measure), form) for measure, form in measures.items()]
+            cells = [
+                _over_pairs(found.get(measure), found.get("pairs", 0), form)
+                for measure, (_, form) in CONVERSION.items()
+            ]
             rows.append(["any" if bound else name, method, *cells, plain(found.get("pairs"))])
-    head = ["system", "method", "MCD (dB)", "pitch correlation", "speaker similarity", "WER", "pairs"]
-    return Table("Table 2: voice conversion", head, rows)
+    head = ["system", "method", *(label for label, _ in CONVERSION.values()), "pairs"]
+    note = "In brackets: the pairs that a measure is over, where some have none."
+    return Table("Table 2: voice conversion", head, rows, note if any("[" in "".join(row) for row in rows) else "")
+
+
+def _over_pairs(measure: Measure | None, pairs: int, form: str) -> str:
+    """A cell that tells where fewer pairs than all have the measure."""
+    return cell(measure, form) + (f" [{measure['pairs']}]" if measure and measure["pairs"] < pairs else "")
 
 
 def emotion_table(results: Results) -> Table:

@@ -186,8 +186,8 @@ def test_all_codebooks_and_all_splits_are_the_default(
     assert len(table) == 6 and len({line.count("|") for line in table}) == 1
     row = found["codebooks"]["2"]
     cells = [cell.strip() for cell in table[4].strip("|").split("|")]
-    assert cells[:3] == ["2", "100", "0.3"] and cells[-1] == "5"
-    assert cells[3].startswith(f"{row['pesq_wb']['mean']:.3f} (")
+    assert cells[1:4] == ["2", "100", "0.3"] and cells[-1] == "5"
+    assert cells[4].startswith(f"{row['pesq_wb']['mean']:.3f} (")
 
 
 def test_few_utterances_are_spread_over_the_corpus(evaluate: Callable[..., dict], tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_corpus_without_a_usable_recording_has_no_means(
     found = evaluate(tmp_path / "out", f"data={tmp_path}", "layers=[2]")
     assert found["codebooks"] == {"2": {"tokens_per_second": 100.0, "kbps": pytest.approx(0.3), "utterances": 0}}
     assert found["original"] == {"utterances": 0}
-    assert "| 2 | 100 | 0.3 | 0 |" in capsys.readouterr().out
+    assert "| 2 | 100 | 0.3 | 0 |\n" in capsys.readouterr().out
 
 
 def test_more_utterances_than_may_wait_stay_in_order(
