@@ -46,6 +46,7 @@ from speechllm import (
     reconstruct,
     run_recipe,
     speech_quality,
+    spread,
     versions,
     word_error_rate,
     write_json,
@@ -105,13 +106,6 @@ def main(config: EvalCodecConfig) -> None:
     print(quality_table({config.codec: {"quality": results}}).markdown())
     if failed:
         print(f"{len(failed)} without scores, see {folder / 'results.json'}; the first: {failed[0]['detail']}")
-
-
-def spread(utterances: list[Utterance], most: int | None) -> list[Utterance]:
-    """At most `most` utterances in equal steps, so that not only the first speakers are among them."""
-    if most is None or most >= len(utterances):
-        return utterances
-    return [utterances[i * len(utterances) // most] for i in range(most)]
 
 
 @dataclass

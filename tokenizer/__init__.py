@@ -24,7 +24,16 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
         swap_layers,
     )
     from tokenizer.convert import convert_encodec, convert_speechtokenizer
-    from tokenizer.corpus import CorpusError, Crops, StepSampler, Utterance, available_cpus, frame_phones, read_corpus
+    from tokenizer.corpus import (
+        CorpusError,
+        Crops,
+        StepSampler,
+        Utterance,
+        available_cpus,
+        frame_phones,
+        read_corpus,
+        spread,
+    )
     from tokenizer.discriminators import (
         Adversary,
         MultiPeriodDiscriminator,
@@ -194,6 +203,7 @@ __all__ = [
     "small_hubert",
     "speaker_accuracy",
     "speech_quality",
+    "spread",
     "swap_layers",
     "usage_of_counts",
     "validate_codec",

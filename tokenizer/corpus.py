@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import soundfile
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 10  # recordings tried for one crop before giving up
 READERS = 16  # threads that read LibriSpeech's folders: on a network disk every file is a wait
+
+T = TypeVar("T")
 
 
 class CorpusError(ValueError):
@@ -160,6 +162,12 @@ def frame_phones(utterance: Utterance, frames: int, frame_rate: float = 50.0) ->
     ends = np.array([end for _, end in utterance.phones])
     centres = (np.arange(frames) + 0.5) / frame_rate
     return [utterance.phones[i][0] for i in np.minimum(np.searchsorted(ends, centres), len(ends) - 1)]
+
+
+def spread(items: Sequence[T], most: int | None) -> list[T]:
+    """At most `most` of them in equal steps, all when None: the first ones are often of a few speakers only."""
+    count = min(len(items), len(items) if most is None else most)
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 class Crops(Dataset):
