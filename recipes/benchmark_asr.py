@@ -27,6 +27,7 @@ from speechllm import (
     LabelledLoss,
     codes_of,
     extend_vocabulary,
+    label_counts,
     load_codes,
     load_tokenizer,
     make_optimizer,
@@ -35,6 +36,7 @@ from speechllm import (
     run_recipe,
     small_text_tokenizer,
     token_batches,
+    training_flops,
     transcription_example,
     versions,
     write_json,
@@ -87,7 +89,7 @@ def main(config: BenchmarkConfig) -> None:
     examples = [transcription_example(codes_of(row, encoding), row["text"], vocabulary, text_tokenizer) for row in rows]
 
     def packed(batch: Sequence[Example]) -> None:
-        labels = count_labels(batch)
+        labels = label_counts(batch, vocabulary)[0].item()
         for part in micro_batches(batch, config.micro_batch_tokens):
             with autocast:
                 loss = loss_of(part)[0] / labels
@@ -116,7 +118,7 @@ def main(config: BenchmarkConfig) -> None:
                 memory[name] = None if peak is None else max(peak, memory[name] or 0.0)
         if step:
             tokens.append(sum(map(len, batch)))
-            flops.append(model_flops(model, batch, config.train))
+            flops.append(training_flops(model, batch, frozen=config.train != "full"))
 
     ratios = [usual_s / our_s for our_s, usual_s in zip(seconds["packed"], seconds["padded"], strict=True)]
     results = {
@@ -205,25 +207,6 @@ def timed(work: Callable[[], None], device: torch.device) -> tuple[float, float 
     work()
     torch.cuda.synchronize()
     return time.perf_counter() - started, torch.cuda.max_memory_allocated() / 1e9
-
-
-def count_labels(batch: Sequence[Example]) -> int:
-    """What is learnt; the first token of an example is predicted by nothing."""
-    return sum(int((example.labels[1:] >= 0).sum()) for example in batch)
-
-
-def model_flops(model: Any, batch: Sequence[Example], train: str) -> float:
-    """Floating point operations that learning from a batch needs, whatever a way of computing spends beyond.
-
-    Two for each weight that a token meets, three times over (forward, gradients of inputs and of weights; twice where
-    weights are frozen); the head meets labelled tokens only; attention looks at all earlier tokens of its example.
-    """
-    config, passes = model.config, 3 if train == "full" else 2
-    head = model.get_output_embeddings().weight.numel()
-    layers = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
-    lengths = [len(example) for example in batch]
-    attention = 2 * config.num_hidden_layers * config.hidden_size * sum(length**2 for length in lengths)
-    return passes * (2 * layers * sum(lengths) + 2 * head * count_labels(batch) + attention)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@
 Tasks: content (what the codes hold), quality (the paper's Table 1), conversion (2), emotion (3), asr (4). Every step is
 one of the other recipes, started as its own command (printed before it runs); all commands are checked before the first
 one runs. What is finished is skipped and a killed step goes on, so the same command can be repeated at any time, also
-with a system, a task or a seed more (what changes a finished step needs another RUN). Writes RUN/results.json,
+with a system, a task or a seed more; what would change a finished step is refused. Writes RUN/results.json,
 RUN/table.md and RUN/report.html. More: configs/compare/schemes.yaml, configs/compare/initialization.yaml.
 """
 
@@ -27,6 +27,7 @@ from speechllm import (
     load_config,
     pool_emotion,
     pool_recognition,
+    read_jsonl,
     read_log,
     run_recipe,
     versions,
@@ -239,8 +240,8 @@ def training(system: SystemConfig, task: str, config: CompareConfig, run: Path, 
 
 def eval_asr(system: SystemConfig, config: CompareConfig, run: Path, seed: int) -> list[str]:
     folder, codes = run / system.name / f"asr_{seed}", encoded(system, "asr", config, run)[1]
-    words = [f"model={folder / 'model'}", f"codes={codes}", f"codec={codec_of(system, config, run)}"]
-    return ["eval_asr.py", *words, f"output={folder / 'test'}", word("splits", config.asr_splits)]
+    words = [f"model={folder / 'model'}", f"codes={codes}", f"output={folder / 'test'}"]
+    return ["eval_asr.py", *words, word("splits", config.asr_splits)]
 
 
 def with_teachers(commands: Commands, config: CompareConfig, run: Path) -> Commands:
@@ -302,17 +303,16 @@ def collect(system: SystemConfig, config: CompareConfig, run: Path, seconds: dic
         "emotion": pool_emotion({s: read(folder / f"emotion_{s}" / "results.json") for s in config.seeds}),
         "asr": pool_recognition(
             {s: read(folder / f"asr_{s}" / "test" / "results.json") for s in config.seeds},
-            {s: read(folder / f"asr_{s}" / "test" / "predictions.jsonl") for s in config.seeds},
+            {s: read_jsonl(folder / f"asr_{s}" / "test" / "predictions.jsonl") for s in config.seeds},
         ),
         "validation": log[-1] if log else {},
         "minutes": {what: float(np.mean(found)) / 60 for what, found in taken.items() if found},
     }
 
 
-def read(file: Path) -> Any:
-    """What a .json or .jsonl file holds; nothing where there is none."""
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    return [*map(json.loads, text.splitlines())] if file.suffix == ".jsonl" else json.loads(text or "{}")
+def read(file: Path) -> dict[str, Any]:
+    """What a .json file holds; nothing where there is none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from speechllm import (
     Utterance,
     available_cpus,
     read_corpus,
+    read_jsonl,
     read_log,
     read_sounds,
     run_recipe,
@@ -169,7 +170,7 @@ def collect(config: DemoConfig, run: Path, timer: Stages) -> dict[str, object]:
     return {
         "wer": evaluation["wer"],
         "wer_ci95": evaluation["ci95"],
-        "wer_shuffled_audio": evaluation["wer_shuffled_audio"],
+        "wer_shuffled_audio": evaluation.get("wer_shuffled_audio"),  # None with one utterance only
         "utterances": evaluation["utterances"],
         "words": evaluation["words"],
         "normalizer": evaluation["normalizer"],
@@ -192,7 +193,6 @@ def collect(config: DemoConfig, run: Path, timer: Stages) -> dict[str, object]:
 def report(run: Path, results: dict[str, object]) -> None:
     """The page to look at: report.html."""
     codec = json.loads((run / "tokenizer_results.json").read_text(encoding="utf-8"))
-    predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     write_report(
         run / "report.html",
         title="speechllm demo",
@@ -201,7 +201,7 @@ def report(run: Path, results: dict[str, object]) -> None:
         asr_log=read_log(run / "asr"),
         codebook_counts=[np.array(layer["counts"]) for layer in codec["usage"]],
         reconstruction=read_sounds(run / "tokenizer" / "samples"),
-        predictions=predictions,
+        predictions=read_jsonl(run / "predictions.jsonl"),
     )
 
 
@@ -221,8 +221,9 @@ def summary(run: Path, results: dict[str, object]) -> str:
     lines = [
         f"\nWER {results['wer']:.1%} (95 % interval {low:.1%} to {high:.1%}) on {results['utterances']} utterances of "
         f"unseen speakers, at {results['tokens_per_second']:.1f} tokens/s",
-        f"WER with another utterance's audio {results['wer_shuffled_audio']:.1%} (the model listens if this is high)",
     ]
+    if (control := results["wer_shuffled_audio"]) is not None:
+        lines.append(f"WER with another utterance's audio {control:.1%} (the model listens if this is high)")
     if content := results["content"]:
         layer0, baseline = content["layer_0"]["pnmi"], content["log_mel_kmeans"]["pnmi"]
         lines.append(f"{content['label']} information in layer 0: PNMI {layer0:.2f}; log-mel k-means {baseline:.2f}")

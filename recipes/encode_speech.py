@@ -4,7 +4,8 @@
 
 The codec is any audio tokenizer: `features:NAME` stores continuous features (float16; 100 h of 768 dimensions at 50
 frames/s are 28 GB), `recognizer:NAME` what a recogniser hears.
-Runs in parallel over processes, goes on where a killed run stopped, and counts what it had to leave out and why.
+Runs in parallel over processes, goes on where a killed run stopped, counts what it had to leave out and why, and lists
+all of it in CODES/left_out.jsonl.
 Texts are normalised here, once for training and evaluation: lower case without punctuation, because pretrained language
 models have seldom read LibriSpeech's capitals. recipes/import_speech.py makes a corpus folder of a data set of the hub.
 """
@@ -16,9 +17,11 @@ from tqdm import tqdm
 
 from speechllm import (
     encode_shards,
+    left_out_of_shards,
     load_tokenizer,
     make_accelerator,
     read_corpus,
+    report_left_out,
     run_recipe,
     summarize_shards,
     write_json,
@@ -59,6 +62,7 @@ def main(config: EncodeConfig) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         summary = summarize_shards(config.output)
+        report_left_out(config.output, left_out_of_shards(config.output))
         write_json(f"{config.output}/done.json", {**summary, "parameters": sum(p.numel() for p in codec.parameters())})
         print(f"encoded {summary['utterances']} utterances, {summary['hours']:.2f} h; skipped {summary['skipped']}")
 

@@ -11,6 +11,7 @@ import functools
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,19 +41,21 @@ class EvalAsrConfig:
     model: str  # folder of train_asr, or one that `SpeechLLM.save` wrote
     codes: str  # folder of encode_speech
     output: str  # folder for results.json, predictions.jsonl and report.html
-    codec: str | None = None  # its audio tokenizer, where that is not saved beside the model
+    base: str | None = None  # another place of the language model under an adapter than the recorded one
     splits: list[str] | None = None  # all when null
-    normalizer: str = "librispeech"  # or whisper_english, none
+    normalizer: Literal["librispeech", "whisper_english", "none"] = "librispeech"
     beams: int = 1  # 1: greedy
     fallback: bool = True  # decode runaway answers again, by beam search without repetitions
     shuffled_audio: bool = True  # also run the control
+    precision: Literal["no", "bf16"] = "bf16"  # of the language model on a GPU
     batch_size: int = 32  # answers written at a time: with 4 beams 8 utterances
     seed: int = 0
 
 
 def main(config: EvalAsrConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    speech_llm = merge(load_speech_llm(config.model, config.codec, device))
+    dtype = torch.bfloat16 if device == "cuda" and config.precision == "bf16" else None
+    speech_llm = merge(load_speech_llm(config.model, None, device, dtype, config.base, with_codec=False))
     rows, encoding = load_codes(config.codes, config.splits)
     speech_llm.vocabulary.require(encoding)
     rows = [row for row in rows if row["text"]]
@@ -62,7 +65,7 @@ def main(config: EvalAsrConfig) -> None:
     durations_s = [row["duration_s"] for row in rows]
     references = [row["text"] for row in rows]
     speakers = [row["speaker"] or "?" for row in rows]
-    word_error_rate(references, references, config.normalizer)  # what cannot be scored fails now, not after decoding
+    word_error_rate(references, references, config.normalizer)  # what cannot be scored fails before it is decoded
     decode = functools.partial(
         recognize,
         speech_llm=speech_llm,
@@ -92,12 +95,6 @@ def main(config: EvalAsrConfig) -> None:
         "encoded": summarize_shards(config.codes),  # how the texts were normalised, what was left out
         "versions": versions(),
     }
-    if config.shuffled_audio and len(speech) > 1:
-        order = cyclic_shuffle(len(speech), config.seed)
-        others = decode([speech[i] for i in order], durations_s=[durations_s[i] for i in order])
-        shuffled = [transcription.text for transcription in others]
-        results["wer_shuffled_audio"] = word_error_rate(references, shuffled, config.normalizer).wer
-
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     predictions = [
@@ -112,7 +109,14 @@ def main(config: EvalAsrConfig) -> None:
         for row, transcription in zip(rows, found, strict=True)
     ]
     write_jsonl(folder / "predictions.jsonl", predictions)
-    write_json(folder / "results.json", results)
+    write_json(folder / "results.json", results)  # and once more with the control, which takes as long again
+
+    if config.shuffled_audio and len(speech) > 1:
+        order = cyclic_shuffle(len(speech), config.seed)
+        others = decode([speech[i] for i in order], durations_s=[durations_s[i] for i in order])
+        shuffled = [transcription.text for transcription in others]
+        results["wer_shuffled_audio"] = word_error_rate(references, shuffled, config.normalizer).wer
+        write_json(folder / "results.json", results)
     write_recognition_report(
         folder / "report.html",
         title=f"{config.model} on {', '.join(config.splits or ['all splits'])}",

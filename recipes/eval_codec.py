@@ -86,12 +86,8 @@ def main(config: EvalCodecConfig) -> None:
 
     failed = [failure for row in rows for failure in row["failed"]]
     results = {
-        "codec": config.codec,
+        "config": asdict(config),
         "codec_fingerprint": codec.fingerprint,
-        "data": config.data,
-        "splits": config.splits,
-        "speaker": config.speaker,
-        "judge": config.judge,
         "utterances": len(rows),
         "original": means(rows, ORIGINAL, config.seed),
         "codebooks": {count: rates(count, codec) | means(rows, count, config.seed) for count in counts},

@@ -22,7 +22,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from speechllm import (
     QualityError,
     SpeakerTeacher,
     Utterance,
+    align_voices,
     at_16_khz,
     conversion_table,
     embed_voice,
@@ -85,12 +86,12 @@ class EvalConversionConfig:
 
 @dataclass(frozen=True)
 class Pair:
-    """Recordings of one conversion; see above. `voice` is the one the speaker's similarity is measured against."""
+    """Recordings of one conversion; see above. `voice` is the further one that similarity is measured against."""
 
     source: Utterance
     target: Utterance
     reference: Utterance | None
-    voice: Utterance
+    voice: Utterance | None
 
 
 def main(config: EvalConversionConfig) -> None:
@@ -120,12 +121,8 @@ def main(config: EvalConversionConfig) -> None:
         rows.append(row)
 
     results = {
-        "codec": config.codec,
+        "config": asdict(config),
         "codec_fingerprint": codec.fingerprint,
-        "data": config.data,
-        "splits": config.splits,
-        "speaker": config.speaker,
-        "judge": config.judge,
         "pairs": len(rows),
         "parallel": sum(pair.reference is not None for pair in pairs),
         "methods": summarize(rows, config.seed),
@@ -170,7 +167,7 @@ def choose_pairs(utterances: Sequence[Utterance], most: int, seed: int) -> list[
         references = [recording for recording in same if recording is not target]
         reference = min(references, key=lambda r: abs(r.duration_s - source.duration_s), default=None)
         others = [recording for recording in recordings if recording not in (target, reference)]
-        pairs.append(Pair(source, target, reference, draw.choice(others) if others else reference or target))
+        pairs.append(Pair(source, target, reference, draw.choice(others) if others else None))
     return pairs
 
 
@@ -185,7 +182,7 @@ def noted(row: Row, method: str | None) -> Iterator[None]:
 
 
 def load_sounds(pair: Pair, rate: int) -> dict[str, Tensor]:
-    """The recordings of a pair by role, float [N]; without "reference" where there is none."""
+    """The recordings of a pair by role, float [N]; without "reference" or "voice" where there is none."""
     recordings = {role: recording for role, recording in vars(pair).items() if recording is not None}
     return {role: load_audio(r.path, rate, max_duration_s=MAX_SCORED_S) for role, r in recordings.items()}
 
@@ -195,12 +192,12 @@ def convert(
     sounds: dict[str, Tensor], codec: Codec, layers: list[list[int]], freevc: FreeVC | None
 ) -> dict[str, Tensor]:
     """What each method makes of a pair, float [N] on the CPU, between the two bounds."""
-    device = codec.codebooks.device
+    device, codebooks = codec.device, codec.codebooks
     source, target = (codec.encode(sounds[role][None].to(device)) for role in ("source", "target"))
     codes = {f"source, {n} codebooks": source.first(n) for n in sorted({max(chosen) + 1 for chosen in layers})}
     for chosen in layers:
         for matching in MATCHINGS:
-            swapped = swap_layers(source, target, chosen, matching, codec.codebooks)
+            swapped = swap_layers(source, target, chosen, matching, codebooks)
             codes[f"swap {numbers(chosen)}, by {matching}"] = swapped
     made = {name: codec.decode(one)[0].cpu() for name, one in codes.items()}
     if freevc is not None:
@@ -224,17 +221,17 @@ def score(
     judge: AudioTokenizer | None,
     row: Row,
 ) -> dict[str, Row]:
-    """Scores by method, as far as there are a reference and judges; what fails is noted in the row."""
+    """Scores by method, as far as there are recordings and judges for them; what fails is noted in the row."""
     reference = voice_frames(sounds["reference"], rate) if pair.reference else None
-    voice = embed_voice(speaker, sounds["voice"], rate) if speaker else None
+    voice = embed_voice(speaker, sounds["voice"], rate) if speaker and pair.voice else None
     scores: dict[str, Row] = {name: {} for name in converted}
     for name, sound in converted.items():
         if reference is not None:
             with noted(row, name):
-                frames = voice_frames(sound, rate)
-                scores[name]["mcd"] = mel_cepstral_distortion(frames, reference)
-                scores[name]["f0_correlation"] = pitch_correlation(frames, reference)
-        if speaker is not None:
+                voices = align_voices(voice_frames(sound, rate), reference)
+                scores[name]["mcd"] = mel_cepstral_distortion(voices)
+                scores[name]["f0_correlation"] = pitch_correlation(voices)
+        if voice is not None:
             with noted(row, name):
                 scores[name]["speaker_similarity"] = float(embed_voice(speaker, sound, rate) @ voice)
         spoken = pair.target if name == "target" and pair.reference is None else pair.source

@@ -2,14 +2,16 @@
 
     python recipes/eval_tokenizer.py codes=CODES data=CORPUS output=results.json test_splits=[test]
 
-Content needs a phone alignment (recipes/align_speech.py makes one), or texts that are single words; it is measured on
-the utterances that have them.
+Content needs codes at a fixed rate and a phone alignment (recipes/align_speech.py makes one), or texts that are single
+words; it is measured on the utterances that have them.
 The probe (probe_steps=2000, say) measures it on any corpus with texts: a small recogniser learns to read the training
 splits' codes, and its error rate on the test splits is set beside that of one that reads log-mel k-means units.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import chain
 
 import numpy as np
 import torch
@@ -32,11 +34,14 @@ from speechllm import (
     read_corpus,
     run_recipe,
     speaker_accuracy,
+    versions,
     word_error_rate,
     write_json,
 )
 
-UnitsOf = Callable[[dict[str, object]], torch.Tensor]  # a row of encoded speech -> units long [T]
+LOG_MEL_RATE = 50.0  # frames/s of the baseline
+Row = dict[str, object]  # of encoded speech
+UnitsOf = Callable[[Row], torch.Tensor]  # units long [T]
 
 
 @dataclass
@@ -58,24 +63,29 @@ def main(config: EvalTokenizerConfig) -> None:
     if config.probe_steps:
         check_for_probe(train, test)
     corpus = {utterance.id: utterance for utterance in read_corpus(config.data)}
-    results = {"usage": usage(test, encoding), "speaker": speakers(train, encoding)}
-    labels = frame_labels(test, corpus, encoding)
-    if labels is not None or config.probe_steps:
+    results = {
+        "config": asdict(config),
+        "codec_fingerprint": encoding.fingerprint,
+        "versions": versions() | {"scikit-learn": version("scikit-learn")},
+        "usage": usage(test, encoding),
+        "speaker": speakers(train, encoding),
+    }
+    kind, pairs = labelled(test, corpus, encoding)
+    if pairs or config.probe_steps:
         units = {"layer_0": lambda row: codes_of(row, encoding)[0]}
         if config.baseline:
             units["log_mel_kmeans"] = log_mel_clusters(config, train, corpus, encoding.codebook_size)
-    if labels is not None:
-        kind, rows, per_frame = labels
-        results["content"] = {"label": kind, "utterances": len(rows)} | {
-            name: label_information(torch.cat([units_of(row) for row in rows]).numpy(), per_frame)
-            for name, units_of in units.items()
+    if pairs:
+        rates = {"layer_0": encoding.frame_rate, "log_mel_kmeans": LOG_MEL_RATE}
+        results["content"] = {"label": kind, "utterances": len(pairs)} | {
+            name: content(pairs, units_of, rates[name]) for name, units_of in units.items()
         }
     if config.probe_steps:
         results["probe"] = {"steps": config.probe_steps} | {
             name: probe(config, train, test, units_of, encoding.codebook_size) for name, units_of in units.items()
         }
     write_json(config.output, results)
-    print({name: value for name, value in results.items() if name != "usage"})
+    print({name: results[name] for name in ("speaker", "content", "probe") if name in results})
 
 
 def usage(codes: Dataset, encoding: Encoding) -> list[dict[str, object]]:
@@ -91,10 +101,13 @@ def usage(codes: Dataset, encoding: Encoding) -> list[dict[str, object]]:
 
 
 def speakers(codes: Dataset, encoding: Encoding) -> dict[str, float]:
-    """Accuracy of telling the speaker from one layer's code histogram, for the layers the paper teaches."""
+    """Accuracy of telling the speaker from one layer's code histogram, for the layers the paper teaches.
+
+    Nothing with a single speaker, or where none has a second utterance to be told by.
+    """
     rows = [row for row in codes if row["speaker"]]
     names = [row["speaker"] for row in rows]
-    if len(set(names)) < 2:
+    if len(set(names)) in (1, len(names)):
         return {}
     layers = range(min(2, encoding.layers))
     accuracy = {
@@ -106,23 +119,28 @@ def speakers(codes: Dataset, encoding: Encoding) -> dict[str, float]:
     return {**accuracy, "speakers": len(set(names)), "chance": 1 / len(set(names))}
 
 
-def frame_labels(
+def labelled(
     codes: Dataset, corpus: dict[str, Utterance], encoding: Encoding
-) -> tuple[str, list[dict[str, object]], list[str]] | None:
-    """("phone" or "word", the rows whose labels the corpus knows, the label of every frame), if there are any."""
+) -> tuple[str, list[tuple[Row, Utterance]]]:
+    """What labels a frame, "phone" or "word", and the rows that have such labels; none where frames have no time."""
     pairs = [(row, corpus[row["id"]]) for row in codes]
-    if aligned := [(row, utterance) for row, utterance in pairs if utterance.phones]:
-        kind, pairs = "phone", aligned
-        labels = [frame_phones(utterance, frames(row, encoding), encoding.frame_rate) for row, utterance in pairs]
-    elif all(utterance.text and " " not in utterance.text for _, utterance in pairs):
-        kind, labels = "word", [[utterance.text] * frames(row, encoding) for row, utterance in pairs]
-    else:
-        return None
-    return kind, [row for row, _ in pairs], [label for utterance in labels for label in utterance]
+    aligned = [(row, utterance) for row, utterance in pairs if utterance.phones]
+    words = all(utterance.text and " " not in utterance.text for _, utterance in pairs)
+    kind, pairs = ("phone", aligned) if aligned else ("word", pairs if words else [])
+    if pairs and encoding.deduplicated:
+        print(f"no {kind} information: repeats are merged in these codes, so that no frame has a time")
+        return kind, []
+    return kind, pairs
 
 
-def frames(row: dict[str, object], encoding: Encoding) -> int:
-    return len(row["codes"]) // encoding.layers
+def content(pairs: Sequence[tuple[Row, Utterance]], units_of: UnitsOf, rate: float) -> dict[str, float]:
+    """What units tell about the phone or word at their time, `rate` of them a second."""
+    units = [units_of(row) for row, _ in pairs]
+    labels = [
+        frame_phones(utterance, len(ids), rate) if utterance.phones else [utterance.text] * len(ids)
+        for ids, (_, utterance) in zip(units, pairs, strict=True)
+    ]
+    return label_information(torch.cat(units).numpy(), list(chain.from_iterable(labels)))
 
 
 def log_mel_clusters(
@@ -130,7 +148,7 @@ def log_mel_clusters(
 ) -> UnitsOf:
     """The baseline: k-means of log-mel frames with as many clusters as the codebook has codes."""
 
-    def features(row: dict[str, object]) -> np.ndarray:
+    def features(row: Row) -> np.ndarray:
         return log_mel_features(load_audio(corpus[row["id"]].path))
 
     chosen = np.random.default_rng(config.seed).permutation(len(train))[: config.kmeans_utterances]

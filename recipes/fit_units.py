@@ -3,12 +3,13 @@
     python recipes/fit_units.py model=HUBERT data=CORPUS output=RUN clusters=500 layer=6 "splits=[train]"
 
 Frames are those of utterances in a random order, up to `max_frames`. RUN/model is then an audio tokenizer like a codec;
-RUN/results.json tells how far frames lie from their centroids, how many units are in use, and what was left out.
+RUN/results.json tells how far frames lie from their centroids and how many units are in use, RUN/left_out.jsonl which
+recordings could not be used.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,9 +23,11 @@ from speechllm import (
     FeatureEncoder,
     UnitTokenizer,
     Utterance,
+    left_out_row,
     load_audio,
     make_accelerator,
     read_corpus,
+    report_left_out,
     run_recipe,
     usage_of_counts,
     versions,
@@ -54,7 +57,8 @@ class UnitsConfig:
 def main(config: UnitsConfig) -> None:
     utterances = read_corpus(config.data, config.splits)
     encoder = FeatureEncoder.from_pretrained(config.model, config.layer).to(make_accelerator().device)
-    frames, skipped = collect(utterances, encoder, config)
+    frames, left_out = collect(utterances, encoder, config)
+    skipped = dict(Counter(row["reason"] for row in left_out))
     if len(frames) < config.clusters:
         raise SystemExit(f"error: {config.data}: {len(frames)} frames cannot make {config.clusters} clusters {skipped}")
     kmeans = MiniBatchKMeans(config.clusters, batch_size=10_000, n_init=5, random_state=config.seed).fit(frames)
@@ -63,7 +67,9 @@ def main(config: UnitsConfig) -> None:
     run = Path(config.output)
     with whole_folder(run / "model") as folder:
         units.save_pretrained(folder)
+    report_left_out(run, left_out)
     results = {
+        "config": asdict(config),
         "fingerprint": units.fingerprint,
         "frames": len(frames),
         "inertia": kmeans.inertia_ / len(frames),  # mean squared distance of a frame to its centroid
@@ -78,23 +84,23 @@ def main(config: UnitsConfig) -> None:
 
 def collect(
     utterances: Sequence[Utterance], encoder: FeatureEncoder, config: UnitsConfig
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Frames float [M, C] of utterances in a random order, and how many recordings were left out for which reason."""
+) -> tuple[np.ndarray, list[dict[str, str]]]:
+    """Frames float [M, C] of utterances in a random order, and the recordings that were left out."""
     found: list[np.ndarray] = []
-    skipped: Counter[str] = Counter()
+    left_out: list[dict[str, str]] = []
     with tqdm(total=config.max_frames, desc="features", unit="frames", dynamic_ncols=True) as bar:
         for index in np.random.default_rng(config.seed).permutation(len(utterances)):
             try:
                 waveform = load_audio(utterances[index].path, max_duration_s=config.max_duration_s)
             except AudioError as error:
-                skipped[error.reason] += 1
+                left_out.append(left_out_row(utterances[index], error))
                 continue
             found.append(encoder.encode(waveform[None].to(encoder.device)).utterance(0).numpy())
             bar.update(len(found[-1]))
             if bar.n >= config.max_frames:
                 break
     frames = np.concatenate(found)[: config.max_frames] if found else np.empty((0, encoder.width), np.float32)
-    return frames, dict(skipped)
+    return frames, left_out
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ from speechllm import (
     make_accelerator,
     make_optimizer,
     micro_batches,
+    prepare,
     prepare_adapter,
+    read_log,
     recognize,
     run_recipe,
     seed_step,
@@ -47,13 +49,18 @@ from speechllm import (
     small_qwen2,
     small_text_tokenizer,
     speech_of,
+    spread,
     text_example,
     token_batches,
+    training_plan,
     transcription_example,
     warmup_cosine,
     whole_folder,
     word_error_rate,
+    write_training_report,
 )
+
+FREE = "micro_batch_tokens gradient_checkpointing trackers log_every save_every".split()  # may change in the middle
 
 
 @dataclass
@@ -89,7 +96,7 @@ class AsrConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     splits: list[str] | None = None  # training splits, all when null
     dev_splits: list[str] | None = None  # for the WER while training, none when null
-    max_utterances: int | None = None  # of the training splits, the first ones; all when null
+    max_utterances: int | None = None  # of the training splits, evenly chosen; all when null
     layers: int = 1  # codebooks the model reads; 1 is 50 tokens/s
     order: Literal["frame", "layer", "delay", "semantic"] = "frame"  # in which it reads several of them
     stack: int = 2  # continuous features that make one token
@@ -103,13 +110,13 @@ class AsrConfig:
     row_learning_rate: float | None = None  # of the new rows; null: as the rest
     row_steps: int = 0  # first steps, in which the new rows alone are trained
     weight_decay: float = 0.01  # of neither embeddings nor norms and biases
-    warmup: int = 500  # steps
+    warmup: int = 500  # steps, at the start and again after row_steps
     clip: float = 1.0  # largest gradient norm
     precision: Literal["no", "bf16"] = "bf16"
     gradient_checkpointing: bool = False  # less memory for a third more computation
     weight_average: float | None = None  # decay of a moving average of the weights, to be used in their place
     validate_every: int = 1000  # steps
-    dev_utterances: int = 100  # at most, for the WER while training
+    dev_utterances: int = 100  # at most, evenly chosen, for the WER while training
     keep_best: bool = True  # export the weights of the best validation, not the last ones
     patience: int | None = None  # end after so many validations without a better WER; null: never
     trackers: list[Literal["tensorboard", "wandb"]] | None = None  # that get what is logged, too
@@ -149,7 +156,7 @@ def main(config: AsrConfig) -> None:
         raise DataError(f"{config.codes}: no utterance to {purpose} has a transcript")
     codec = load_tokenizer(config.codec)
     encoding.require(codec.fingerprint, config.codec)
-    run = Run(config.output, config, accelerator, config.trackers)
+    run = Run(config.output, config, accelerator, config.trackers, free=FREE)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
         return
@@ -181,11 +188,26 @@ def main(config: AsrConfig) -> None:
     optimizer = make_optimizer(model, vocabulary, config.learning_rate, config.weight_decay, config.row_learning_rate)
     training = TrainingState(accelerator, model, optimizer, config.weight_average)
     speech_llm = SpeechLLM(training.judged, text_tokenizer, vocabulary, codec)
-    accelerator.print(plan(config, examples, model, rows))
+    accelerator.print(
+        training_plan(
+            model,
+            examples,
+            steps=config.steps,
+            batch_tokens=config.batch_tokens,
+            micro_batch_tokens=config.micro_batch_tokens,
+            form=config.train,
+            averaged=config.weight_average is not None,
+            device=accelerator.device,
+            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+            processes=accelerator.num_processes,
+        )
+    )
+    accelerator.print(
+        f"new rows ({config.init}): norm {rows['new_row_norm']:.3f}, of text rows {rows['text_row_norm']:.3f}; mean "
+        f"cosine between new rows {rows['new_row_cosine']:.3f}"
+    )
+    loss_of, optimizer = prepare(accelerator, loss_of, optimizer, config.clip)
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    if deepspeed:  # asks for this number, but there is no loader it would be about
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
-    loss_of, optimizer = accelerator.prepare(loss_of, optimizer)
     start = 0
     if state := run.resume():
         start = state["step"]
@@ -199,7 +221,7 @@ def main(config: AsrConfig) -> None:
     model.train()
     for step in (bar := run.steps(start, config.steps, "asr")):
         seed_step(config.seed, step, accelerator.process_index)
-        set_learning_rate(optimizer, warmup_cosine(step, config.steps, config.warmup))
+        set_learning_rate(optimizer, warmup_cosine(step, config.steps, config.warmup, joined=config.row_steps))
         batch = next(text_batches) if step < text_steps else augmentation(next(audio_batches), (config.seed, step))
         counts = label_counts(batch, vocabulary).clamp(min=1).to(accelerator.device)
         weights = torch.tensor([1.0, config.speech_loss], device=accelerator.device) / counts
@@ -228,13 +250,13 @@ def main(config: AsrConfig) -> None:
             run.log(done, loss=loss, **speech, lr=rate, tokens=sum(map(len, batch)))
             bar.set_postfix(loss=f"{loss:.3f}")
         if validating:
-            training.gather()
-            if run.main:
-                wer = dev_wer(dev, encoding, speech_llm)
-                run.log(done, dev_wer=wer)
-                training.offer(done, wer, keep=config.keep_best)
-                if training.best.worse == config.patience:
-                    accelerator.set_trigger()
+            with training.judging():
+                if run.main:
+                    wer = dev_wer(dev, encoding, speech_llm)
+                    run.log(done, dev_wer=wer)
+                    training.offer(done, wer, keep=config.keep_best)
+                    if training.best.worse == config.patience:
+                        accelerator.set_trigger()
             if accelerator.check_trigger():
                 accelerator.print(
                     f"no better WER in {config.patience} validations: the training ends after {done} steps"
@@ -244,14 +266,18 @@ def main(config: AsrConfig) -> None:
             run.save(done, training.state_dict())
 
     # 6. export
-    training.gather()
+    with training.judging():
+        if run.main:
+            training.take_best()
+            training.judged.eval()
+            with whole_folder(run.folder / "model") as folder:
+                speech_llm.save(folder)
     if run.main:
-        training.take_best()
-        training.judged.eval()
-        with whole_folder(run.folder / "model") as folder:
-            speech_llm.save(folder)
         best = {"dev_wer": training.best.wer, "best_step": training.best.step} if dev else {}
-        run.finish({"steps": done, "loss": loss, **best, "codec_fingerprint": codec.fingerprint})
+        summary = {"steps": done, "loss": loss, **best, "codec_fingerprint": codec.fingerprint}
+        log = read_log(run.folder)
+        write_training_report(run.folder / "report.html", title=config.output, summary=summary, log=log)
+        run.finish(summary)
         print(f"speech language model saved in {run.folder / 'model'}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -266,12 +292,14 @@ def refuse_parts(accelerator: Accelerator, config: AsrConfig) -> None:
             "weight_average and, for train: full, row_learning_rate and row_steps need all weights in each process, "
             "but FSDP and DeepSpeed cut them into parts: leave these keys out, or train LoRA"
         )
+    if config.row_steps and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise RunError("row_steps: DeepSpeed steps before gradients can be dropped: leave this key out")
 
 
 def transcribed(speech: Dataset, most: int | None) -> Dataset:
-    """The first `most` utterances with a transcript, all when None."""
+    """At most `most` of the utterances with a transcript, all when None."""
     speech = speech.filter(lambda text: bool(text), input_columns="text")
-    return speech.select(range(min(len(speech), most or len(speech))))
+    return speech.select(spread(range(len(speech)), most))
 
 
 def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[list[Example]]:
@@ -285,33 +313,6 @@ def dev_wer(dev: list[dict[str, object]], encoding: Encoding, speech_llm: Speech
     speech, durations_s = [speech_of(row, encoding) for row in dev], [row["duration_s"] for row in dev]
     found = recognize(speech, speech_llm, batch_size=50, durations_s=durations_s)
     return word_error_rate([row["text"] for row in dev], [transcription.text for transcription in found]).wer
-
-
-def plan(config: AsrConfig, examples: list[Example], model: torch.nn.Module, rows: dict[str, float]) -> str:
-    """What is about to happen, in four lines."""
-    tokens = sum(map(len, examples))
-    labels = sum(int((example.labels >= 0).sum()) for example in examples)
-    each = config.batch_tokens * len(examples) / tokens  # utterances in a step
-    weights = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    state = 4 * (weights + trained * (4 if config.weight_average else 3))  # and gradients and two moments, in float32
-    logits = (
-        16
-        * len(model.get_output_embeddings().weight)
-        * min(config.micro_batch_tokens, config.batch_tokens)
-        * labels
-        / tokens
-    )  # with gradients
-    return (
-        f"asr: {len(examples)} utterances, {tokens:,} tokens of which {labels:,} are learnt; {config.steps} steps of "
-        f"up to {config.batch_tokens:,} tokens, about {each:.0f} utterances ({config.steps * each / len(examples):.1f} "
-        "passes), without padding\n"
-        f"model: {weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained ({config.train})\n"
-        f"memory: {state / 1e9:.2f} GB for weights, gradients and AdamW, {logits / 1e9:.2f} GB for logits of a micro "
-        f"batch; activations come on top\n"
-        f"new rows ({config.init}): norm {rows['new_row_norm']:.3f}, of text rows {rows['text_row_norm']:.3f}; mean "
-        f"cosine between new rows {rows['new_row_cosine']:.3f}"
-    )
 
 
 if __name__ == "__main__":

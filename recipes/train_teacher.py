@@ -11,9 +11,10 @@ Both load through the same door as facebook/hubert-base-ls960 and speechbrain/sp
 """
 
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,6 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from speechllm import (
-    AudioError,
     Crops,
     FrameClassifier,
     Run,
@@ -30,10 +30,11 @@ from speechllm import (
     Utterance,
     endless_batches,
     frame_phones,
-    load_audio,
+    load_usable,
     make_accelerator,
     pad_waveforms,
     read_corpus,
+    read_log,
     run_recipe,
     save_ecapa,
     save_hubert,
@@ -41,8 +42,10 @@ from speechllm import (
     seed_step,
     set_learning_rate,
     small_hubert,
+    spread,
     warmup_cosine,
     whole_folder,
+    write_training_report,
 )
 
 HEAD_RATE = 20  # how much faster a new head learns on a HuBERT that is not new
@@ -79,7 +82,8 @@ class TeacherConfig:
 
 def main(config: TeacherConfig) -> None:
     accelerator = make_accelerator()
-    utterances = [u for u in read_corpus(config.data, config.splits) if u.duration_s <= config.max_duration_s]
+    utterances = short_enough(config, config.splits)
+    dev = spread(short_enough(config, config.dev_splits), 8 * config.batch_size) if config.dev_splits else []
     run = Run(config.output, config, accelerator)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
@@ -87,7 +91,7 @@ def main(config: TeacherConfig) -> None:
     set_seed(config.seed)
 
     # 1. a student with its batches
-    student = (SemanticStudent if config.kind == "semantic" else SpeakerStudent)(config, utterances)
+    student = (SemanticStudent if config.kind == "semantic" else SpeakerStudent)(config, utterances, run.left_out)
     accelerator.print(
         f"{config.kind} teacher: {len(student.utterances)} utterances, {config.steps} steps, "
         f"{sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters"
@@ -124,19 +128,29 @@ def main(config: TeacherConfig) -> None:
     if accelerator.is_main_process:
         with whole_folder(run.folder / "model") as folder:
             student.save(folder)
-        dev = read_corpus(config.data, config.dev_splits) if config.dev_splits else []
-        merit = student.merit([u for u in dev if u.duration_s <= config.max_duration_s][: 8 * config.batch_size])
-        run.finish({"steps": config.steps, "loss": loss.item(), **merit})
+        merit = student.merit(dev)
+        summary = {"steps": config.steps, "loss": loss.item(), **merit}
+        log = read_log(run.folder)
+        write_training_report(run.folder / "report.html", title=config.output, summary=summary, log=log)
+        run.finish(summary)
         print(f"{config.kind} teacher saved in {run.folder / 'model'} {merit}")
     accelerator.wait_for_everyone()
 
 
-class SemanticStudent(nn.Module):
-    """A HuBERT with a head of characters (ctc) or phones (alignment); label 0 is the blank, or "no phone"."""
+def short_enough(config: TeacherConfig, splits: list[str] | None) -> list[Utterance]:
+    """The utterances of some splits that are not too long."""
+    return [u for u in read_corpus(config.data, splits) if u.duration_s <= config.max_duration_s]
 
-    def __init__(self, config: TeacherConfig, utterances: list[Utterance]):
+
+class SemanticStudent(nn.Module):
+    """A HuBERT with a head of characters (ctc) or phones (alignment); label 0 is the blank, or "no phone".
+
+    Several processes average the means over their own labels: nearly, not exactly, the mean over those of all.
+    """
+
+    def __init__(self, config: TeacherConfig, utterances: list[Utterance], left_out: Path | None = None):
         super().__init__()
-        self.config = config
+        self.config, self.left_out = config, left_out
         self.key = "text" if config.objective == "ctc" else "phones"
         self.utterances = [u for u in utterances if getattr(u, self.key)]
         if not self.utterances:
@@ -168,15 +182,15 @@ class SemanticStudent(nn.Module):
         """Endless batches from step `start` on, one share per process."""
         lengths = [u.duration_s for u in self.utterances]
         for batch in endless_batches(lengths, self.config.batch_size, self.config.seed, start):
-            yield self._batch([self.utterances[i] for i in batch[process::processes]])
+            chosen = [self.utterances[i] for i in batch[process::processes]]
+            pairs = list(load_usable(chosen, left_out=self.left_out))
+            if not pairs:
+                raise SystemExit(f"none of {len(chosen)} recordings of a batch can be used, {chosen[0].path} first")
+            yield self._batch(pairs)
 
-    def _batch(self, utterances: list[Utterance]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        pairs = [(u, waveform) for u in utterances if (waveform := load_or_warn(u.path)) is not None]
-        if not pairs:
-            raise SystemExit(f"none of {len(utterances)} recordings of a batch can be used, {utterances[0].path} first")
-        utterances = [u for u, _ in pairs]
+    def _batch(self, pairs: list[tuple[Utterance, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         waveform, lengths = pad_waveforms([waveform for _, waveform in pairs])
-        labels = [torch.tensor([self.labels.get(s, 0) for s in self._symbols(u)]) for u in utterances]
+        labels = [torch.tensor([self.labels.get(s, 0) for s in self._symbols(u)]) for u, _ in pairs]
         sizes = torch.tensor([len(x) for x in labels])
         return waveform, lengths, nn.utils.rnn.pad_sequence(labels, batch_first=True), sizes
 
@@ -193,14 +207,13 @@ class SemanticStudent(nn.Module):
         import jiwer
 
         names = [""] + list(self.labels)
+        device = next(self.parameters()).device
         hits, total, references, hypotheses = 0, 0, [], []
-        for first in range(0, len(utterances), self.config.batch_size):
-            group = [u for u in utterances[first : first + self.config.batch_size] if getattr(u, self.key)]
-            if not group:
-                continue
+        labelled = load_usable([u for u in utterances if getattr(u, self.key)], left_out=self.left_out)
+        while group := list(islice(labelled, self.config.batch_size)):
             waveform, lengths, labels, sizes = self._batch(group)
-            best = self.classifier(waveform, lengths).argmax(-1)
-            for row, length, label, size, u in zip(best, frame_counts(lengths), labels, sizes, group, strict=True):
+            best = self.classifier(waveform.to(device), lengths.to(device)).argmax(-1).cpu()
+            for row, length, label, size, (u, _) in zip(best, frame_counts(lengths), labels, sizes, group, strict=True):
                 if self.config.objective == "ctc":
                     references.append(u.text)
                     characters = [names[i] for i in row[:length].unique_consecutive().tolist()]
@@ -224,14 +237,14 @@ class SpeakerStudent(nn.Module):
 
     MELS = 80
 
-    def __init__(self, config: TeacherConfig, utterances: list[Utterance]):
+    def __init__(self, config: TeacherConfig, utterances: list[Utterance], left_out: Path | None = None):
         super().__init__()
         from speechbrain.lobes.features import Fbank
         from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN, Classifier
         from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
         from speechbrain.processing.features import InputNormalization
 
-        self.config = config
+        self.config, self.left_out = config, left_out
         self.utterances = [u for u in utterances if u.speaker]
         self.speakers = sorted({u.speaker for u in self.utterances})
         if len(self.speakers) < 2:
@@ -252,7 +265,7 @@ class SpeakerStudent(nn.Module):
 
     def batches(self, start: int, process: int, processes: int) -> Iterator[tuple[Tensor, ...]]:
         """Endless batches of crops from step `start` on, one share per process."""
-        crops = Crops(self.utterances, self.config.crop_s, seed=self.config.seed)
+        crops = Crops(self.utterances, self.config.crop_s, seed=self.config.seed, left_out=self.left_out)
         labels = {name: i for i, name in enumerate(self.speakers)}
         for step in range(start, self.config.steps):
             first = step * self.config.batch_size
@@ -270,15 +283,17 @@ class SpeakerStudent(nn.Module):
     @torch.no_grad()
     def merit(self, utterances: list[Utterance]) -> dict[str, float]:
         """Equal error rate of cosine similarity over all pairs of `utterances` (speakers not trained on)."""
-        utterances = [u for u in utterances if u.speaker]
-        if len({u.speaker for u in utterances}) < 2:
+        device = next(self.parameters()).device
+        speakers, embeddings = [], []
+        for u, waveform in load_usable([u for u in utterances if u.speaker], left_out=self.left_out):
+            speakers.append(u.speaker)
+            embeddings.append(self._embed(waveform[None].to(device))[0, 0].cpu())
+        if len(set(speakers)) in (0, 1, len(speakers)):  # no pair of two voices, or none of one
             return {}
-        embeddings = torch.cat([self._embed(load_audio(u.path)[None])[:, 0] for u in utterances])
-        similarity = F.cosine_similarity(embeddings[:, None], embeddings[None], dim=-1)
-        pairs = torch.ones(len(utterances), len(utterances)).triu(1).bool()
-        same = torch.tensor([[a.speaker == b.speaker for a in utterances] for b in utterances])[pairs]
-        if not same.any() or same.all():
-            return {}
+        voices = torch.stack(embeddings)
+        similarity = F.cosine_similarity(voices[:, None], voices[None], dim=-1)
+        pairs = torch.ones_like(similarity).triu(1).bool()
+        same = torch.tensor([[a == b for a in speakers] for b in speakers])[pairs]
         return {"dev_equal_error_rate": _equal_error_rate(similarity[pairs], same)}
 
     def save(self, folder) -> None:
@@ -288,15 +303,6 @@ class SpeakerStudent(nn.Module):
 def frame_counts(lengths: Tensor) -> Tensor:
     """Codec frames of so many samples."""
     return -(-lengths // 320)
-
-
-def load_or_warn(path: str) -> Tensor | None:
-    """The recording, or None and a warning."""
-    try:
-        return load_audio(path)
-    except AudioError as error:
-        warnings.warn(f"left out of training: {error}", stacklevel=2)
-        return None
 
 
 def _equal_error_rate(scores: Tensor, same: Tensor) -> float:

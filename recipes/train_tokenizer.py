@@ -6,14 +6,14 @@ A killed run started again with the same words goes on from its newest checkpoin
 The codec lands in RUN/model; RUN also holds the configuration, log.jsonl, checkpoints and audio samples.
 """
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
 from speechllm import (
@@ -27,6 +27,7 @@ from speechllm import (
     Reconstruction,
     ReconstructionLoss,
     Run,
+    RunError,
     SemanticDistillation,
     SemanticTeacher,
     SpeakerTeacher,
@@ -39,7 +40,7 @@ from speechllm import (
     codec_backward,
     draw_layers,
     initialize_codebooks,
-    load_audio,
+    load_usable,
     make_accelerator,
     make_discriminators,
     read_corpus,
@@ -48,6 +49,7 @@ from speechllm import (
     save_sounds,
     seed_step,
     set_learning_rate,
+    spread,
     validate_codec,
     warmup_cosine,
     whole_folder,
@@ -96,7 +98,7 @@ class AdversaryConfig:
     scale_channels: int = 0  # width of the multi-scale discriminator (HiFi-GAN: 128)
     relative_features: bool = True  # feature matching relative to the features' size (EnCodec)
     learning_rate: float = 3e-4
-    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])  # of AdamW
+    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])  # of Adam
     start: int = 0  # step from which it takes part; a codec that only hums yet teaches it nothing
 
 
@@ -147,10 +149,18 @@ class TokenizerConfig:
         for name in ("mel_bands", "mel_weights"):
             if (values := getattr(losses, name)) is not None and len(values) != len(losses.mel_windows):
                 problems.append(f"losses.{name} needs one number for each of losses.mel_windows, got {len(values)}")
-        if losses.adversarial and not (adversary.stft_filters or adversary.period_channels or adversary.scale_channels):
-            problems.append("an adversary needs stft_filters, period_channels or scale_channels above 0")
+        judged = losses.adversarial or losses.feature_matching
+        if judged and not (adversary.stft_filters or adversary.period_channels or adversary.scale_channels):
+            problems.append("adversarial losses need adversary.stft_filters, period_channels or scale_channels above 0")
+        if not (losses.time or losses.mel or losses.speech_features or (judged and adversary.start == 0)):
+            problems.append("the first steps have no loss: set losses.time or losses.mel above 0, or adversary.start=0")
         if losses.speech_features and not self.semantic.teacher:
             problems.append("losses.speech_features needs semantic.teacher")
+        rate, hop = self.codec.sample_rate, math.prod(self.codec.strides)
+        if (self.semantic.teacher or self.acoustic.teacher) and rate != 16_000:
+            problems.append(f"teachers hear 16000 Hz: set codec.sample_rate to that, not {rate}, or both teachers null")
+        if self.semantic.teacher and hop != 320:
+            problems.append(f"semantic.teacher needs codec.strides with a product of 320, got {hop}: or set it to null")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -158,27 +168,29 @@ class TokenizerConfig:
 def main(config: TokenizerConfig) -> None:
     accelerator = make_accelerator(config.precision)
     utterances = read_corpus(config.data, config.splits)
-    dev = read_corpus(config.data, config.dev_splits)[::7][:16] if config.dev_splits else []
+    held_out = spread(read_corpus(config.data, config.dev_splits), 16) if config.dev_splits else []
     run = Run(config.output, config, accelerator)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
         return
     set_seed(config.seed)
-    device = accelerator.device
 
     # 1. the codec, what teaches its layers, what judges its speech, and the speech
-    codec = SpeechCodec(config.codec).to(device)
+    codec = SpeechCodec(config.codec).to(device := accelerator.device)
     codec.quantizer.decay = config.codebook_decay
-    lessons = make_lessons(config, codec, device)
-    criterion, adversary = make_criterion(config, lessons, device)
+    lessons = make_lessons(config, device)
+    criterion = make_criterion(config, lessons, device)
+    adversary = criterion.adversary
     students = nn.ModuleList(lesson.student for lesson in lessons)
     parameters = [*codec.parameters(), *students.parameters()]
-    decay = config.weight_decay
-    optimizer = torch.optim.AdamW(parameters, config.learning_rate, tuple(config.betas), weight_decay=decay)
+    optimizer = optim.AdamW(parameters, config.learning_rate, tuple(config.betas), weight_decay=config.weight_decay)
     averaged = average_weights(codec, config.weight_average)
     caches = make_caches(config, lessons, utterances, accelerator)
     crops = Crops(utterances, config.crop_s, config.codec.sample_rate, config.seed, caches, run.left_out)
-    accelerator.print(plan(config, utterances, codec))
+    dev = {u.id: x for u, x in load_usable(held_out if run.main else [], config.codec.sample_rate, run.left_out)}
+    hours = sum(u.duration_s for u in utterances) / 3600
+    millions, batch = sum(p.numel() for p in codec.parameters()) / 1e6, f"{config.batch_size} x {config.crop_s:g} s"
+    accelerator.print(f"tokenizer: {hours:.2f} h, {config.steps} steps of {batch}; {millions:.1f} M parameters")
 
     # 2. go on where a killed run stopped, or place the codebooks where the encoder's latents are
     start = 0
@@ -195,8 +207,8 @@ def main(config: TokenizerConfig) -> None:
     # 3. train. Gradients meet at the waveform and at the latents z0, where they are weighed against each other;
     # processes therefore average gradients here instead of inside a wrapper that expects one backward pass
     sampler = StepSampler(config.batch_size, start, config.steps, accelerator.process_index, accelerator.num_processes)
-    workers = config.num_workers
-    loader = DataLoader(crops, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0)
+    workers = {"num_workers": config.num_workers, "persistent_workers": config.num_workers > 0}
+    loader = DataLoader(crops, batch_sampler=sampler, **workers)
     window = None if config.decode_s is None else round(config.decode_s * codec.frame_rate)
     codec.train()
     for step, batch in zip(bar := run.steps(start, config.steps, "tokenizer"), loader, strict=True):
@@ -212,7 +224,11 @@ def main(config: TokenizerConfig) -> None:
         with accelerator.autocast():
             metrics = codec_backward(codec, batch, criterion, lessons, num_layers, window)
         average_gradients(parameters)
-        metrics["gradient_norm"] = nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
+        # the codec's alone: a student's steps do not depend on the size of its gradient, which is that of its weight
+        metrics["gradient_norm"] = norm = nn.utils.clip_grad_norm_(codec.parameters(), config.clip or math.inf)
+        if not norm.isfinite():  # of the mean over all processes, so that all of them stop
+            mend = 'try a lower learning_rate, a smaller clip or precision="no" in another output folder'
+            raise RunError(f"step {step + 1} has a gradient of {norm:g}; the last checkpoint is kept: {mend}")
         optimizer.step()
         if averaged:
             averaged.update_parameters(codec)
@@ -220,9 +236,10 @@ def main(config: TokenizerConfig) -> None:
         # 4. say how it goes, and leave a place to resume from
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
-            run.log(done, **{name: float(value) for name, value in metrics.items()})
-            bar.set_postfix({name: f"{float(metrics[name]):.3f}" for name in ("mel", "semantic") if name in metrics})
-        if dev and (done % config.validate_every == 0 or done == config.steps) and run.main:
+            figures = {name: float(value) for name, value in metrics.items()}
+            run.log(done, **figures)
+            bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("mel", "semantic") if name in figures})
+        if dev and (done % config.validate_every == 0 or done == config.steps):
             report(run, done, averaged.module if averaged else codec, criterion.mel, lessons, dev)
         if done % config.save_every == 0 and done < config.steps:
             run.save(done, {name: part.state_dict() for name, part in parts.items()})
@@ -232,48 +249,43 @@ def main(config: TokenizerConfig) -> None:
     if run.main:
         with whole_folder(run.folder / "model") as folder:
             codec.save_pretrained(folder)
-        last = {name: float(value) for name, value in metrics.items()}
-        run.finish({"steps": config.steps, "fingerprint": codec.fingerprint, **last})
+        run.finish({"steps": config.steps, "fingerprint": codec.fingerprint, **figures})
         print(f"codec {codec.fingerprint} saved in {run.folder / 'model'}")
     accelerator.wait_for_everyone()
 
 
-def make_lessons(config: TokenizerConfig, codec: SpeechCodec, device: torch.device) -> list[Lesson]:
+def make_lessons(config: TokenizerConfig, device: torch.device) -> list[Lesson]:
     """The lessons the configuration asks for: content for layer 0, voice for layer 1."""
     lessons = []
-    dimension = codec.config.dimension
     if (semantic := config.semantic).teacher:
         teacher = SemanticTeacher.from_pretrained(semantic.teacher, semantic.layer).to(device)
-        student = SemanticDistillation(dimension, teacher.width, semantic.center).to(device)
+        student = SemanticDistillation(config.codec.dimension, teacher.width, semantic.center).to(device)
         lessons.append(Lesson("semantic", 0, teacher, student, semantic.gradient_ratio, semantic.weight))
     if (acoustic := config.acoustic).teacher:
         teacher = SpeakerTeacher.from_pretrained(acoustic.teacher).to(device)
-        student = AcousticDistillation(dimension, teacher.width).to(device)
+        student = AcousticDistillation(config.codec.dimension, teacher.width).to(device)
         lessons.append(Lesson("acoustic", 1, teacher, student, acoustic.gradient_ratio, acoustic.weight))
     return lessons
 
 
-def make_criterion(
-    config: TokenizerConfig, lessons: Sequence[Lesson], device: torch.device
-) -> tuple[ReconstructionLoss, Adversary | None]:
-    """What judges the reconstruction, and the adversary among it, if there is to be one."""
+def make_criterion(config: TokenizerConfig, lessons: list[Lesson], device: torch.device) -> ReconstructionLoss:
+    """What judges the reconstruction, the adversary among it, if there is to be one."""
     losses, adversary = config.losses, None
     if losses.adversarial or losses.feature_matching:
         chosen = config.adversary
         judges = make_discriminators(chosen.stft_filters, chosen.period_channels, chosen.scale_channels).to(device)
-        settings = (chosen.kind, chosen.learning_rate, tuple(chosen.betas), chosen.relative_features)
-        adversary = Adversary(judges, *settings)
+        adversary = Adversary(judges, chosen.kind, chosen.learning_rate, tuple(chosen.betas), chosen.relative_features)
     names = ("time", "mel", "adversarial", "feature_matching", "speech_features", "commitment")
     weights = {name: getattr(losses, name) for name in names}
     scales = (losses.mel_windows, losses.mel_bands, losses.mel_weights, losses.mel_squared)
     mel = MultiScaleMelLoss(config.codec.sample_rate, *scales).to(device)
     listener = lessons[0].teacher if losses.speech_features else None
     balancer = Balancer(weights) if losses.balance else None
-    return ReconstructionLoss(weights, mel, adversary, listener, balancer), adversary
+    return ReconstructionLoss(weights, mel, adversary, listener, balancer)
 
 
 def make_caches(
-    config: TokenizerConfig, lessons: Sequence[Lesson], utterances: Sequence[Utterance], accelerator: Accelerator
+    config: TokenizerConfig, lessons: list[Lesson], utterances: list[Utterance], accelerator: Accelerator
 ) -> dict[str, FeatureCache]:
     """What the teachers say about whole utterances, on disk: each process computes its share of what is missing."""
     caches = {}
@@ -287,13 +299,12 @@ def make_caches(
 
 
 def report(
-    run: Run, step: int, codec: SpeechCodec, mel: MultiScaleMelLoss, lessons: list[Lesson], dev: list[Utterance]
+    run: Run, step: int, codec: SpeechCodec, mel: MultiScaleMelLoss, lessons: list[Lesson], dev: dict[str, Tensor]
 ) -> None:
     """Validate, and let the run folder show how far the codec has come: figures, curves, spectrograms, sounds."""
-    waveforms = [load_audio(utterance.path, codec.sample_rate) for utterance in dev]
-    validation = validate_codec(codec, waveforms, mel, lessons)
+    validation = validate_codec(codec, dev.values(), mel, lessons)
     run.log(step, **validation.metrics)
-    sounds = Reconstruction.of(codec, dev[0].id, waveforms[0])
+    sounds = Reconstruction.of(codec, *next(iter(dev.items())))
     save_sounds(run.folder / "samples", sounds)
     write_codec_report(
         run.folder / "report.html",
@@ -302,17 +313,6 @@ def report(
         log=read_log(run.folder),
         codebook_counts=list(validation.counts),
         reconstruction=sounds,
-    )
-
-
-def plan(config: TokenizerConfig, utterances: list[Utterance], codec: SpeechCodec) -> str:
-    """One line on what is about to happen."""
-    hours = sum(u.duration_s for u in utterances) / 3600
-    passes = config.steps * config.batch_size * config.crop_s / 3600 / hours
-    size = sum(p.numel() for p in codec.parameters()) / 1e6
-    return (
-        f"tokenizer: {len(utterances)} utterances, {hours:.2f} h, {config.steps} steps of {config.batch_size} x "
-        f"{config.crop_s:g} s ({passes:.1f} passes); {size:.1f} M parameters, {config.codec.front_end} front end"
     )
 
 

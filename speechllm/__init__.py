@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
     )
     from speechllm.checkpoints import (
         TrainingState,
+        prepare,
     )
     from speechllm.comparison import (
         comparison_markdown,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
         encode_shards,
         endless_batches,
         grouped_batches,
+        left_out_of_shards,
         load_codes,
         speech_of,
         summarize_shards,
@@ -60,6 +62,10 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
     from speechllm.export import (
         export_model,
         merge,
+    )
+    from speechllm.left_out import (
+        left_out_row,
+        report_left_out,
     )
     from speechllm.metrics import (
         PairedBootstrap,
@@ -88,6 +94,10 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
         micro_batches,
         pack,
     )
+    from speechllm.plan import (
+        training_flops,
+        training_plan,
+    )
     from speechllm.plots import (
         confusion_figure,
         save_figure,
@@ -110,11 +120,13 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
         write_emotion_report,
         write_recognition_report,
         write_report,
+        write_training_report,
     )
     from speechllm.run import (
         Run,
         RunError,
         make_accelerator,
+        read_jsonl,
         read_log,
         seed_step,
         set_learning_rate,
@@ -183,6 +195,7 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
         Utterance,
         Validation,
         VoiceFrames,
+        align_voices,
         at_16_khz,
         available_cpus,
         average_gradients,
@@ -206,6 +219,7 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
         load_codec,
         load_judge,
         load_tokenizer,
+        load_usable,
         log_mel_features,
         make_discriminators,
         mel_cepstra,
@@ -299,6 +313,7 @@ __all__ = [
     "VoiceFrames",
     "WordErrorRate",
     "actor_folds",
+    "align_voices",
     "at_16_khz",
     "available_cpus",
     "average_gradients",
@@ -333,6 +348,8 @@ __all__ = [
     "label_counts",
     "label_information",
     "layer_counts",
+    "left_out_of_shards",
+    "left_out_row",
     "librispeech_normalizer",
     "load_audio",
     "load_codec",
@@ -341,6 +358,7 @@ __all__ = [
     "load_judge",
     "load_speech_llm",
     "load_tokenizer",
+    "load_usable",
     "log_mel_features",
     "make_accelerator",
     "make_discriminators",
@@ -358,13 +376,16 @@ __all__ = [
     "pitch_correlation",
     "pool_emotion",
     "pool_recognition",
+    "prepare",
     "prepare_adapter",
     "quality_table",
     "read_corpus",
+    "read_jsonl",
     "read_log",
     "read_sounds",
     "recognize",
     "reconstruct",
+    "report_left_out",
     "run_recipe",
     "save_audio",
     "save_ecapa",
@@ -388,6 +409,8 @@ __all__ = [
     "swap_layers",
     "text_example",
     "token_batches",
+    "training_flops",
+    "training_plan",
     "transcribe",
     "transcribe_codes",
     "transcription_example",
@@ -408,4 +431,5 @@ __all__ = [
     "write_recognition_report",
     "write_report",
     "write_text",
+    "write_training_report",
 ]

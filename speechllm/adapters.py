@@ -11,6 +11,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from speechllm.data import DataError
 from speechllm.projector import NAME as PROJECTOR
 from speechllm.projector import add_projector
 from speechllm.run import write_json
@@ -36,12 +37,12 @@ def prepare_adapter(
     rows; "rows": the new rows alone. The rows are those of `vocabulary.new_ids` in the input embedding and, where the
     head is not tied to it, in the head; no other row moves. They and LoRA are float32, whatever the model is. A
     projector is trained whole in both forms.
-    Raises ValueError for a model that was not loaded from anywhere: an adapter is saved without it.
+    Raises DataError for a model that was not loaded from anywhere: an adapter is saved without it.
     """
     if form not in ("lora", "rows"):
         raise ValueError(f'form must be "lora" or "rows", got {form!r}')
     if not model.name_or_path:
-        raise ValueError(
+        raise DataError(
             "an adapter is saved without its language model, but this one was loaded from no folder or hub name: "
             "write it with save_pretrained and load it from there before extending its vocabulary"
         )
@@ -77,14 +78,14 @@ def save_adapter(model: PeftModel, vocabulary: AudioVocabulary, folder: str | Pa
 def load_adapter(folder: str | Path, vocabulary: AudioVocabulary, base: str | Path | None = None) -> PeftModel:
     """Rebuild what `save_adapter` was given, on the recorded language model or on the one named by `base`.
 
-    Raises FileNotFoundError, or ValueError for a language model other than the one the adapter was trained on.
+    In float32. Raises FileNotFoundError, or DataError for a language model other than the one it was trained on.
     """
     recorded = json.loads((Path(folder) / BASE_FILE).read_text(encoding="utf-8"))
     name = recorded["name_or_path"] if base is None else base
     check_folder(name, ["config.json"], "the language model that the adapter was trained on; name it with `base`")
-    model = AutoModelForCausalLM.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # as train_asr trained on it
     if (found := base_fingerprint(model, vocabulary.offset)) != recorded["fingerprint"]:
-        raise ValueError(
+        raise DataError(
             f"{folder} was trained on a language model with fingerprint {recorded['fingerprint']} "
             f"({recorded['name_or_path']}), {name} has {found}: name the right one with `base`"
         )

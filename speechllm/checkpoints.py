@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,6 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map
 
 
@@ -28,8 +29,9 @@ class Best:
 class TrainingState:
     """All that changes in a training: the weights, the optimizer's moments, the weights' average, the best so far.
 
-    judged: what the main process validates and exports; the model itself, or the exponential moving average of its
-    weights (`decay` a step), or under FSDP a whole copy. Make this before `accelerator.prepare`.
+    judged: what the main process validates and exports, within `judging`; the model itself or, under FSDP, a whole
+    copy of it. decay: per step, of an exponential moving average of the trained weights, judged in their place. Make
+    this before `accelerator.prepare`.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, decay: float | None = None):
@@ -37,36 +39,50 @@ class TrainingState:
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self.model = model
         self.optimizer = optimizer
-        self.judged = model
-        self.average: AveragedModel | None = None
+        self.decay = decay if self.main else None
+        self.average: dict[str, Tensor] = {}  # from the first step on
         self.best = Best()
-        if self.main and self.sharded:
-            self.judged = copy.deepcopy(model).to(accelerator.device)
-        elif self.main and decay is not None:
-            self.average = AveragedModel(model, accelerator.device, multi_avg_fn=get_ema_multi_avg_fn(decay))
-            self.judged = self.average.module
+        whole = self.main and self.sharded
+        self.judged = copy.deepcopy(model).to(accelerator.device) if whole else model
 
     def follow(self) -> None:
         """After each step: let the average follow the weights."""
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        if self.decay is None:
+            return
+        weights = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        if self.average:
+            torch._foreach_lerp_([self.average[name] for name in weights], [*weights.values()], 1 - self.decay)
+        else:
+            self.average = {name: weight.clone() for name, weight in weights.items()}
 
-    def gather(self) -> None:
-        """Before `judged` is used, in every process: bring the parts of the weights together."""
+    @contextmanager
+    def judging(self) -> Iterator[None]:
+        """In every process: within it, `judged` has the weights to be judged, in the main process."""
         if self.sharded:
             weights = trained_weights(self.model, self.main)
             if self.main:
                 load_weights(self.judged, weights)
+        self._swap_average()
+        try:
+            yield
+        finally:
+            self._swap_average()
+
+    def _swap_average(self) -> None:
+        """Let the model and the average change places; no weight is copied."""
+        parameters = dict(self.model.named_parameters())
+        for name, average in self.average.items():
+            self.average[name], parameters[name].data = parameters[name].data, average
 
     def offer(self, step: int, wer: float, keep: bool) -> None:
-        """Main process: a validation's result; with `keep` the judged weights are kept while they are the best."""
+        """Main process, `judging`: a validation's result; with `keep` the weights are kept while they are the best."""
         if wer < self.best.wer:
             self.best = Best(wer, step, trained_weights(self.judged) if keep else None)
         else:
             self.best.worse += 1
 
     def take_best(self) -> None:
-        """Main process: let `judged` have the weights that were kept, if there are any."""
+        """Main process, `judging`: let `judged` have the weights that were kept, if there are any."""
         if self.best.weights is not None:
             load_weights(self.judged, self.best.weights)
 
@@ -75,7 +91,7 @@ class TrainingState:
         return {
             "model": trained_weights(self.model, self.main),
             "optimizer": _whole(self.optimizer.state_dict(), self.main),
-            "average": None if self.average is None else trained_weights(self.judged),
+            "average": _whole(self.average, self.main),
             "best": vars(self.best),
         }
 
@@ -84,9 +100,26 @@ class TrainingState:
         load_weights(self.model, state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.best = Best(**state["best"])
-        if self.average is not None:
-            load_weights(self.judged, state["average"])
-            self.average.n_averaged += 1  # the next weights are averaged, not taken over
+        if self.main:
+            parameters = dict(self.model.named_parameters())
+            self.average = {name: value.to(parameters[name], copy=True) for name, value in state["average"].items()}
+
+
+def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, clip: float) -> tuple[Any, Any]:
+    """`Accelerator.prepare` for a training whose loop counts its own batches, also with DeepSpeed.
+
+    clip: largest norm of the gradients, which DeepSpeed sees to itself.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return accelerator.prepare(model, optimizer)
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    settings["train_micro_batch_size_per_gpu"] = 1  # asked for, but there is no loader it would be about
+    settings["gradient_clipping"] = clip
+    exact = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    prepared = accelerator.prepare(model, optimizer)
+    for name, buffer in model.named_buffers():  # rotary frequencies among them, which it rounds like weights
+        buffer.data = exact[name].to(buffer.device)
+    return prepared
 
 
 def trained_weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from speechllm.codec_commands import (
 )
 
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
+BASE = "another place of the language model under an adapter than the recorded one"
 NORMALIZERS = "librispeech (default), whisper_english or none"
 
 
@@ -39,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("files", nargs="+", help="audio files")
     command.add_argument("--model", required=True, help="folder that recipes/train_asr.py wrote")
     command.add_argument("--codec", help="another place of the codec than the model's subfolder `codec`")
+    command.add_argument("--base", help=BASE)
     command.add_argument("--batch-size", type=int, default=16, help="answers written at a time; a beam counts as one")
     command.add_argument("--beams", type=int, default=1, help="1, the default, is greedy")
     command.set_defaults(run=_transcribe)
@@ -122,15 +124,19 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("export", help="a model as a folder for transformers, vLLM or llama.cpp's converter")
     command.add_argument("model", help="folder that recipes/train_asr.py wrote")
     command.add_argument("output", help="new folder")
+    command.add_argument("--base", help=BASE)
     command.set_defaults(run=_export)
     return parser
 
 
 def _transcribe(arguments: argparse.Namespace) -> int:
     """Print `file<TAB>text` for every usable file; unusable ones are named on stderr and make the exit code 1."""
+    import torch
+
     from speechllm import load_speech_llm, merge, transcribe
 
-    speech_llm = merge(load_speech_llm(arguments.model, arguments.codec))
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", None)
+    speech_llm = merge(load_speech_llm(arguments.model, arguments.codec, device, dtype, arguments.base))
     assert speech_llm.codec is not None
     recordings = list(usable(arguments.files, speech_llm.codec.sample_rate))
     waveforms = [waveform for _, waveform in recordings]
@@ -143,12 +149,16 @@ def _transcribe(arguments: argparse.Namespace) -> int:
 def _wer(arguments: argparse.Namespace) -> int:
     from speechllm import character_error_rate, word_error_rate
 
-    references = Path(arguments.reference).read_text(encoding="utf-8").splitlines()
-    hypotheses = Path(arguments.hypothesis).read_text(encoding="utf-8").splitlines()
+    references, hypotheses = map(_lines, (arguments.reference, arguments.hypothesis))
     print(word_error_rate(references, hypotheses, arguments.normalizer))
     if arguments.characters:
         print(f"CER {character_error_rate(references, hypotheses, arguments.normalizer):.2%}")
     return 0
+
+
+def _lines(file: str) -> list[str]:
+    with open(file, encoding="utf-8") as lines:  # not splitlines, which also ends a line at what texts may hold
+        return [line.rstrip("\n") for line in lines]
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -179,7 +189,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from speechllm import export_model, load_speech_llm
 
-    export_model(load_speech_llm(arguments.model), arguments.output)
+    codec_too = (Path(arguments.model) / "codec").is_dir()  # what it exports needs none
+    export_model(load_speech_llm(arguments.model, base=arguments.base, with_codec=codec_too), arguments.output)
     print(arguments.output)
     return 0
 

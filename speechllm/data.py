@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from speechllm.left_out import left_out_row
 from speechllm.metrics import NORMALIZERS
 from speechllm.run import write_json
 from tokenizer import AudioError, AudioTokenizer, DiscreteTokenizer, FeatureTokenizer, Utterance, load_audio
@@ -58,6 +59,7 @@ class Encoding:
     codebook_size: int  # 1 for features, 0 for texts
     kind: Literal["codes", "features", "text"] = "codes"
     width: int = 0  # C, dimensions of a feature
+    deduplicated: bool = False  # repeats of a code are merged: no frame has a time, and frame_rate is the largest
 
     @staticmethod
     def of(codec: AudioTokenizer, layers: int | None = None) -> "Encoding":
@@ -74,7 +76,12 @@ class Encoding:
             return Encoding(*rates, layers=0, codebook_size=0, kind="text")
         if layers is not None and not 1 <= layers <= codec.num_codebooks:
             raise DataError(f"layers must be 1..{codec.num_codebooks}, got {layers}")
-        return Encoding(*rates, codec.num_codebooks if layers is None else layers, codec.codebook_size)
+        return Encoding(
+            *rates,
+            codec.num_codebooks if layers is None else layers,
+            codec.codebook_size,
+            deduplicated=getattr(codec, "deduplicate", False),
+        )
 
     def encode(self, codec: AudioTokenizer, waveform: Tensor) -> Speech:
         """One waveform float [N] in this encoding; on the CPU."""
@@ -150,7 +157,7 @@ def _write_shard(
         try:
             waveform = load_audio(utterance.path, codec.sample_rate, max_duration_s=max_duration_s)
         except AudioError as error:
-            skipped.append({"id": utterance.id, "reason": error.reason, "detail": str(error)})
+            skipped.append(left_out_row(utterance, error))
             continue
         started = time.perf_counter()
         speech = encoding.encode(codec, waveform)
@@ -185,14 +192,19 @@ def _stored(speech: Speech) -> str | np.ndarray:
     return values.astype(np.float16 if speech.is_floating_point() else np.uint16)
 
 
+def left_out_of_shards(folder: str | Path) -> list[dict[str, str]]:
+    """The recordings that could not be encoded, a `left_out_row` each."""
+    notes = (pq.read_schema(file).metadata for file in _shards(folder))
+    return [row for note in notes for row in json.loads(note[b"skipped"])]
+
+
 def summarize_shards(folder: str | Path) -> dict[str, object]:
-    """Counts over all shards of a folder: utterances, hours, skips by reason (the first five in full), normaliser.
+    """Counts over all shards of a folder: utterances, hours, recordings left out by reason, normaliser.
 
     real_time_factor: seconds of encoding, in one process, per second of speech.
     """
     files = _shards(folder)
     notes = [pq.read_schema(file).metadata for file in files]
-    skipped = [skip for note in notes for skip in json.loads(note[b"skipped"])]
     durations = [pq.read_table(file, columns=["duration_s"])["duration_s"].to_numpy() for file in files]
     speech_s = float(sum(part.sum() for part in durations))
     return {
@@ -200,8 +212,7 @@ def summarize_shards(folder: str | Path) -> dict[str, object]:
         "hours": speech_s / 3600,
         "real_time_factor": sum(json.loads(note[b"seconds"]) for note in notes) / max(speech_s, 1e-9),
         "encoding": json.loads(notes[0][b"encoding"]),
-        "skipped": dict(Counter(skip["reason"] for skip in skipped)),
-        "skipped_first": [skip["detail"] for skip in skipped[:5]],
+        "skipped": dict(Counter(row["reason"] for row in left_out_of_shards(folder))),
         "normalizer": ", ".join(sorted({note.get(b"normalizer", b"none").decode() for note in notes})),
     }
 

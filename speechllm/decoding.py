@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 from speechllm.data import Speech
 from speechllm.model import SpeechLLM
@@ -160,6 +160,8 @@ def _decode(
     if beams < 1:
         raise ValueError(f"beams must be at least 1, got {beams}")
     model, text_tokenizer, vocabulary = speech_llm.model, speech_llm.text_tokenizer, speech_llm.vocabulary
+    end_id, pad_id = text_tokenizer.eos_token_id, text_tokenizer.pad_token_id
+    pad_id = end_id if pad_id is None else pad_id  # Llama and GPT-2 have none
     was_training = model.training
     model.eval()
     forbidden = forbidden_ids(speech_llm).to(model.device)
@@ -168,29 +170,42 @@ def _decode(
     size = max(1, batch_size // beams)
     batches = [order[first : first + size] for first in range(0, len(order), size)]
     for batch in tqdm(batches, "decode again" if ngram else "transcribe", disable=not (progress and batches)):
-        inputs = collate_prompts([prompts[i] for i in batch], text_tokenizer.pad_token_id)
+        inputs = collate_prompts([prompts[i] for i in batch], pad_id)
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         inputs |= model_inputs(model, vocabulary, inputs["input_ids"], join_features([prompts[i] for i in batch]))
         prompt_size = inputs["input_ids"].shape[1]
         limits = [bounds[i] for i in batch]
-        processor = _BoundedText(forbidden, prompt_size, limits, text_tokenizer.eos_token_id)
+        rules = LogitsProcessorList([_BoundedText(forbidden, prompt_size, limits, end_id)])
+        if ngram:
+            rules.append(_NoRepeats(ngram, prompt_size))
         answers = model.generate(
             **inputs,
-            logits_processor=LogitsProcessorList([processor]),
+            logits_processor=rules,
             max_new_tokens=max(limits) + 1,  # and the end token
             do_sample=False,
             num_beams=beams,
-            no_repeat_ngram_size=ngram,
-            repetition_penalty=1.0,  # a chat model's own would punish words said twice
-            eos_token_id=text_tokenizer.eos_token_id,
-            pad_token_id=text_tokenizer.pad_token_id,
+            no_repeat_ngram_size=0,  # a chat model's own rules would forbid words that are said twice
+            repetition_penalty=1.0,
+            eos_token_id=end_id,
+            pad_token_id=pad_id,
         )[:, prompt_size:]
-        lengths = (~forbidden[answers] & (answers != text_tokenizer.eos_token_id)).sum(1).tolist()
+        lengths = (~forbidden[answers] & (answers != end_id)).sum(1).tolist()
         texts = text_tokenizer.batch_decode(answers, skip_special_tokens=True)
         for i, text, length, bound in zip(batch, map(str.strip, texts), lengths, limits, strict=True):
             found[i] = Transcription(text, runaway_reason(text, length >= bound))
     model.train(was_training)
     return found
+
+
+class _NoRepeats(NoRepeatNGramLogitsProcessor):
+    """What stands in the prompt, the text of a recogniser say, may be repeated; the answer may not repeat itself."""
+
+    def __init__(self, ngram: int, prompt_size: int):
+        super().__init__(ngram)
+        self.prompt_size = prompt_size
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return super().__call__(input_ids[:, self.prompt_size :], scores)
 
 
 class _BoundedText(LogitsProcessor):

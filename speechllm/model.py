@@ -50,33 +50,41 @@ def load_speech_llm(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     base: str | Path | None = None,
+    with_codec: bool = True,
 ) -> SpeechLLM:
     """Load what `SpeechLLM.save` wrote, in eval mode.
 
-    codec: another place of the codec than the subfolder; dtype: of the language model's weights, as stored by default;
-    base: another place of the language model under an adapter than the recorded one.
-    Raises FileNotFoundError, VocabularyError, DataError (a codec with another fingerprint) or ValueError (another
-    language model than the adapter's) with the remedy.
+    codec: another place of the codec than the subfolder; dtype: of the language model's weights, as stored by default,
+    with an adapter merged into them first; base: another place of the language model under an adapter than the
+    recorded one; with_codec: without one only codes can be decoded.
+    Raises FileNotFoundError, VocabularyError, or DataError (a codec with another fingerprint, another language model
+    than the adapter's) with the remedy.
     """
     adapter = (Path(folder) / "adapter_config.json").is_file()
     if not adapter:
         check_folder(folder, ["config.json"], "a speech language model")
     vocabulary = AudioVocabulary.load(folder)
-    place = Path(folder) / "codec" if codec is None else codec
-    if codec is None and not Path(place).is_dir():
-        raise FileNotFoundError(f"{place}: no such folder; name the place of the codec")
-    loaded_codec = load_tokenizer(place)
-    vocabulary.encoding.require(loaded_codec.fingerprint, "the codec")
+    loaded_codec = _load_codec(folder, codec, vocabulary) if with_codec else None
     if adapter:
         model = load_adapter(folder, vocabulary, base)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder)
         load_projector(model, vocabulary, folder)
     if dtype is not None:
+        model = model.merge_and_unload() if adapter else model
         for parameter in model.parameters():  # not model.to(dtype): the rotary frequencies must stay float32
             parameter.data = parameter.data.to(dtype)
     text_tokenizer = AutoTokenizer.from_pretrained(folder)
-    return SpeechLLM(model.to(device).eval(), text_tokenizer, vocabulary, loaded_codec.to(device))
+    return SpeechLLM(model.to(device).eval(), text_tokenizer, vocabulary, loaded_codec and loaded_codec.to(device))
+
+
+def _load_codec(folder: str | Path, codec: str | Path | None, vocabulary: AudioVocabulary) -> AudioTokenizer:
+    place = Path(folder) / "codec" if codec is None else codec
+    if codec is None and not Path(place).is_dir():
+        raise FileNotFoundError(f"{place}: no such folder; name the place of the codec")
+    loaded = load_tokenizer(place)
+    vocabulary.encoding.require(loaded.fingerprint, "the codec")
+    return loaded
 
 
 class LabelledLoss(nn.Module):
@@ -106,14 +114,17 @@ class LabelledLoss(nn.Module):
             lengths=packed.lengths,
             use_cache=False,
         ).last_hidden_state[0]
-        labelled = packed.targets != IGNORED
-        logits, targets = self.model.get_output_embeddings()(hidden[labelled]), packed.targets[labelled]
-        speech = self.vocabulary.is_code(targets)
+        head = self.model.get_output_embeddings()
+        speech = self.vocabulary.is_code(packed.targets)
+        text = (packed.targets != IGNORED) & ~speech
+        text_loss = F.cross_entropy(head(hidden[text]).float(), packed.targets[text], reduction="sum")
+        if not speech.any():
+            return torch.stack([text_loss, torch.zeros_like(text_loss)])
         codes = slice(self.vocabulary.offset, self.vocabulary.start_id)
-        text_loss = F.cross_entropy(logits[~speech].float(), targets[~speech], reduction="sum")
-        speech_loss = F.cross_entropy(
-            logits[speech, codes].float(), targets[speech] - codes.start, reduction="sum", label_smoothing=SMOOTHING
-        )
+        bias = None if getattr(head, "bias", None) is None else head.bias[codes]
+        choice = F.linear(hidden[speech], head.weight[codes], bias).float()  # a hundredth of all logits, for Qwen2
+        targets = packed.targets[speech] - codes.start
+        speech_loss = F.cross_entropy(choice, targets, reduction="sum", label_smoothing=SMOOTHING)
         return torch.stack([text_loss, speech_loss])
 
 

@@ -65,8 +65,10 @@ def model_inputs(
     input_ids long [B, S]; features float [P, C * stack], one for each of the P placeholders among the ids, or None
     where there are none.
     """
-    if features is None:
+    if vocabulary.encoding.kind != "features":
         return {"input_ids": input_ids}
     vectors = model.get_input_embeddings()(input_ids)
+    if features is None:  # sentences without audio; the projector takes part, since processes wait for its gradient
+        features = vectors.new_zeros(0, vocabulary.encoding.width * vocabulary.stack)
     projected = model.speech_projector(features.to(vectors)).to(vectors)  # under autocast in a smaller type
     return {"inputs_embeds": vectors.masked_scatter(vocabulary.is_code(input_ids)[..., None], projected)}

@@ -18,7 +18,7 @@ EXPECTED = (
     RunError,
     TokenizerError,
     VocabularyError,
-    FileNotFoundError,
+    OSError,
     ImportError,
 )
 

@@ -1,6 +1,6 @@
 """The reports, one self-contained HTML page each.
 
-On a tokenizer's training, a recogniser's evaluation, emotion recognition and the demo.
+On a training, a tokenizer's training, a recogniser's evaluation, emotion recognition and the demo.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from speechllm.alignment import Alignment, align, alignment_list, duration_figur
 from speechllm.metrics import NORMALIZERS
 from speechllm.page import bar, duration, number, percent, table, tables, text, tiles, write_page
 from speechllm.plots import LAYER, code_usage, confusion_matrix, curves
+from speechllm.run import versions
 from speechllm.sounds import Reconstruction, spectrograms_and_players
 from tokenizer import usage_of_counts
 
@@ -51,6 +52,13 @@ def write_codec_report(
         "Reconstruction": spectrograms_and_players(reconstruction),
     }
     write_page(path, title, _codec_tiles(metrics), sections)
+
+
+def write_training_report(
+    path: str | Path, *, title: str, summary: Mapping[str, Any], log: list[dict[str, Any]]
+) -> None:
+    """Write the page of a training in one step: what came out, and the curves of what was logged."""
+    write_page(path, title, tables(summary), {"Training": curves(log), "Versions": _versions({"versions": versions()})})
 
 
 def write_recognition_report(

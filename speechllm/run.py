@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,8 +48,10 @@ class Run:
         config: Any,
         accelerator: Accelerator | None = None,
         trackers: Sequence[str] | None = None,
+        free: Collection[str] = (),
     ):
-        """trackers: names, as Accelerate knows them, of what is told what is logged, too.
+        """trackers: names, as Accelerate knows them, of what is told what is logged, too. free: keys of the
+        configuration that may change in the middle, because the result does not depend on them.
 
         Raises RunError for a folder that cannot be written or holds another configuration, or for a tracker that is
         not installed.
@@ -62,7 +64,7 @@ class Run:
         if self.main:
             try:
                 (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-                self._settle_config(asdict(config))
+                self._settle_config(asdict(config), free)
             except OSError as error:
                 raise RunError(f"cannot write the run folder {self.folder}: {error}") from error
         if accelerator is not None:
@@ -77,20 +79,21 @@ class Run:
                 raise RunError(f"trackers: {', '.join(absent)} is not installed: run pip install {' '.join(absent)}")
             accelerator.init_trackers(self.folder.name, {name: str(value) for name, value in config.items()})
 
-    def _settle_config(self, config: dict[str, Any]) -> None:
+    def _settle_config(self, config: dict[str, Any], free: Collection[str]) -> None:
         config = json.loads(json.dumps(config))  # tuples as YAML gives them back
         file = self.folder / "config.yaml"
         if file.exists():
             held = yaml.safe_load(file.read_text(encoding="utf-8"))
-            changed = [f"{k}: {held.get(k)} -> {config.get(k)}" for k in held | config if held.get(k) != config.get(k)]
+            changed = {key for key in held | config if held.get(key) != config.get(key)} - set(free)
             if changed:
+                told = "; ".join(f"{key}: {held.get(key)} -> {config.get(key)}" for key in sorted(changed))
                 raise RunError(
-                    f"{self.folder} holds a run with another configuration ({'; '.join(changed)}): "
+                    f"{self.folder} holds a run with another configuration ({told}): "
                     "choose another output folder or delete this one"
                 )
         else:
-            write_text(file, yaml.safe_dump(config, sort_keys=False))
             write_json(self.folder / "versions.json", versions())
+        write_text(file, yaml.safe_dump(config, sort_keys=False))
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -104,8 +107,7 @@ class Run:
         Recordings that were left out are listed with what is wrong with them, and counted in the summary.
         """
         if self.main:
-            lines = self.left_out.read_text(encoding="utf-8").splitlines() if self.left_out.exists() else []
-            problems = {row["path"]: row["detail"] for row in map(json.loads, lines)}
+            problems = {row["path"]: row["detail"] for row in read_jsonl(self.left_out)}
             for problem in problems.values():
                 print(f"left out: {problem}")
             write_json(self.folder / "done.json", summary | ({"left_out": len(problems)} if problems else {}))
@@ -133,7 +135,8 @@ class Run:
     def resume(self) -> dict[str, Any] | None:
         """The newest checkpoint, or None; lines logged after it are cut off, since those steps will run again."""
         files = self._checkpoints()
-        state = torch.load(files[-1], map_location="cpu", weights_only=True) if files else None
+        # mapped, not read: every process would hold all weights and moments in memory besides its own
+        state = torch.load(files[-1], map_location="cpu", weights_only=True, mmap=True) if files else None
         if self.main and self.log_file.exists():
             done = state["step"] if state else 0
             kept = [line for line in self.log_file.read_text().splitlines(True) if _logged_step(line) <= done]
@@ -166,8 +169,7 @@ def _logged_step(line: str) -> float:
 
 def read_log(folder: str | Path) -> list[dict[str, float]]:
     """Lines of a run's log.jsonl, oldest first."""
-    file = Path(folder) / "log.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    return read_jsonl(Path(folder) / "log.jsonl")
 
 
 def seed_step(seed: int, step: int, process: int = 0) -> None:
@@ -178,11 +180,14 @@ def seed_step(seed: int, step: int, process: int = 0) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + process)
 
 
-def warmup_cosine(step: int, steps: int, warmup: int) -> float:
-    """Factor of the learning rate at a step: linear up over `warmup` steps, then half a cosine down to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def warmup_cosine(step: int, steps: int, warmup: int, joined: int = 0) -> float:
+    """Factor of the learning rate at a step: linear up over `warmup` steps, then half a cosine down to zero.
+
+    joined: a step at which more weights begin to learn; it climbs once more from there, since AdamW's first steps,
+    without a memory of gradients, are the largest it can make.
+    """
+    climb = min(1.0, (step + 1 - (joined if step >= joined else 0)) / warmup)
+    return climb * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -206,6 +211,14 @@ def write_json(file: str | Path, value: Any) -> None:
 def write_jsonl(file: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line so that the file appears whole or not at all."""
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(file: str | Path) -> list[dict[str, Any]]:
+    """The objects of a file with one a line, none where there is no file."""
+    if not Path(file).exists():
+        return []
+    with open(file, encoding="utf-8") as lines:  # not splitlines, which also ends a line at what texts may hold
+        return [json.loads(line) for line in lines]
 
 
 @contextlib.contextmanager

@@ -6,13 +6,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from speechllm.run import write_json
+from speechllm.run import RunError, write_json
 from tokenizer import available_cpus
 
 
@@ -28,7 +29,7 @@ class Stages:
         self.processes = processes or 2 ** min(3, available_cpus().bit_length() - 1)
         self.file = run / "stages.json"
         self.lock = threading.Lock()  # of the file
-        self.done: dict[str, dict[str, float]] = (
+        self.done: dict[str, dict[str, Any]] = (
             json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
         )
 
@@ -40,7 +41,7 @@ class Stages:
     def stage(self, name: str, *commands: list[str]) -> None:
         """Run recipes side by side, sharing the processor cores; stop the job when one fails."""
         words = [["python", f"{self.recipes}/{recipe}", *rest] for recipe, *rest in commands]
-        self.call(name, lambda: self._run(words))
+        self.call(name, lambda: self._run(words), commands)
 
     def side_by_side(self, commands: Mapping[str, list[str]]) -> None:
         """Run recipes that do not need each other, each a stage of its own, as many at a time as there are cores.
@@ -52,7 +53,7 @@ class Stages:
 
         def stage(name: str) -> None:
             words = [["python", f"{self.recipes}/{commands[name][0]}", *commands[name][1:]]]
-            self.call(name, lambda: self._run(words, at_once))
+            self.call(name, lambda: self._run(words, at_once), [commands[name]])
 
         with ThreadPoolExecutor(at_once) as pool:
             for running in [pool.submit(stage, name) for name in commands]:
@@ -67,11 +68,22 @@ class Stages:
         # accelerate's own launcher starts a single process where there is no GPU
         processes = torch.cuda.device_count() or self.processes
         words = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
-        self.call(name, lambda: self._run([[*words, f"{self.recipes}/{command[0]}", *command[1:]]], processes))
+        words += [f"{self.recipes}/{command[0]}", *command[1:]]
+        self.call(name, lambda: self._run([words], processes), [command])
 
-    def call(self, name: str, work: Callable[[], None]) -> None:
-        """Do `work` unless it was done before; a stage that was interrupted adds to the time it took before."""
-        before = self.done.get(name, {"seconds": 0.0, "finished": False})
+    def call(self, name: str, work: Callable[[], None], asked: Sequence[list[str]] = ()) -> None:
+        """Do `work` unless it was done before; a stage that was interrupted adds to the time it took before.
+
+        asked: what is to be done, in words. Raises RunError where a stage of this name was done with other ones.
+        """
+        words = [word for command in asked for word in command]
+        before = self.done.get(name, {"seconds": 0.0, "finished": False, "words": words})
+        if before["finished"] and before["words"] != words:
+            changed = set(before["words"]) ^ set(words)
+            raise RunError(
+                f"[{name}] was done with other settings ({', '.join(sorted(changed))}) in {self.file.parent}: "
+                "choose another output folder"
+            )
         if before["finished"]:
             print(f"[{name}] done before, in {before['seconds']:.0f} s")
             return
@@ -83,7 +95,7 @@ class Stages:
         finally:
             seconds = before["seconds"] + time.perf_counter() - started
             with self.lock:
-                self.done[name] = {"seconds": seconds, "finished": finished}
+                self.done[name] = {"seconds": seconds, "finished": finished, "words": words}
                 write_json(self.file, self.done)
         print(f"[{name}] {seconds:.0f} s", flush=True)
 

@@ -216,6 +216,24 @@ def test_a_hash_is_computed_once_a_process(tmp_path: Path, utterances: list[Utte
     assert tokenizer.cache._hash_content.cache_info().misses == misses
 
 
+def test_crops_know_the_hashes_all_processes_wrote(
+    tmp_path: Path, utterances: list[Utterance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tokenizer.cache
+
+    for process in range(2):
+        FeatureCache(tmp_path / "cache", "key", HOP).fill(utterances, Listener(), process=process, processes=2)
+    read: list[str] = []
+    monkeypatch.setattr(tokenizer.cache, "_hash_content", lambda path, *state: read.append(path) or "unknown")
+    cache = FeatureCache(tmp_path / "cache", "key", HOP)  # as in a new process: nothing in memory
+    assert all(cache.crop(u, 0, whole(u))[-1, 0] == whole(u) for u in utterances)
+    assert not read
+    os.utime(utterances[1].path, ns=(0, 0))
+    with pytest.raises(AudioError, match="no features"):
+        cache.crop(utterances[1], 0, 1)
+    assert read == [utterances[1].path]
+
+
 # ---- several processes, and recordings that cannot be used
 
 
@@ -305,11 +323,11 @@ def test_features_come_in_batches_from_other_processes_with_crops_on_whole_frame
 
 def test_a_recording_without_features_is_left_out_of_training(tmp_path: Path, utterances: list[Utterance]) -> None:
     crops = Crops(utterances, 0.2, caches={"semantic": filled(tmp_path, utterances[:3], Listener())})
-    with pytest.warns(UserWarning, match=r"left out of training: .*3\.flac: no features"):
+    with pytest.warns(UserWarning, match=r"left out: .*3\.flac: no features"):
         assert {crops[index]["utterance"] for index in range(4)} == {0, 1, 2}
 
 
-@pytest.mark.filterwarnings("ignore:left out of training")
+@pytest.mark.filterwarnings("ignore:left out")
 def test_an_empty_cache_says_what_to_do(tmp_path: Path, utterances: list[Utterance]) -> None:
     with pytest.raises(CorpusError, match=r"recordings in a row .* no features of it in .*: fill the cache"):
         Crops(utterances, 0.2, caches={"semantic": FeatureCache(tmp_path, "key", HOP)})[0]

@@ -56,11 +56,13 @@ def test_a_training_goes_on_from_a_file_as_if_never_interrupted(tmp_path: Path, 
     whole, first, second = (make_training(decay=decay) for _ in range(3))
     train(whole, 0, 7)
     train(first, 0, 4)
-    first.offer(4, 0.5, keep=True)
+    with first.judging():
+        first.offer(4, 0.5, keep=True)
     torch.save({"step": 4, **first.state_dict()}, tmp_path / "state.pt")
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert second.best.wer == 0.5 and second.best.step == 4 and second.best.worse == 0
-    assert same(second.best.weights, trained_weights(first.judged))
+    with first.judging():
+        assert same(second.best.weights, trained_weights(first.judged))
     train(second, 4, 7)
     found, expected = second.state_dict(), whole.state_dict()
     assert found.pop("best") != expected.pop("best") and same(found, expected)
@@ -70,7 +72,7 @@ def test_only_what_is_trained_is_kept_and_nothing_of_it_changes_later() -> None:
     training = make_training()
     train(training, 0, 1)
     state = training.state_dict()
-    assert state["model"].keys() == {"0.bias", "1.weight", "1.bias"} and state["average"] is None
+    assert state["model"].keys() == {"0.bias", "1.weight", "1.bias"} and state["average"] == {}
     copies = {name: value.clone() for name, value in state["model"].items()}
     moments = state["optimizer"]["state"][0]["exp_avg"].clone()
     train(training, 1, 3)
@@ -79,14 +81,17 @@ def test_only_what_is_trained_is_kept_and_nothing_of_it_changes_later() -> None:
 
 def test_the_average_is_what_is_judged_and_follows_exponentially() -> None:
     training = make_training(decay=0.75)
-    assert training.judged is not training.model
     expected = None
     for step in range(5):
         train(training, step, step + 1)
         now = trained_weights(training.model)
         expected = now if expected is None else {name: 0.75 * expected[name] + 0.25 * now[name] for name in now}
-    for name, value in trained_weights(training.judged).items():
-        torch.testing.assert_close(value, expected[name])
+    last = trained_weights(training.model)
+    with training.judging():
+        for name, value in trained_weights(training.judged).items():
+            torch.testing.assert_close(value, expected[name])
+        assert torch.equal(training.judged[0].weight, small_model()[0].weight)  # frozen: there is no average of it
+    assert same(trained_weights(training.model), last)
 
 
 def test_the_best_validation_is_kept_and_the_worse_ones_after_it_are_counted() -> None:
@@ -118,7 +123,7 @@ def test_other_processes_keep_nothing() -> None:
     training = make_training(accelerator=accelerator(main=False), decay=0.9)
     train(training, 0, 1)
     state = training.state_dict()
-    assert training.average is None and set(state["model"].values()) == {None}
+    assert training.average == {} and set(state["model"].values()) == {None}
 
 
 @pytest.fixture
@@ -148,8 +153,8 @@ def test_weights_cut_into_parts_go_through_whole_tensors(tmp_path: Path) -> None
     assert all(isinstance(p, DTensor) for p in second.model.parameters())
     found, expected = second.state_dict(), plain.state_dict()
     assert same(found["model"], expected["model"]) and same(found["optimizer"]["state"], expected["optimizer"]["state"])
-    second.gather()
-    assert not any(isinstance(p, DTensor) for p in second.judged.parameters())
-    assert same(trained_weights(second.judged), expected["model"])
+    with second.judging():
+        assert not any(isinstance(p, DTensor) for p in second.judged.parameters())
+        assert same(trained_weights(second.judged), expected["model"])
     load_weights(second.model, trained_weights(first.model))
     assert same(trained_weights(second.model), trained_weights(first.model))

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EncodecConfig, EncodecModel, MimiConfig
 
-from tokenizer import SpeechCodec, convert_encodec, convert_speechtokenizer
+from tokenizer import SpeechCodec, convert_encodec, convert_speechtokenizer, load_tokenizer
 
 Noise = Callable[..., Tensor]
 HOP = 40
@@ -191,6 +192,21 @@ def test_a_parameter_without_its_place_is_refused(original: Original, tmp_path: 
 
     with pytest.raises(ValueError, match="the parameters are not those of its configuration"):
         original.copied(tmp_path, spoiled).converted()
+
+
+@pytest.mark.parametrize("original", ["speechtokenizer"], indirect=True)
+def test_speechtokenizer_is_also_found_on_the_hub(original: Original, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: fetch(original.folder / file))
+
+    def fetch(file: Path) -> str:
+        if not file.is_file():
+            raise EntryNotFoundError(file.name)
+        return str(file)
+
+    assert load_tokenizer("owner/model").fingerprint == original.converted().fingerprint
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: fetch(original.folder / "nothing"))
+    with pytest.raises(FileNotFoundError, match=r"owner/model lacks config\.json or SpeechTokenizer\.pt"):
+        convert_speechtokenizer("owner/model")
 
 
 def test_every_setting_of_encodec_that_is_not_ours_is_named_at_once(tmp_path: Path) -> None:

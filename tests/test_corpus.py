@@ -10,7 +10,17 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
-from tokenizer import CorpusError, Crops, StepSampler, Utterance, available_cpus, frame_phones, load_audio, read_corpus
+from tokenizer import (
+    CorpusError,
+    Crops,
+    StepSampler,
+    Utterance,
+    available_cpus,
+    frame_phones,
+    load_audio,
+    load_usable,
+    read_corpus,
+)
 
 RATE = 16_000
 SECONDS = (1.5, 0.25, 2.0, 0.5, 1.0)
@@ -283,14 +293,14 @@ def test_an_unusable_recording_is_left_out_with_a_warning_and_replaced_by_the_ne
     (tmp_path / "broken.wav").write_text("not a sound")
     broken = Utterance("broken", str(tmp_path / "broken.wav"), 1.0, "train")
     crops = Crops([utterances[0], broken, utterances[2]], crop_s=0.4, left_out=tmp_path / "left_out.jsonl")
-    with pytest.warns(UserWarning, match=r"left out of training: .*broken\.wav: not a readable audio file"):
+    with pytest.warns(UserWarning, match=r"left out: .*broken\.wav: not a readable audio file"):
         items = [crops[index] for index in range(30)]
     numbers = [item["utterance"] for item in items]
     assert set(numbers) == {0, 2}
     rows = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {(row["path"], row["reason"]) for row in rows} == {(broken.path, "unreadable")}
     assert all(sorted(numbers[start : start + 3]) in ([0, 0, 2], [0, 2, 2]) for start in range(0, 30, 3))
-    with pytest.warns(UserWarning, match="left out of training"):
+    with pytest.warns(UserWarning, match="left out"):
         again = [Crops(crops.utterances, crop_s=0.4)[index] for index in reversed(range(30))]
     for item, same in zip(items, reversed(again), strict=True):
         assert item["utterance"] == same["utterance"]
@@ -298,7 +308,18 @@ def test_an_unusable_recording_is_left_out_with_a_warning_and_replaced_by_the_ne
         assert torch.equal(item["waveform"], same["waveform"])
 
 
-@pytest.mark.filterwarnings("ignore:left out of training")
+def test_usable_recordings_come_whole_and_the_others_are_listed(utterances: list[Utterance], tmp_path: Path) -> None:
+    gone = Utterance("gone", str(tmp_path / "gone.wav"), 1.0, "train")
+    with pytest.warns(UserWarning, match=r"left out: .*gone\.wav: no such audio file"):
+        found = list(load_usable([gone, *utterances], 8_000, tmp_path / "left_out.jsonl"))
+    assert [utterance for utterance, _ in found] == utterances
+    for utterance, waveform in found:
+        assert torch.equal(waveform, load_audio(utterance.path, 8_000))
+    row = json.loads((tmp_path / "left_out.jsonl").read_text(encoding="utf-8"))
+    assert row == {"path": gone.path, "reason": "missing", "detail": f"{gone.path}: no such audio file"}
+
+
+@pytest.mark.filterwarnings("ignore:left out")
 def test_a_corpus_of_unusable_recordings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"recordings in a row cannot be used; the last one is .*gone\.wav"):
         Crops([Utterance("gone", str(tmp_path / "gone.wav"), 1.0, "train")], 0.4)[0]

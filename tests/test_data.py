@@ -19,12 +19,18 @@ from torch import Tensor
 from speechllm import (
     DataError,
     Encoding,
+    FeatureEncoder,
+    SemanticTeacher,
     SpeechCodec,
+    UnitTokenizer,
     Utterance,
     encode_shards,
     grouped_batches,
+    left_out_of_shards,
     load_audio,
     load_codes,
+    read_jsonl,
+    small_hubert,
     speech_of,
     summarize_shards,
     token_batches,
@@ -207,9 +213,41 @@ def test_unusable_recordings_are_left_out_and_counted_by_reason(
     assert summary["skipped"] == REASONS
     assert summary["utterances"] == 2
     assert summary["hours"] == pytest.approx((1_600 + 1_867) / RATE / 3600)
-    assert len(summary["skipped_first"]) == 5
-    for utterance, detail in zip(bad_speech[1:6], summary["skipped_first"], strict=True):
-        assert detail.startswith(utterance.path)
+    for utterance, row in zip(bad_speech[1:-1], left_out_of_shards(tmp_path), strict=True):
+        assert (row["id"], row["path"]) == (utterance.id, utterance.path) and row["detail"].startswith(utterance.path)
+
+
+def test_the_recipe_lists_all_recordings_it_left_out_and_prints_the_first(
+    tmp_path: Path,
+    bad_speech: list[Utterance],
+    codec_folder: Path,
+    recipe: Callable,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [{"id": u.id, "path": u.path, "duration_s": u.duration_s} for u in bad_speech]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    module, output = recipe("encode_speech.py"), tmp_path / "codes"
+    module.main(module.EncodeConfig(str(codec_folder), str(tmp_path), str(output), max_duration_s=0.4))
+    listed = read_jsonl(output / "left_out.jsonl")
+    assert [(row["id"], row["path"]) for row in listed] == [(u.id, u.path) for u in bad_speech[1:-1]]
+    assert Counter(row["reason"] for row in listed) == REASONS
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
+    assert said == [
+        *(f"left out: {row['detail']}" for row in listed[:5]),
+        f"left out: 2 more, see {output}/left_out.jsonl",
+    ]
+
+
+def test_merged_repeats_are_told_apart(tmp_path: Path, speech: list[Utterance]) -> None:
+    """Of codes without a fixed rate nobody can say when they are spoken; older folders do not know."""
+    torch.manual_seed(0)
+    encoder = FeatureEncoder(SemanticTeacher(small_hubert(hidden_size=16, layers=1), 1))
+    for merged in (True, False):
+        units = UnitTokenizer(encoder, torch.randn(4, 16), deduplicate=merged)
+        encode(speech, units, tmp_path / str(merged))
+        encoding = load_codes(tmp_path / str(merged))[1]
+        assert encoding == Encoding.of(units) and encoding.deduplicated is merged
+    assert Encoding("f" * 16, RATE, 50.0, 1, 4).deduplicated is False
 
 
 def test_a_folder_in_which_nothing_could_be_used_is_an_empty_one(

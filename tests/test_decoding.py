@@ -24,7 +24,7 @@ from speechllm import (
     transcribe_codes,
     word_error_rate,
 )
-from speechllm.decoding import runaway_reason
+from speechllm.decoding import _NoRepeats, runaway_reason
 
 MakeSpeechLLM = Callable[..., SpeechLLM]
 LENGTHS = (30, 4, 55, 0, 11, 30, 1)
@@ -216,6 +216,22 @@ def test_a_loop_is_decoded_again_without_repetitions(make_speech_llm: MakeSpeech
     mended = [Transcription("xxxxx", "looped", True), Transcription("xxxxx", "bound", True)]
     assert recognize(codes, speech_llm, fallback=True) == mended
     assert transcribe_codes(codes, speech_llm, fallback=True) == ["xxxxx"] * 2
+
+
+def test_the_second_answer_may_say_what_stands_in_the_prompt() -> None:
+    rule = _NoRepeats(3, prompt_size=4)
+    ids = torch.tensor([[1, 2, 3, 4, 1, 2], [5, 6, 7, 8, 1, 2]])
+    assert torch.equal(rule(ids, torch.zeros(2, 9)), torch.zeros(2, 9))
+    ids = torch.tensor([[9, 9, 9, 9, 1, 2, 3, 1, 2]])
+    assert rule(ids, torch.zeros(1, 9)).isinf().nonzero().tolist() == [[0, 3]]
+
+
+def test_a_text_tokenizer_without_a_padding_token_will_do(make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = make_speech_llm()
+    codes = random_codes(9, 2, 5)
+    texts = transcribe_codes(codes, speech_llm)
+    speech_llm.text_tokenizer.pad_token = None
+    assert transcribe_codes(codes, speech_llm) == texts
 
 
 def test_only_runaways_are_decoded_again(make_speech_llm: MakeSpeechLLM) -> None:

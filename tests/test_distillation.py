@@ -112,9 +112,9 @@ def test_eq_4_teaches_the_projection_and_layer_0_but_not_the_teacher() -> None:
     assert value.item() == pytest.approx(0.3133, abs=0.005)
 
 
-def agreeing(acoustic: AcousticDistillation, voice: Tensor, length: int = T) -> Tensor:
+def agreeing(acoustic: AcousticDistillation, voice: Tensor) -> Tensor:
     """A layer 1 [B, D, T] with the align layer's distribution; a constant added to all logits does not change it."""
-    return (acoustic.align(voice, length).detach() + 3.0).transpose(1, 2)
+    return (acoustic.align(voice, everything()).detach() + 3.0).transpose(1, 2)
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_eq_5_equals_the_divergence_computed_by_hand(acoustic: AcousticDistillat
         return x / x.sum(-1, keepdims=True)
 
     p = softmax(layer1.transpose(1, 2).double().numpy())
-    q = softmax(acoustic.align(voice, T).detach().double().numpy())
+    q = softmax(acoustic.align(voice, mask).detach().double().numpy())
     divergence = (p * np.log(p / q)).sum(-1)
     expected = divergence[mask.numpy()].mean()
     assert expected > 0.1
@@ -149,6 +149,19 @@ def test_masked_frames_of_layer_1_have_no_influence_on_eq_5(acoustic: AcousticDi
     voice, layer1, mask = frames(C, 2 * T + 1), frames(seed=1).transpose(1, 2), some()
     garbage = torch.where(mask[:, None], layer1, 9 * frames(seed=5).transpose(1, 2))
     assert acoustic(layer1, voice, mask).item() == acoustic(garbage, voice, mask).item()
+
+
+@pytest.mark.parametrize("extra", [0, 1], ids=["cached features", "features of the crop"])
+def test_an_utterance_in_a_padded_batch_has_the_eq_5_it_has_alone(acoustic: AcousticDistillation, extra: int) -> None:
+    """Whatever the teacher says about the padding: no frame of the speech attends to it."""
+    voice, layer1 = frames(C, 2 * T + extra), frames(seed=1).transpose(1, 2)
+    voice[1, 2 * 5 + extra :] = 50 * frames(C, 2 * T + extra, seed=2)[1, 2 * 5 + extra :]
+    alone = [
+        acoustic(layer1[b : b + 1, :, :n], voice[b : b + 1, : 2 * n + extra], torch.ones(1, n, dtype=torch.bool)).item()
+        for b, n in enumerate((T, 5))
+    ]
+    expected = (T * alone[0] + 5 * alone[1]) / (T + 5)
+    assert acoustic(layer1, voice, some()).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_batch_without_frames_has_no_loss(acoustic: AcousticDistillation) -> None:
@@ -175,7 +188,7 @@ def test_the_gradient_of_eq_5_reaches_layer_1_the_align_layer_and_the_latents(ac
 def test_the_align_layer_gives_the_codecs_frame_rate(
     acoustic: AcousticDistillation, teacher_frames: int, length: int
 ) -> None:
-    aligned = acoustic.align(frames(C, teacher_frames), length)
+    aligned = acoustic.align(frames(C, teacher_frames), torch.ones(B, length, dtype=torch.bool))
     assert aligned.shape == (B, length, D)
     assert aligned.std(1).min() > 1e-4  # frames differ
 
@@ -183,14 +196,14 @@ def test_the_align_layer_gives_the_codecs_frame_rate(
 def test_the_align_layer_knows_positions(acoustic: AcousticDistillation) -> None:
     """The same teacher frame all along still gives different outputs."""
     constant = frames(C, 1).expand(B, 24, C)
-    assert acoustic.align(constant, T).std(1).min() > 1e-3
+    assert acoustic.align(constant, everything()).std(1).min() > 1e-3
 
 
 def test_the_align_layer_keeps_the_order_in_time(acoustic: AcousticDistillation) -> None:
     quiet = torch.zeros(B, 24, C)
     event = quiet.clone()
     event[:, 12:14] = 5 * frames(C, 2)
-    moved = (acoustic.align(event, T) - acoustic.align(quiet, T)).norm(dim=-1)
+    moved = (acoustic.align(event, everything()) - acoustic.align(quiet, everything())).norm(dim=-1)
     assert moved.argmax(1).tolist() == [6, 6]
 
 

@@ -143,7 +143,9 @@ def test_what_cannot_be_scored_is_listed_once_with_its_reason(results: dict) -> 
 
 def test_results_say_what_was_measured_with_what(results: dict, codec: SpeechCodec, corpus: Path) -> None:
     assert results["codec_fingerprint"] == codec.fingerprint
-    assert results["data"] == str(corpus) and results["splits"] == ["test"]
+    config = results["config"]
+    assert (config["data"], config["splits"], config["layers"]) == (str(corpus), ["test"], [1, 3])
+    assert (config["max_utterances"], config["seed"]) == (None, 0)
     assert {"torch", "pesq", "pystoi"} <= results["versions"].keys() and results["seconds"] > 0
 
 

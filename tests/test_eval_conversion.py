@@ -14,11 +14,13 @@ from speechllm import (
     SpeechCodec,
     Transcripts,
     Utterance,
+    align_voices,
     convert_voice,
     load_audio,
     load_config,
     mel_cepstral_distortion,
     pitch_correlation,
+    reconstruct,
     save_audio,
     save_ecapa,
     swap_layers,
@@ -141,7 +143,7 @@ def test_other_words_are_no_reference(recipe: Callable[[str], ModuleType]) -> No
     for words in (("ONE", "TWO"), (None, None)):
         pairs = choose([recording("a", words[0]), recording("b", words[1])], 9, 0)
         assert len(pairs) == 2 and all(pair.reference is None for pair in pairs)
-        assert all(pair.voice is pair.target and pair.target.speaker != pair.source.speaker for pair in pairs)
+        assert all(pair.voice is None and pair.target.speaker != pair.source.speaker for pair in pairs)
 
 
 def test_the_only_recording_is_the_target_and_never_its_own_reference(recipe: Callable[[str], ModuleType]) -> None:
@@ -149,7 +151,7 @@ def test_the_only_recording_is_the_target_and_never_its_own_reference(recipe: Ca
     assert all(pair.reference is None for pair in choose([recording("a", "ONE"), recording("b", "ONE")], 9, 0))
     pairs = choose([recording("a", "ONE"), recording("b", "ONE", 1), recording("b", "ONE", 2)], 9, 0)
     pair = next(pair for pair in pairs if pair.source.speaker == "a")
-    assert {pair.target.duration_s, pair.reference.duration_s} == {2.0, 3.0} and pair.voice is pair.reference
+    assert {pair.target.duration_s, pair.reference.duration_s} == {2.0, 3.0} and pair.voice is None
 
 
 def test_pairs_are_drawn_by_the_seed(recipe: Callable[[str], ModuleType]) -> None:
@@ -181,13 +183,17 @@ def test_scores_are_those_of_the_functions_alone(rows: list[dict], corpus: Path,
     row = rows[3]
     source, target, reference = (load_audio(corpus / f"{row[role]}.wav") for role in ("source", "target", "reference"))
     aim = voice_frames(reference, RATE)
-    assert row["scores"]["source"]["mcd"] == pytest.approx(mel_cepstral_distortion(voice_frames(source, RATE), aim))
+    assert row["scores"]["source"]["mcd"] == pytest.approx(
+        mel_cepstral_distortion(align_voices(voice_frames(source, RATE), aim))
+    )
     assert row["scores"]["source"]["f0_correlation"] == pytest.approx(
-        pitch_correlation(voice_frames(source, RATE), aim)
+        pitch_correlation(align_voices(voice_frames(source, RATE), aim))
     )
     for layers, name in (([1], "swap 1, by content"), ([1, 2], "swap 1-2, by content")):
         converted = voice_frames(convert_voice(codec, source, target, layers, "content"), RATE)
-        assert row["scores"][name]["mcd"] == pytest.approx(mel_cepstral_distortion(converted, aim), rel=1e-6)
+        assert row["scores"][name]["mcd"] == pytest.approx(
+            mel_cepstral_distortion(align_voices(converted, aim)), rel=1e-6
+        )
 
 
 def test_means_are_over_the_pairs(results: dict, rows: list[dict]) -> None:
@@ -260,6 +266,36 @@ def test_without_parallel_text_similarity_is_left_and_it_is_said(
     assert "| method | speaker similarity | pairs |" in printed
 
 
+def test_without_a_further_recording_there_is_no_similarity(
+    evaluate: Callable[..., dict], tmp_path: Path, corpus: Path, ecapa_folder: Path
+) -> None:
+    """One recording of one speaker, two of the other: only as a target's can the other's be a further one."""
+    rows = [json.loads(line) for line in (corpus / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+    kept = [row | {"path": str(corpus / row["path"]), "text": row["id"]} for row in (rows[0], rows[4], rows[6])]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+    found = evaluate(tmp_path / "out", f"data={tmp_path}", "layers=[[1]]", f"speaker={ecapa_folder}")
+    pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    for pair in pairs:
+        assert (pair["voice"] is None) == pair["source"].startswith("high")
+        for scores in pair["scores"].values():
+            assert ("speaker_similarity" in scores) == (pair["voice"] is not None)
+    method = found["methods"]["target"]
+    assert (method["pairs"], method["speaker_similarity"]["pairs"]) == (3, 1)
+    assert method["speaker_similarity"]["mean"] < 0.9999  # it is not measured against itself
+
+
+def test_results_say_how_they_were_made(results: dict, codec: SpeechCodec, corpus: Path, ecapa_folder: Path) -> None:
+    assert results["codec_fingerprint"] == codec.fingerprint and "pyworld" in results["versions"]
+    config = results["config"]
+    assert (config["data"], config["splits"], config["layers"]) == (str(corpus), ["test"], [[1], [1, 2]])
+    assert (config["speaker"], config["judge"], config["pairs"], config["seed"]) == (
+        str(ecapa_folder),
+        "recognizer:x",
+        20,
+        0,
+    )
+
+
 def test_freevc_is_one_method_more(recipe: Callable[[str], ModuleType], codec: SpeechCodec) -> None:
     class Echo:
         sample_rate = RATE
@@ -270,6 +306,28 @@ def test_freevc_is_one_method_more(recipe: Callable[[str], ModuleType], codec: S
     sounds = {role: voice("low", "ONE", 0.8) for role in ("source", "target")}
     found = recipe(RECIPE).convert(sounds, codec, [[1]], Echo())
     assert torch.equal(found["FreeVC"], 3 * sounds["source"]) and torch.equal(found["target"], sounds["target"])
+
+
+def test_code_vectors_are_collected_once(recipe: Callable[[str], ModuleType], codec: SpeechCodec) -> None:
+    """A published codec stacks its codebooks whenever it is asked for them."""
+    stacked = []
+
+    class Stacking:
+        device = codec.device
+        encode, decode = codec.encode, codec.decode
+
+        @property
+        def codebooks(self) -> Tensor:
+            stacked.append(codec.codebooks)
+            return stacked[-1]
+
+    sounds = {role: voice("low", "ONE", 0.8) for role in ("source", "target")}
+    recipe(RECIPE).convert(sounds, Stacking(), [[1], [1, 2]], None)
+    assert len(stacked) == 1
+    convert_voice(Stacking(), sounds["source"], sounds["target"], [1], "content")
+    assert len(stacked) == 2
+    reconstruct(Stacking(), sounds["source"], [1, 2])
+    assert len(stacked) == 2
 
 
 @pytest.mark.parametrize(

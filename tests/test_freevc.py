@@ -209,6 +209,23 @@ def test_every_wavlm_frame_becomes_320_samples(freevc: FreeVC, noise: Noise, sam
     assert converted.dtype == torch.float32
 
 
+def test_wavlm_in_half_precision_is_heard_in_single(published: Path, tmp_path: Path, noise: Noise) -> None:
+    WavLMModel(WavLMConfig(**SMALL)).half().save_pretrained(tmp_path)
+    freevc = FreeVC.from_pretrained(published, tmp_path)
+    assert {parameter.dtype for parameter in freevc.parameters()} == {torch.float32}
+    assert torch.isfinite(freevc.convert(noise(8_000)[0], noise(8_000, seed=1)[0])).all()
+
+
+def test_a_wavlm_that_lacks_weights_is_refused(published: Path, tmp_path: Path) -> None:
+    model = WavLMModel(WavLMConfig(**SMALL))
+    whole = model.state_dict()
+    model.save_pretrained(
+        tmp_path, state_dict={name: whole[name] for name in whole if "layers.0.attention" not in name}
+    )
+    with pytest.raises(ValueError, match=r"lacks \d+ weights of a WavLMModel"):
+        FreeVC.from_pretrained(published, tmp_path)
+
+
 def test_the_seed_decides_and_the_target_counts(freevc: FreeVC, noise: Noise) -> None:
     source, target, other = (noise(26_000, seed=seed)[0] for seed in range(3))
     source, different = source[:4_000], source[-4_000:]

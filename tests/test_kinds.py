@@ -33,6 +33,7 @@ from speechllm import (
     save_audio,
     speech_of,
     summarize_shards,
+    text_example,
     transcribe,
     transcription_example,
     transcription_prompt,
@@ -153,6 +154,16 @@ def test_packed_features_lose_what_each_example_loses_alone(
     torch.testing.assert_close(loss[0], reference)
     loss[0].backward()
     assert all(float(p.grad.abs().sum()) > 0 for p in model.speech_projector.parameters())
+
+
+def test_sentences_without_audio_leave_no_parameter_without_a_gradient(make: Callable[..., SpeechLLM]) -> None:
+    """Processes that train together wait for every gradient."""
+    speech_llm, plain = make(Loudness()), make(Counter())
+    sentence = [text_example("CALL ANNA", speech_llm.text_tokenizer)]
+    loss = LabelledLoss(speech_llm.model, speech_llm.vocabulary)(sentence)
+    loss[0].backward()
+    assert all(p.grad is not None for p in speech_llm.model.parameters())
+    torch.testing.assert_close(loss, LabelledLoss(speech_llm.model, plain.vocabulary)(sentence))
 
 
 @pytest.mark.parametrize("tied", [True, False])

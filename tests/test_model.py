@@ -59,7 +59,7 @@ def test_logits_are_computed_only_where_there_is_a_label(make_speech_llm: MakeSp
     loss_of(examples_of(speech_llm))
     assert rows == [3 + 1 + 5 + 2]  # whole words are tokens here; each answer has its end
     loss_of(examples_of(speech_llm, learn_speech=True))
-    assert rows[1] == rows[0] + 2 * (9 + 2 + 5)
+    assert rows[1] == rows[0]  # codes are chosen among codes: that needs a small part of the head only
 
 
 def test_the_loss_of_speech_is_cross_entropy_among_the_codes_with_smoothed_labels(

@@ -11,6 +11,7 @@ from torch import Tensor
 from speechllm import (
     QualityError,
     VoiceFrames,
+    align_voices,
     dtw,
     mel_cepstra,
     mel_cepstral_distortion,
@@ -37,6 +38,14 @@ def vowel(duration_s: float = 1.2, pitch: float = 1.0, silence_s: float = 0.0) -
         )
         wave += np.where(frequency < RATE / 2, formants, 0) * np.sin(harmonic * phase)
     return torch.nn.functional.pad(torch.from_numpy(0.1 * wave).float(), 2 * [round(silence_s * RATE)])
+
+
+def distortion(converted: VoiceFrames, reference: VoiceFrames) -> float:
+    return mel_cepstral_distortion(align_voices(converted, reference))
+
+
+def correlation(converted: VoiceFrames, reference: VoiceFrames) -> float:
+    return pitch_correlation(align_voices(converted, reference))
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +107,21 @@ def frames(first: list[float], f0: np.ndarray | None = None) -> VoiceFrames:
 
 
 def test_distortion_is_that_of_the_formula() -> None:
-    assert mel_cepstral_distortion(frames([0, 1, 2]), frames([0, 1, 2.5])) == pytest.approx(DB * 0.5 / 3)
-    assert mel_cepstral_distortion(frames([0, 0, 1, 2, 2]), frames([0, 1, 1, 1, 2])) == 0  # the same, only slower
+    assert distortion(frames([0, 1, 2]), frames([0, 1, 2.5])) == pytest.approx(DB * 0.5 / 3)
+    assert distortion(frames([0, 0, 1, 2, 2]), frames([0, 1, 1, 1, 2])) == 0  # the same, only slower
     assert pytest.approx(6.14185, abs=1e-5) == DB
 
 
+def test_aligned_voices_say_the_same_at_the_same_time() -> None:
+    slow, fast = frames([0, 0, 1, 2, 2], np.arange(5.0)), frames([0, 1, 1, 1, 2], np.arange(5.0))
+    a, b = align_voices(slow, fast)
+    assert a.cepstra[:, 0].tolist() == b.cepstra[:, 0].tolist() == [0, 0, 1, 1, 1, 2, 2]
+    assert (a.f0.tolist(), b.f0.tolist()) == ([0, 1, 2, 2, 2, 3, 4], [0, 0, 1, 2, 3, 4, 4])
+
+
 def test_a_voice_is_its_own_bound(voice: VoiceFrames) -> None:
-    assert mel_cepstral_distortion(voice, voice) == 0
-    assert pitch_correlation(voice, voice) == pytest.approx(1)
+    assert distortion(voice, voice) == 0
+    assert correlation(voice, voice) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -113,25 +129,25 @@ def test_a_voice_is_its_own_bound(voice: VoiceFrames) -> None:
 )
 def test_another_timing_is_no_other_voice(voice: VoiceFrames, other: dict) -> None:
     retimed = voice_frames(vowel(**other), RATE)
-    assert mel_cepstral_distortion(retimed, voice) < 1
-    assert pitch_correlation(retimed, voice) > 0.98
+    assert distortion(retimed, voice) < 1
+    assert correlation(retimed, voice) > 0.98
 
 
 def test_other_formants_are_another_voice(voice: VoiceFrames) -> None:
     """Played a fifth faster, formants and pitch are higher."""
     wave = vowel(1.5)
     higher = torch.nn.functional.interpolate(wave[None, None], scale_factor=0.8)[0, 0]
-    assert mel_cepstral_distortion(voice_frames(higher, RATE), voice) > 3
+    assert distortion(voice_frames(higher, RATE), voice) > 3
 
 
 def test_a_higher_pitch_of_the_same_melody_correlates_fully(voice: VoiceFrames) -> None:
-    assert pitch_correlation(VoiceFrames(voice.cepstra, 1.25 * voice.f0), voice) == pytest.approx(1)
+    assert correlation(VoiceFrames(voice.cepstra, 1.25 * voice.f0), voice) == pytest.approx(1)
 
 
 def test_a_mirrored_melody_correlates_negatively() -> None:
     log = np.sin(np.linspace(0, 6, 50))
     up, down = (frames(list(range(50)), 150 * np.exp(sign * log)) for sign in (0.2, -0.1))
-    assert pitch_correlation(up, down) == pytest.approx(-1)
+    assert correlation(up, down) == pytest.approx(-1)
 
 
 def test_pitch_is_compared_where_both_are_voiced() -> None:
@@ -140,15 +156,15 @@ def test_pitch_is_compared_where_both_are_voiced() -> None:
     a, b = 100 + 50 * generator.random((2, 50))
     a[:10], b[40:] = 0, 0
     expected = np.corrcoef(np.log(a[10:40]), np.log(b[10:40]))[0, 1]
-    found = pitch_correlation(frames(list(range(50)), a), frames(list(range(50)), b))
+    found = correlation(frames(list(range(50)), a), frames(list(range(50)), b))
     assert found == pytest.approx(expected) and abs(found) < 0.9
 
 
 def test_the_level_and_the_rate_do_not_matter(voice: VoiceFrames) -> None:
-    assert mel_cepstral_distortion(voice_frames(0.1 * vowel(), RATE), voice) < 0.1
+    assert distortion(voice_frames(0.1 * vowel(), RATE), voice) < 0.1
     from torchaudio.functional import resample
 
-    assert mel_cepstral_distortion(voice_frames(resample(vowel(), RATE, 24_000), 24_000), voice) < 1
+    assert distortion(voice_frames(resample(vowel(), RATE, 24_000), 24_000), voice) < 1
 
 
 def test_the_pitch_is_that_of_the_voice(voice: VoiceFrames) -> None:
@@ -171,16 +187,16 @@ def test_what_holds_no_speech_has_no_frames(waveform: Tensor, reason: str) -> No
 
 def test_noise_has_no_pitch(voice: VoiceFrames, noise: Callable[..., Tensor]) -> None:
     rushing = voice_frames(noise(RATE)[0], RATE)
-    assert mel_cepstral_distortion(rushing, voice) > 3
+    assert distortion(rushing, voice) > 3
     with pytest.raises(QualityError, match="frames are voiced in both recordings, 20 are needed") as caught:
-        pitch_correlation(rushing, voice)
+        correlation(rushing, voice)
     assert caught.value.reason == "unvoiced"
 
 
 def test_a_pitch_that_does_not_move_has_no_correlation() -> None:
     flat, moving = frames(list(range(50)), np.full(50, 100.0)), frames(list(range(50)), np.arange(50) + 100.0)
     with pytest.raises(QualityError) as caught:
-        pitch_correlation(flat, moving)
+        correlation(flat, moving)
     assert caught.value.reason == "constant pitch"
 
 

@@ -246,6 +246,12 @@ def test_k_means_is_seeded(quantizer: ResidualVectorQuantizer) -> None:
     assert_same_state(quantizer.state_dict(), other.state_dict())
 
 
+def test_k_means_runs_beside_codebooks_on_another_device() -> None:
+    quantizer = ResidualVectorQuantizer(D, Q, K).to("meta")
+    quantizer.initialize(torch.randn(20 * K, D))
+    assert {buffer.device.type for buffer in quantizer.buffers()} == {"meta"}
+
+
 def test_k_means_refuses_too_few_vectors_and_changes_nothing(quantizer: ResidualVectorQuantizer) -> None:
     before = state(quantizer)
     with pytest.raises(ValueError, match=f"16 codes needs at least 320 latent vectors, got {20 * K - 1}"):
@@ -343,7 +349,9 @@ def _steps_of(process: int, start: dict[str, Tensor]) -> dict[str, dict[str, Ten
     quantizer.usage[0, 5] = 0.001
     torch.manual_seed(process)  # the processes would draw different places
     quantizer(latents(batch=4, seed=9)[2 * process : 2 * process + 2])
-    return {"after": after, "revived": state(quantizer)}
+    revived = state(quantizer)
+    quantizer.initialize(latents(frames=10 * K, seed=process).transpose(1, 2).flatten(0, 1))
+    return {"after": after, "revived": revived, "placed": state(quantizer)}
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +380,17 @@ def test_two_processes_learn_what_one_learns_from_the_joined_batch(
         assert_same_state({name: result["after"][name] for name in one.state_dict()}, one.state_dict(), atol=1e-6)
     mean = sum(float(result["after"]["commitment"]) for result in results) / 2
     assert mean == pytest.approx(float(commitment), rel=1e-5)
+
+
+def test_two_processes_begin_with_the_same_codebooks(
+    two_processes: tuple[ResidualVectorQuantizer, list[dict]],
+) -> None:
+    """Their latents may differ, on GPUs in the last bits: k-means makes much of it."""
+    start, (first, second) = two_processes
+    alone = copy.deepcopy(start)
+    alone.initialize(latents(frames=10 * K, seed=0).transpose(1, 2).flatten(0, 1))
+    assert_same_state(first["placed"], alone.state_dict())
+    assert_same_state(second["placed"], alone.state_dict())
 
 
 def test_two_processes_revive_a_code_at_the_same_place(

@@ -16,6 +16,7 @@ from accelerate.tracking import GeneralTracker
 from speechllm import (
     Run,
     RunError,
+    read_jsonl,
     read_log,
     seed_step,
     set_learning_rate,
@@ -23,6 +24,7 @@ from speechllm import (
     warmup_cosine,
     whole_folder,
     write_json,
+    write_jsonl,
     write_text,
 )
 
@@ -97,6 +99,14 @@ def test_another_configuration_is_refused_and_what_changed_is_named(tmp_path: Pa
     with pytest.raises(RunError, match=f"another configuration {named}: choose another output folder or delete"):
         Run(tmp_path, changed)
     assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_what_the_result_does_not_depend_on_may_change_in_the_middle(tmp_path: Path) -> None:
+    Run(tmp_path, Job())
+    Run(tmp_path, Job(steps=4), free=["steps"])
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["steps"] == 4
+    with pytest.raises(RunError, match=r"\(data: x -> y\)"):
+        Run(tmp_path, Job("y", steps=5), free=["steps"])
 
 
 @pytest.mark.parametrize("place", ["taken", "taken/run", "folder/checkpoints"])
@@ -228,6 +238,13 @@ def test_text_and_json_come_back_and_leave_nothing_beside_them(tmp_path: Path) -
     assert files_in(tmp_path) == {"a.txt", "b.json"}
 
 
+def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    rows = [{"text": "a\u2028b\x85c\x0cd\n"}, {"text": ""}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+    assert read_jsonl(tmp_path / "none.jsonl") == []
+
+
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
     write_json(tmp_path / "b.json", 1)
     with pytest.raises(TypeError):
@@ -278,6 +295,12 @@ def test_the_rate_rises_linearly_and_falls_like_half_a_cosine() -> None:
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert factors[9] == pytest.approx(0.5) and factors[14] == pytest.approx(0.0)
     assert factors[4:] == sorted(factors[4:], reverse=True)
+
+
+def test_the_rate_climbs_again_where_more_weights_join() -> None:
+    once, again = ([warmup_cosine(step, 20, 4, joined) for step in range(20)] for joined in (0, 8))
+    assert again[:8] == once[:8] and again[11:] == once[11:]
+    assert [a / b for a, b in zip(again[8:11], once[8:11], strict=True)] == pytest.approx([0.25, 0.5, 0.75])
 
 
 @pytest.mark.parametrize("steps, warmup", [(1, 1), (3, 10), (5, 5)])

@@ -103,6 +103,13 @@ def test_sample_by_sample(causal: SpeechCodec, noise: Noise) -> None:
     assert_streams_equal(causal, noise(330)[0], lambda x: list(x.split(1, -1)))
 
 
+def test_samples_go_to_where_the_codec_is(make_codec: MakeCodec) -> None:
+    codec = make_codec(causal=True).to("meta")
+    codec.quantizer.encode = lambda z, layers: z  # autocast does not know this device
+    z = StreamingEncoder(codec).push(torch.zeros(3_200))
+    assert z.device.type == "meta" and z.shape == (8, 10)
+
+
 def test_a_buffer_may_be_filled_again_after_its_push(make_causal: MakeCodec, noise: Noise) -> None:
     codec, samples, buffer = make_causal(), noise(330)[0], torch.zeros(3).double()
     latents = streamed_latents(codec, (buffer.copy_(chunk) for chunk in samples.split(3)))

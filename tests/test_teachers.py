@@ -246,6 +246,32 @@ def test_a_text_model_is_refused(tmp_path: Path) -> None:
         SemanticTeacher.from_pretrained(tmp_path)
 
 
+def save_changed(folder: Path, change: Callable[[nn.Module], dict[str, Tensor]]) -> None:
+    """A teacher's folder whose checkpoint holds what `change` makes of the model."""
+    model = published(feat_extract_norm="layer")
+    model.save_pretrained(folder, state_dict=change(model))
+    Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(folder)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """They would be drawn at random: another teacher in every run."""
+    save_changed(tmp_path, lambda model: {k: v for k, v in model.state_dict().items() if "layers.1.attention" not in k})
+    with pytest.raises(ValueError, match=r"lacks 8 weights of a HubertModel, encoder\.layers\.1\.attention"):
+        SemanticTeacher.from_pretrained(tmp_path)
+
+
+def test_what_only_training_needs_may_be_absent_and_changes_no_fingerprint(tmp_path: Path) -> None:
+    save_changed(tmp_path, lambda model: {k: v for k, v in model.state_dict().items() if k != "masked_spec_embed"})
+    assert len({SemanticTeacher.from_pretrained(tmp_path).fingerprint for _ in range(2)}) == 1
+
+
+def test_a_checkpoint_in_half_precision_teaches_in_single(tmp_path: Path, noise: Noise) -> None:
+    save_changed(tmp_path, lambda model: model.half().state_dict())
+    teacher = SemanticTeacher.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
+    assert teacher(noise(640)).dtype == torch.float32
+
+
 def assert_frozen(teacher: nn.Module, waveform: Tensor) -> None:
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     first = teacher(waveform)

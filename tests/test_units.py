@@ -12,8 +12,9 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from speechllm import load_config
+from speechllm import load_config, read_jsonl
 from tokenizer import FeatureEncoder, SemanticTeacher, UnitTokenizer, load_tokenizer, save_hubert, small_hubert
+from tokenizer.codec import module_fingerprint
 
 Noise = Callable[..., Tensor]
 CLUSTERS, WIDTH = 12, 16
@@ -74,6 +75,26 @@ def test_centroids_of_another_width_are_refused(encoder: FeatureEncoder) -> None
         UnitTokenizer(encoder, torch.zeros(4, 8))
 
 
+def test_the_folder_tells_its_fingerprint(units: UnitTokenizer, tmp_path: Path) -> None:
+    units.save_pretrained(tmp_path)
+    held = json.loads((tmp_path / "audio_tokenizer.json").read_text(encoding="utf-8"))
+    assert held["kind"] == "units" and held["fingerprint"] == units.fingerprint
+    assert UnitTokenizer.from_pretrained(tmp_path).fingerprint == units.fingerprint
+
+
+def test_a_fingerprint_reads_every_weight_once(units: UnitTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+
+    def counting(module: torch.nn.Module, settings: dict) -> str:
+        hashed.extend(tensor.numel() for tensor in module.state_dict().values())
+        return module_fingerprint(module, settings)
+
+    for module in ("tokenizer.units", "tokenizer.teachers"):
+        monkeypatch.setattr(f"{module}.module_fingerprint", counting)
+    assert units.fingerprint
+    assert sum(hashed) == sum(tensor.numel() for tensor in units.state_dict().values())
+
+
 def test_units_have_one_layer(units: UnitTokenizer, noise: Noise) -> None:
     with pytest.raises(ValueError, match="units have 1 layer, got layers 2"):
         units.encode(noise(640), layers=2)
@@ -115,7 +136,13 @@ def test_the_recipe_tells_what_it_found_and_what_it_left_out(work: Path, noise: 
     units = load_tokenizer(work / "run" / "model")
     assert isinstance(units, UnitTokenizer) and units.deduplicate and units.codebook_size == 10
     assert results["fingerprint"] == units.fingerprint and "scikit-learn" in results["versions"]
+    assert results["config"]["clusters"] == 10 and results["config"]["splits"] == ["train"]
     assert results["frames"] == 7 * 25 and results["skipped"] == {"missing": 1, "silent": 1}
+    rows = read_jsonl(work / "run" / "left_out.jsonl")
+    assert {(row["id"], row["path"], row["reason"]) for row in rows} == {
+        (name, str(work / "corpus" / name), reason) for name, reason in (("u8.wav", "missing"), ("u9.wav", "silent"))
+    }
+    assert all(row["detail"].startswith(row["path"]) for row in rows)
     frames = torch.cat([units.encoder.encode(noise(8_000, seed=i)).utterance(0) for i in range(1, 8)])
     distances = torch.cdist(frames, units.centroids).square()
     assert results["inertia"] == pytest.approx(distances.amin(1).mean().item(), rel=0.02)  # 16-bit recordings

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
         Utterance,
         available_cpus,
         frame_phones,
+        load_usable,
         read_corpus,
         spread,
     )
@@ -72,6 +73,7 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
     from tokenizer.probe import ctc_probe
     from tokenizer.prosody import (
         VoiceFrames,
+        align_voices,
         dtw,
         mel_cepstra,
         mel_cepstral_distortion,
@@ -164,6 +166,7 @@ __all__ = [
     "Utterance",
     "Validation",
     "VoiceFrames",
+    "align_voices",
     "at_16_khz",
     "available_cpus",
     "average_gradients",
@@ -187,6 +190,7 @@ __all__ = [
     "load_codec",
     "load_judge",
     "load_tokenizer",
+    "load_usable",
     "log_mel_features",
     "make_discriminators",
     "mel_cepstra",

@@ -47,7 +47,7 @@ class FeatureCache:
         them. Raises ValueError for a teacher with too few frames, or values that float16 cannot hold.
         """
         share = utterances[process::processes]
-        hashes = _Hashes(self.folder, process)
+        hashes = _Hashes(self.folder)
         skipped: list[AudioError] = []
         bar = tqdm(
             share,
@@ -66,7 +66,7 @@ class FeatureCache:
                 except AudioError as error:
                     skipped.append(error)
         finally:
-            hashes.save()
+            hashes.save(process)
         if skipped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(e.reason for e in skipped).items())
             message = f"{len(skipped)} of {len(share)} recordings have no features ({reasons}), first {skipped[0]}"
@@ -77,7 +77,7 @@ class FeatureCache:
 
         Raises AudioError (reasons: missing, no features) for a recording that `fill` has not seen as it is now.
         """
-        file = self._file(_hash(utterance.path))
+        file = self._file(self._hashes[utterance.path])
         if not file.exists():
             detail = (
                 f"no features of it in {file.parents[1]}: fill the cache, which leaves out recordings it cannot use"
@@ -85,6 +85,10 @@ class FeatureCache:
             raise AudioError(utterance.path, "no features", detail)
         stored = np.load(file, mmap_mode="r")[start_frame : start_frame + frames]
         return F.pad(torch.from_numpy(stored.astype(np.float32)), (0, 0, 0, frames - len(stored)))
+
+    @functools.cached_property
+    def _hashes(self) -> "_Hashes":
+        return _Hashes(self.folder)  # for crops, which come after all processes have filled their share
 
     def _file(self, content: str) -> Path:
         return self.folder / self.teacher_key / content[:2] / f"{content}.npy"  # folders of thousands, not of millions
@@ -106,8 +110,8 @@ class _Hashes:
     Every process writes a file of its own and reads those of all.
     """
 
-    def __init__(self, folder: Path, process: int):
-        self.file = folder / f"hashes_{process}.json"
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.known: dict[str, list] = {}
         for file in folder.glob("hashes_*.json"):
             self.known |= _read_json(file)
@@ -117,18 +121,15 @@ class _Hashes:
         name, *state = _state(path)
         *known, content = self.known.get(name, [None])
         if known != state:
-            content = _hash(path)
+            content = _hash_content(name, *state)
             self.new[name] = [*state, content]
         return content
 
-    def save(self) -> None:
+    def save(self, process: int) -> None:
         if self.new:
-            with _whole_file(self.file) as part:
-                part.write_text(json.dumps(_read_json(self.file) | self.new), encoding="utf-8")
-
-
-def _hash(path: str) -> str:
-    return _hash_content(*_state(path))
+            file = self.folder / f"hashes_{process}.json"
+            with _whole_file(file) as part:
+                part.write_text(json.dumps(_read_json(file) | self.new), encoding="utf-8")
 
 
 def _state(path: str) -> tuple[str, int, int]:

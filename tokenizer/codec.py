@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from tokenizer.common import split_utterances
 from tokenizer.interface import Codes
 from tokenizer.logmel import LogMelEncoder
 from tokenizer.model_card import CODEC_CARD
@@ -141,13 +142,10 @@ class SpeechCodec(
         work is done for padding. Only the first `layers` codebooks are searched (all when None).
         Raises ValueError for another shape, non-finite samples, or a codec in training mode.
         """
-        self._check(waveform, layers)
-        if lengths is None:
-            lengths = torch.full((len(waveform),), waveform.shape[1])
-        if len(lengths) != len(waveform) or lengths.min() < 1 or lengths.max() > waveform.shape[1]:
-            raise ValueError(f"lengths must be 1..{waveform.shape[1]} for {len(waveform)} waveforms, got {lengths}")
-        codes = [self._encode(row[:length], layers) for row, length in zip(waveform, lengths.tolist(), strict=True)]
-        return Codes.from_utterances(codes, samples=lengths)
+        self._check(layers)
+        utterances = split_utterances(waveform, lengths)
+        codes = [self._encode(samples, layers) for samples in utterances]
+        return Codes.from_utterances(codes, samples=torch.tensor([len(samples) for samples in utterances]))
 
     @torch.no_grad()
     def decode(self, codes: Codes) -> Tensor:
@@ -175,13 +173,9 @@ class SpeechCodec(
             return in_chunks(StreamingDecoder(self), ids, frames)
         return self.decoder(self.quantizer.decode(ids[None].to(self.codebooks.device)))[0, 0]
 
-    def _check(self, waveform: Tensor, layers: int | None) -> None:
+    def _check(self, layers: int | None) -> None:
         if self.training:
             raise ValueError("the codec is in training mode: call codec.eval() before encoding")
-        if waveform.ndim != 2 or waveform.shape[1] == 0:
-            raise ValueError(f"expected waveforms float [B, N] with N > 0, got shape {tuple(waveform.shape)}")
-        if not torch.isfinite(waveform).all():
-            raise ValueError("the waveform holds NaN or infinite samples")
         if layers is not None and not 1 <= layers <= self.num_codebooks:
             raise ValueError(f"layers must be 1..{self.num_codebooks}, got {layers}")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SETTINGS_FILE = "audio_tokenizer.json"
 
@@ -59,7 +59,9 @@ def load_whole(model_class: Any, name: str | Path) -> Any:
     transformers fills what a checkpoint lacks with random numbers; here that is a ValueError.
     """
     model, report = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    missing = sorted(key for key in report["missing_keys"] if not key.endswith("masked_spec_embed"))  # of training only
-    if missing:
+    masks = {key for key in report["missing_keys"] if key.endswith("masked_spec_embed")}  # of training only
+    for key in masks:
+        nn.init.zeros_(model.get_parameter(key))  # but part of every fingerprint
+    if missing := sorted(set(report["missing_keys"]) - masks):
         raise ValueError(f"{name} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} first")
     return model.eval().requires_grad_(False)

@@ -12,7 +12,7 @@ MATCHINGS = ("position", "content")
 
 def convert_voice(codec: Codec, source: Tensor, target: Tensor, layers: Sequence[int], matching: str) -> Tensor:
     """What the source float [N] says in the voice of the target float [M], by `swap_layers`: float [N] on the CPU."""
-    spoken, voice = (codec.encode(waveform[None].to(codec.codebooks.device)) for waveform in (source, target))
+    spoken, voice = (codec.encode(waveform[None].to(codec.device)) for waveform in (source, target))
     return codec.decode(swap_layers(spoken, voice, layers, matching, codec.codebooks))[0].cpu()
 
 

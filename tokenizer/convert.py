@@ -4,7 +4,6 @@ Both are the SEANet and the residual quantiser of this package under other names
 parameters. What the originals can do beyond our modules is refused. The weights keep their licence.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.codec import SpeechCodec, SpeechCodecConfig, check_folder
+from tokenizer.common import find_file, read_json
 
 # What our modules have in the place of an original's setting.
 ENCODEC_SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -78,16 +78,18 @@ def convert_encodec(name: str | Path) -> SpeechCodec:
     return _codec(name, ours, encodec.state_dict())
 
 
-def convert_speechtokenizer(folder: str | Path) -> SpeechCodec:
-    """The codec in a folder with SpeechTokenizer's config.json and SpeechTokenizer.pt, in eval mode.
+def convert_speechtokenizer(name: str | Path) -> SpeechCodec:
+    """The codec of SpeechTokenizer's config.json and SpeechTokenizer.pt, folder or hub name, in eval mode.
 
+    The published ones lie in subfolders of one repository of the hub: download one of these.
     Raises FileNotFoundError without these files, ValueError naming every setting our modules do not have, or the
     parameters that do not fit.
     """
-    folder = Path(folder)
-    check_folder(folder, ["config.json", "SpeechTokenizer.pt"], "SpeechTokenizer")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    _check_settings(folder, config, SPEECHTOKENIZER_SETTINGS)
+    check_folder(name, ["config.json", "SpeechTokenizer.pt"], "SpeechTokenizer")
+    config, checkpoint = read_json(name, "config.json"), find_file(name, "SpeechTokenizer.pt")
+    if not config or checkpoint is None:
+        raise FileNotFoundError(f"{name} lacks config.json or SpeechTokenizer.pt: expected SpeechTokenizer's folder")
+    _check_settings(name, config, SPEECHTOKENIZER_SETTINGS)
     ours = SpeechCodecConfig(
         sample_rate=config["sample_rate"],
         dimension=config["dimension"],
@@ -97,8 +99,7 @@ def convert_speechtokenizer(folder: str | Path) -> SpeechCodec:
         num_codebooks=config["n_q"],
         codebook_size=config["codebook_size"],
     )
-    state = torch.load(folder / "SpeechTokenizer.pt", map_location="cpu", weights_only=True)
-    return _codec(folder, ours, state)
+    return _codec(name, ours, torch.load(checkpoint, map_location="cpu", weights_only=True))
 
 
 def _check_settings(source: str | Path, config: Mapping[str, Any], settings: Mapping[str, tuple[Any, ...]]) -> None:

@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import soundfile
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokenizer.audio import AudioError, load_audio
@@ -170,6 +171,27 @@ def spread(items: Sequence[T], most: int | None) -> list[T]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
+def load_usable(
+    utterances: Iterable[Utterance], sample_rate: int = 16_000, left_out: str | Path | None = None
+) -> Iterator[tuple[Utterance, Tensor]]:
+    """Utterances with their waveforms float [N]; a recording that cannot be used is left out as by `Crops`."""
+    for utterance in utterances:
+        try:
+            waveform = load_audio(utterance.path, sample_rate)
+        except AudioError as error:
+            _leave_out(utterance, error, left_out)
+        else:
+            yield utterance, waveform
+
+
+def _leave_out(utterance: Utterance, error: AudioError, file: str | Path | None) -> None:
+    warnings.warn(f"left out: {error}", stacklevel=3)
+    if file is not None:  # short lines that are appended stay whole, whichever process writes them
+        row = {"path": utterance.path, "reason": error.reason, "detail": str(error)}
+        with Path(file).open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+
+
 class Crops(Dataset):
     """Endless random crops for training: item i is a pure function of (utterances, seed, i).
 
@@ -209,11 +231,7 @@ class Crops(Dataset):
                 return {**self._crop(self.utterances[number], index), "utterance": number}
             except AudioError as error:
                 problem = str(error)
-                warnings.warn(f"left out of training: {problem}", stacklevel=2)
-                if self.left_out is not None:  # short lines that are appended stay whole, whichever process writes them
-                    with Path(self.left_out).open("a", encoding="utf-8") as file:
-                        row = {"path": self.utterances[number].path, "reason": error.reason, "detail": problem}
-                        file.write(json.dumps(row) + "\n")
+                _leave_out(self.utterances[number], error, self.left_out)
         raise CorpusError(f"{ATTEMPTS} recordings in a row cannot be used; the last one is {problem}")
 
     def _crop(self, utterance: Utterance, index: int) -> dict[str, Any]:

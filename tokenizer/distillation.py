@@ -46,9 +46,9 @@ class AcousticDistillation(nn.Module):
     """Eq. 5: layer 1 as a distribution over its D dimensions follows the align layer's output for the voice.
 
     The align layer turns the speaker teacher's frames E [B, T_e, C] into A [B, T, D]: normalisation, projection to
-    `width`, sinusoidal positions, 8-head self-attention with a skip, average over time to the codec's frame rate,
-    projection to D. Then L = mean over frames of KL(softmax_D(q1) || softmax_D(A)). The teacher is frozen; the align
-    layer learns with the codec and is not needed afterwards.
+    `width`, sinusoidal positions, 8-head self-attention over the speech with a skip, average over time to the codec's
+    frame rate, projection to D. Then L = mean over frames of KL(softmax_D(q1) || softmax_D(A)). The teacher is
+    frozen; the align layer learns with the codec and is not needed afterwards.
     """
 
     def __init__(self, dimension: int, teacher_width: int, width: int = 256, heads: int = 8):
@@ -58,16 +58,17 @@ class AcousticDistillation(nn.Module):
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.output = nn.Linear(width, dimension)
 
-    def align(self, frames: Tensor, length: int) -> Tensor:
-        """Teacher frames float [B, T_e, C] -> float [B, length, D]."""
+    def align(self, frames: Tensor, mask: Tensor) -> Tensor:
+        """Teacher frames float [B, T_e, C], mask bool [B, T] -> float [B, T, D]; what is masked is not heard."""
         x = self.norm(self.input(frames))
         x = x + _positions(x.shape[1], x.shape[2], x.device)
-        x = x + self.attention(x, x, x, need_weights=False)[0]
-        return self.output(F.adaptive_avg_pool1d(x.transpose(1, 2), length).transpose(1, 2))
+        padding = ~mask[:, torch.arange(x.shape[1], device=x.device) * mask.shape[1] // x.shape[1]]
+        x = x + self.attention(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+        return self.output(F.adaptive_avg_pool1d(x.transpose(1, 2), mask.shape[1]).transpose(1, 2))
 
     def forward(self, layer1: Tensor, frames: Tensor, mask: Tensor) -> Tensor:
         """layer1 float [B, D, T], frames float [B, T_e, C], mask bool [B, T] -> scalar."""
-        aligned = self.align(frames, layer1.shape[2]).float()
+        aligned = self.align(frames, mask).float()
         student = F.log_softmax(layer1.transpose(1, 2).float(), -1)
         divergence = F.kl_div(F.log_softmax(aligned, -1), student, reduction="none", log_target=True).sum(-1)
         return masked_mean(divergence, mask)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
 from tokenizer.codec import check_folder
+from tokenizer.common import load_whole
 
 SAMPLE_RATE = 16_000
 HOP = 320  # samples per WavLM frame
@@ -216,7 +217,7 @@ class FreeVC(nn.Module):
         synthesizer, speaker_encoder = Synthesizer(config), SpeakerEncoder()
         _load(synthesizer, folder / "freevc.pth", "model")
         _load(speaker_encoder, folder / "pretrained_bak_5805000.pt", "model_state")
-        model = AutoModel.from_pretrained(wavlm)
+        model = load_whole(AutoModel, wavlm)
         kind, width = model.config.model_type, model.config.hidden_size
         if (kind, width) != ("wavlm", config["ssl_dim"]):
             raise ValueError(

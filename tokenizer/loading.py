@@ -14,8 +14,9 @@ from tokenizer.units import UnitTokenizer
 
 SPELLINGS = (
     "an audio tokenizer is FOLDER_OR_HUB_NAME (a codec of this package, EnCodec, Mimi or DAC of transformers, "
-    "SpeechTokenizer, units of recipes/fit_units.py), features:FOLDER_OR_HUB_NAME#LAYER (HuBERT, WavLM, wav2vec 2.0 or "
-    "Whisper), recognizer:FOLDER_OR_HUB_NAME (a speech recogniser of transformers) or FILE.py:CLASS (your own)"
+    "a downloaded SpeechTokenizer, units of recipes/fit_units.py), features:FOLDER_OR_HUB_NAME#LAYER (HuBERT, WavLM, "
+    "wav2vec 2.0 or Whisper), recognizer:FOLDER_OR_HUB_NAME (a speech recogniser of transformers) or FILE.py:CLASS "
+    "(your own)"
 )
 
 

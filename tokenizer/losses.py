@@ -67,7 +67,8 @@ class Balancer:
         for name, gradient in gradients.items():
             norm = mean_over_processes(gradient.norm(dim=1).mean())
             self.updates[name] = self.updates.get(name, 0) + 1
-            self.norms[name] = torch.lerp(self.norms.get(name, torch.zeros_like(norm)), norm, 1 - self.decay)
+            before = self.norms.get(name, torch.zeros_like(norm)).to(norm.device)  # a restored one is on the CPU
+            self.norms[name] = torch.lerp(before, norm, 1 - self.decay)
             average = self.norms[name] / (1 - self.decay ** self.updates[name])  # without the zero it started from
             combined += self.weights[name] / total / len(gradient) * gradient / average.clamp(min=1e-12)
         return combined
@@ -86,8 +87,8 @@ class ReconstructionLoss:
 
     time: L1 of the waveform. mel: `MultiScaleMelLoss`. adversarial and feature_matching: of the `adversary` (eq. 6).
     speech_features: L1 between what a frozen speech model, `listener`, hears in both waveforms. Losses without a weight
-    are not computed. commitment (weight 1 where none is given) is no function of the waveform: `codec_backward` adds
-    it, outside the balancer.
+    do not count. commitment (weight 1 where none is given) is no function of the waveform: `codec_backward` adds it,
+    outside the balancer.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class ReconstructionLoss:
         self.listener, self.balancer = listener, balancer
 
     def losses(self, reconstruction: Tensor, original: Tensor) -> dict[str, Tensor]:
-        """Waveforms float [B, N] -> scalars by name."""
+        """Waveforms float [B, N] -> scalars by name, of those that have a weight."""
         losses = {"time": F.l1_loss(reconstruction, original), "mel": self.mel(reconstruction, original)}
         if self.adversary is not None:
             losses |= self.adversary.losses(original, reconstruction)

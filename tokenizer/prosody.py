@@ -32,6 +32,9 @@ class VoiceFrames:
     f0: np.ndarray
 
 
+AlignedVoices = tuple[VoiceFrames, VoiceFrames]  # of one length, frame by frame the same sound; from `align_voices`
+
+
 def voice_frames(waveform: Tensor | np.ndarray, sample_rate: int) -> VoiceFrames:
     """Analyse a waveform float [N] by WORLD (Morise et al. 2016): F0 by DIO and StoneMask, envelope by CheapTrick.
 
@@ -88,22 +91,29 @@ def dtw(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows, columns
 
 
-def mel_cepstral_distortion(converted: VoiceFrames, reference: VoiceFrames) -> float:
-    """Distortion in dB, 0 for equal voices: the mean over the aligned frames of 10 / ln 10 sqrt(2 sum (c_m - c'_m)^2).
+def align_voices(a: VoiceFrames, b: VoiceFrames) -> AlignedVoices:
+    """Voices of T and T' frames -> both with the L frames of the path of `dtw`, over the distances of mel-cepstra."""
+    pair = torch.from_numpy(a.cepstra), torch.from_numpy(b.cepstra)
+    cost = torch.cdist(*pair, compute_mode="donot_use_mm_for_euclid_dist").numpy()  # exact: 0 for equal frames
+    rows, columns = dtw(cost)
+    return VoiceFrames(a.cepstra[rows], a.f0[rows]), VoiceFrames(b.cepstra[columns], b.f0[columns])
 
-    m runs from 1 to 24. The frames are aligned by `dtw` over the distances of the same mel-cepstra.
+
+def mel_cepstral_distortion(voices: AlignedVoices) -> float:
+    """Distortion in dB, 0 for equal voices: the mean over the frames of 10 / ln 10 sqrt(2 sum (c_m - c'_m)^2).
+
+    m runs from 1 to 24.
     """
-    cost, rows, columns = _align(converted, reference)
-    return float(DISTORTION_DB * cost[rows, columns].mean())
+    converted, reference = voices
+    return float(DISTORTION_DB * np.linalg.norm(converted.cepstra - reference.cepstra, axis=1).mean())
 
 
-def pitch_correlation(converted: VoiceFrames, reference: VoiceFrames) -> float:
-    """Pearson's correlation of log F0 over the frames voiced in both, aligned as for the distortion.
+def pitch_correlation(voices: AlignedVoices) -> float:
+    """Pearson's correlation of log F0 over the frames voiced in both.
 
     Raises QualityError (reasons: unvoiced, constant pitch) where it is not defined.
     """
-    _, rows, columns = _align(converted, reference)
-    f0 = np.stack([converted.f0[rows], reference.f0[columns]])
+    f0 = np.stack([voice.f0 for voice in voices])
     log = np.log(f0[:, (f0 > 0).all(0)])
     if log.shape[1] < LEAST_VOICED:
         detail = f"{log.shape[1]} frames are voiced in both recordings, {LEAST_VOICED} are needed to correlate them"
@@ -111,13 +121,6 @@ def pitch_correlation(converted: VoiceFrames, reference: VoiceFrames) -> float:
     if log.std(1).min() < 1e-6:
         raise QualityError("constant pitch", "the pitch of a recording does not move: nothing to correlate")
     return float(np.corrcoef(log)[0, 1])
-
-
-def _align(a: VoiceFrames, b: VoiceFrames) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Euclidean distances [T, T'] between the mel-cepstra, and the rows and columns of the cheapest path."""
-    pair = torch.from_numpy(a.cepstra), torch.from_numpy(b.cepstra)
-    cost = torch.cdist(*pair, compute_mode="donot_use_mm_for_euclid_dist").numpy()  # exact: 0 for equal frames
-    return cost, *dtw(cost)
 
 
 def _world() -> Any:

@@ -83,7 +83,7 @@ def layer_counts(codec: Codec, wanted: Sequence[int] | None = None) -> list[int]
 
 def reconstruct(codec: Codec, waveform: Tensor, counts: Sequence[int]) -> dict[int, Tensor]:
     """Encode a waveform float [N] once, decode it from each number of codebooks: float [N] on the CPU by number."""
-    codes = codec.encode(waveform[None].to(codec.codebooks.device), layers=max(counts))
+    codes = codec.encode(waveform[None].to(codec.device), layers=max(counts))
     return {count: codec.decode(codes.first(count))[0].cpu() for count in counts}
 
 

@@ -50,6 +50,7 @@ class ResidualVectorQuantizer(nn.Module):
     def initialize(self, latents: Tensor, seed: int = 0) -> None:
         """Place the codebooks by k-means on latents float [M, D], layer by layer on what is left over.
 
+        All processes take the places the first one finds: latents from GPUs need not agree to the last bit.
         Raises ValueError when M is below 20 vectors a code: fewer leave most centroids on single vectors.
         """
         from sklearn.cluster import MiniBatchKMeans
@@ -65,8 +66,11 @@ class ResidualVectorQuantizer(nn.Module):
             counts = torch.bincount(ids, minlength=size).float().clamp(min=1.0)
             self.codebooks[layer] = centroids
             self.usage[layer] = counts / counts.mean()
-            self.sums[layer] = centroids * self.usage[layer, :, None]
+            self.sums[layer] = self.codebooks[layer] * self.usage[layer, :, None]
             residual = residual - centroids[ids]
+        if dist.is_initialized():
+            for buffer in self.buffers():
+                dist.broadcast(buffer, src=0)
 
     def nearest(self, vectors: Tensor, layer: int) -> Tensor:
         """Ids long [M] of the code vectors closest to `vectors` float [M, D]."""

@@ -141,7 +141,8 @@ class StreamingEncoder(_Stream):
 
     @torch.no_grad()
     def _step(self, samples: Tensor, last: bool) -> Tensor:
-        return self._codec.quantizer.encode(self._run(samples[None, None], last), self._layers)[0]
+        new = samples[None, None].to(self._codec.device)
+        return self._codec.quantizer.encode(self._run(new, last), self._layers)[0]
 
 
 class StreamingDecoder(_Stream):

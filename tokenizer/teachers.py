@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.codec import check_folder, module_fingerprint
+from tokenizer.common import load_whole
 
 HOP = 320  # samples per codec frame at 16 kHz
 
@@ -27,7 +28,7 @@ class SemanticTeacher(nn.Module):
     hop = HOP
 
     def __init__(self, model: Any, layer: int | str = "avg", normalize: bool = True):
-        """layer: index into the hidden states (0 is the convolutions' output), or "avg" over all of them."""
+        """layer: index into the hidden states (0 is the input of the transformer), or "avg" over all of them."""
         super().__init__()
         stride, field = math.prod(model.config.conv_stride), receptive_field(model.config)
         if stride != HOP:
@@ -50,11 +51,14 @@ class SemanticTeacher(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, layer: int | str = "avg") -> "SemanticTeacher":
-        """Load a transformers folder or hub name, e.g. facebook/hubert-base-ls960."""
+        """Load a transformers folder or hub name, e.g. facebook/hubert-base-ls960, in float32.
+
+        Raises ValueError for another kind of model, or one whose checkpoint lacks weights.
+        """
         from transformers import AutoFeatureExtractor, AutoModel
 
         check_folder(name, ["config.json", "preprocessor_config.json"], "a HuBERT, WavLM or wav2vec 2.0 model")
-        model = AutoModel.from_pretrained(name)
+        model = load_whole(AutoModel, name)
         if not hasattr(model.config, "conv_stride"):
             raise ValueError(f"{name} is a {model.config.model_type} model: expected HuBERT, WavLM or wav2vec 2.0")
         return cls(model, layer, AutoFeatureExtractor.from_pretrained(name).do_normalize)

@@ -77,9 +77,11 @@ def codec_backward(
         target = batch[lesson.name] if lesson.name in batch else lesson.teacher(waveform, lengths)
         loss = lesson.student(quantized.layers[lesson.layer], target, mask)
         own = list(lesson.student.parameters())
-        at_z0, *own_gradients = torch.autograd.grad(loss, [z0, *own], retain_graph=True)
+        # the weight is the student's, too, as eq. 7 has it; the factor that makes a ratio can be huge and is not
+        weight = lesson.weight if lesson.gradient_ratio is None else 1.0
+        at_z0, *own_gradients = torch.autograd.grad(weight * loss, [z0, *own], retain_graph=True)
         ratio = gradient_ratio(at_z0, reference)
-        factor = lesson.weight if lesson.gradient_ratio is None else lesson.gradient_ratio / ratio.clamp(min=1e-12)
+        factor = 1.0 if lesson.gradient_ratio is None else lesson.gradient_ratio / ratio.clamp(min=1e-12)
         gradient += factor * at_z0
         for parameter, value in zip(own, own_gradients, strict=True):
             parameter.grad = value
@@ -89,7 +91,7 @@ def codec_backward(
 
 
 def draw_starts(frames: Tensor, window: int) -> list[int]:
-    """A random first frame for each utterance of `frames` long [B] frames, so that the window holds no padding."""
+    """A random first frame for each utterance of `frames` long [B] frames: no padding in the window of a longer one."""
     room = (frames - window).clamp(min=0).cpu()
     return (torch.rand(len(room)) * (room + 1)).long().tolist()
 
@@ -103,10 +105,7 @@ def draw_layers(choices: Sequence[int] | None, batch: int, device: torch.device)
 
 @torch.no_grad()
 def initialize_codebooks(codec: SpeechCodec, crops: Crops, batch_size: int, seed: int = 0) -> None:
-    """Place the codebooks by k-means on the latents of as many crops as it takes.
-
-    Every process computes the same from the same crops, so nothing is exchanged.
-    """
+    """Place the codebooks by k-means on the latents of as many crops as it takes, the same ones in every process."""
     codec.train()
     device = codec.codebooks.device
     latents: list[Tensor] = []

@@ -44,7 +44,8 @@ class UnitTokenizer(nn.Module):
         """Write the encoder with its preprocessing, the centroids and the settings."""
         self.encoder.save_pretrained(folder)
         save_file({"centroids": self.centroids.cpu().contiguous()}, Path(folder) / CENTROIDS_FILE)
-        write_settings(folder, "units", layer=self.encoder.layer, deduplicate=self.deduplicate)
+        settings = {"layer": self.encoder.layer, "deduplicate": self.deduplicate, "fingerprint": self.fingerprint}
+        write_settings(folder, "units", **settings)
 
     @property
     def sample_rate(self) -> int:
@@ -69,7 +70,9 @@ class UnitTokenizer(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        return module_fingerprint(self, {"encoder": self.encoder.fingerprint, "deduplicate": self.deduplicate})
+        """Identity of centroids, encoder and settings."""
+        settings = {"encoder": self.encoder.fingerprint, "deduplicate": self.deduplicate}
+        return module_fingerprint(nn.ParameterDict({"centroids": self.centroids}), settings)
 
     @torch.no_grad()
     def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:

@@ -1,0 +1,82 @@
+"""What a training of a language model is about to do and to cost, said before it starts."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from speechllm.prompt import IGNORED, Example
+
+SHARE = 0.4  # of a device's speed in one large matrix product, that a training may reach
+SIZES = {"cpu": 1024, "cuda": 8192}  # of that product's square matrices
+
+
+def training_flops(model: Any, examples: Sequence[Example], frozen: bool) -> float:
+    """Floating point operations that learning from examples needs, whatever a way of computing spends beyond.
+
+    Two for each weight that a token meets, three times over (forward, gradients of inputs and of weights; twice where
+    most weights are `frozen`); the head meets labelled tokens only; attention looks at all earlier tokens.
+    """
+    config, passes = model.config, 2 if frozen else 3
+    head = model.get_output_embeddings().weight.numel()
+    layers = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
+    lengths = [len(example) for example in examples]
+    attention = 2 * config.num_hidden_layers * config.hidden_size * sum(length**2 for length in lengths)
+    return passes * (2 * layers * sum(lengths) + 2 * head * _labels(examples) + attention)
+
+
+def _labels(examples: Sequence[Example]) -> int:
+    """How many tokens are learnt; the first one of an example is predicted by nothing."""
+    return sum(int((example.labels[1:] != IGNORED).sum()) for example in examples)
+
+
+def product_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations a second in the product of two large square matrices, measured in a moment."""
+    size = SIZES.get(device.type, 1024)
+    square = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(4):  # the first ones wake the device up
+        started = time.perf_counter()
+        (square @ square)[0, 0].item()  # waits for it
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def training_plan(
+    model: Any,
+    examples: Sequence[Example],
+    *,
+    steps: int,
+    batch_tokens: int,
+    micro_batch_tokens: int,
+    form: str,
+    averaged: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    processes: int,
+) -> str:
+    """Three lines on a training whose steps learn `batch_tokens` tokens of `examples`: its size, memory and time.
+
+    form: full, lora or rows; averaged: with a moving average of the weights; dtype: of the matrix products.
+    """
+    tokens = sum(map(len, examples))
+    labels = _labels(examples)
+    each = batch_tokens * len(examples) / tokens  # utterances in a step
+    weights = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state = 4 * (weights + trained * (4 if averaged else 3))  # and gradients and two moments, in float32
+    learnt_at_once = min(micro_batch_tokens, batch_tokens) * labels / tokens
+    logits = 16 * len(model.get_output_embeddings().weight) * learnt_at_once  # with gradients
+    speed = product_speed(device, dtype)
+    flops = training_flops(model, examples, frozen=form != "full") / len(examples) * each * steps
+    minutes = flops / (SHARE * speed * processes) / 60
+    return (
+        f"asr: {len(examples)} utterances, {tokens:,} tokens of which {labels:,} are learnt; {steps} steps of up to "
+        f"{batch_tokens:,} tokens, about {each:.0f} utterances ({steps * each / len(examples):.1f} passes), without "
+        f"padding; about {minutes:.3g} min at {SHARE:.0%} of the {speed / 1e12:.3g} TFLOP/s of one large matrix "
+        f"product here, in {processes} process{'es' * (processes > 1)}\n"
+        f"model: {weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained ({form})\n"
+        f"memory: {state / 1e9:.2f} GB for weights, gradients and AdamW, {logits / 1e9:.2f} GB for logits of a micro "
+        f"batch; activations come on top"
+    )
