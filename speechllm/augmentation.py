@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speechllm.data import DataError
 from speechllm.prompt import IGNORED, Example
 from speechllm.vocabulary import AudioVocabulary
 
@@ -45,10 +46,10 @@ class Augmentation:
     def __init__(self, config: AugmentationConfig, vocabulary: AudioVocabulary, codebooks: Tensor | None):
         """codebooks float [Q, K, D]: their distances tell which codes are close.
 
-        Raises ValueError for `substitute` where there are none.
+        Raises DataError for `substitute` where there are none.
         """
         if config.substitute and codebooks is None:
-            raise ValueError("augmentation.substitute replaces codes by close ones, but here are no codes: set it to 0")
+            raise DataError("augmentation.substitute replaces codes by close ones, but here are no codes: set it to 0")
         self.config = config
         self.vocabulary = vocabulary
         self.neighbours = None if codebooks is None or not config.substitute else vocabulary.neighbours(codebooks)

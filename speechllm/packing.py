@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from speechllm.data import DataError
 from speechllm.prompt import IGNORED, Example, join_features
 
 PACKED = "packed_sdpa"  # name of the attention below among transformers' implementations
@@ -57,13 +58,13 @@ def packed_attention(
 
     query, key, value: [1, heads, S, D]. transformers can also attend within packed examples by a mask of S x S, which
     is exact as well, but computes and stores the whole square.
-    Raises ValueError where a model's sliding window is shorter than an example.
+    Raises DataError where a model's sliding window is shorter than an example.
     """
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.get("sliding_window")
     if window is not None and max(lengths) > window:
-        raise ValueError(
+        raise DataError(
             f"an example has {max(lengths)} tokens, the model attends to {window} only: leave long recordings out"
         )
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
