@@ -112,6 +112,7 @@ class LabelledLoss(nn.Module):
             position_ids=packed.position_ids,
             attention_mask=packed.input_ids.new_empty(1, 1, 1, 1),  # one of four dimensions is taken for ready-made
             lengths=packed.lengths,
+            borders=packed.borders,
             use_cache=False,
         ).last_hidden_state[0]
         head = self.model.get_output_embeddings()

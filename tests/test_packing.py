@@ -1,12 +1,23 @@
 """Examples in one row against the same examples alone, and how a batch is cut into parts."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from speechllm import Example, LabelledLoss, SpeechLLM, micro_batches, pack, text_example, transcription_example
+from speechllm import (
+    Example,
+    LabelledLoss,
+    SpeechLLM,
+    micro_batches,
+    pack,
+    packing,
+    text_example,
+    transcription_example,
+)
 from speechllm.packing import PACKED
 
 MakeSpeechLLM = Callable[..., SpeechLLM]
@@ -46,7 +57,7 @@ def test_examples_lie_end_to_end_and_predict_nothing_across_a_border() -> None:
     assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1]]
     assert packed.targets.tolist() == [6, 7, -100, 9, -100]
-    assert packed.lengths == [3, 2]
+    assert packed.lengths == [3, 2] and packed.borders.tolist() == [0, 3, 5]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -86,6 +97,37 @@ def test_an_example_does_not_see_the_others(make_speech_llm: MakeSpeechLLM) -> N
         alone = loss_of([first, third])
         for between in (silent, others):
             torch.testing.assert_close(loss_of([first, between, third]), alone, rtol=1e-6, atol=0)
+
+
+def test_one_call_for_all_examples_attends_like_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU. Here in the place of its kernel stands what that is documented to compute."""
+
+    def varlen(q, k, v, starts, ends, longest, longest_key, *, scale, window_size) -> Tensor:
+        assert window_size == (-1, 0) and longest == longest_key == 9 and torch.equal(starts, ends)
+        parts = []
+        for first, last in zip(starts[:-1], starts[1:], strict=True):
+            weights = torch.einsum("shd,thd->hst", q[first:last], k[first:last]) * scale
+            future = torch.ones_like(weights).triu(1).bool()
+            parts.append(
+                torch.einsum("hst,thd->shd", weights.masked_fill(future, -torch.inf).softmax(-1), v[first:last])
+            )
+        return torch.cat(parts)
+
+    lengths, borders = [4, 9, 1], torch.tensor([0, 4, 13, 14], dtype=torch.int32)
+    query, key, value = (torch.randn(1, heads, 14, 8) for heads in (6, 2, 2))
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True, training=False)
+    expected, _ = packing.packed_attention(module, query, key, value, None, lengths, scaling=0.3)
+    monkeypatch.setattr(packing, "varlen_attn", varlen)
+    found = packing._attend_at_once(query, key, value, 9, borders, 0.3, torch.float32)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_kernel_for_all_examples_takes_what_it_is_given() -> None:
+    with FakeTensorMode():
+        query, key, value = (torch.empty(1, heads, 14, 8, device="cuda") for heads in (6, 2, 2))
+        borders = torch.tensor([0, 4, 13, 14], dtype=torch.int32, device="cuda")
+        attended = packing._attend_at_once(query, key, value, 9, borders, 0.3, torch.bfloat16)
+        assert attended.shape == (1, 14, 6, 8) and attended.dtype == torch.bfloat16
 
 
 def test_transformers_own_mask_for_packed_rows_gives_the_same(make_speech_llm: MakeSpeechLLM) -> None:
