@@ -75,7 +75,8 @@ def packed_attention(
             f"an example has {max(lengths)} tokens, the model attends to {window} only: leave long recordings out"
         )
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    if query.is_cuda and dtype != torch.float32 and borders is not None and not kwargs.get("dropout"):
+    ampere = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)  # the kernel's oldest GPU
+    if ampere and dtype != torch.float32 and borders is not None and not kwargs.get("dropout"):
         return _attend_at_once(query, key, value, max(lengths), borders, kwargs.get("scaling"), dtype), None
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     return torch.cat([sdpa_attention_forward(module, *part, None, **kwargs)[0] for part in parts], 1), None
