@@ -78,7 +78,7 @@ class Stages:
         """
         words = [word for command in asked for word in command]
         before = self.done.get(name, {"seconds": 0.0, "finished": False, "words": words})
-        if before["finished"] and before["words"] != words:
+        if before["finished"] and before.get("words", words) != words:  # earlier versions did not keep them
             changed = set(before["words"]) ^ set(words)
             raise RunError(
                 f"[{name}] was done with other settings ({', '.join(sorted(changed))}) in {self.file.parent}: "
