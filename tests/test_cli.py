@@ -234,7 +234,7 @@ def test_transcribe_prints_a_text_per_file_and_decodes_runaways_again(
     assert main(["transcribe", *files, "--model", "asr", "--beams", "2"]) == 1
     printed = capsys.readouterr()
     texts = transcribe([files[0], files[2]], speech_llm, beams=2, fallback=True)
-    assert texts != transcribe([files[0], files[2]], speech_llm) and asked == [("asr", None)]
+    assert texts != transcribe([files[0], files[2]], speech_llm) and asked[0][:2] == ("asr", None)
     assert printed.out == "".join(f"{file}\t{text}\n" for file, text in zip(files[::2], texts, strict=True))
     assert printed.err.startswith("left out: ") and "broken.wav" in printed.err
 
