@@ -94,7 +94,7 @@ def guidance(results: Results) -> Table:
 
 
 def overlap(one: Measure, other: Measure) -> bool:
-    """Whether the intervals of two measures share a point; a value without one is taken as exact to 5 %, as a time is."""
+    """Whether the intervals of two measures share a point; a value without one, a time say, is exact to 5 %."""
     (low, high), (from_, to) = (
         measure.get("ci95", [0.95 * measure["mean"], 1.05 * measure["mean"]]) for measure in (one, other)
     )
