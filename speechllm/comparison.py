@@ -139,6 +139,7 @@ def conversion_table(results: Results) -> Table:
                 for measure, (_, form) in CONVERSION.items()
             ]
             rows.append(["any" if bound else name, method, *cells, plain(found.get("pairs"))])
+    rows.sort(key=lambda row: row[0] != "any")  # the bounds first
     head = ["system", "method", *(label for label, _ in CONVERSION.values()), "pairs"]
     note = "In brackets: the pairs that a measure is over, where some have none."
     return Table("Table 2: voice conversion", head, rows, note if any("[" in "".join(row) for row in rows) else "")
