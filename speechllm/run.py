@@ -82,8 +82,8 @@ class Run:
     def _settle_config(self, config: dict[str, Any], free: Collection[str]) -> None:
         config = json.loads(json.dumps(config))  # tuples as YAML gives them back
         file = self.folder / "config.yaml"
-        if file.exists():
-            held = yaml.safe_load(file.read_text(encoding="utf-8"))
+        held = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+        if held is not None:
             changed = {key for key in held | config if held.get(key) != config.get(key)} - set(free)
             if changed:
                 told = "; ".join(f"{key}: {held.get(key)} -> {config.get(key)}" for key in sorted(changed))
@@ -93,7 +93,8 @@ class Run:
                 )
         else:
             write_json(self.folder / "versions.json", versions())
-        write_text(file, yaml.safe_dump(config, sort_keys=False))
+        if held != config:
+            write_text(file, yaml.safe_dump(config, sort_keys=False))
 
     @property
     def summary(self) -> dict[str, Any] | None:
