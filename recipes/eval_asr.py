@@ -55,7 +55,8 @@ class EvalAsrConfig:
 def main(config: EvalAsrConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" and config.precision == "bf16" else None
-    speech_llm = merge(load_speech_llm(config.model, None, device, dtype, config.base, with_codec=False))
+    loaded = load_speech_llm(config.model, device=device, dtype=dtype, base=config.base, with_codec=False)
+    speech_llm = merge(loaded)
     rows, encoding = load_codes(config.codes, config.splits)
     speech_llm.vocabulary.require(encoding)
     rows = [row for row in rows if row["text"]]

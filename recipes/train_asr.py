@@ -146,11 +146,9 @@ def main(config: AsrConfig) -> None:
     # 1. encoded speech of one codec, and that codec
     train, encoding = load_codes(config.codes, config.splits)
     train = transcribed(train, config.max_utterances)
-    dev = (
-        [*transcribed(load_codes(config.codes, config.dev_splits)[0], config.dev_utterances)]
-        if config.dev_splits
-        else []
-    )
+    dev = []
+    if config.dev_splits:
+        dev = [*transcribed(load_codes(config.codes, config.dev_splits)[0], config.dev_utterances)]
     if not len(train) or (config.dev_splits and not dev):
         purpose = "validate with" if len(train) else "learn from"
         raise DataError(f"{config.codes}: no utterance to {purpose} has a transcript")
