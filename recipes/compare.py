@@ -27,6 +27,7 @@ from speechllm import (
     load_config,
     pool_emotion,
     pool_recognition,
+    read_json,
     read_jsonl,
     read_log,
     run_recipe,
@@ -77,6 +78,7 @@ class CompareConfig:
     emotion_data: str | None = None
     conversion_data: str | None = None
     tokenizer: str | None = None  # what "{tokenizer}" stands for, so that the command line can name one
+    language_model: str | None = None  # folder or hub name that the task asr fine-tunes; null: what `asr` says
     semantic_teacher: str = "facebook/hubert-base-ls960"  # folder or hub name, or a .yaml of train_teacher
     speaker_teacher: str = "speechbrain/spkrec-ecapa-voxceleb"  # the same
     recognizer: str | None = None  # the same; a .yaml learns from asr_data, from the semantic teacher on
@@ -234,8 +236,10 @@ def judges(config: CompareConfig) -> list[str]:
 
 def training(system: SystemConfig, task: str, config: CompareConfig, run: Path, seed: int) -> list[str]:
     source = [f"codes={encoded(system, task, config, run)[1]}", f"codec={codec_of(system, config, run)}"]
-    output = [f"output={run / system.name / f'{task}_{seed}'}", f"seed={seed}", *(system.asr if task == "asr" else [])]
-    return [f"train_{task}.py", f"--config={getattr(config, task)}", *source, *output]
+    output = [f"output={run / system.name / f'{task}_{seed}'}", f"seed={seed}"]
+    model = [f"model={config.language_model}"] if config.language_model else []
+    own = [*model, *system.asr] if task == "asr" else []
+    return [f"train_{task}.py", f"--config={getattr(config, task)}", *source, *output, *own]
 
 
 def eval_asr(system: SystemConfig, config: CompareConfig, run: Path, seed: int) -> list[str]:
@@ -286,7 +290,7 @@ def execute(commands: Commands, stages: Stages) -> None:
 def collect(system: SystemConfig, config: CompareConfig, run: Path, seconds: dict[str, float]) -> dict[str, Any]:
     """Everything measured on one system so far."""
     folder = run / system.name
-    notes = (read(encoded(system, task, config, run)[1] / "done.json") for task in ENCODED[::-1])
+    notes = (read_json(encoded(system, task, config, run)[1] / "done.json") for task in ENCODED[::-1])
     note = next(filter(None, notes), {})  # that of asr, where there is one
     log = [line for line in read_log(folder / "tokenizer") if "dev_mel" in line]
     trainings = {task: [f"{system.name}: {task} {seed}" for seed in config.seeds] for task in ("asr", "emotion")}
@@ -297,22 +301,17 @@ def collect(system: SystemConfig, config: CompareConfig, run: Path, seconds: dic
         "encoding": note.get("encoding", {}),
         "parameters": note.get("parameters"),
         "rtf": note.get("real_time_factor"),
-        "content": read(folder / "content.json"),
-        "quality": read(folder / "quality" / "results.json"),
-        "conversion": read(folder / "conversion" / "results.json"),
-        "emotion": pool_emotion({s: read(folder / f"emotion_{s}" / "results.json") for s in config.seeds}),
+        "content": read_json(folder / "content.json"),
+        "quality": read_json(folder / "quality" / "results.json"),
+        "conversion": read_json(folder / "conversion" / "results.json"),
+        "emotion": pool_emotion({s: read_json(folder / f"emotion_{s}" / "results.json") for s in config.seeds}),
         "asr": pool_recognition(
-            {s: read(folder / f"asr_{s}" / "test" / "results.json") for s in config.seeds},
+            {s: read_json(folder / f"asr_{s}" / "test" / "results.json") for s in config.seeds},
             {s: read_jsonl(folder / f"asr_{s}" / "test" / "predictions.jsonl") for s in config.seeds},
         ),
         "validation": log[-1] if log else {},
         "minutes": {what: float(np.mean(found)) / 60 for what, found in taken.items() if found},
     }
-
-
-def read(file: Path) -> dict[str, Any]:
-    """What a .json file holds; nothing where there is none."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 if __name__ == "__main__":

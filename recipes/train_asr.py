@@ -41,7 +41,6 @@ from speechllm import (
     micro_batches,
     prepare,
     prepare_adapter,
-    read_log,
     recognize,
     run_recipe,
     seed_step,
@@ -273,8 +272,7 @@ def main(config: AsrConfig) -> None:
     if run.main:
         best = {"dev_wer": training.best.wer, "best_step": training.best.step} if dev else {}
         summary = {"steps": done, "loss": loss, **best, "codec_fingerprint": codec.fingerprint}
-        log = read_log(run.folder)
-        write_training_report(run.folder / "report.html", title=config.output, summary=summary, log=log)
+        write_training_report(run.folder, summary)
         run.finish(summary)
         print(f"speech language model saved in {run.folder / 'model'}")
     accelerator.wait_for_everyone()

@@ -34,7 +34,6 @@ from speechllm import (
     make_accelerator,
     pad_waveforms,
     read_corpus,
-    read_log,
     run_recipe,
     save_ecapa,
     save_hubert,
@@ -130,8 +129,7 @@ def main(config: TeacherConfig) -> None:
             student.save(folder)
         merit = student.merit(dev)
         summary = {"steps": config.steps, "loss": loss.item(), **merit}
-        log = read_log(run.folder)
-        write_training_report(run.folder / "report.html", title=config.output, summary=summary, log=log)
+        write_training_report(run.folder, summary)
         run.finish(summary)
         print(f"{config.kind} teacher saved in {run.folder / 'model'} {merit}")
     accelerator.wait_for_everyone()

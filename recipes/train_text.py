@@ -25,7 +25,6 @@ from speechllm import (
     RunError,
     librispeech_normalizer,
     make_accelerator,
-    read_log,
     run_recipe,
     small_qwen2,
     small_text_tokenizer,
@@ -72,6 +71,9 @@ class RunLog(TrainerCallback):
     def __init__(self, run: Run):
         self.run = run
 
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        self.run.cut_log(state.global_step)  # of a killed run: the steps after its checkpoint come again
+
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         named = {"loss": logs.get("loss"), "lr": logs.get("learning_rate"), "dev_loss": logs.get("eval_loss")}
         if found := {name: value for name, value in named.items() if value is not None}:
@@ -115,8 +117,7 @@ def main(config: TextConfig) -> None:
             model.save_pretrained(folder)
             text_tokenizer.save_pretrained(folder)
         summary = {"steps": config.steps, "dev_loss": loss, "perplexity": math.exp(loss)}
-        log = read_log(run.folder)
-        write_training_report(run.folder / "report.html", title=config.output, summary=summary, log=log)
+        write_training_report(run.folder, summary)
         run.finish(summary)
         print(f"language model saved in {run.folder / 'model'}: perplexity of a token {summary['perplexity']:.1f}")
     accelerator.wait_for_everyone()

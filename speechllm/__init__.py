@@ -13,6 +13,11 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
         Augmentation,
         AugmentationConfig,
     )
+    from speechllm.batches import (
+        endless_batches,
+        grouped_batches,
+        token_batches,
+    )
     from speechllm.checkpoints import (
         TrainingState,
         prepare,
@@ -36,13 +41,10 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
         Speech,
         codes_of,
         encode_shards,
-        endless_batches,
-        grouped_batches,
         left_out_of_shards,
         load_codes,
         speech_of,
         summarize_shards,
-        token_batches,
     )
     from speechllm.decoding import (
         Transcription,
@@ -62,10 +64,6 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
     from speechllm.export import (
         export_model,
         merge,
-    )
-    from speechllm.left_out import (
-        left_out_row,
-        report_left_out,
     )
     from speechllm.metrics import (
         PairedBootstrap,
@@ -126,8 +124,10 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
         Run,
         RunError,
         make_accelerator,
+        read_json,
         read_jsonl,
         read_log,
+        report_left_out,
         seed_step,
         set_learning_rate,
         versions,
@@ -215,6 +215,7 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
         initialize_codebooks,
         label_information,
         layer_counts,
+        left_out_row,
         load_audio,
         load_codec,
         load_judge,
@@ -380,6 +381,7 @@ __all__ = [
     "prepare_adapter",
     "quality_table",
     "read_corpus",
+    "read_json",
     "read_jsonl",
     "read_log",
     "read_sounds",

@@ -14,7 +14,7 @@ from speechllm.alignment import Alignment, align, alignment_list, duration_figur
 from speechllm.metrics import NORMALIZERS
 from speechllm.page import bar, duration, number, percent, table, tables, text, tiles, write_page
 from speechllm.plots import LAYER, code_usage, confusion_matrix, curves
-from speechllm.run import versions
+from speechllm.run import read_log, versions
 from speechllm.sounds import Reconstruction, spectrograms_and_players
 from tokenizer import usage_of_counts
 
@@ -54,11 +54,10 @@ def write_codec_report(
     write_page(path, title, _codec_tiles(metrics), sections)
 
 
-def write_training_report(
-    path: str | Path, *, title: str, summary: Mapping[str, Any], log: list[dict[str, Any]]
-) -> None:
-    """Write the page of a training in one step: what came out, and the curves of what was logged."""
-    write_page(path, title, tables(summary), {"Training": curves(log), "Versions": _versions({"versions": versions()})})
+def write_training_report(run: str | Path, summary: Mapping[str, Any]) -> None:
+    """Write RUN/report.html, the page of a training, in one step: what came out, and the curves of its log."""
+    sections = {"Training": curves(read_log(run)), "Versions": _versions({"versions": versions()})}
+    write_page(Path(run) / "report.html", str(run), tables(summary), sections)
 
 
 def write_recognition_report(

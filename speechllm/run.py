@@ -20,6 +20,7 @@ from accelerate.tracking import filter_trackers
 from tqdm import tqdm
 
 KEPT_CHECKPOINTS = 2
+TOLD = 5  # recordings that were left out and are printed
 PACKAGES = ("torch", "torchaudio", "transformers", "peft", "accelerate", "datasets", "jiwer", "speechbrain")
 
 
@@ -99,8 +100,7 @@ class Run:
     @property
     def summary(self) -> dict[str, Any] | None:
         """What `finish` was given, or None while the run is not finished."""
-        file = self.folder / "done.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return read_json(self.folder / "done.json") or None
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished and drop its checkpoints: the exported model replaces them.
@@ -108,10 +108,10 @@ class Run:
         Recordings that were left out are listed with what is wrong with them, and counted in the summary.
         """
         if self.main:
-            problems = {row["path"]: row["detail"] for row in read_jsonl(self.left_out)}
-            for problem in problems.values():
-                print(f"left out: {problem}")
-            write_json(self.folder / "done.json", summary | ({"left_out": len(problems)} if problems else {}))
+            rows = {row["path"]: row for row in read_jsonl(self.left_out)}  # each was met in every epoch
+            if rows:
+                report_left_out(self.folder, [*rows.values()])
+            write_json(self.folder / "done.json", summary | ({"left_out": len(rows)} if rows else {}))
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def log(self, step: int, **metrics: float) -> None:
@@ -138,11 +138,14 @@ class Run:
         files = self._checkpoints()
         # mapped, not read: every process would hold all weights and moments in memory besides its own
         state = torch.load(files[-1], map_location="cpu", weights_only=True, mmap=True) if files else None
+        self.cut_log(state["step"] if state else 0)
+        return state
+
+    def cut_log(self, done: int) -> None:
+        """Drop what was logged after `done` steps, and a line that was cut off while being written."""
         if self.main and self.log_file.exists():
-            done = state["step"] if state else 0
             kept = [line for line in self.log_file.read_text().splitlines(True) if _logged_step(line) <= done]
             write_text(self.log_file, "".join(kept))
-        return state
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.folder / "checkpoints").glob("step_*.pt"))
@@ -214,12 +217,27 @@ def write_jsonl(file: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def read_json(file: str | Path) -> dict[str, Any]:
+    """The object that a .json file holds, an empty one where there is no file."""
+    return json.loads(Path(file).read_text(encoding="utf-8")) if Path(file).exists() else {}
+
+
 def read_jsonl(file: str | Path) -> list[dict[str, Any]]:
     """The objects of a file with one a line, none where there is no file."""
     if not Path(file).exists():
         return []
     with open(file, encoding="utf-8") as lines:  # not splitlines, which also ends a line at what texts may hold
         return [json.loads(line) for line in lines]
+
+
+def report_left_out(folder: str | Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Write FOLDER/left_out.jsonl, a line for every recording that cannot be used, and print the first ones."""
+    file = Path(folder) / "left_out.jsonl"
+    write_jsonl(file, rows)
+    for row in rows[:TOLD]:
+        print(f"left out: {row['detail']}")
+    if len(rows) > TOLD:
+        print(f"left out: {len(rows) - TOLD} more, see {file}")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """A job of several recipes, each run once as a command of its own: finished stages are remembered and skipped."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from speechllm.run import RunError, write_json
+from speechllm.run import RunError, read_json, write_json
 from tokenizer import available_cpus
 
 
@@ -29,9 +28,7 @@ class Stages:
         self.processes = processes or 2 ** min(3, available_cpus().bit_length() - 1)
         self.file = run / "stages.json"
         self.lock = threading.Lock()  # of the file
-        self.done: dict[str, dict[str, Any]] = (
-            json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
-        )
+        self.done: dict[str, dict[str, Any]] = read_json(self.file)
 
     @property
     def seconds(self) -> dict[str, float]:

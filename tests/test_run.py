@@ -219,6 +219,7 @@ def test_recordings_that_were_left_out_are_listed_once_at_the_end(
     run.finish({"loss": 0.5})
     assert capsys.readouterr().out.splitlines() == ["left out: a: broken", "left out: b: broken"]
     assert run.summary == {"loss": 0.5, "left_out": 2}
+    assert read_jsonl(run.left_out) == lines[:2]
 
 
 def test_no_step_is_left_out_between_start_and_stop() -> None:

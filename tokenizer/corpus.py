@@ -187,9 +187,13 @@ def load_usable(
 def _leave_out(utterance: Utterance, error: AudioError, file: str | Path | None) -> None:
     warnings.warn(f"left out: {error}", stacklevel=3)
     if file is not None:  # short lines that are appended stay whole, whichever process writes them
-        row = {"path": utterance.path, "reason": error.reason, "detail": str(error)}
         with Path(file).open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
+            lines.write(json.dumps(left_out_row(utterance, error)) + "\n")
+
+
+def left_out_row(utterance: Utterance, error: AudioError) -> dict[str, str]:
+    """A recording that cannot be used, and why."""
+    return {"id": utterance.id, "path": str(utterance.path), "reason": error.reason, "detail": str(error)}
 
 
 class Crops(Dataset):
