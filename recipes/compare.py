@@ -10,21 +10,16 @@ RUN/table.md and RUN/report.html. More: configs/compare/schemes.yaml, configs/co
 """
 
 import json
-import runpy
 from dataclasses import dataclass, field
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 
 from speechllm import (
-    ConfigError,
-    RunError,
     Stages,
     comparison_markdown,
-    load_config,
     pool_emotion,
     pool_recognition,
     read_json,
@@ -41,7 +36,13 @@ RECIPES = Path(__file__).parent
 Task = Literal["content", "quality", "conversion", "emotion", "asr"]
 TASKS = get_args(Task)
 ENCODED = ("content", "emotion", "asr")  # tasks that read encoded speech
-NAMED = ("tokenizer", "recognizer", "speaker_teacher", "semantic_teacher")  # keys that "{...}" may stand for
+NAMED = (
+    "tokenizer",
+    "recognizer",
+    "speaker_judge",
+    "speaker_teacher",
+    "semantic_teacher",
+)  # keys that "{...}" may stand for
 SHARED = ("train_teacher.py", "train_tokenizer.py", "encode_speech.py", "train_asr.py")  # processes share the work
 SINGLE = ("eval_tokenizer.py", "train_emotion.py", "train_asr.py", "eval_asr.py")  # one would leave cores idle
 Commands = dict[str, list[str]]  # recipe and words, by stage
@@ -53,15 +54,17 @@ class SystemConfig:
     train: list[str] | None = None  # a codec trained here: changes key=value to the configuration all codecs share
     units: list[str] | None = None  # k-means units fitted here: key=value for fit_units, besides model, data, output
     tokenizer: str | None = None  # what load_tokenizer takes; "features:{semantic_teacher}" and the like, see NAMED
-    like: str | None = None  # another system, whose encoded speech the language model reads in another way
-    asr: list[str] = field(default_factory=list)  # changes key=value to the configuration of the task asr
+    like: str | None = None  # another system, whose encoded speech is read in another way
+    asr: list[str] = field(default_factory=list)  # changes key=value to the configuration of the task
+    emotion: list[str] = field(default_factory=list)
+    conversion: list[str] = field(default_factory=list)
     tasks: list[Task] | None = None  # only these; null: all it can do
 
     @property
     def able(self) -> tuple[str, ...]:
         """Tasks that make sense; of what a name stands for only the prefix is known here."""
         if self.like or (self.tokenizer or "").startswith(("features:", "recognizer:")):
-            return ("asr",)
+            return ("emotion", "asr") if self.like and self.emotion else ("asr",)
         return ENCODED if self.units is not None else TASKS  # units do not decode
 
 
@@ -83,7 +86,7 @@ class CompareConfig:
     speaker_teacher: str = "speechbrain/spkrec-ecapa-voxceleb"  # the same
     recognizer: str | None = None  # the same; a .yaml learns from asr_data, from the semantic teacher on
     judge: str | None = None  # recognizer:NAME, for the WER of decoded and converted speech
-    judge_speaker: bool = True  # let the speaker teacher tell how alike the voices are
+    speaker_judge: str | None = "{speaker_teacher}"  # tells how alike voices are; better one that no system learnt from
     train_splits: list[str] = field(default_factory=lambda: ["train"])  # of data, for units and probes
     test_splits: list[str] = field(default_factory=lambda: ["test"])  # of data, for content and voice
     quality_splits: list[str] = field(default_factory=lambda: ["test"])  # of data
@@ -133,12 +136,11 @@ def tasks_of(system: SystemConfig, config: CompareConfig) -> list[str]:
 
 def main(config: CompareConfig) -> None:
     run = Path(config.output)
-    commands = plan(config, run)
-    check(commands)
+    commands, stages = plan(config, run), Stages(run, RECIPES)
+    stages.check(commands)
     run.mkdir(parents=True, exist_ok=True)
-    stages = Stages(run, RECIPES)
     try:
-        execute(commands, stages)
+        stages.run(commands, SHARED, SINGLE)
     finally:  # also after a failure: what there is
         results = {system.name: collect(system, config, run, stages.seconds) for system in config.systems}
         write_json(run / "results.json", {"systems": results, "seconds": stages.seconds, "versions": versions()})
@@ -158,8 +160,9 @@ def plan(config: CompareConfig, run: Path) -> Commands:
             data, folder = encoded(system, task, config, run)
             words = [f"codec={codec_of(system, config, run)}", f"data={data}", f"output={folder}", "layers=null"]
             commands[f"{owner(system, config).name}: {folder.name}"] = ["encode_speech.py", *words]
-    for system in doing["content"]:  # the first one has the baseline, which is the same for all
-        commands[f"{system.name}: content"] = content(system, config, run, baseline=system is doing["content"][0])
+    host = baseline_host(doing["content"], run)
+    for system in doing["content"]:
+        commands[f"{system.name}: content"] = content(system, config, run, baseline=system is host)
     for make in (quality, conversion):
         for system in doing[make.__name__]:
             commands[f"{system.name}: {make.__name__}"] = make(system, config, run)
@@ -204,6 +207,13 @@ def word(key: str, value: Any) -> str:
     return f"{key}={json.dumps(value)}"
 
 
+def baseline_host(systems: list[SystemConfig], run: Path) -> SystemConfig | None:
+    """The system that log-mel k-means, the same for all, is measured beside: where it was, or the first one."""
+    found = {system.name: read_json(run / system.name / "content.json").get("config", {}) for system in systems}
+    done = [system for system in systems if found[system.name].get("baseline")]
+    return next(iter(done or systems), None)
+
+
 def content(system: SystemConfig, config: CompareConfig, run: Path, baseline: bool) -> list[str]:
     folder = run / system.name
     probe = [f"output={folder / 'content.json'}", f"probe_steps={config.probe_steps}", word("baseline", baseline)]
@@ -225,12 +235,13 @@ def quality(system: SystemConfig, config: CompareConfig, run: Path) -> list[str]
 def conversion(system: SystemConfig, config: CompareConfig, run: Path) -> list[str]:
     shared = [f"codec={codec_of(system, config, run)}", f"data={config.conversion_data or config.data}"]
     settings = [word("splits", config.conversion_splits), f"pairs={config.conversion_pairs}"]
-    return ["eval_conversion.py", *shared, f"output={run / system.name / 'conversion'}", *settings, *judges(config)]
+    output = f"output={run / system.name / 'conversion'}"
+    return ["eval_conversion.py", *shared, output, *settings, *judges(config), *system.conversion]
 
 
 def judges(config: CompareConfig) -> list[str]:
     """Who listens to decoded and converted speech."""
-    speaker = ["speaker={speaker_teacher}"] if config.judge_speaker else []
+    speaker = ["speaker={speaker_judge}"] if config.speaker_judge else []
     return speaker + ([f"judge={config.judge}"] if config.judge else [])
 
 
@@ -238,7 +249,7 @@ def training(system: SystemConfig, task: str, config: CompareConfig, run: Path, 
     source = [f"codes={encoded(system, task, config, run)[1]}", f"codec={codec_of(system, config, run)}"]
     output = [f"output={run / system.name / f'{task}_{seed}'}", f"seed={seed}"]
     model = [f"model={config.language_model}"] if config.language_model else []
-    own = [*model, *system.asr] if task == "asr" else []
+    own = [*model, *system.asr] if task == "asr" else system.emotion
     return [f"train_{task}.py", f"--config={getattr(config, task)}", *source, *output, *own]
 
 
@@ -260,31 +271,6 @@ def with_teachers(commands: Commands, config: CompareConfig, run: Path) -> Comma
             value = str(run / name / "model")
         commands = {stage: [part.replace(mark, value) for part in words] for stage, words in commands.items()}
     return commands
-
-
-def check(commands: Commands) -> None:
-    """Raise RunError with what the recipes would find wrong with their commands, one after the other."""
-    mains = {recipe: runpy.run_path(str(RECIPES / recipe))["main"] for recipe in {c[0] for c in commands.values()}}
-    problems = []
-    for stage, (recipe, *words) in commands.items():
-        file = words.pop(0).removeprefix("--config=") if words[0].startswith("--config=") else None
-        try:
-            load_config(get_type_hints(mains[recipe])["config"], file, words)
-        except ConfigError as error:
-            problems.append(f"[{stage}] {recipe}: {error}")
-    if problems:
-        raise RunError("\n".join(problems))
-
-
-def execute(commands: Commands, stages: Stages) -> None:
-    """Run what is not finished; small jobs of one recipe side by side, but on GPUs each on its own."""
-    for recipe, group in groupby(commands.items(), key=lambda item: item[1][0]):
-        named = dict(group)
-        if recipe in SINGLE and len(named) > 1 and not torch.cuda.is_available():
-            stages.side_by_side(named)
-        else:
-            for stage, words in named.items():
-                (stages.launch if recipe in SHARED else stages.stage)(stage, words)
 
 
 def collect(system: SystemConfig, config: CompareConfig, run: Path, seconds: dict[str, float]) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def emotion_table(results: Results) -> Table:
     """Emotion recognition from the tokens (the paper's Table 3)."""
     measured = {name: result["emotion"] for name, result in results.items() if result.get("emotion")}
     rows = []
-    for name in owners(results) if measured else ():
+    for name in {**owners(results), **measured} if measured else ():
         found = measured.get(name, {})
         seeds = ", ".join(f"{value:.1%}" for value in found.get("seeds", {}).values()) or DASH
         controls = [plain(found.get(key), ".1%") for key in ("accuracy_shuffled_labels", "chance")]

@@ -1,5 +1,6 @@
 """Which system for which need: read off what was measured, and no further than the measurement goes."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,11 +32,18 @@ def _codebooks(measure: str) -> Callable[[Result], Iterator[Measure]]:
     return of
 
 
-def _swaps(measure: str) -> Callable[[Result], Iterator[Measure]]:
+def _swaps(measure: str, lower: bool) -> Callable[[Result], Iterator[Measure]]:
+    """Swaps, "idle" where they do not beat the unchanged codes: what is blurred comes closer to any voice."""
+
     def of(result: Result) -> Iterator[Measure]:
-        for method, row in result.get("conversion", {}).get("methods", {}).items():
+        methods = result.get("conversion", {}).get("methods", {})
+        for method, row in methods.items():
             if method.startswith("swap"):
-                yield from _row(row, measure, method)
+                depth = int(re.findall(r"\d+", method)[-1]) + 1
+                unchanged = methods.get(f"source, {depth} codebooks", {}).get(measure)
+                for found in _row(row, measure, method):
+                    better = unchanged is not None and (found["mean"] < unchanged["mean"]) == lower
+                    yield {**found, "idle": not better or overlap(found, unchanged)}
 
     return of
 
@@ -61,9 +69,9 @@ NEEDS = (
     Need("speech as good as it gets", "PESQ-WB", ".3f", False, _codebooks("pesq_wb")),
     Need("keep the voice", "speaker similarity after the codec", ".3f", False, _codebooks("speaker_similarity")),
     Need("stay intelligible", "WER after the codec", ".1%", True, _codebooks("wer")),
-    Need("another voice: its sound", "MCD (dB)", ".2f", True, _swaps("mcd")),
-    Need("another voice: its melody", "pitch correlation", ".3f", False, _swaps("f0_correlation")),
-    Need("another voice: its speaker", "speaker similarity", ".3f", False, _swaps("speaker_similarity")),
+    Need("another voice: its sound", "MCD (dB)", ".2f", True, _swaps("mcd", True)),
+    Need("another voice: its melody", "pitch correlation", ".3f", False, _swaps("f0_correlation", False)),
+    Need("another voice: its speaker", "speaker similarity", ".3f", False, _swaps("speaker_similarity", False)),
     Need("keep the emotion", "accuracy", ".1%", False, _task("emotion")),
     Need("a small tokenizer", "parameters", ",.0f", True, _single("parameters")),
     Need("fast encoding", "seconds per second of speech", ".4f", True, _single("rtf")),
@@ -80,6 +88,10 @@ def guidance(results: Results) -> Table:
         best = {name: found for name, result in results.items() if (found := _best(need.of(result), need.lower))}
         if len(best) < 2:
             continue
+        best = {name: found for name, found in best.items() if not found.get("idle")}
+        if not best:
+            rows.append([need.name, need.measure, "none", "no swap beats the unchanged codes", DASH])
+            continue
         winner = (min if need.lower else max)(best, key=lambda name: best[name]["mean"])
         equals = [name for name in best if name == winner or overlap(best[name], best[winner])]
         values = "; ".join(_named(name, best[name], need.form) for name in equals)
@@ -87,7 +99,8 @@ def guidance(results: Results) -> Table:
         rows.append([need.name, need.measure, verdict, values, _cheapest(need, results, best[winner])])
     head = ["need", "measure", "best", "its value, and that of all who cannot be told from it", "cheapest of these"]
     note = (
-        "Every system counts with its best setting. No clear winner: the 95 % intervals overlap, which does not mean "
+        "Every system counts with its best setting; a swap of codes counts only where it beats the unchanged codes "
+        "beyond the intervals. No clear winner: the 95 % intervals overlap, which does not mean "
         "that the systems are equal; parameters and speed, which have none, are taken as exact to 5 %."
     )
     return Table("Which system for which need", head, rows, note)
@@ -102,7 +115,8 @@ def overlap(one: Measure, other: Measure) -> bool:
 
 
 def _best(measures: Iterator[Measure], lower: bool) -> Measure | None:
-    return (min if lower else max)(measures, key=lambda measure: measure["mean"], default=None)
+    order = 1 if lower else -1
+    return min(measures, key=lambda found: (found.get("idle", False), order * found["mean"]), default=None)
 
 
 def _named(name: str, measure: Measure, form: str) -> str:
@@ -115,7 +129,7 @@ def _cheapest(need: Need, results: Results, best: Measure) -> str:
         (found["cost"], name, found)
         for name, result in results.items()
         for found in need.of(result)
-        if found.get("cost") is not None and overlap(found, best)
+        if found.get("cost") is not None and not found.get("idle") and overlap(found, best)
     ]
     if not settings:
         return DASH

@@ -1,19 +1,28 @@
 """A job of several recipes, each run once as a command of its own: finished stages are remembered and skipped."""
 
+import functools
 import os
+import runpy
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+import yaml
 
+from speechllm.config import ConfigError, load_config
 from speechllm.run import RunError, read_json, write_json
-from tokenizer import available_cpus
+from tokenizer import CorpusError, available_cpus, read_corpus
+
+CONFIG = "--config="
+SPLITS = ("splits", "dev_splits", "train_splits", "test_splits")  # keys of the recipes that read a corpus
 
 
 class Stages:
@@ -34,6 +43,52 @@ class Stages:
     def seconds(self) -> dict[str, float]:
         """What each finished stage took."""
         return {name: stage["seconds"] for name, stage in self.done.items() if stage["finished"]}
+
+    def check(self, commands: Mapping[str, list[str]]) -> None:
+        """Raise RunError with all that recipes would find wrong with their commands, by name of the stage.
+
+        That is their configurations, and splits which the corpus named by `data` lacks.
+        """
+        mains = {name: runpy.run_path(f"{self.recipes}/{name}")["main"] for name in {c[0] for c in commands.values()}}
+        problems: list[str] = []
+        splits: dict[str, set[str]] = defaultdict(set)
+        for stage, (recipe, *words) in commands.items():
+            file = words.pop(0).removeprefix(CONFIG) if words[0].startswith(CONFIG) else None
+            try:
+                config = load_config(get_type_hints(mains[recipe])["config"], file, words)
+            except ConfigError as error:
+                problems.append(f"[{stage}] {recipe}: {error}")
+                continue
+            if hasattr(config, "data"):
+                splits[config.data] |= {split for key in SPLITS for split in getattr(config, key, None) or []}
+        for data, named in splits.items():
+            try:
+                read_corpus(data, sorted(named) or None)
+            except CorpusError as error:
+                problems.append(str(error))
+        if problems:
+            raise RunError("\n".join(problems))
+
+    def run(self, commands: Mapping[str, list[str]], shared: Container[str], single: Container[str]) -> None:
+        """Run commands by name of the stage, in this order; one that fails costs only those that need what it makes.
+
+        shared: recipes whose processes share the work; single: recipes of which several run side by side, since one
+        would leave cores idle, but on GPUs each on its own. Raises SystemExit at the end if anything failed.
+        """
+        failed = False
+        for recipe, group in groupby(commands.items(), key=lambda item: item[1][0]):
+            named = dict(group)
+            start = self.launch if recipe in shared else self.stage
+            jobs = [functools.partial(start, stage, words) for stage, words in named.items()]
+            if recipe in single and len(named) > 1 and not torch.cuda.is_available():
+                jobs = [functools.partial(self.side_by_side, named)]
+            for job in jobs:
+                try:
+                    job()
+                except SystemExit:  # the recipe has said why
+                    failed = True
+        if failed:
+            raise SystemExit("not everything could be done, see above: the same command tries again what is missing")
 
     def stage(self, name: str, *commands: list[str]) -> None:
         """Run recipes side by side, sharing the processor cores; stop the job when one fails."""
@@ -71,9 +126,10 @@ class Stages:
     def call(self, name: str, work: Callable[[], None], asked: Sequence[list[str]] = ()) -> None:
         """Do `work` unless it was done before; a stage that was interrupted adds to the time it took before.
 
-        asked: what is to be done, in words. Raises RunError where a stage of this name was done with other ones.
+        asked: what is to be done, in words; what a configuration file says counts, not its name. Raises RunError where
+        a stage of this name was done with other ones.
         """
-        words = [word for command in asked for word in command]
+        words = [said for command in asked for word in command for said in spelt_out(word)]
         before = self.done.get(name, {"seconds": 0.0, "finished": False, "words": words})
         if before["finished"] and before.get("words", words) != words:  # earlier versions did not keep them
             changed = set(before["words"]) ^ set(words)
@@ -115,3 +171,11 @@ class Stages:
                 process.terminate()
         if failed:
             raise SystemExit("a stage failed, see above; what is finished is kept, the same command goes on from there")
+
+
+def spelt_out(word: str) -> list[str]:
+    """A word of a command; for a configuration file the words that would say the same."""
+    if not word.startswith(CONFIG):
+        return [word]
+    values = yaml.safe_load(Path(word.removeprefix(CONFIG)).read_text(encoding="utf-8")) or {}
+    return [f"{key}={value}" for key, value in values.items()]

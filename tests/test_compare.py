@@ -23,6 +23,7 @@ from speechllm import (
     word_error_rate,
     write_comparison,
 )
+from speechllm.guidance import guidance
 
 RATE = 16_000
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -306,6 +307,25 @@ def test_a_need_has_a_winner_only_where_the_intervals_can_tell() -> None:
     (small,) = cells("a small tokenizer", title)
     assert small[2] == "weak"
     assert not cells("keep the emotion", title) and not cells("fast encoding", title)
+
+
+def converted(**methods: tuple[float, float, float]) -> dict[str, object]:
+    named = {name.replace("_", " ").replace("swap 1", "swap 1, by position"): mcd for name, mcd in methods.items()}
+    rows = {name.replace("source 2", "source, 2"): {"mcd": measured(*mcd), "pairs": 9} for name, mcd in named.items()}
+    return {"conversion": {"methods": rows}}
+
+
+def test_a_swap_that_does_not_beat_the_unchanged_codes_is_no_conversion() -> None:
+    blurred = converted(source_2_codebooks=(7.0, 6.9, 7.1), swap_1=(7.2, 7.1, 7.3))
+    unsure = converted(source_2_codebooks=(8.0, 7.9, 8.1), swap_1=(7.9, 7.8, 8.0))
+    real = converted(source_2_codebooks=(8.9, 8.8, 9.0), swap_1=(8.0, 7.9, 8.1))
+
+    def verdict(**systems: dict[str, object]) -> list[str]:
+        (row,) = guidance(systems).rows
+        return row
+
+    assert verdict(blurred=blurred, unsure=unsure)[2:4] == ["none", "no swap beats the unchanged codes"]
+    assert verdict(blurred=blurred, real=real)[2:4] == ["real", "real 8.00 (7.90 to 8.10), swap 1, by position"]
 
 
 def test_the_page_shows_tables_and_pictures(tmp_path: Path) -> None:
