@@ -51,6 +51,10 @@ class EvalAsrConfig:
     batch_size: int = 32  # answers written at a time: with 4 beams 8 utterances
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if low := [name for name in ("beams", "batch_size") if getattr(self, name) < 1]:
+            raise ValueError(f"{' and '.join(low)} must be at least 1")
+
 
 def main(config: EvalAsrConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +63,7 @@ def main(config: EvalAsrConfig) -> None:
     speech_llm = merge(loaded)
     rows, encoding = load_codes(config.codes, config.splits)
     speech_llm.vocabulary.require(encoding)
-    rows = [row for row in rows if row["text"]]
+    everything, rows = len(rows), [row for row in rows if row["text"]]
     if not rows:
         raise SystemExit(f"{config.codes}: no utterance of {config.splits or 'any split'} has a transcript to score")
     speech = [speech_of(row, encoding) for row in rows]
@@ -75,6 +79,10 @@ def main(config: EvalAsrConfig) -> None:
         beams=config.beams,
         fallback=config.fallback,
     )
+    cascade = {}
+    if encoding.kind == "text":  # what the recogniser alone achieves
+        alone = word_error_rate(references, [str(part) for part in speech], config.normalizer, config.seed)
+        cascade = {"wer_heard": alone.wer, "wer_heard_ci95": alone.ci95}
     seconds = sum(durations_s)
     tokens = [len(speech_llm.vocabulary.token_ids(part, speech_llm.text_tokenizer)) - 2 for part in speech]  # markers
 
@@ -84,14 +92,17 @@ def main(config: EvalAsrConfig) -> None:
     hypotheses = [transcription.text for transcription in found]
     score = word_error_rate(references, hypotheses, config.normalizer, config.seed)
     results = {
+        "config": asdict(config),
         **asdict(score),
         "cer": character_error_rate(references, hypotheses, config.normalizer),
         "speakers": speaker_error_rates(references, hypotheses, speakers, config.normalizer),
         "beams": config.beams,
         "fallback": count_runaways(found),
+        "without_transcript": everything - len(rows),  # not scored
         "audio_s": seconds,
         "tokens_per_second": sum(tokens) / seconds,
         "real_time_factor": elapsed / seconds,
+        **cascade,
         "codec_fingerprint": encoding.fingerprint,
         "encoded": summarize_shards(config.codes),  # how the texts were normalised, what was left out
         "versions": versions(),
@@ -101,6 +112,7 @@ def main(config: EvalAsrConfig) -> None:
     predictions = [
         {
             "id": row["id"],
+            "split": row["split"],
             "speaker": row["speaker"],
             "duration_s": round(row["duration_s"], 3),
             "reference": row["text"],

@@ -183,7 +183,7 @@ def means(rows: Sequence[Row], name: int | str, seed: int) -> Row:
         found[measure] = mean_and_interval([score[measure] for score in scores], seed)
     if heard := [(row["text"], row["heard"][name]) for row in rows if name in row["heard"]]:
         rate = word_error_rate(*zip(*heard, strict=True), seed=seed)
-        found["wer"] = {"mean": rate.wer, "ci95": list(rate.ci95), "words": rate.words}
+        found["wer"] = {"mean": rate.wer, "ci95": list(rate.ci95), "words": rate.words, "normalizer": rate.normalizer}
     return found
 
 

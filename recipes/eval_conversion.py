@@ -263,7 +263,8 @@ def means(scores: Sequence[Row], seed: int) -> Row:
             found[measure] = mean_and_interval(values, seed) | {"pairs": len(values)}
     if heard := [pair for pair in scores if "heard" in pair]:
         rate = word_error_rate([pair["text"] for pair in heard], [pair["heard"] for pair in heard], seed=seed)
-        found["wer"] = {"mean": rate.wer, "ci95": list(rate.ci95), "pairs": len(heard), "words": rate.words}
+        counts = {"pairs": len(heard), "words": rate.words, "normalizer": rate.normalizer}
+        found["wer"] = {"mean": rate.wer, "ci95": list(rate.ci95), **counts}
     return found
 
 

@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from speechllm import (
     Augmentation,
@@ -30,11 +29,13 @@ from speechllm import (
     RunError,
     SpeechLLM,
     TrainingState,
+    answer_bound,
     describe_rows,
     extend_vocabulary,
     keep_row_gradients,
     label_counts,
     load_codes,
+    load_language_model,
     load_tokenizer,
     make_accelerator,
     make_optimizer,
@@ -89,7 +90,7 @@ class AsrConfig:
     codes: str  # folder of encode_speech
     codec: str  # the audio tokenizer they were made with, as `load_tokenizer` takes it
     output: str  # run folder; the model goes to its subfolder `model`
-    model: str | None = "Qwen/Qwen2-1.5B"  # language model, folder or hub name; null: a small one made here
+    model: str | None = "Qwen/Qwen2-1.5B"  # folder or hub name, or RUN/model to go on from; null: a small one made here
     small: SmallModelConfig = field(default_factory=SmallModelConfig)  # its shape, used when model is null
     train: Literal["full", "lora", "rows"] = "full"  # all weights, LoRA and the new rows, or the new rows alone
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -106,8 +107,8 @@ class AsrConfig:
     batch_tokens: int = 24_576  # most tokens of an optimizer step, over all processes: about 35 utterances of 13 s
     micro_batch_tokens: int = 8192  # a process computes about so many at once, one such part after the other
     learning_rate: float = 5e-5
-    row_learning_rate: float | None = None  # of the new rows; null: as the rest
-    row_steps: int = 0  # first steps, in which the new rows alone are trained
+    row_learning_rate: float | None = None  # of the new rows and a projector; null: as the rest; 0: frozen
+    row_steps: int = 0  # first steps, in which only they are trained
     weight_decay: float = 0.01  # of neither embeddings nor norms and biases
     warmup: int = 500  # steps, at the start and again after row_steps
     clip: float = 1.0  # largest gradient norm
@@ -128,8 +129,16 @@ class AsrConfig:
         sizes = (*sizes, "layers", "stack", "dev_utterances", "max_utterances", "patience")
         given = ((name, getattr(self, name)) for name in sizes)
         problems = [f"{name} must be at least 1, got {size}" for name, size in given if size is not None and size < 1]
+        positive = {"learning_rate": self.learning_rate, "clip": self.clip, "lora.rank": self.lora.rank}
+        problems += [f"{name} must be above 0, got {value}" for name, value in positive.items() if not value > 0]
+        others = ("row_learning_rate", "speech_loss", "weight_decay", "row_steps")
+        problems += [f"{name} must not be negative" for name in others if (getattr(self, name) or 0) < 0]
+        if self.row_steps > self.steps:
+            problems.append(f"row_steps {self.row_steps} are more than all {self.steps} steps")
         if self.model is None and self.train != "full":
             problems.append(f"train: {self.train} needs a language model to add to, but model is null")
+        if self.model is None and self.row_steps:
+            problems.append("row_steps: rows alone learn nothing from random weights, but model is null")
         if self.weight_average is not None and not 0 < self.weight_average < 1:
             problems.append(f"weight_average must lie between 0 and 1, got {self.weight_average}")
         if self.patience is not None and not self.dev_splits:
@@ -159,16 +168,16 @@ def main(config: AsrConfig) -> None:
         return
     set_seed(config.seed)
 
-    # 2. a language model whose vocabulary the codes extend
+    # 2. a language model whose vocabulary the codes extend, unless it has them already
+    reading = config.layers, config.init, config.seed, config.order, config.stack
     if config.model is None:
         text_tokenizer = small_text_tokenizer(train["text"], config.small.text_tokens)
         shape = {name: size for name, size in asdict(config.small).items() if not name.startswith("text_")}
         model = small_qwen2(text_tokenizer, **shape)
+        vocabulary = extend_vocabulary(model, text_tokenizer, codec, *reading)
     else:
-        text_tokenizer = AutoTokenizer.from_pretrained(config.model)
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-    reading = config.layers, config.init, config.seed, config.order, config.stack
-    vocabulary = extend_vocabulary(model, text_tokenizer, codec, *reading)
+        found = load_language_model(config.model, codec, *reading)
+        model, text_tokenizer, vocabulary = found.model, found.text_tokenizer, found.vocabulary
     vocabulary.require(encoding)
     rows = describe_rows(model, vocabulary)
     if config.train != "full":
@@ -177,6 +186,11 @@ def main(config: AsrConfig) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     how = vocabulary, text_tokenizer, config.speech_loss > 0
     examples = [transcription_example(speech_of(row, encoding), row["text"], *how) for row in train]
+    answers = [label_counts([example], vocabulary)[0] for example in examples]
+    if long := sum(tokens > answer_bound(s) for tokens, s in zip(answers, train["duration_s"], strict=True)):
+        accelerator.print(
+            f"{int(long)} transcripts are longer than an answer to their duration may be (`answer_bound`)"
+        )
     sentences = [text_example(text, text_tokenizer) for text in train["text"] if config.model is None]
     augmentation = Augmentation(config.augmentation, vocabulary, getattr(codec, "codebooks", None))
 
@@ -185,20 +199,8 @@ def main(config: AsrConfig) -> None:
     optimizer = make_optimizer(model, vocabulary, config.learning_rate, config.weight_decay, config.row_learning_rate)
     training = TrainingState(accelerator, model, optimizer, config.weight_average)
     speech_llm = SpeechLLM(training.judged, text_tokenizer, vocabulary, codec)
-    accelerator.print(
-        training_plan(
-            model,
-            examples,
-            steps=config.steps,
-            batch_tokens=config.batch_tokens,
-            micro_batch_tokens=config.micro_batch_tokens,
-            form=config.train,
-            averaged=config.weight_average is not None,
-            device=accelerator.device,
-            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-            processes=accelerator.num_processes,
-        )
-    )
+    sizes, averaged = (config.steps, config.batch_tokens, config.micro_batch_tokens), config.weight_average is not None
+    accelerator.print(training_plan(model, examples, accelerator, *sizes, config.train, averaged))
     accelerator.print(
         f"new rows ({config.init}): norm {rows['new_row_norm']:.3f}, of text rows {rows['text_row_norm']:.3f}; mean "
         f"cosine between new rows {rows['new_row_cosine']:.3f}"
@@ -233,7 +235,10 @@ def main(config: AsrConfig) -> None:
             sums += losses.detach()
         if step < config.row_steps:
             keep_row_gradients(model, vocabulary)
-        accelerator.clip_grad_norm_(loss_of.parameters(), config.clip)
+        norm = accelerator.clip_grad_norm_(loss_of.parameters(), config.clip)
+        if norm is not None and not norm.isfinite():  # the same in all processes; DeepSpeed tells none
+            mend = 'try a lower learning_rate or precision="no" in another output folder'
+            raise RunError(f"step {step + 1} has a gradient of {norm:g}; the last checkpoint is kept: {mend}")
         optimizer.step()
         training.follow()
 

@@ -121,7 +121,7 @@ def main(config: EmotionConfig) -> None:
             "versions": versions(),
         }
         report(run.folder, results, found, control, config, encoding)
-        run.finish({name: results[name] for name in ("accuracy", "ci95", "accuracy_shuffled_labels")})
+        run.finish({name: results[name] for name in ("accuracy", "ci95_actors", "accuracy_shuffled_labels")})
 
 
 def run_fold(
@@ -243,8 +243,8 @@ def report(
     log = [{"step": i, "loss": loss, "loss with shuffled labels": other} for i, (loss, other) in enumerate(losses, 1)]
     layers = "+".join(map(str, config.layers))
     write_emotion_report(folder / "report.html", f"{config.codec}, layer {layers}: emotions", results, log)
-    low, high = results["ci95"]
-    print("| codec | layers | tokens/s | accuracy | 95 % interval | mean recall | shuffled labels | chance |")
+    low, high = results["ci95_actors"]
+    print("| codec | layers | tokens/s | accuracy | 95 % over actors | mean recall | shuffled labels | chance |")
     print("|---|---|---|---|---|---|---|---|")
     print(
         f"| {config.codec} ({encoding.fingerprint[:8]}) | {layers} | {results['tokens_per_second']:.0f} | "

@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
     )
     from speechllm.decoding import (
         Transcription,
+        answer_bound,
         count_runaways,
         recognize,
         transcribe,
@@ -80,6 +81,7 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
     from speechllm.model import (
         LabelledLoss,
         SpeechLLM,
+        load_language_model,
         load_speech_llm,
         small_qwen2,
         small_text_tokenizer,
@@ -315,6 +317,7 @@ __all__ = [
     "WordErrorRate",
     "actor_folds",
     "align_voices",
+    "answer_bound",
     "at_16_khz",
     "available_cpus",
     "average_gradients",
@@ -357,6 +360,7 @@ __all__ = [
     "load_codes",
     "load_config",
     "load_judge",
+    "load_language_model",
     "load_speech_llm",
     "load_tokenizer",
     "load_usable",

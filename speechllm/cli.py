@@ -18,6 +18,7 @@ from speechllm.codec_commands import (
 
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
 BASE = "another place of the language model under an adapter than the recorded one"
+CHUNK = 256  # recordings in memory at a time
 NORMALIZERS = "librispeech (default), whisper_english or none"
 
 
@@ -43,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--base", help=BASE)
     command.add_argument("--batch-size", type=int, default=16, help="answers written at a time; a beam counts as one")
     command.add_argument("--beams", type=int, default=1, help="1, the default, is greedy")
+    longest = "seconds; longer recordings are left out, as encode_speech leaves them out of training (default 60)"
+    command.add_argument("--max-duration", type=float, default=60.0, help=longest)
     command.set_defaults(run=_transcribe)
 
     command = commands.add_parser("encode", help="recordings to codes, one JSON line each")
@@ -138,12 +141,15 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", None)
     speech_llm = merge(load_speech_llm(arguments.model, arguments.codec, device, dtype, arguments.base))
     assert speech_llm.codec is not None
-    recordings = list(usable(arguments.files, speech_llm.codec.sample_rate))
-    waveforms = [waveform for _, waveform in recordings]
-    texts = transcribe(waveforms, speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True)
-    for (file, _), text in zip(recordings, texts, strict=True):
-        print(f"{file}\t{text}")
-    return int(len(recordings) < len(arguments.files))
+    files, done = arguments.files, 0
+    for start in range(0, len(files), CHUNK):  # what is heard is printed before more is read
+        recordings = [*usable(files[start : start + CHUNK], speech_llm.codec.sample_rate, arguments.max_duration)]
+        waveforms = [waveform for _, waveform in recordings]
+        texts = transcribe(waveforms, speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True)
+        for (file, _), text in zip(recordings, texts, strict=True):
+            print(f"{file}\t{text}", flush=True)
+        done += len(recordings)
+    return int(done < len(files))
 
 
 def _wer(arguments: argparse.Namespace) -> int:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # every command imports what it needs: help and mistakes must not wait for torch
     from torch import Tensor
 
+    from tokenizer import DiscreteTokenizer
+
 
 def encode_files(arguments: argparse.Namespace) -> int:
     """Print a JSON line with the codes of every file."""
-    from speechllm import load_audio, load_codec
+    from speechllm import load_audio
 
-    codec = load_codec(arguments.codec)
+    codec = load_discrete(arguments.codec)
     for file in arguments.files:
         waveform = load_audio(file, codec.sample_rate)
         ids = codec.encode(waveform[None], layers=arguments.layers).ids[0].tolist()
@@ -94,12 +96,12 @@ def count_codebooks(arguments: argparse.Namespace) -> int:
     import numpy as np
     from tqdm import tqdm
 
-    from speechllm import codebook_usage, load_codec, read_corpus, write_json
+    from speechllm import codebook_usage, read_corpus, write_json
     from speechllm.plots import code_usage_figure, save_figure
 
     if bool(arguments.files) == bool(arguments.data):
         raise ValueError("give either audio files or a corpus folder with --data")
-    codec = load_codec(arguments.codec)
+    codec = load_discrete(arguments.codec)
     files = arguments.files or [utterance.path for utterance in read_corpus(arguments.data, arguments.split)]
     recordings = usable(tqdm(files, "encode", unit="utt"), codec.sample_rate)
     ids = [codec.encode(waveform[None]).ids[0].numpy().astype(np.uint16) for _, waveform in recordings]
@@ -137,13 +139,25 @@ def import_codec(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def usable(files: Iterable[str], sample_rate: int) -> Iterator[tuple[str, "Tensor"]]:
+def load_discrete(name: str) -> "DiscreteTokenizer":
+    """The audio tokenizer of that name, which must give codes; it need not speak them again."""
+    from speechllm import DiscreteTokenizer, TokenizerError, load_tokenizer
+
+    found = load_tokenizer(name)
+    if not isinstance(found, DiscreteTokenizer):
+        raise TokenizerError(f"{name} gives no codes: choose a codec or units")
+    return found
+
+
+def usable(
+    files: Iterable[str], sample_rate: int, max_duration_s: float | None = None
+) -> Iterator[tuple[str, "Tensor"]]:
     """Every file with its waveform float [N]; those that cannot be used are named on stderr and left out."""
     from speechllm import AudioError, load_audio
 
     for file in files:
         try:
-            waveform = load_audio(file, sample_rate)
+            waveform = load_audio(file, sample_rate, max_duration_s=max_duration_s)
         except AudioError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue

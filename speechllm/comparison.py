@@ -71,7 +71,7 @@ def pool_recognition(results: Mapping[int, Result], predictions: Mapping[int, li
     references, heard = [row["reference"] for row in rows[0]], [[row["hypothesis"] for row in one] for one in rows]
     first = next(iter(done.values()))
     kept = {key: first[key] for key in ("tokens_per_second", "words", "utterances", "normalizer")}
-    for rate in ("cer", "wer_shuffled_audio"):
+    for rate in ("cer", "wer_shuffled_audio", "wer_heard"):
         if all(rate in found for found in done.values()):
             kept[rate] = float(np.mean([found[rate] for found in done.values()]))
     seeds = {str(seed): found["wer"] for seed, found in done.items()}
@@ -79,11 +79,11 @@ def pool_recognition(results: Mapping[int, Result], predictions: Mapping[int, li
 
 
 def pool_emotion(results: Mapping[int, Result]) -> dict[str, Any]:
-    """Results of train_emotion by seed, as one: the mean accuracy, and the lowest and highest bound of all."""
+    """Results of train_emotion by seed, as one: the mean accuracy, and the lowest and highest bound over actors."""
     done = {seed: found for seed, found in results.items() if found}
     if not done:
         return {}
-    low, high = zip(*(found["ci95"] for found in done.values()), strict=True)
+    low, high = zip(*(found["ci95_actors"] for found in done.values()), strict=True)
     seeds = {str(seed): found["accuracy"] for seed, found in done.items()}
     pooled = {"mean": float(np.mean(list(seeds.values()))), "ci95": [min(low), max(high)], "seeds": seeds}
     return {**next(iter(done.values())), **pooled}
@@ -160,7 +160,7 @@ def emotion_table(results: Results) -> Table:
         controls = [plain(found.get(key), ".1%") for key in ("accuracy_shuffled_labels", "chance")]
         rows.append([name, cell(found, ".1%"), seeds, *controls, plain(found.get("utterances"))])
     head = ["system", "accuracy", "by seed", "with shuffled labels", "chance", "utterances"]
-    note = "With several seeds: their mean, and an interval from the lowest to the highest bound of theirs."
+    note = "Intervals draw actors. With several seeds: their mean, and the lowest and the highest bound of all."
     return Table("Table 3: emotion recognition", head, rows, note)
 
 
@@ -175,14 +175,15 @@ def recognition_table(results: Results) -> Table:
         control = plain(found.get("wer_shuffled_audio"), ".1%")
         by_seed = ", ".join(f"{wer:.1%}" for wer in seeds) or DASH
         cer, words = plain(found.get("cer"), ".1%"), plain(found.get("words"))
-        rows.append([name, *rates, cell(found, ".1%"), by_seed, spread, cer, control, words])
+        alone = plain(found.get("wer_heard"), ".1%")
+        rows.append([name, *rates, cell(found, ".1%"), by_seed, spread, cer, control, alone, words])
     head = ["system", "tokens/s", "kbps", "WER", "by seed", "standard deviation of seeds", "CER"]
     note = (
         "The WER of several seeds is their mean. Its 95 % interval is that of 1,000 samples that draw seeds and test "
         "utterances with replacement; of few seeds it shows too little, so each stands beside it. Bitrates are those "
         "of codes; features and texts have none."
     )
-    head = [*head, "WER with another utterance's audio", "words"]
+    head = [*head, "WER with another utterance's audio", "WER of the recogniser alone", "words"]
     return Table("Table 4: speech recognition", head, rows, note)
 
 

@@ -18,7 +18,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from speechllm.metrics import NORMALIZERS
-from speechllm.run import write_json
+from speechllm.run import read_json, write_json
 from tokenizer import (
     AudioError,
     AudioTokenizer,
@@ -130,9 +130,10 @@ def encode_shards(
         raise DataError(f"utterance ids must be unique, but {repeated[0]} occurs more than once")
     if normalizer not in NORMALIZERS:
         raise DataError(f"unknown normalizer {normalizer!r}: choose one of {', '.join(NORMALIZERS)}")
-    settings = {**asdict(encoding), "max_duration_s": max_duration_s, "normalizer": normalizer, "ids": hash_ids(ids)}
+    settings = {**asdict(encoding), "max_duration_s": max_duration_s, "normalizer": normalizer}
+    settings |= {"utterances": len(utterances), "speech": identity(utterances)}
     claim = folder / "request.json"
-    held = json.loads(claim.read_text(encoding="utf-8")) if claim.exists() else settings
+    held = read_json(claim) or settings
     changed = [f"{name}: {held.get(name)} -> {settings[name]}" for name in settings if held.get(name) != settings[name]]
     if changed:
         raise DataError(
@@ -159,15 +160,17 @@ def _write_shard(
     normalizer: str,
 ) -> None:
     rows, skipped, seconds = [], [], 0.0
+    # processor time, which other programs on the cores do not lengthen; on a GPU the clock on the wall
+    clock = time.process_time if codec.device.type == "cpu" else time.perf_counter
     for utterance in utterances:
         try:
             waveform = load_audio(utterance.path, codec.sample_rate, max_duration_s=max_duration_s)
         except AudioError as error:
             skipped.append(left_out_row(utterance, error))
             continue
-        started = time.perf_counter()
+        started = clock()
         speech = encoding.encode(codec, waveform)
-        seconds += time.perf_counter() - started
+        seconds += clock() - started
         rows.append(
             {
                 "id": utterance.id,
@@ -207,7 +210,7 @@ def left_out_of_shards(folder: str | Path) -> list[dict[str, str]]:
 def summarize_shards(folder: str | Path) -> dict[str, object]:
     """Counts over all shards of a folder: utterances, hours, recordings left out by reason, normaliser.
 
-    real_time_factor: seconds of encoding, in one process, per second of speech.
+    real_time_factor: seconds of encoding per second of speech: of processor time, or of one GPU's.
     """
     files = _shards(folder)
     notes = [pq.read_schema(file).metadata for file in files]
@@ -227,9 +230,13 @@ def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple
     """Encoded utterances of the named splits (all when None) and how they were made.
 
     Columns: id, split, speaker, text, duration_s, and the speech (`SPEECH`), which `speech_of` reads. Raises DataError
-    when there are no shards, shards of several codecs, or a named split is missing.
+    when there are no shards or not all of them yet, shards of several codecs, or a named split is missing.
     """
     files = _shards(folder)
+    if asked := read_json(Path(folder) / "request.json").get("utterances"):
+        there = sum(pq.read_metadata(file).num_rows for file in files) + len(left_out_of_shards(folder))
+        if there < asked:
+            raise DataError(f"{folder} holds {there} of {asked} utterances: run encode_speech again, it goes on")
     encodings = {pq.read_schema(file).metadata[b"encoding"] for file in files}
     if len(encodings) > 1:
         raise DataError(f"{folder} mixes codes of {len(encodings)} codecs: encode into an empty folder")
@@ -269,6 +276,7 @@ def _shards(folder: str | Path) -> list[Path]:
     return files
 
 
-def hash_ids(ids: Sequence[str]) -> str:
-    """Short identity of a list of utterances."""
-    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+def identity(utterances: Sequence[Utterance]) -> str:
+    """Short identity of a list of utterances: who says what, and in which split."""
+    rows = [[one.id, one.split, one.speaker, one.text] for one in utterances]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]

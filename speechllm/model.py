@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speechllm.adapters import load_adapter, save_adapter
+from speechllm.data import DataError, Encoding
 from speechllm.packing import PACKED, pack
 from speechllm.projector import load_projector, model_inputs, save_with_projector
 from speechllm.prompt import IGNORED, Example
-from speechllm.vocabulary import AudioVocabulary
+from speechllm.vocabulary import FILE as VOCABULARY_FILE
+from speechllm.vocabulary import AudioVocabulary, Order, VocabularyError, extend_vocabulary
 from tokenizer import AudioTokenizer, check_folder, load_tokenizer
 
 SMOOTHING = 0.1  # of the labels of speech
@@ -85,6 +88,39 @@ def _load_codec(folder: str | Path, codec: str | Path | None, vocabulary: AudioV
     loaded = load_tokenizer(place)
     vocabulary.encoding.require(loaded.fingerprint, "the codec")
     return loaded
+
+
+def load_language_model(
+    name: str | Path,
+    codec: AudioTokenizer,
+    layers: int = 1,
+    init: Literal["codebook", "mean", "random"] = "codebook",
+    seed: int = 0,
+    order: Order = "frame",
+    stack: int = 1,
+) -> SpeechLLM:
+    """A language model of a folder or the hub in float32, to be trained to read the codec's codes.
+
+    Its vocabulary is extended (the other arguments are those of `extend_vocabulary`), or has been before, where the
+    folder is one that `SpeechLLM.save` wrote: then it goes on with the rows it has.
+    Raises DataError for an adapter, or where the folder's model reads another codec; VocabularyError where it reads
+    other layers, or the same ones in another way.
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        raise DataError(f"{name} is an adapter: `speechllm export` makes a whole language model of it to go on from")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    text_tokenizer = AutoTokenizer.from_pretrained(name)
+    if not (Path(name) / VOCABULARY_FILE).is_file():
+        vocabulary = extend_vocabulary(model, text_tokenizer, codec, layers, init, seed, order, stack)
+        return SpeechLLM(model, text_tokenizer, vocabulary, codec)
+    vocabulary, encoding = AudioVocabulary.load(name), Encoding.of(codec, layers)
+    encoding.require(vocabulary.encoding.fingerprint, str(name))
+    held = vocabulary.encoding.layers, vocabulary.order, vocabulary.stack
+    asked = encoding.layers, order, stack if encoding.kind == "features" else 1
+    if held != asked:
+        raise VocabularyError(f"{name} reads (layers, order, stack) {held}, asked for are {asked}")
+    load_projector(model, vocabulary, name)
+    return SpeechLLM(model, text_tokenizer, vocabulary, codec)
 
 
 class LabelledLoss(nn.Module):

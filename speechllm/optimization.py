@@ -7,6 +7,7 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from speechllm.adapters import ROWS
+from speechllm.projector import NAME as PROJECTOR
 from speechllm.vocabulary import AudioVocabulary
 
 
@@ -20,8 +21,9 @@ def make_optimizer(
     """AdamW over what is trained of a language model, with or without an adapter.
 
     Embeddings, norms and biases are not decayed: a code that is rare would shrink to nothing. row_learning_rate: of
-    the new rows. Where they are a part of a whole matrix that is trained, what AdamW did to them is stretched after
-    each step: its steps are proportional to the rate, so this is what a rate of their own would have done.
+    the new rows and of a projector, which is as new; 0: they stay as they are. Where the rows are a part of a whole
+    matrix that is trained, what AdamW did to them is stretched after each step: its steps are proportional to the rate,
+    so this is what a rate of their own would have done.
     """
     row_rate = learning_rate if row_learning_rate is None else row_learning_rate
     matrices = trained_matrices(model)
@@ -29,7 +31,8 @@ def make_optimizer(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             spared = parameter.ndim < 2 or any(parameter is matrix for matrix in matrices)
-            groups["rows" if ROWS in name else "not decayed" if spared else "decayed"].append(parameter)
+            new = ROWS in name or PROJECTOR in name
+            groups["rows" if new else "not decayed" if spared else "decayed"].append(parameter)
     rates = {"decayed": (learning_rate, weight_decay), "not decayed": (learning_rate, 0.0), "rows": (row_rate, 0.0)}
     optimizer = AdamW(
         [
@@ -45,14 +48,17 @@ def make_optimizer(
 
 
 def keep_row_gradients(model: PreTrainedModel | PeftModel, vocabulary: AudioVocabulary) -> None:
-    """Drop the gradients of everything but the new rows: AdamW leaves the rest as it is, if it never had any."""
+    """Drop the gradients of all but the new rows and a projector.
+
+    AdamW leaves the rest as it is, if it never had any.
+    """
     matrices, rows = trained_matrices(model), _rows(vocabulary)
     for name, parameter in model.named_parameters():
         if any(parameter is matrix for matrix in matrices):
             assert parameter.grad is not None
             parameter.grad[: rows.start] = 0
             parameter.grad[rows.stop :] = 0
-        elif ROWS not in name:
+        elif ROWS not in name and PROJECTOR not in name:
             parameter.grad = None
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from speechllm.prompt import IGNORED, Example
 
@@ -46,20 +47,18 @@ def product_speed(device: torch.device, dtype: torch.dtype) -> float:
 def training_plan(
     model: Any,
     examples: Sequence[Example],
-    *,
+    accelerator: Accelerator,
     steps: int,
     batch_tokens: int,
     micro_batch_tokens: int,
     form: str,
     averaged: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-    processes: int,
 ) -> str:
     """Three lines on a training whose steps learn `batch_tokens` tokens of `examples`: its size, memory and time.
 
-    form: full, lora or rows; averaged: with a moving average of the weights; dtype: of the matrix products.
+    form: full, lora or rows; averaged: with a moving average of the weights.
     """
+    processes = accelerator.num_processes
     tokens = sum(map(len, examples))
     labels = _labels(examples)
     each = batch_tokens * len(examples) / tokens  # utterances in a step
@@ -68,7 +67,8 @@ def training_plan(
     state = 4 * (weights + trained * (4 if averaged else 3))  # and gradients and two moments, in float32
     learnt_at_once = min(micro_batch_tokens, batch_tokens) * labels / tokens
     logits = 16 * len(model.get_output_embeddings().weight) * learnt_at_once  # with gradients
-    speed = product_speed(device, dtype)
+    half = accelerator.mixed_precision == "bf16"
+    speed = product_speed(accelerator.device, torch.bfloat16 if half else torch.float32)
     flops = training_flops(model, examples, frozen=form != "full") / len(examples) * each * steps
     minutes = flops / (SHARE * speed * processes) / 60
     return (

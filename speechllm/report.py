@@ -21,8 +21,9 @@ from tokenizer import usage_of_counts
 ALIGNMENTS_SHOWN = 10
 SHOWN_ELSEWHERE = set(
     "wer wer_ci95 ci95 cer wer_shuffled_audio utterances tokens_per_second substitutions deletions insertions notes "
-    "seconds_by_stage versions codec_fingerprint codebooks speakers".split()
+    "seconds_by_stage versions codec_fingerprint codebooks speakers config".split()
 )
+INTERVALS = {"over actors": "ci95_actors", "over utterances": "ci95"}
 CODEC_METRICS = {  # the order in which they are shown
     "pesq_wb": ("PESQ, wide-band", "1 to 4.6, higher is better"),
     "stoi": ("STOI", "0 to 1, higher is better"),
@@ -87,10 +88,14 @@ def write_recognition_report(
 
 def write_emotion_report(path: str | Path, title: str, results: Mapping[str, Any], log: list[dict[str, Any]]) -> None:
     """Write the page of train_emotion in one step; results as in its results.json, log: mean losses by epoch."""
-    low, high = results["ci95"]
+    over = ", ".join(f"{' to '.join(map(percent, results[key]))} {name}" for name, key in INTERVALS.items())
     figures = tiles(
         [
-            ("Accuracy", percent(results["accuracy"]), f"95 % interval {percent(low)} to {percent(high)}"),
+            (
+                "Accuracy",
+                percent(results["accuracy"]),
+                f"95 % interval {over}",
+            ),
             ("Mean recall", percent(results["unweighted_average_recall"]), "every class counts the same"),
             ("Shuffled-label control", percent(results["accuracy_shuffled_labels"]), "learnt from permuted labels"),
             ("Chance", percent(results["chance"]), "always the most frequent class"),

@@ -237,6 +237,11 @@ def test_transcribe_prints_a_text_per_file_and_decodes_runaways_again(
     assert texts != transcribe([files[0], files[2]], speech_llm) and asked[0][:2] == ("asr", None)
     assert printed.out == "".join(f"{file}\t{text}\n" for file, text in zip(files[::2], texts, strict=True))
     assert printed.err.startswith("left out: ") and "broken.wav" in printed.err
+    monkeypatch.setattr("speechllm.cli.CHUNK", 1)  # in parts it is the same
+    assert main(["transcribe", *files, "--model", "asr", "--beams", "2"]) == 1
+    assert capsys.readouterr() == printed
+    assert main(["transcribe", files[0], "--model", "asr", "--max-duration", "0.01"]) == 1
+    assert "at most 0.01 s are allowed" in capsys.readouterr().err
 
 
 def test_export_writes_the_model_into_a_new_folder(make_speech_llm: Callable, tmp_path: Path, capsys: Capture) -> None:

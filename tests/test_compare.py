@@ -235,7 +235,7 @@ def test_seeds_without_a_result_do_not_count() -> None:
     assert pooled["seeds"] == {"0": 0.5} and pooled["mean"] == 0.5 and "wer_shuffled_audio" not in pooled
     assert pool_recognition({0: {}}, {0: []}) == {} == pool_emotion({0: {}})
     emotion = pool_emotion(
-        {s: {"accuracy": a, "ci95": [a - 0.1, a + 0.1], "chance": 0.25} for s, a in {0: 0.5, 1: 0.6}.items()}
+        {s: {"accuracy": a, "ci95_actors": [a - 0.1, a + 0.1], "chance": 0.25} for s, a in {0: 0.5, 1: 0.6}.items()}
     )
     assert emotion["mean"] == pytest.approx(0.55) and emotion["ci95"] == pytest.approx([0.4, 0.7])
     assert emotion["chance"] == 0.25

@@ -135,6 +135,8 @@ def test_a_run_stopped_after_one_shard_goes_on_behind_it(
     next(encode_shards(speech, small_codec, tmp_path / "stopped"))
     first = stamps(tmp_path / "stopped")
     assert list(first) == SHARDS[:1]
+    with pytest.raises(DataError, match="stopped holds 3 of 10 utterances: run encode_speech again"):
+        load_codes(tmp_path / "stopped")
     encode(speech, small_codec, tmp_path / "stopped")
     assert stamps(tmp_path / "stopped").items() >= first.items()
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
@@ -268,7 +270,11 @@ def test_a_folder_of_another_codec_is_refused_and_stays_as_it_is(
     encode(speech, small_codec, tmp_path)
     before = stamps(tmp_path)
     refused = [(speech, other_codec, {}, f"fingerprint: {small_codec.fingerprint} -> {other_codec.fingerprint}")]
-    refused += [(part, small_codec, {}, r"ids: \w+ -> \w+") for part in (speech[:-1], speech[::-1])]
+    speech_changed = r"speech: \w+ -> \w+"
+    refused += [(speech[:-1], small_codec, {}, rf"utterances: 10 -> 9; {speech_changed}")]
+    corrected = [replace(speech[0], text="SOMETHING ELSE"), *speech[1:]]
+    moved = [replace(speech[0], split="another"), *speech[1:]]
+    refused += [(part, small_codec, {}, speech_changed) for part in (speech[::-1], corrected, moved)]
     refused += [(speech, small_codec, {"layers": 1}, "layers: 2 -> 1")]
     refused += [(speech, small_codec, {"max_duration_s": 5.0}, r"max_duration_s: 60\.0 -> 5\.0")]
     refused += [(speech, small_codec, {"normalizer": "librispeech"}, "normalizer: none -> librispeech")]

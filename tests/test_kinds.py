@@ -24,6 +24,7 @@ from speechllm import (
     encode_shards,
     export_model,
     extend_vocabulary,
+    keep_row_gradients,
     load_codes,
     load_speech_llm,
     make_optimizer,
@@ -207,6 +208,23 @@ def test_an_adapter_trains_and_keeps_the_projector(
     assert recognize(features, merged) == expected
     if form == "rows":
         assert torch.equal(merged.model.model.layers[0].mlp.gate_proj.weight, frozen)
+
+
+def test_a_projector_learns_with_the_new_rows_before_the_rest(
+    make: Callable[..., SpeechLLM], features: list[Tensor]
+) -> None:
+    speech_llm = make(Loudness())
+    model, vocabulary = speech_llm.model, speech_llm.vocabulary
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, vocabulary, 1e-3, row_learning_rate=0.1)
+    LabelledLoss(model, vocabulary)(examples_of(speech_llm, features)).sum().backward()
+    keep_row_gradients(model, vocabulary)
+    optimizer.step()
+    moved = {name: float((p - before[name]).abs().max()) for name, p in model.named_parameters()}
+    assert {name for name, most in moved.items() if most} == {
+        name for name in moved if "speech_projector" in name or name == "model.embed_tokens.weight"
+    }
+    assert all(most == pytest.approx(0.1, rel=0.01) for name, most in moved.items() if "outer" in name)  # a first step
 
 
 def test_texts_are_recognised_by_their_durations(

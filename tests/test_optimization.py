@@ -100,6 +100,19 @@ def test_first_the_new_rows_alone_and_then_all_as_if_the_rest_began_then(
     assert all((found != before[name]).any() for name, found in weights(model).items())
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_with_a_rate_of_nothing_stay_as_they_are(make_speech_llm: MakeSpeechLLM, tied: bool) -> None:
+    speech_llm = make_speech_llm(tied=tied)
+    model, new = speech_llm.model, speech_llm.vocabulary.new_ids
+    before = weights(model)
+    optimizer = make_optimizer(model, speech_llm.vocabulary, 1e-3, row_learning_rate=0)
+    set_gradients(model, 0)
+    optimizer.step()
+    for name, found in weights(model).items():
+        assert (found != before[name]).any(), name
+        assert not is_matrix(name) or torch.equal(found[new], before[name][new])
+
+
 @pytest.mark.parametrize("form", ["lora", "rows"])
 def test_an_adapter_rows_have_their_rate_too(make_speech_llm: MakeSpeechLLM, tmp_path: Path, form: str) -> None:
     speech_llm = make_speech_llm()

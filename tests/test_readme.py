@@ -1,6 +1,7 @@
 """What README and CONTRIBUTING promise is there: targets, files, commands, names."""
 
 import ast
+import json
 import re
 import shlex
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from speechllm import (
     SpeechLLM,
     TokenizerError,
     Utterance,
+    cli,
     codes_of,
     encode_shards,
     extend_vocabulary,
@@ -122,7 +124,7 @@ def test_python_blocks_compile_and_import_names_that_exist(document: str) -> Non
 
 
 def test_the_tokenizer_of_ones_own_works_everywhere(
-    tmp_path: Path, noise: Callable, make_qwen2: Callable, text_tokenizer: object
+    tmp_path: Path, noise: Callable, make_qwen2: Callable, text_tokenizer: object, capsys: pytest.CaptureFixture
 ) -> None:
     (block,) = [text for text in blocks("README.md", "python") if "class Loudness" in text]
     assert len(block.splitlines()) < 60
@@ -146,6 +148,11 @@ def test_the_tokenizer_of_ones_own_works_everywhere(
     speech_llm.save(tmp_path / "model")
     loaded = load_speech_llm(tmp_path / "model", codec=name)
     assert transcribe([tmp_path / "a.wav"], loaded) == transcribe([tmp_path / "a.wav"], speech_llm)
+    capsys.readouterr()
+    assert cli.main(["encode", str(tmp_path / "a.wav"), "--codec", name]) == 0
+    assert json.loads(capsys.readouterr().out)["codes"] == codec.encode(waveform[:1]).ids[0].tolist()
+    assert cli.main(["reconstruct", str(tmp_path / "a.wav"), "--codec", name, "--output", str(tmp_path)]) == 1
+    assert "cannot turn its tokens into speech again" in capsys.readouterr().err
 
 
 def test_a_file_without_such_a_tokenizer_is_refused(tmp_path: Path) -> None:

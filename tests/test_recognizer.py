@@ -49,7 +49,7 @@ def heard(folder: Path, waveform: Tensor) -> str:
 def test_the_text_is_the_collapse_of_the_best_labels(folder: Path, noise: Noise) -> None:
     waveform = noise(48_000, batch=2)
     texts = Recognizer.from_pretrained(folder).encode(waveform).texts
-    assert [" ".join(text.split()) for text in texts] == [heard(folder, row) for row in waveform]
+    assert [" ".join(text.split()) for text in texts] == [heard(folder, row).lower() for row in waveform]
     assert all(len(text) > 10 and " " in text for text in texts)
 
 
@@ -62,7 +62,9 @@ def test_a_double_letter_is_told_from_a_long_one(folder: Path) -> None:
 def test_transformers_own_pipeline_reads_the_same(folder: Path, noise: Noise) -> None:
     waveform = noise(32_000)
     ours = Recognizer.from_pretrained(folder).encode(waveform).texts[0]
-    assert pipeline("automatic-speech-recognition", model=str(folder))(waveform[0].numpy())["text"].strip() == ours
+    assert (
+        pipeline("automatic-speech-recognition", model=str(folder))(waveform[0].numpy())["text"].strip().lower() == ours
+    )
 
 
 def test_the_scores_are_those_of_the_training(folder: Path, classifier: FrameClassifier, noise: Noise) -> None:

@@ -251,6 +251,42 @@ def test_in_the_first_steps_only_the_new_rows_learn(work: Work, here: Callable[[
     torch.testing.assert_close(rows, found["model.embed_tokens.weight"][texts:], atol=1e-5, rtol=0)
 
 
+def test_a_model_that_reads_codes_goes_on_with_its_rows(work: Work, here: Callable[[str], None]) -> None:
+    here(f"{BASE} model=base steps=1 train=full output=first")
+    here(f"{BASE} model=first/model steps=1 learning_rate=1e-9 warmup=1 output=second")
+    first, second = load_speech_llm("first/model"), load_speech_llm("second/model")
+    assert second.vocabulary == first.vocabulary and len(second.text_tokenizer) == len(first.text_tokenizer)
+    assert_close(work.weights("second"), work.weights("first"), atol=1e-6)
+    here(f"{BASE} model=first/model steps=1 train=lora lora.rank=2 output=third")  # an adapter on it
+    load_speech_llm("third/model")
+    for number, (words, message) in enumerate(
+        (
+            ("layers=1", r"first/model reads \(layers, order, stack\) \(2, 'frame', 1\), asked for are \(1,"),
+            ("model=third/model", "third/model is an adapter: `speechllm export`"),
+        )
+    ):
+        with pytest.raises(SystemExit, match=message):
+            here(f"{BASE} model=first/model {words} output=refused_{number}")
+
+
+def test_a_gradient_that_is_no_number_ends_the_training_before_the_weights_are_lost(
+    work: Work, here: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = torch.Tensor.backward
+
+    def broken(loss: torch.Tensor, *args: object, **kwargs: object) -> None:
+        usual(loss * (math.nan if broken.steps == 4 else 1), *args, **kwargs)
+        broken.steps += 1
+
+    broken.steps = 0
+    monkeypatch.setattr(torch.Tensor, "backward", broken)
+    with pytest.raises(SystemExit, match="step 5 has a gradient of nan; the last checkpoint is kept"):
+        here(f"{BASE} model=base output=broken")
+    (*_, last) = sorted((work.folder / "broken" / "checkpoints").glob("step_*.pt"))
+    state = torch.load(last)
+    assert state["step"] == 4 and all(value.isfinite().all() for value in state["model"].values())
+
+
 # ---- speech that is no codes
 
 
@@ -344,6 +380,11 @@ def test_the_plan_comes_first(work: Work, here: Callable, capsys: pytest.Capture
             "batch_tokens must be at least 1, got 0; max_utterances must be at least 1, got -1",
         ),
         ("augmentation.mask=2", "mask must be at least 0 and below 1, got 2.0"),
+        ("clip=0 lora.rank=0", "clip must be above 0, got 0.0; lora.rank must be above 0, got 0"),
+        ("learning_rate=.nan", "learning_rate must be above 0, got nan"),
+        ("row_learning_rate=-1e-3 speech_loss=-1", "row_learning_rate must not be negative; speech_loss must not be"),
+        ("row_steps=13", "row_steps 13 are more than all 12 steps"),
+        ("model=null row_steps=1", "row_steps: rows alone learn nothing from random weights"),
     ],
 )
 def test_settings_that_cannot_be_are_named_at_once(

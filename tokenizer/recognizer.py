@@ -15,7 +15,10 @@ SHORTEST_S = 0.1  # shorter recordings get silence behind them: convolutions nee
 
 
 class Recognizer(nn.Module):
-    """A CTC model (wav2vec 2.0, HuBERT, ...) or a sequence-to-sequence model (Whisper, ...), decoded greedily."""
+    """A CTC model (wav2vec 2.0, HuBERT, ...) or a sequence-to-sequence model (Whisper, ...), decoded greedily.
+
+    A vocabulary of capitals alone knows no case: what it spells is given in lower case, as language models read it.
+    """
 
     frame_rate = 0.0
 
@@ -23,6 +26,8 @@ class Recognizer(nn.Module):
         """processor: transformers' processor of the model, its feature extractor and its vocabulary."""
         super().__init__()
         self.model, self.processor = model.eval().requires_grad_(False), processor
+        specials = processor.tokenizer.all_special_tokens
+        self.capitals = not any(c.islower() for w in processor.tokenizer.get_vocab() if w not in specials for c in w)
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "Recognizer":
@@ -64,7 +69,8 @@ class Recognizer(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        return module_fingerprint(self.model, {"vocabulary": self.processor.tokenizer.get_vocab()})
+        spelling = {"lowered": True} if self.capitals else {}
+        return module_fingerprint(self.model, {"vocabulary": self.processor.tokenizer.get_vocab(), **spelling})
 
     @torch.no_grad()
     def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> Transcripts:
@@ -86,4 +92,5 @@ class Recognizer(nn.Module):
         else:
             ids = self.model(**inputs).logits.argmax(-1)
         # a CTC vocabulary needs its blanks to tell a double letter from a long one
-        return self.processor.batch_decode(ids, skip_special_tokens=generates)[0].strip()
+        text = self.processor.batch_decode(ids, skip_special_tokens=generates)[0].strip()
+        return text.lower() if self.capitals else text
