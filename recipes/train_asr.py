@@ -133,12 +133,10 @@ class AsrConfig:
         problems += [f"{name} must be above 0, got {value}" for name, value in positive.items() if not value > 0]
         others = ("row_learning_rate", "speech_loss", "weight_decay", "row_steps")
         problems += [f"{name} must not be negative" for name in others if (getattr(self, name) or 0) < 0]
-        if self.row_steps > self.steps:
-            problems.append(f"row_steps {self.row_steps} are more than all {self.steps} steps")
-        if self.model is None and self.train != "full":
-            problems.append(f"train: {self.train} needs a language model to add to, but model is null")
-        if self.model is None and self.row_steps:
-            problems.append("row_steps: rows alone learn nothing from random weights, but model is null")
+        problems += [f"row_steps must be at most steps, got {self.row_steps}"] * (self.row_steps > self.steps)
+        if self.model is None:
+            adding = [f"train: {self.train}"] * (self.train != "full") + ["row_steps"] * (self.row_steps > 0)
+            problems += [f"{what} needs a language model to add to, but model is null" for what in adding]
         if self.weight_average is not None and not 0 < self.weight_average < 1:
             problems.append(f"weight_average must lie between 0 and 1, got {self.weight_average}")
         if self.patience is not None and not self.dev_splits:
@@ -186,11 +184,9 @@ def main(config: AsrConfig) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     how = vocabulary, text_tokenizer, config.speech_loss > 0
     examples = [transcription_example(speech_of(row, encoding), row["text"], *how) for row in train]
-    answers = [label_counts([example], vocabulary)[0] for example in examples]
-    if long := sum(tokens > answer_bound(s) for tokens, s in zip(answers, train["duration_s"], strict=True)):
-        accelerator.print(
-            f"{int(long)} transcripts are longer than an answer to their duration may be (`answer_bound`)"
-        )
+    pairs = zip(examples, train["duration_s"], strict=True)
+    if long := sum(int(label_counts([example], vocabulary)[0]) > answer_bound(s) for example, s in pairs):
+        accelerator.print(f"{long} transcripts are longer than an answer to their duration may be (`answer_bound`)")
     sentences = [text_example(text, text_tokenizer) for text in train["text"] if config.model is None]
     augmentation = Augmentation(config.augmentation, vocabulary, getattr(codec, "codebooks", None))
 
@@ -286,14 +282,17 @@ def main(config: AsrConfig) -> None:
 
 def refuse_parts(accelerator: Accelerator, config: AsrConfig) -> None:
     """Raise RunError for what cannot be where processes hold parts of the weights."""
-    whole = accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    rows = config.train == "full" and (config.row_learning_rate is not None or config.row_steps > 0)
-    if not whole and (rows or config.weight_average is not None):
+    kind, full = accelerator.distributed_type, config.train == "full"
+    if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return
+    if config.weight_average is not None or (full and (config.row_learning_rate is not None or config.row_steps)):
         raise RunError(
-            "weight_average and, for train: full, row_learning_rate and row_steps need all weights in each process, "
-            "but FSDP and DeepSpeed cut them into parts: leave these keys out, or train LoRA"
+            "weight_average, row_learning_rate and row_steps need all weights in each process, but FSDP and DeepSpeed "
+            "cut them into parts: leave these keys out"
         )
-    if config.row_steps and accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if kind == DistributedType.FSDP and not full:
+        raise RunError(f"train: {config.train}: FSDP cannot cut an adapter's rows; start without it, or with DeepSpeed")
+    if kind == DistributedType.DEEPSPEED and config.row_steps:
         raise RunError("row_steps: DeepSpeed steps before gradients can be dropped: leave this key out")
 
 

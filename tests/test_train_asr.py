@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType, is_tensorboard_available, is_wandb_available
 from peft import PeftModel
@@ -383,8 +384,8 @@ def test_the_plan_comes_first(work: Work, here: Callable, capsys: pytest.Capture
         ("clip=0 lora.rank=0", "clip must be above 0, got 0.0; lora.rank must be above 0, got 0"),
         ("learning_rate=.nan", "learning_rate must be above 0, got nan"),
         ("row_learning_rate=-1e-3 speech_loss=-1", "row_learning_rate must not be negative; speech_loss must not be"),
-        ("row_steps=13", "row_steps 13 are more than all 12 steps"),
-        ("model=null row_steps=1", "row_steps: rows alone learn nothing from random weights"),
+        ("row_steps=13", "row_steps must be at most steps, got 13"),
+        ("model=null row_steps=1", "row_steps needs a language model to add to, but model is null"),
     ],
 )
 def test_settings_that_cannot_be_are_named_at_once(
@@ -428,13 +429,50 @@ def test_what_needs_whole_weights_is_refused_where_there_are_parts(recipe: Calla
     module.refuse_parts(whole, config)
     if settings == {"train": "lora"}:
         config.row_learning_rate = 1e-3
-        module.refuse_parts(parts, config)
+        with pytest.raises(RunError, match="cannot cut an adapter's rows") if kind == "FSDP" else nullcontext():
+            module.refuse_parts(parts, config)
         config.row_steps = 3  # DeepSpeed steps by itself, before the other gradients can be dropped
-        with pytest.raises(RunError, match="row_steps") if kind == "DEEPSPEED" else nullcontext():
+        with pytest.raises(RunError, match="adapter" if kind == "FSDP" else "row_steps"):
             module.refuse_parts(parts, config)
     else:
         with pytest.raises(RunError, match="FSDP and DeepSpeed cut them into parts"):
             module.refuse_parts(parts, config)
+
+
+# Accelerate has FSDP for GPUs only: these processes it takes for such, on gloo
+FSDP_ON_CPU = """
+import runpy, sys
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+PartialState(cpu=True)
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_two_processes_that_hold_half_of_the_weights_each_learn_the_same(work: Work) -> None:
+    words = f"{BASE} model=base weight_decay=0.1 micro_batch_tokens=200"
+    work.run(f"{words} output=undivided")
+    (work.folder / "fsdp.py").write_text(FSDP_ON_CPU)
+    settings = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text(encoding="utf-8"))
+    renamed = {name.upper().replace("LAYER_CLS", "CLS"): f"{value}" for name, value in settings["fsdp_config"].items()}
+    environment = {**ENVIRONMENT, **renamed, "ACCELERATE_USE_FSDP": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "fsdp.py", RECIPE]
+    command += [*words.split(), "output=divided"]
+    ended = subprocess.run(command, cwd=work.folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert work.log("divided", "loss") == pytest.approx(work.log("undivided", "loss"), abs=1e-5)
+    assert work.log("divided", "dev_wer") == work.log("undivided", "dev_wer")
+    assert_close(work.weights("divided"), work.weights("undivided"), atol=1e-4)
+
+
+def test_an_adapter_learns_the_same_in_two_processes(work: Work) -> None:
+    words = LORA.replace("lora.dropout=0.2", "lora.dropout=0")
+    work.run(f"{words} output=adapter_1")
+    work.run(f"{words} output=adapter_2", processes=2)
+    assert_close(work.weights("adapter_2"), work.weights("adapter_1"), atol=1e-4)
 
 
 @pytest.mark.parametrize("name, kind", [("fsdp2", "FSDP"), ("deepspeed_zero2", "DEEPSPEED")])
