@@ -96,6 +96,48 @@ def test_commands_are_checked_before_the_first_one_runs(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_split_that_a_corpus_lacks_is_told_before_anything_runs(
+    compare: ModuleType, config_of: Callable[..., object], corpus: Path
+) -> None:
+    keys = {"data": str(corpus), "tasks": ["quality"], "quality_splits": ["nowhere"], "speaker_judge": None}
+    with pytest.raises(RunError, match="no split nowhere"):
+        compare.main(config_of(systems=[{"name": "a", "tokenizer": "folder"}], **keys))
+    assert not (corpus / "run").exists()
+
+
+def test_the_baseline_stays_with_the_system_it_was_measured_beside(
+    compare: ModuleType, config_of: Callable[..., object], tmp_path: Path
+) -> None:
+    def hosts(*names: str) -> list[str]:
+        systems = [{"name": name, "tokenizer": "folder"} for name in names]
+        plan = compare.plan(config_of(systems=systems, tasks=["content"]), tmp_path)
+        return [stage for stage, words in plan.items() if "baseline=true" in words]
+
+    assert hosts("a", "b") == ["a: content"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "content.json").write_text(json.dumps({"config": {"baseline": True}}))
+    assert hosts("new", "a", "b") == ["a: content"]
+
+
+def test_voices_have_a_judge_of_their_own_and_systems_their_own_settings(
+    compare: ModuleType, config_of: Callable[..., object]
+) -> None:
+    systems = [{"name": "a", "train": [], "conversion": ["layers=[[1]]"]}]
+    systems += [{"name": "b", "like": "a", "emotion": ["layers=[1]"]}, {"name": "c", "like": "a"}]
+    keys = {"codec": "c.yaml", "emotion": "e.yaml", "tasks": ["quality", "conversion", "emotion"]}
+    plan = compare.plan(config_of(systems=systems, speaker_teacher="v.yaml", **keys), Path("run"))
+    assert "speaker=run/speaker_teacher/model" in plan["a: quality"] and "layers=[[1]]" in plan["a: conversion"]
+    assert "layers=[1]" in plan["b: emotion 0"] and "c: emotion 0" not in plan
+    judged = config_of(systems=systems, speaker_teacher="v.yaml", speaker_judge="j.yaml", **keys)
+    plan = compare.plan(judged, Path("run"))
+    assert (
+        "speaker=run/speaker_judge/model" in plan["a: quality"]
+        and "speaker=run/speaker_judge/model" in plan["a: conversion"]
+    )
+    assert "acoustic.teacher=run/speaker_teacher/model" in plan["a: tokenizer"]
+    assert {"--config=j.yaml", "data=corpus"} <= set(plan["speaker judge"])
+
+
 def test_teachers_are_trained_where_something_needs_them(compare: ModuleType, config_of: Callable[..., object]) -> None:
     keys = {"tasks": ["asr"], "asr": "asr.yaml", "semantic_teacher": "s.yaml", "speaker_teacher": "v.yaml"}
     keys |= {"recognizer": "r.yaml", "asr_data": "words"}
@@ -207,6 +249,23 @@ def test_what_would_change_a_finished_stage_is_refused(tmp_path: Path) -> None:
     Stages(tmp_path, tmp_path).stage("a", ["job.py", "steps=1", "data=here"])
     with pytest.raises(RunError, match=r"\[a\] was done with other settings \(steps=1, steps=2\)"):
         Stages(tmp_path, tmp_path).stage("a", ["job.py", "steps=2", "data=here"])
+    (tmp_path / "job.yaml").write_text("steps: 1\n")
+    command = ["job.py", f"--config={tmp_path / 'job.yaml'}"]
+    Stages(tmp_path, tmp_path).stage("b", command)
+    (tmp_path / "job.yaml").write_text("# the same\nsteps: 1\n")
+    Stages(tmp_path, tmp_path).stage("b", command)
+    (tmp_path / "job.yaml").write_text("steps: 2\n")
+    with pytest.raises(RunError, match=r"\[b\] was done with other settings \(steps=1, steps=2\)"):
+        Stages(tmp_path, tmp_path).stage("b", command)
+
+
+def test_a_step_that_fails_costs_only_itself(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text("import sys; open(sys.argv[1], 'a').write('x'); sys.exit(sys.argv[1][-1] == 'b')")
+    jobs = {name: ["job.py", str(tmp_path / name)] for name in "abc"}
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="not everything could be done"):
+            Stages(tmp_path, tmp_path).run(jobs, shared=(), single=())
+    assert [(tmp_path / name).read_text() for name in "abc"] == ["x", "xx", "x"]
 
 
 # ---- seeds

@@ -31,6 +31,7 @@ from speechllm import (
     load_codes,
     load_speech_llm,
     load_tokenizer,
+    read_jsonl,
     read_log,
     recognize,
     save_recognizer,
@@ -311,7 +312,7 @@ def other_speech(work: Work) -> Work:
 @pytest.mark.parametrize("train", ["model=null small.text_tokens=300 small.text_steps=2", "model=base train=lora"])
 @pytest.mark.parametrize("kind", ["features", "recognizer"])
 def test_the_recipe_takes_features_and_texts_as_it_takes_codes(
-    other_speech: Work, here: Callable, kind: str, train: str
+    other_speech: Work, here: Callable, recipe: Callable, kind: str, train: str
 ) -> None:
     output = f"{kind}_{train.split('=')[-1]}"
     words = f"{BASE} {train} layers=1 codes={kind} codec={kind}:hubert lora.rank=2 steps=6 output={output}"
@@ -324,6 +325,14 @@ def test_the_recipe_takes_features_and_texts_as_it_takes_codes(
     assert word_error_rate(dev["text"], [each.text for each in found]).wer == done["dev_wer"]
     heard = transcribe([other_speech.folder / f"{name}.wav" for name in dev["id"]], speech_llm)
     assert len(heard) == len(found)
+
+    eval_asr = recipe("eval_asr.py")
+    eval_asr.main(eval_asr.EvalAsrConfig(f"{output}/model", kind, f"{output}/test", splits=["dev"], fallback=False))
+    results = json.loads(Path(f"{output}/test/results.json").read_text(encoding="utf-8"))
+    assert results["wer"] == done["dev_wer"] and results["config"]["splits"] == ["dev"]
+    assert {row["split"] for row in read_jsonl(f"{output}/test/predictions.jsonl")} == {"dev"}
+    alone = word_error_rate(dev["text"], dev["heard"]).wer if kind == "recognizer" else None
+    assert results.get("wer_heard") == alone
 
 
 def test_a_killed_training_on_features_goes_on_as_if_never_killed(other_speech: Work) -> None:
