@@ -145,7 +145,7 @@ def main(config: CompareConfig) -> None:
         results = {system.name: collect(system, config, run, stages.seconds) for system in config.systems}
         write_json(run / "results.json", {"systems": results, "seconds": stages.seconds, "versions": versions()})
         write_text(run / "table.md", comparison_markdown(results))
-        write_comparison(run / "report.html", title="Tokenizers compared", results=results, versions=versions())
+        write_comparison(run / "report.html", title="Systems compared", results=results, versions=versions())
     print(comparison_markdown(results))
 
 

@@ -15,7 +15,7 @@ from speechllm import page
 from speechllm.cells import DASH, Measure, Result, Results, Table, cell, plain
 from speechllm.guidance import guidance
 from speechllm.metrics import seeds_error_rate
-from speechllm.plots import against_bitrate
+from speechllm.plots import against_bitrate, by_system
 
 QUALITY = {  # measures of eval_codec: label and form
     "pesq_wb": ("PESQ-WB", ".3f"),
@@ -50,7 +50,7 @@ def write_comparison(path: str | Path, *, title: str, results: Results, versions
     sections = {table.title: table.html() for table in comparison_tables(results)}
     if curve := _quality_by_bitrate(results):
         sections["Table 1: speech quality"] += curve
-    if curve := _errors_by_bitrate(results):
+    if curve := _errors(results):
         sections["Table 4: speech recognition"] += curve
     sections["Versions"] = page.table((escape(name), escape(version)) for name, version in versions.items())
     page.write_page(path, title, f"<p>{escape(', '.join(results))}, under identical conditions.</p>", sections)
@@ -249,13 +249,17 @@ def _quality_by_bitrate(results: Results) -> str:
     return against_bitrate(series, {}, "PESQ-WB")
 
 
-def _errors_by_bitrate(results: Results) -> str:
-    series, without = {}, {}
-    for name, result in results.items():
-        if found := result.get("asr"):
-            rate, percent = kbps(result), 100 * np.array([found["mean"], *found["ci95"]])
-            if rate is None:
-                without[name] = float(percent[0])
-            else:
-                series[name] = np.array([[rate, *percent]])
-    return against_bitrate(series, without, "WER (%)")
+def _errors(results: Results) -> str:
+    """Word error rates by system, and by bitrate where systems differ in it."""
+    measured = {
+        name: [100 * rate for rate in (found["mean"], *found["ci95"])]
+        for name, result in results.items()
+        if (found := result.get("asr"))
+    }
+    if not measured:
+        return ""
+    rates = {name: kbps(results[name]) for name in measured}
+    series = {name: np.array([[rate, *measured[name]]]) for name, rate in rates.items() if rate is not None}
+    without = {name: measured[name][0] for name, rate in rates.items() if rate is None}
+    several = len({points[0, 0] for points in series.values()}) > 1
+    return by_system(measured, "WER (%)") + (against_bitrate(series, without, "WER (%)") if several else "")

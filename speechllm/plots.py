@@ -52,6 +52,18 @@ def error_rates(durations: np.ndarray, errors: np.ndarray, words: np.ndarray) ->
     return _image(figure, "Word error rate by duration", caption)
 
 
+def by_system(measures: Mapping[str, Sequence[float]], label: str) -> str:
+    """A measure of several systems, HTML, one below the other: its value and the bounds of its interval."""
+    figure, (axis,) = _panels(1, 1, 0.8 + 0.28 * len(measures))
+    for place, (value, low, high) in enumerate(measures.values()):
+        bounds = [[max(value - low, 0)], [max(high - value, 0)]]
+        axis.errorbar(value, place, xerr=bounds, fmt="o", color="#1f5f99", markersize=5, capsize=3)
+    axis.set_yticks(range(len(measures)), measures)
+    axis.set(xlabel=label, ylim=(len(measures) - 0.5, -0.5))
+    axis.grid(alpha=0.25, axis="x")
+    return _image(figure, f"{label} by system", "Bars: 95 % intervals.")
+
+
 def against_bitrate(series: Mapping[str, np.ndarray], without: Mapping[str, float], label: str) -> str:
     """A measure against the bitrate, HTML, or nothing without a point: a line per system.
 

@@ -390,5 +390,10 @@ def test_a_swap_that_does_not_beat_the_unchanged_codes_is_no_conversion() -> Non
 def test_the_page_shows_tables_and_pictures(tmp_path: Path) -> None:
     write_comparison(tmp_path / "page.html", title="A & B", results=RESULTS, versions={"torch": "2"})
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "A &amp; B" in page and "PESQ-WB by bitrate" in page and "WER (%) by bitrate" in page
+    assert "A &amp; B" in page and "PESQ-WB by bitrate" in page
+    assert "WER (%) by system" in page and "WER (%) by bitrate" in page
+    alike = {"one": RESULTS["codec"], "other": {**RESULTS["codec"], "like": "one"}}
+    write_comparison(tmp_path / "page.html", title="A & B", results=alike, versions={"torch": "2"})
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "WER (%) by system" in page and "WER (%) by bitrate" not in page  # one bitrate is no axis
     assert page.index("Which system for which need") < page.index("Table 1") < page.index("Table 4")
