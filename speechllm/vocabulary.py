@@ -18,6 +18,7 @@ from tokenizer import AudioTokenizer, Codes, DiscreteTokenizer
 
 START, END = "<|audio_start|>", "<|audio_end|>"
 FILE = "audio_vocabulary.json"
+MARK = "reads_codes_of"  # key of an extended model's config.json: the codec's fingerprint
 Order = Literal["frame", "layer", "delay", "semantic"]
 
 
@@ -173,6 +174,11 @@ def extend_vocabulary(
         raise VocabularyError(f'init must be "codebook", "mean" or "random", got {init!r}')
     if START in text_tokenizer.get_vocab():
         raise VocabularyError(f"the text tokenizer already has {START}: a vocabulary is extended once only")
+    if read := getattr(model.config, MARK, None):
+        raise VocabularyError(
+            f"the model already reads codes, of codec {read}: a vocabulary is extended once only, and the model's folder "
+            "has the text tokenizer to go on with (`load_language_model`)"
+        )
     texts = len(text_tokenizer)
     count = encoding.layers * encoding.codebook_size
     names = [f"<|audio_{code}|>" for code in range(count)] + [START, END]
@@ -200,6 +206,7 @@ def extend_vocabulary(
     stack = stack if encoding.kind == "features" else 1
     vocabulary = AudioVocabulary(encoding, ids[0], ids[count], ids[count + 1], rows, order, stack)
     add_projector(model, vocabulary)
+    setattr(model.config, MARK, encoding.fingerprint)
     return vocabulary
 
 

@@ -3,10 +3,12 @@
 import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from speechllm import (
     AudioVocabulary,
@@ -285,13 +287,20 @@ def test_rows_that_are_all_the_same_are_described_so(
 # ---- what is refused
 
 
-def test_a_vocabulary_is_extended_once_only(make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec) -> None:
+def test_a_vocabulary_is_extended_once_only(
+    make_qwen2: MakeQwen2, text_tokenizer, make_text_tokenizer: Callable, small_codec: SpeechCodec, tmp_path: Path
+) -> None:
     model = make_qwen2(text_tokenizer)
     extend_vocabulary(model, text_tokenizer, small_codec)
     before, words = matrices(model)[0].clone(), len(text_tokenizer)
     with pytest.raises(VocabularyError, match="extended once only"):
         extend_vocabulary(model, text_tokenizer, small_codec)
     assert torch.equal(matrices(model)[0], before) and len(text_tokenizer) == words
+    model.save_pretrained(tmp_path)  # nor with the text tokenizer of before
+    for extended in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        with pytest.raises(VocabularyError, match=f"already reads codes, of codec {small_codec.fingerprint}"):
+            extend_vocabulary(extended, make_text_tokenizer(), small_codec)
+        assert torch.equal(matrices(extended)[0], before)
 
 
 def test_a_text_tokenizer_that_knows_some_audio_tokens_is_refused(
