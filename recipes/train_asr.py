@@ -27,6 +27,7 @@ from speechllm import (
     LabelledLoss,
     Run,
     RunError,
+    SmallShape,
     SpeechLLM,
     TrainingState,
     answer_bound,
@@ -64,16 +65,11 @@ FREE = "micro_batch_tokens gradient_checkpointing trackers log_every save_every"
 
 
 @dataclass
-class SmallModelConfig:
+class SmallModelConfig(SmallShape):
     """A Qwen2 with random weights and a text tokenizer learnt from the transcripts."""
 
     text_tokens: int = 400  # byte-level BPE vocabulary
     text_steps: int = 50  # first steps, on sentences without audio: the model must learn its language too
-    hidden_size: int = 192
-    intermediate_size: int = 512
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
 
 
 @dataclass

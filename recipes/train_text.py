@@ -23,6 +23,7 @@ from speechllm import (
     DataError,
     Run,
     RunError,
+    SmallShape,
     librispeech_normalizer,
     make_accelerator,
     run_recipe,
@@ -36,23 +37,12 @@ HELD_OUT = 0.01  # share of the sentences, where no file of held-out ones is nam
 
 
 @dataclass
-class ShapeConfig:
-    """Sizes of the Qwen2."""
-
-    hidden_size: int = 192
-    intermediate_size: int = 512
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-
-
-@dataclass
 class TextConfig:
     text: list[str]  # files with a sentence a line, .gz or not
     output: str  # run folder; the model goes to its subfolder `model`
     held_out: list[str] | None = None  # files to measure the perplexity on; null: every hundredth sentence of the text
     text_tokens: int = 1000  # byte-level BPE vocabulary, learnt from the text
-    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    shape: SmallShape = field(default_factory=SmallShape)
     block: int = 256  # tokens of an example: sentences end to end, each behind the last one's end token
     steps: int = 1000
     batch_size: int = 32  # blocks of an optimizer step, over all processes

@@ -80,6 +80,7 @@ if TYPE_CHECKING:  # imported when first used; lazy_names reads these lines
     )
     from speechllm.model import (
         LabelledLoss,
+        SmallShape,
         SpeechLLM,
         load_language_model,
         load_speech_llm,
@@ -295,6 +296,7 @@ __all__ = [
     "RunError",
     "SemanticDistillation",
     "SemanticTeacher",
+    "SmallShape",
     "SpeakerTeacher",
     "Speech",
     "SpeechCodec",

@@ -183,6 +183,17 @@ def small_text_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerBase
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=specials[2], pad_token=specials[0])
 
 
+@dataclass
+class SmallShape:
+    """Sizes of a small Qwen2."""
+
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+
+
 def small_qwen2(text_tokenizer: PreTrainedTokenizerBase, **shape: int) -> PreTrainedModel:
     """A Qwen2 with random weights for `text_tokenizer`; `shape` are Qwen2Config's sizes."""
     from transformers import Qwen2Config, Qwen2ForCausalLM

@@ -176,8 +176,8 @@ def extend_vocabulary(
         raise VocabularyError(f"the text tokenizer already has {START}: a vocabulary is extended once only")
     if read := getattr(model.config, MARK, None):
         raise VocabularyError(
-            f"the model already reads codes, of codec {read}: a vocabulary is extended once only, and the model's folder "
-            "has the text tokenizer to go on with (`load_language_model`)"
+            f"the model already reads codes, of codec {read}: a vocabulary is extended once only, and the text "
+            "tokenizer to go on with lies in the model's folder (`load_language_model`)"
         )
     texts = len(text_tokenizer)
     count = encoding.layers * encoding.codebook_size

@@ -13,7 +13,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from speechllm import DataError, RunError, SpeechCodec, extend_vocabulary, read_log, small_text_tokenizer
+from speechllm import DataError, RunError, SmallShape, SpeechCodec, extend_vocabulary, read_log, small_text_tokenizer
 
 WORDS = "the a red blue lamp door opens closes now never Anna's room is small, dark and cold".split()
 
@@ -32,7 +32,7 @@ def config(train_text: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     draw = random.Random(0)
     sentences = [" ".join(draw.choices(WORDS, k=draw.randint(3, 9))) for _ in range(400)]
     (tmp_path / "text.txt").write_text("\n".join(sentences) + "\n\n", encoding="utf-8")
-    shape = train_text.ShapeConfig(16, 32, 2, 2, 1)
+    shape = SmallShape(16, 32, 2, 2, 1)
     with torch.set_grad_enabled(True):
         yield train_text.TextConfig(
             text=[str(tmp_path / "text.txt")],
