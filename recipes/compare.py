@@ -36,13 +36,8 @@ RECIPES = Path(__file__).parent
 Task = Literal["content", "quality", "conversion", "emotion", "asr"]
 TASKS = get_args(Task)
 ENCODED = ("content", "emotion", "asr")  # tasks that read encoded speech
-NAMED = (
-    "tokenizer",
-    "recognizer",
-    "speaker_judge",
-    "speaker_teacher",
-    "semantic_teacher",
-)  # keys that "{...}" may stand for
+# keys that "{...}" may stand for
+NAMED = ("tokenizer", "recognizer", "speaker_judge", "speaker_teacher", "semantic_teacher")
 SHARED = ("train_teacher.py", "train_tokenizer.py", "encode_speech.py", "train_asr.py")  # processes share the work
 SINGLE = ("eval_tokenizer.py", "train_emotion.py", "train_asr.py", "eval_asr.py")  # one would leave cores idle
 Commands = dict[str, list[str]]  # recipe and words, by stage

@@ -40,7 +40,7 @@ HELD_OUT = 0.01  # share of the sentences, where no file of held-out ones is nam
 class TextConfig:
     text: list[str]  # files with a sentence a line, .gz or not
     output: str  # run folder; the model goes to its subfolder `model`
-    held_out: list[str] | None = None  # files to measure the perplexity on; null: every hundredth sentence of the text
+    held_out: list[str] | None = None  # files to measure the perplexity on; null: one in a hundred of the sentences
     text_tokens: int = 1000  # byte-level BPE vocabulary, learnt from the text
     shape: SmallShape = field(default_factory=SmallShape)
     block: int = 256  # tokens of an example: sentences end to end, each behind the last one's end token
