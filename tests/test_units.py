@@ -80,6 +80,15 @@ def test_the_folder_tells_its_fingerprint(units: UnitTokenizer, tmp_path: Path) 
     held = json.loads((tmp_path / "audio_tokenizer.json").read_text(encoding="utf-8"))
     assert held["kind"] == "units" and held["fingerprint"] == units.fingerprint
     assert UnitTokenizer.from_pretrained(tmp_path).fingerprint == units.fingerprint
+    file = tmp_path / f"centroids_{units.fingerprint}.safetensors"
+    others = UnitTokenizer(units.encoder, units.centroids + 1)  # centroids and settings of two k-means do not mix
+    others.save_pretrained(tmp_path)
+    assert file.exists() and torch.equal(UnitTokenizer.from_pretrained(tmp_path).centroids, others.centroids)
+    (tmp_path / "audio_tokenizer.json").write_text(json.dumps(held))
+    assert torch.equal(UnitTokenizer.from_pretrained(tmp_path).centroids, units.centroids)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="holds no units"):
+        UnitTokenizer.from_pretrained(tmp_path)
 
 
 def test_a_fingerprint_reads_every_weight_once(units: UnitTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

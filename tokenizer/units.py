@@ -11,7 +11,7 @@ from tokenizer.common import SETTINGS_FILE, find_file, read_json, write_settings
 from tokenizer.features import FeatureEncoder
 from tokenizer.interface import Codes
 
-CENTROIDS_FILE = "centroids.safetensors"
+CENTROIDS_FILE = "centroids_{}.safetensors"  # named by its content: two k-means in one folder cannot be mistaken
 
 
 class UnitTokenizer(nn.Module):
@@ -34,7 +34,8 @@ class UnitTokenizer(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "UnitTokenizer":
         """Load what `save_pretrained` wrote, folder or hub name."""
-        settings, centroids = read_json(name, SETTINGS_FILE), find_file(name, CENTROIDS_FILE)
+        settings = read_json(name, SETTINGS_FILE)
+        centroids = find_file(name, CENTROIDS_FILE.format(settings.get("fingerprint")))
         if settings.get("kind") != "units" or centroids is None:
             raise FileNotFoundError(f"{name} holds no units: expected a folder that recipes/fit_units.py has written")
         encoder = FeatureEncoder.from_pretrained(name, settings["layer"])
@@ -43,8 +44,10 @@ class UnitTokenizer(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the encoder with its preprocessing, the centroids and the settings."""
         self.encoder.save_pretrained(folder)
-        save_file({"centroids": self.centroids.cpu().contiguous()}, Path(folder) / CENTROIDS_FILE)
-        settings = {"layer": self.encoder.layer, "deduplicate": self.deduplicate, "fingerprint": self.fingerprint}
+        fingerprint = self.fingerprint
+        file = Path(folder) / CENTROIDS_FILE.format(fingerprint)
+        save_file({"centroids": self.centroids.cpu().contiguous()}, file)
+        settings = {"layer": self.encoder.layer, "deduplicate": self.deduplicate, "fingerprint": fingerprint}
         write_settings(folder, "units", **settings)
 
     @property
