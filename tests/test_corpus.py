@@ -316,7 +316,8 @@ def test_usable_recordings_come_whole_and_the_others_are_listed(utterances: list
     for utterance, waveform in found:
         assert torch.equal(waveform, load_audio(utterance.path, 8_000))
     row = json.loads((tmp_path / "left_out.jsonl").read_text(encoding="utf-8"))
-    assert row == {"path": gone.path, "reason": "missing", "detail": f"{gone.path}: no such audio file"}
+    detail = f"{gone.path}: no such audio file"
+    assert row == {"id": "gone", "path": gone.path, "reason": "missing", "detail": detail}
 
 
 @pytest.mark.filterwarnings("ignore:left out")

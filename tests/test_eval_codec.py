@@ -127,7 +127,7 @@ def test_judges_score_what_they_hear(
     assert found["original"]["speaker_similarity"]["mean"] == pytest.approx(1)
     similarity = torch.cosine_similarity(original[:4_000], reconstruction[:4_000], dim=0)
     assert found["codebooks"]["1"]["speaker_similarity"]["mean"] == pytest.approx(float(similarity), abs=1e-5)
-    assert found["original"]["wer"] == {"mean": 0, "ci95": [0, 0], "words": 1}
+    assert found["original"]["wer"] == {"mean": 0, "ci95": [0, 0], "words": 1, "normalizer": "librispeech"}
     assert found["codebooks"]["1"]["wer"]["mean"] == 1
     line = json.loads((tmp_path / "utterances.jsonl").read_text(encoding="utf-8"))
     assert line["heard"] == {"original": "LOUD", "1": "LOW"}
