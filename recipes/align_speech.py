@@ -17,18 +17,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from speechllm import (
-    AudioError,
-    Utterance,
-    available_cpus,
-    librispeech_normalizer,
-    load_audio,
-    read_corpus,
-    run_recipe,
-    write_jsonl,
-)
+from speechllm import AudioError, Utterance, load_audio, read_corpus
+from speechllm.evaluation.normalizers import librispeech_normalizer
+from speechllm.runs.machine import available_cpus
+from speechllm.runs.recipe import run_recipe
+from tokenizer.files import write_jsonl
+from tokenizer.rates import SAMPLE_RATE
 
-RATE, FRAME_RATE = 16_000, 100  # of PocketSphinx
+FRAME_RATE = 100  # of PocketSphinx
 # beams wide enough for accents; and the first pass alone, since the words of the others need not fit the second one
 SEARCH = {"beam": 1e-80, "pbeam": 1e-80, "wbeam": 1e-60, "fwdflat": False, "bestpath": False}
 
@@ -65,7 +61,7 @@ def align(utterance: Utterance) -> tuple[list[tuple[str, float]] | None, str | N
     if not text:
         return None, "no transcript"
     try:
-        waveform = load_audio(utterance.path, RATE)
+        waveform = load_audio(utterance.path, SAMPLE_RATE)
     except AudioError as error:
         return None, error.reason
     sound = (32767 * waveform.clamp(-1, 1)).short().numpy().tobytes()
@@ -87,7 +83,7 @@ def decoder() -> Any:
     """One recogniser a process."""
     from pocketsphinx import Decoder
 
-    return Decoder(samprate=RATE, loglevel="FATAL", **SEARCH)
+    return Decoder(samprate=SAMPLE_RATE, loglevel="FATAL", **SEARCH)
 
 
 def listen(sound: bytes) -> None:

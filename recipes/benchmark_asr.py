@@ -25,22 +25,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 from speechllm import (
     Example,
     LabelledLoss,
-    codes_of,
     extend_vocabulary,
-    label_counts,
     load_codes,
     load_tokenizer,
-    make_optimizer,
-    micro_batches,
     prepare_adapter,
-    run_recipe,
-    small_text_tokenizer,
-    token_batches,
-    training_flops,
     transcription_example,
-    versions,
-    write_json,
 )
+from speechllm.data.batches import token_batches
+from speechllm.data.packing import micro_batches
+from speechllm.data.shards import codes_of
+from speechllm.prompt import label_counts
+from speechllm.runs.machine import versions
+from speechllm.runs.recipe import run_recipe
+from speechllm.small_model import small_text_tokenizer
+from speechllm.training.optimization import make_optimizer
+from speechllm.training.plan import training_flops
+from tokenizer.files import write_json
 
 SHAPES = {  # hidden size, intermediate size, layers, heads, heads of keys and values, rows of the embedding
     "1.5b": (1536, 8960, 28, 12, 2, 151_936),

@@ -17,27 +17,20 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from speechllm import (
-    Stages,
-    comparison_markdown,
-    pool_emotion,
-    pool_recognition,
-    read_json,
-    read_jsonl,
-    read_log,
-    run_recipe,
-    versions,
-    write_comparison,
-    write_json,
-    write_text,
-)
+from speechllm.evaluation.comparison import comparison_markdown, pool_emotion, pool_recognition
+from speechllm.reports.comparison_page import write_comparison
+from speechllm.runs.machine import versions
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import read_log
+from speechllm.runs.stages import Stages
+from tokenizer.files import read_json, read_jsonl, write_json, write_text
 
 RECIPES = Path(__file__).parent
 Task = Literal["content", "quality", "conversion", "emotion", "asr"]
 TASKS = get_args(Task)
 ENCODED = ("content", "emotion", "asr")  # tasks that read encoded speech
 # keys that "{...}" may stand for
-NAMED = ("tokenizer", "recognizer", "speaker_judge", "speaker_teacher", "semantic_teacher")
+NAMED = ("tokenizer", "recognizer", "evaluation_speaker", "speaker_teacher", "semantic_teacher")
 SHARED = ("train_teacher.py", "train_tokenizer.py", "encode_speech.py", "train_asr.py")  # processes share the work
 SINGLE = ("eval_tokenizer.py", "train_emotion.py", "train_asr.py", "eval_asr.py")  # one would leave cores idle
 Commands = dict[str, list[str]]  # recipe and words, by stage
@@ -80,8 +73,10 @@ class CompareConfig:
     semantic_teacher: str = "facebook/hubert-base-ls960"  # folder or hub name, or a .yaml of train_teacher
     speaker_teacher: str = "speechbrain/spkrec-ecapa-voxceleb"  # the same
     recognizer: str | None = None  # the same; a .yaml learns from asr_data, from the semantic teacher on
-    judge: str | None = None  # recognizer:NAME, for the WER of decoded and converted speech
-    speaker_judge: str | None = "{speaker_teacher}"  # tells how alike voices are; better one that no system learnt from
+    evaluation_recognizer: str | None = None  # recognizer:NAME, for the WER of decoded and converted speech
+    evaluation_speaker: str | None = (
+        "{speaker_teacher}"  # tells how alike voices are; better one that no system learnt from
+    )
     train_splits: list[str] = field(default_factory=lambda: ["train"])  # of data, for units and probes
     test_splits: list[str] = field(default_factory=lambda: ["test"])  # of data, for content and voice
     quality_splits: list[str] = field(default_factory=lambda: ["test"])  # of data
@@ -109,7 +104,7 @@ def find_problems(config: CompareConfig) -> list[str]:
     wanted = {task for system in config.systems for task in tasks_of(system, config)}
     needed = {key: key in wanted for key in ("asr", "emotion")}
     needed |= {"codec": any(system.train is not None for system in config.systems)}
-    text = json.dumps([vars(system) for system in config.systems]) + str(config.judge)
+    text = json.dumps([vars(system) for system in config.systems]) + str(config.evaluation_recognizer)
     needed |= {key: "{" + key + "}" in text for key in ("tokenizer", "recognizer")}
     absent = [key for key in needed if needed[key] and not getattr(config, key)]
     problems += [f"missing key {key}: the systems or tasks need it" for key in absent]
@@ -224,20 +219,20 @@ def quality(system: SystemConfig, config: CompareConfig, run: Path) -> list[str]
         f"data={config.data}",
         f"output={run / system.name / 'quality'}",
     ]
-    return ["eval_codec.py", *shared, *settings, limit, *judges(config)]
+    return ["eval_codec.py", *shared, *settings, limit, *evaluators(config)]
 
 
 def conversion(system: SystemConfig, config: CompareConfig, run: Path) -> list[str]:
     shared = [f"codec={codec_of(system, config, run)}", f"data={config.conversion_data or config.data}"]
     settings = [word("splits", config.conversion_splits), f"pairs={config.conversion_pairs}"]
     output = f"output={run / system.name / 'conversion'}"
-    return ["eval_conversion.py", *shared, output, *settings, *judges(config), *system.conversion]
+    return ["eval_conversion.py", *shared, output, *settings, *evaluators(config), *system.conversion]
 
 
-def judges(config: CompareConfig) -> list[str]:
+def evaluators(config: CompareConfig) -> list[str]:
     """Who listens to decoded and converted speech."""
-    speaker = ["speaker={speaker_judge}"] if config.speaker_judge else []
-    return speaker + ([f"judge={config.judge}"] if config.judge else [])
+    speaker = ["speaker={evaluation_speaker}"] if config.evaluation_speaker else []
+    return speaker + ([f"recognizer={config.evaluation_recognizer}"] if config.evaluation_recognizer else [])
 
 
 def training(system: SystemConfig, task: str, config: CompareConfig, run: Path, seed: int) -> list[str]:

@@ -19,21 +19,14 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from speechllm import (
-    CorpusError,
-    Stages,
-    Utterance,
-    available_cpus,
-    read_corpus,
-    read_jsonl,
-    read_log,
-    read_sounds,
-    run_recipe,
-    versions,
-    write_json,
-    write_report,
-    write_text,
-)
+from speechllm import CorpusError, Utterance, read_corpus
+from speechllm.reports.pages import write_report
+from speechllm.reports.sounds import read_sounds
+from speechllm.runs.machine import available_cpus, versions
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import read_log
+from speechllm.runs.stages import Stages
+from tokenizer.files import read_jsonl, write_json, write_text
 
 RECIPES = Path(os.path.relpath(Path(__file__).parent))
 

@@ -5,7 +5,7 @@
 The codec is any audio tokenizer: `features:NAME` stores continuous features (float16; 100 h of 768 dimensions at 50
 frames/s are 28 GB), `recognizer:NAME` what a recogniser hears.
 Runs in parallel over processes, goes on where a killed run stopped, counts what it had to leave out and why, and lists
-all of it in CODES/left_out.jsonl.
+all of it in CODES/skipped.jsonl.
 Texts are normalised here, once for training and evaluation: lower case without punctuation, because pretrained language
 models have seldom read LibriSpeech's capitals. recipes/import_speech.py makes a corpus folder of a data set of the hub.
 """
@@ -15,17 +15,12 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from speechllm import (
-    encode_shards,
-    left_out_of_shards,
-    load_tokenizer,
-    make_accelerator,
-    read_corpus,
-    report_left_out,
-    run_recipe,
-    summarize_shards,
-    write_json,
-)
+from speechllm import encode_shards, load_tokenizer, read_corpus
+from speechllm.data.shards import skipped_of_shards, summarize_shards
+from speechllm.runs.machine import make_accelerator
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import report_skipped
+from tokenizer.files import write_json
 
 
 @dataclass
@@ -35,7 +30,7 @@ class EncodeConfig:
     output: str  # folder for the shards
     splits: list[str] | None = None  # all when null
     layers: int | None = 1  # codebooks to store, all when null
-    max_duration_s: float = 60.0  # longer recordings are left out, and counted
+    max_duration_s: float = 60.0  # longer recordings are skipped, and counted
     normalizer: Literal["librispeech", "none"] = "librispeech"  # of the texts; none: as they are
 
 
@@ -62,7 +57,7 @@ def main(config: EncodeConfig) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         summary = summarize_shards(config.output)
-        report_left_out(config.output, left_out_of_shards(config.output))
+        report_skipped(config.output, skipped_of_shards(config.output))
         write_json(f"{config.output}/done.json", {**summary, "parameters": sum(p.numel() for p in codec.parameters())})
         print(f"encoded {summary['utterances']} utterances, {summary['hours']:.2f} h; skipped {summary['skipped']}")
 

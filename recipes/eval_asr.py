@@ -16,24 +16,15 @@ from typing import Literal
 import numpy as np
 import torch
 
-from speechllm import (
-    character_error_rate,
-    count_runaways,
-    load_codes,
-    load_speech_llm,
-    merge,
-    read_log,
-    recognize,
-    run_recipe,
-    speaker_error_rates,
-    speech_of,
-    summarize_shards,
-    versions,
-    word_error_rate,
-    write_json,
-    write_jsonl,
-    write_recognition_report,
-)
+from speechllm import character_error_rate, load_codes, load_speech_llm, merge, speech_of, word_error_rate
+from speechllm.data.shards import summarize_shards
+from speechllm.decoding import count_runaways, recognize
+from speechllm.evaluation.error_rates import speaker_error_rates
+from speechllm.reports.pages import write_recognition_report
+from speechllm.runs.machine import versions
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import read_log
+from tokenizer.files import write_json, write_jsonl
 
 
 @dataclass
@@ -82,7 +73,7 @@ def main(config: EvalAsrConfig) -> None:
     cascade = {}
     if encoding.kind == "text":  # what the recogniser alone achieves
         alone = word_error_rate(references, [str(part) for part in speech], config.normalizer, config.seed)
-        cascade = {"wer_heard": alone.wer, "wer_heard_ci95": alone.ci95}
+        cascade = {"wer_recognizer": alone.wer, "wer_recognizer_ci95": alone.ci95}
     seconds = sum(durations_s)
     tokens = [len(speech_llm.vocabulary.token_ids(part, speech_llm.text_tokenizer)) - 2 for part in speech]  # markers
 
@@ -104,7 +95,7 @@ def main(config: EvalAsrConfig) -> None:
         "real_time_factor": elapsed / seconds,
         **cascade,
         "codec_fingerprint": encoding.fingerprint,
-        "encoded": summarize_shards(config.codes),  # how the texts were normalised, what was left out
+        "encoded": summarize_shards(config.codes),  # how the texts were normalised, what was skipped
         "versions": versions(),
     }
     folder = Path(config.output)

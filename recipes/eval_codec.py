@@ -1,10 +1,10 @@
 """How good speech is after the codec, by the number of codebooks it is decoded from (the paper's Table 1).
 
     python recipes/eval_codec.py codec=RUN/model data=CORPUS output=RESULTS "splits=[test-clean]" "layers=[1,2,4,8]" \\
-        speaker=ECAPA judge=recognizer:NAME
+        speaker=ECAPA recognizer=recognizer:NAME
 
 Each utterance is encoded once and decoded from each number of codebooks; the measures are those of `Quality`, with
-`speaker` also the cosine similarity of the voice to the original's, and with `judge` the word error rate of what a
+`speaker` also the cosine similarity of the voice to the original's, and with `recognizer` the word error rate of what a
 recogniser hears. The original scored against itself is the bound of every measure. Whatever cannot be scored is listed
 with the reason and never averaged in. Writes RESULTS/results.json and utterances.jsonl, and prints a Markdown table.
 Needs the packages of `pip install "speechllm[eval]"`.
@@ -26,32 +26,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 from speechllm import (
-    MAX_SCORED_S,
     AudioError,
     AudioTokenizer,
     Codec,
     QualityError,
-    SpeakerTeacher,
     Utterance,
-    available_cpus,
-    embed_voice,
-    hear,
-    layer_counts,
     load_audio,
     load_codec,
-    load_judge,
-    mean_and_interval,
-    quality_table,
     read_corpus,
     reconstruct,
-    run_recipe,
     speech_quality,
-    spread,
-    versions,
     word_error_rate,
-    write_json,
-    write_jsonl,
 )
+from speechllm.evaluation.comparison import quality_table
+from speechllm.evaluation.error_rates import mean_and_interval
+from speechllm.runs.machine import available_cpus, versions
+from speechllm.runs.recipe import run_recipe
+from tokenizer.corpus import spread
+from tokenizer.files import write_json, write_jsonl
+from tokenizer.loading import load_recognizer
+from tokenizer.metrics.evaluators import recognized_text, speaker_embedding
+from tokenizer.metrics.quality import MAX_SCORED_S, layer_counts
+from tokenizer.training.teachers import SpeakerTeacher
 
 ORIGINAL = "original"  # stands where the others have their number of codebooks
 Row = dict[str, Any]
@@ -66,7 +62,7 @@ class EvalCodecConfig:
     layers: list[int] | None = None  # numbers of codebooks to decode from; 1, 2, 4, ... and all when null
     max_utterances: int | None = None  # spread evenly over the splits, all when null
     speaker: str | None = None  # folder or hub name of a SpeechBrain ECAPA-TDNN: measure speaker similarity
-    judge: str | None = None  # recognizer:NAME: measure the word error rate
+    recognizer: str | None = None  # recognizer:NAME: measure the word error rate
     seed: int = 0  # of the bootstrap
 
 
@@ -76,12 +72,12 @@ def main(config: EvalCodecConfig) -> None:
     try:
         codec = load_codec(config.codec).to(device)
         counts = layer_counts(codec, config.layers)
-        judge = load_judge(config.judge).to(device) if config.judge else None
+        recognizer = load_recognizer(config.recognizer).to(device) if config.recognizer else None
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     speaker = SpeakerTeacher.from_pretrained(config.speaker).to(device) if config.speaker else None
     utterances = spread(read_corpus(config.data, config.splits), config.max_utterances)
-    scored = score(utterances, codec, counts, speaker, judge)
+    scored = score(utterances, codec, counts, speaker, recognizer)
     rows = list(tqdm(scored, "score", len(utterances), unit="utt"))
 
     failed = [failure for row in rows for failure in row["failed"]]
@@ -118,7 +114,7 @@ def score(
     codec: Codec,
     counts: Sequence[int],
     speaker: SpeakerTeacher | None,
-    judge: AudioTokenizer | None,
+    recognizer: AudioTokenizer | None,
 ) -> Iterator[Row]:
     """One row per utterance, in order: this process runs the networks, the others compute PESQ and its companions."""
     workers = available_cpus()
@@ -127,9 +123,9 @@ def score(
         for utterance in utterances:
             waiting.append(submit(pool, utterance, codec, counts))
             if len(waiting) > 2 * workers:  # the waveforms of a whole corpus would fill the memory
-                yield collect(waiting.popleft(), codec.sample_rate, speaker, judge)
+                yield collect(waiting.popleft(), codec.sample_rate, speaker, recognizer)
         while waiting:
-            yield collect(waiting.popleft(), codec.sample_rate, speaker, judge)
+            yield collect(waiting.popleft(), codec.sample_rate, speaker, recognizer)
 
 
 def submit(pool: ProcessPoolExecutor, utterance: Utterance, codec: Codec, counts: Sequence[int]) -> Waiting:
@@ -148,12 +144,22 @@ def submit(pool: ProcessPoolExecutor, utterance: Utterance, codec: Codec, counts
     return Waiting(utterance, sounds, futures)
 
 
-def collect(waiting: Waiting, sample_rate: int, speaker: SpeakerTeacher | None, judge: AudioTokenizer | None) -> Row:
+def collect(
+    waiting: Waiting, sample_rate: int, speaker: SpeakerTeacher | None, recognizer: AudioTokenizer | None
+) -> Row:
     """Scores by number of codebooks, and what failed: one entry per reason with the numbers of codebooks it met."""
     utterance, sounds = waiting.utterance, waiting.sounds
-    row: Row = {"id": utterance.id, "speaker": utterance.speaker, "text": utterance.text, "scores": {}, "heard": {}}
+    row: Row = {
+        "id": utterance.id,
+        "speaker": utterance.speaker,
+        "text": utterance.text,
+        "scores": {},
+        "recognized": {},
+    }
     failed: dict[str, Row] = {}
-    embed = functools.cache(lambda name: embed_voice(speaker, sounds[name], sample_rate))  # the original once only
+    embed = functools.cache(
+        lambda name: speaker_embedding(speaker, sounds[name], sample_rate)
+    )  # the original once only
     for name, future in waiting.futures.items():
         try:
             scores = asdict(future.result())
@@ -164,8 +170,8 @@ def collect(waiting: Waiting, sample_rate: int, speaker: SpeakerTeacher | None, 
             failed.setdefault(str(error), failure)["codebooks"].append(name)
             continue
         row["scores"][name] = scores
-        if judge is not None and utterance.text:
-            row["heard"][name] = hear(judge, sounds[name], sample_rate)
+        if recognizer is not None and utterance.text:
+            row["recognized"][name] = recognized_text(recognizer, sounds[name], sample_rate)
     return row | {"failed": list(failed.values())}
 
 
@@ -181,7 +187,7 @@ def means(rows: Sequence[Row], name: int | str, seed: int) -> Row:
     found: Row = {"utterances": len(scores)}
     for measure in scores[0] if scores else ():
         found[measure] = mean_and_interval([score[measure] for score in scores], seed)
-    if heard := [(row["text"], row["heard"][name]) for row in rows if name in row["heard"]]:
+    if heard := [(row["text"], row["recognized"][name]) for row in rows if name in row["recognized"]]:
         rate = word_error_rate(*zip(*heard, strict=True), seed=seed)
         found["wer"] = {"mean": rate.wer, "ci95": list(rate.ci95), "words": rate.words, "normalizer": rate.normalizer}
     return found

@@ -1,7 +1,7 @@
 """How well a codec converts voices by swapping codes (the paper's Table 2, eq. 8), between bounds of real recordings.
 
     python recipes/eval_conversion.py codec=RUN/model data=CORPUS output=RESULTS "splits=[test]" pairs=100 \\
-        "layers=[[1],[1,2,3,4,5,6,7]]" speaker=ECAPA judge=recognizer:NAME
+        "layers=[[1],[1,2,3,4,5,6,7]]" speaker=ECAPA recognizer=recognizer:NAME
 
 A pair is a source, which is a recording with its words, and a target by another speaker, whose codes are put in: one
 with other words where there is one, so that it cannot lend its words as well. Measured against recordings of the target
@@ -9,7 +9,7 @@ speaker that the method has not heard:
 - distortion (MCD) and pitch correlation against the reference: the target speaker saying the words of the source, of
   several recordings the one closest to the source in length. Without such parallel text there is neither;
 - speaker similarity (with `speaker`) against a further recording, where the target speaker has one;
-- word error rate (with `judge`) against the words of the source.
+- word error rate (with `recognizer`) against the words of the source.
 "source" is the untouched source, "source, n codebooks" what the codec alone makes of it, "target" the reference itself.
 Read a swap beside the codec alone: a codec that blurs spectra comes closer to any voice by MCD than a real other voice.
 Whatever cannot be scored is listed with the reason and never averaged in; intervals are over pairs. Writes
@@ -33,36 +33,30 @@ from torchaudio.functional import resample
 from tqdm import tqdm
 
 from speechllm import (
-    MATCHINGS,
-    MAX_SCORED_S,
     AudioError,
     AudioTokenizer,
     Codec,
-    FreeVC,
     QualityError,
-    SpeakerTeacher,
     Utterance,
-    align_voices,
-    at_16_khz,
-    conversion_table,
-    embed_voice,
-    hear,
     load_audio,
     load_codec,
-    load_judge,
-    mean_and_interval,
-    mel_cepstral_distortion,
-    pitch_correlation,
     read_corpus,
-    run_recipe,
     save_audio,
     swap_layers,
-    versions,
-    voice_frames,
     word_error_rate,
-    write_json,
-    write_jsonl,
 )
+from speechllm.evaluation.comparison import conversion_table
+from speechllm.evaluation.error_rates import mean_and_interval
+from speechllm.runs.machine import versions
+from speechllm.runs.recipe import run_recipe
+from tokenizer.files import write_json, write_jsonl
+from tokenizer.loading import load_recognizer
+from tokenizer.metrics.conversion import MATCHINGS
+from tokenizer.metrics.evaluators import recognized_text, speaker_embedding
+from tokenizer.metrics.freevc import FreeVC
+from tokenizer.metrics.prosody import align_voices, mel_cepstral_distortion, pitch_correlation, voice_frames
+from tokenizer.metrics.quality import MAX_SCORED_S, resample_to_16_khz
+from tokenizer.training.teachers import SpeakerTeacher
 
 MEASURES = ("mcd", "f0_correlation", "speaker_similarity")
 LISTEN = 5  # pairs whose sounds are kept
@@ -78,7 +72,7 @@ class EvalConversionConfig:
     pairs: int = 100  # at most; a recording is the source of one pair only
     layers: list[list[int]] | None = None  # sets of layers to take from the target; [1] and [1, ..., last] when null
     speaker: str | None = None  # folder or hub name of a SpeechBrain ECAPA-TDNN: measure speaker similarity
-    judge: str | None = None  # recognizer:NAME: measure the word error rate
+    recognizer: str | None = None  # recognizer:NAME: measure the word error rate
     freevc: str | None = None  # folder of FreeVC's published files: one method more
     wavlm: str = "microsoft/wavlm-large"  # folder or hub name, for FreeVC
     seed: int = 0  # of the pairs and the bootstrap
@@ -100,7 +94,7 @@ def main(config: EvalConversionConfig) -> None:
     try:
         codec = load_codec(config.codec).to(device)
         layers = layer_sets(config.layers, codec.num_codebooks)
-        judge = load_judge(config.judge).to(device) if config.judge else None
+        recognizer = load_recognizer(config.recognizer).to(device) if config.recognizer else None
         freevc = FreeVC.from_pretrained(config.freevc, config.wavlm).to(device) if config.freevc else None
         pairs = choose_pairs(read_corpus(config.data, config.splits), config.pairs, config.seed)
     except ValueError as error:
@@ -115,7 +109,7 @@ def main(config: EvalConversionConfig) -> None:
         with noted(row, None):
             sounds = load_sounds(pair, codec.sample_rate)
             converted = convert(sounds, codec, layers, freevc)
-            row["scores"] = score(pair, sounds, converted, codec.sample_rate, speaker, judge, row)
+            row["scores"] = score(pair, sounds, converted, codec.sample_rate, speaker, recognizer, row)
             if len(rows) < LISTEN:
                 keep(folder / "audio", f"{len(rows)}", {**converted, **sounds}, codec.sample_rate)
         rows.append(row)
@@ -201,7 +195,7 @@ def convert(
             codes[f"swap {numbers(chosen)}, by {matching}"] = swapped
     made = {name: codec.decode(one)[0].cpu() for name, one in codes.items()}
     if freevc is not None:
-        pair = (at_16_khz(sounds[role], codec.sample_rate).to(device) for role in ("source", "target"))
+        pair = (resample_to_16_khz(sounds[role], codec.sample_rate).to(device) for role in ("source", "target"))
         made["FreeVC"] = resample(freevc.convert(*pair).cpu(), freevc.sample_rate, codec.sample_rate)
     return {"source": sounds["source"], **made, "target": sounds.get("reference", sounds["target"])}
 
@@ -218,12 +212,12 @@ def score(
     converted: dict[str, Tensor],
     rate: int,
     speaker: SpeakerTeacher | None,
-    judge: AudioTokenizer | None,
+    recognizer: AudioTokenizer | None,
     row: Row,
 ) -> dict[str, Row]:
     """Scores by method, as far as there are recordings and judges for them; what fails is noted in the row."""
     reference = voice_frames(sounds["reference"], rate) if pair.reference else None
-    voice = embed_voice(speaker, sounds["voice"], rate) if speaker and pair.voice else None
+    voice = speaker_embedding(speaker, sounds["voice"], rate) if speaker and pair.voice else None
     scores: dict[str, Row] = {name: {} for name in converted}
     for name, sound in converted.items():
         if reference is not None:
@@ -233,10 +227,10 @@ def score(
                 scores[name]["f0_correlation"] = pitch_correlation(voices)
         if voice is not None:
             with noted(row, name):
-                scores[name]["speaker_similarity"] = float(embed_voice(speaker, sound, rate) @ voice)
+                scores[name]["speaker_similarity"] = float(speaker_embedding(speaker, sound, rate) @ voice)
         spoken = pair.target if name == "target" and pair.reference is None else pair.source
-        if judge is not None and spoken.text:
-            scores[name] |= {"text": spoken.text, "heard": hear(judge, sound, rate)}
+        if recognizer is not None and spoken.text:
+            scores[name] |= {"text": spoken.text, "recognized": recognized_text(recognizer, sound, rate)}
     return scores
 
 
@@ -261,8 +255,8 @@ def means(scores: Sequence[Row], seed: int) -> Row:
     for measure in MEASURES:
         if values := [pair[measure] for pair in scores if measure in pair]:
             found[measure] = mean_and_interval(values, seed) | {"pairs": len(values)}
-    if heard := [pair for pair in scores if "heard" in pair]:
-        rate = word_error_rate([pair["text"] for pair in heard], [pair["heard"] for pair in heard], seed=seed)
+    if heard := [pair for pair in scores if "recognized" in pair]:
+        rate = word_error_rate([pair["text"] for pair in heard], [pair["recognized"] for pair in heard], seed=seed)
         counts = {"pairs": len(heard), "words": rate.words, "normalizer": rate.normalizer}
         found["wer"] = {"mean": rate.wer, "ci95": list(rate.ci95), **counts}
     return found

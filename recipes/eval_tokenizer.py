@@ -23,21 +23,19 @@ from speechllm import (
     Encoding,
     Utterance,
     codebook_usage,
-    codes_of,
-    ctc_probe,
-    frame_phones,
-    label_information,
-    librispeech_normalizer,
     load_audio,
     load_codes,
-    log_mel_features,
     read_corpus,
-    run_recipe,
-    speaker_accuracy,
-    versions,
     word_error_rate,
-    write_json,
 )
+from speechllm.data.shards import codes_of
+from speechllm.evaluation.normalizers import librispeech_normalizer
+from speechllm.runs.machine import versions
+from speechllm.runs.recipe import run_recipe
+from tokenizer.corpus import frame_phones
+from tokenizer.files import write_json
+from tokenizer.metrics.code_usage import label_information, log_mel_features, speaker_accuracy
+from tokenizer.metrics.probe import ctc_probe
 
 LOG_MEL_RATE = 50.0  # frames/s of the baseline
 Row = dict[str, object]  # of encoded speech

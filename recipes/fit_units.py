@@ -3,7 +3,7 @@
     python recipes/fit_units.py model=HUBERT data=CORPUS output=RUN clusters=500 layer=6 "splits=[train]"
 
 Frames are those of utterances in a random order, up to `max_frames`. RUN/model is then an audio tokenizer like a codec;
-RUN/results.json tells how far frames lie from their centroids and how many units are in use, RUN/left_out.jsonl which
+RUN/results.json tells how far frames lie from their centroids and how many units are in use, RUN/skipped.jsonl which
 recordings could not be used.
 """
 
@@ -18,22 +18,15 @@ import torch
 from sklearn.cluster import MiniBatchKMeans
 from tqdm import tqdm
 
-from speechllm import (
-    AudioError,
-    FeatureEncoder,
-    UnitTokenizer,
-    Utterance,
-    left_out_row,
-    load_audio,
-    make_accelerator,
-    read_corpus,
-    report_left_out,
-    run_recipe,
-    usage_of_counts,
-    versions,
-    whole_folder,
-    write_json,
-)
+from speechllm import AudioError, Utterance, load_audio, read_corpus
+from speechllm.runs.machine import make_accelerator, versions
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import report_skipped
+from tokenizer.corpus import skipped_row
+from tokenizer.files import atomic_folder, write_json
+from tokenizer.metrics.code_usage import usage_of_counts
+from tokenizer.schemes.features import FeatureEncoder
+from tokenizer.schemes.units import UnitTokenizer
 
 
 @dataclass
@@ -46,7 +39,7 @@ class UnitsConfig:
     splits: list[str] | None = None  # all when null
     deduplicate: bool = False  # the tokenizer merges repeats of a unit
     max_frames: int = 500_000  # to learn from: 2.8 hours
-    max_duration_s: float = 60.0  # longer utterances are left out
+    max_duration_s: float = 60.0  # longer utterances are skipped
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -57,17 +50,17 @@ class UnitsConfig:
 def main(config: UnitsConfig) -> None:
     utterances = read_corpus(config.data, config.splits)
     encoder = FeatureEncoder.from_pretrained(config.model, config.layer).to(make_accelerator().device)
-    frames, left_out = collect(utterances, encoder, config)
-    skipped = dict(Counter(row["reason"] for row in left_out))
+    frames, skipped = collect(utterances, encoder, config)
+    reasons = dict(Counter(row["reason"] for row in skipped))
     if len(frames) < config.clusters:
-        raise SystemExit(f"error: {config.data}: {len(frames)} frames cannot make {config.clusters} clusters {skipped}")
+        raise SystemExit(f"error: {config.data}: {len(frames)} frames cannot make {config.clusters} clusters {reasons}")
     kmeans = MiniBatchKMeans(config.clusters, batch_size=10_000, n_init=5, random_state=config.seed).fit(frames)
     units = UnitTokenizer(encoder, torch.from_numpy(kmeans.cluster_centers_), config.deduplicate)
 
     run = Path(config.output)
-    with whole_folder(run / "model") as folder:
+    with atomic_folder(run / "model") as folder:
         units.save_pretrained(folder)
-    report_left_out(run, left_out)
+    report_skipped(run, skipped)
     results = {
         "config": asdict(config),
         "fingerprint": units.fingerprint,
@@ -75,7 +68,7 @@ def main(config: UnitsConfig) -> None:
         "inertia": kmeans.inertia_ / len(frames),  # mean squared distance of a frame to its centroid
         "variance": float(frames.var(0).sum()),  # the same with a single cluster
         **usage_of_counts(np.bincount(kmeans.labels_, minlength=config.clusters)),
-        "skipped": skipped,
+        "skipped": reasons,
         "versions": versions() | {"scikit-learn": version("scikit-learn")},
     }
     write_json(run / "results.json", results)
@@ -85,22 +78,22 @@ def main(config: UnitsConfig) -> None:
 def collect(
     utterances: Sequence[Utterance], encoder: FeatureEncoder, config: UnitsConfig
 ) -> tuple[np.ndarray, list[dict[str, str]]]:
-    """Frames float [M, C] of utterances in a random order, and the recordings that were left out."""
+    """Frames float [M, C] of utterances in a random order, and the recordings that were skipped."""
     found: list[np.ndarray] = []
-    left_out: list[dict[str, str]] = []
+    skipped: list[dict[str, str]] = []
     with tqdm(total=config.max_frames, desc="features", unit="frames", dynamic_ncols=True) as bar:
         for index in np.random.default_rng(config.seed).permutation(len(utterances)):
             try:
                 waveform = load_audio(utterances[index].path, max_duration_s=config.max_duration_s)
             except AudioError as error:
-                left_out.append(left_out_row(utterances[index], error))
+                skipped.append(skipped_row(utterances[index], error))
                 continue
             found.append(encoder.encode(waveform[None].to(encoder.device)).utterance(0).numpy())
             bar.update(len(found[-1]))
             if bar.n >= config.max_frames:
                 break
     frames = np.concatenate(found)[: config.max_frames] if found else np.empty((0, encoder.width), np.float32)
-    return frames, left_out
+    return frames, skipped
 
 
 if __name__ == "__main__":

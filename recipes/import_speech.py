@@ -5,7 +5,7 @@
 `data` is a name on the hub, with the configuration after a colon, a folder of Parquet files, or one that `save_to_disk`
 wrote (for a folder of audio files, write a manifest.csv or install torchcodec). All other recipes read CORPUS.
 Recordings are copied as they are: CORPUS needs as much disk as the data set, and streaming nothing beyond that.
-A killed import goes on in that file of the data set in which it stopped. What cannot be read is left out and counted by
+A killed import goes on in that file of the data set in which it stopped. What cannot be read is skipped and counted by
 reason in CORPUS/done.json. Texts stay as they are; encode_speech normalises them.
 """
 
@@ -22,7 +22,10 @@ import soundfile
 from datasets import Audio, Dataset, IterableDataset, load_dataset, load_from_disk
 from tqdm import tqdm
 
-from speechllm import AudioError, DataError, Run, run_recipe, write_jsonl, write_text
+from speechllm import AudioError, DataError
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import Run
+from tokenizer.files import write_jsonl, write_text
 
 COLUMNS = {  # of a data set, by our names; the first that it has is taken
     "id": ("id", "file"),

@@ -33,7 +33,7 @@ import soundfile
 from tqdm import tqdm
 
 # The grammar: a word in capitals is spoken as it stands, a word in small letters is any word of that slot.
-# TO and FOR are left out on purpose: they sound like TWO and FOUR.
+# TO and FOR are skipped on purpose: they sound like TWO and FOUR.
 TEMPLATES = (
     "TURN state THE colour room device",
     "action THE colour room opening",

@@ -19,47 +19,39 @@ from accelerate.utils import DistributedType, set_seed
 from datasets import Dataset
 
 from speechllm import (
-    Augmentation,
-    AugmentationConfig,
     DataError,
     Encoding,
     Example,
     LabelledLoss,
-    Run,
     RunError,
-    SmallShape,
     SpeechLLM,
-    TrainingState,
-    answer_bound,
     describe_rows,
     extend_vocabulary,
-    keep_row_gradients,
-    label_counts,
     load_codes,
     load_language_model,
     load_tokenizer,
-    make_accelerator,
-    make_optimizer,
-    micro_batches,
-    prepare,
     prepare_adapter,
-    recognize,
-    run_recipe,
-    seed_step,
-    set_learning_rate,
-    small_qwen2,
-    small_text_tokenizer,
     speech_of,
-    spread,
-    text_example,
-    token_batches,
-    training_plan,
     transcription_example,
-    warmup_cosine,
-    whole_folder,
     word_error_rate,
-    write_training_report,
 )
+from speechllm.data.augmentation import Augmentation
+from speechllm.data.batches import token_batches
+from speechllm.data.config import AugmentationConfig
+from speechllm.data.packing import micro_batches
+from speechllm.decoding import answer_bound, recognize
+from speechllm.prompt import label_counts, text_example
+from speechllm.reports.pages import write_training_report
+from speechllm.runs.machine import make_accelerator
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import Run
+from speechllm.small_model import SmallShape, small_qwen2, small_text_tokenizer
+from speechllm.training.checkpoints import TrainingState, prepare
+from speechllm.training.optimization import keep_row_gradients, make_optimizer
+from speechllm.training.plan import training_plan
+from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
+from tokenizer.corpus import spread
+from tokenizer.files import atomic_folder
 
 FREE = "micro_batch_tokens gradient_checkpointing trackers log_every save_every".split()  # may change in the middle
 
@@ -190,7 +182,7 @@ def main(config: AsrConfig) -> None:
     loss_of = LabelledLoss(model, vocabulary)
     optimizer = make_optimizer(model, vocabulary, config.learning_rate, config.weight_decay, config.row_learning_rate)
     training = TrainingState(accelerator, model, optimizer, config.weight_average)
-    speech_llm = SpeechLLM(training.judged, text_tokenizer, vocabulary, codec)
+    speech_llm = SpeechLLM(training.evaluated, text_tokenizer, vocabulary, codec)
     sizes, averaged = (config.steps, config.batch_tokens, config.micro_batch_tokens), config.weight_average is not None
     accelerator.print(training_plan(model, examples, accelerator, *sizes, config.train, averaged))
     accelerator.print(
@@ -244,11 +236,11 @@ def main(config: AsrConfig) -> None:
             run.log(done, loss=loss, **speech, lr=rate, tokens=sum(map(len, batch)))
             bar.set_postfix(loss=f"{loss:.3f}")
         if validating:
-            with training.judging():
+            with training.evaluation_weights():
                 if run.main:
                     wer = dev_wer(dev, encoding, speech_llm)
                     run.log(done, dev_wer=wer)
-                    training.offer(done, wer, keep=config.keep_best)
+                    training.record_validation(done, wer, keep=config.keep_best)
                     if training.best.worse == config.patience:
                         accelerator.set_trigger()
             if accelerator.check_trigger():
@@ -260,11 +252,11 @@ def main(config: AsrConfig) -> None:
             run.save(done, training.state_dict())
 
     # 6. export
-    with training.judging():
+    with training.evaluation_weights():
         if run.main:
-            training.take_best()
-            training.judged.eval()
-            with whole_folder(run.folder / "model") as folder:
+            training.load_best()
+            training.evaluated.eval()
+            with atomic_folder(run.folder / "model") as folder:
                 speech_llm.save(folder)
     if run.main:
         best = {"dev_wer": training.best.wer, "best_step": training.best.step} if dev else {}

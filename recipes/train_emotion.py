@@ -22,32 +22,24 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import BertForSequenceClassification
 
-from speechllm import (
+from speechllm import Codes, DataError, Encoding, load_codes, load_tokenizer
+from speechllm.data.batches import endless_batches
+from speechllm.evaluation.error_rates import mean_and_interval
+from speechllm.reports.pages import write_emotion_report
+from speechllm.reports.plots import confusion_figure, save_figure
+from speechllm.runs.machine import make_accelerator, versions
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import Run
+from speechllm.training.emotion import (
     EMOTIONS,
-    Codes,
-    DataError,
     EmotionalSpeech,
     EmotionClassifier,
-    Encoding,
-    Run,
     actor_folds,
-    confusion_figure,
     emotional_speech,
-    endless_batches,
-    load_codes,
-    load_tokenizer,
-    make_accelerator,
-    mean_and_interval,
-    run_recipe,
-    save_figure,
-    set_learning_rate,
     small_bert,
-    versions,
-    warmup_cosine,
-    write_emotion_report,
-    write_json,
-    write_jsonl,
 )
+from speechllm.training.schedule import set_learning_rate, warmup_cosine
+from tokenizer.files import write_json, write_jsonl
 
 CONTROL = "shuffled labels"
 
@@ -115,7 +107,7 @@ def main(config: EmotionConfig) -> None:
     if run.main:
         *found, control = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         results = score(found, control) | {
-            "left_out": len(rows) - len(speech),  # other emotions, or no RAVDESS name
+            "skipped": len(rows) - len(speech),  # other emotions, or no RAVDESS name
             "tokens_per_second": tokens_per_second(rows, speech),
             "codec_fingerprint": encoding.fingerprint,
             "versions": versions(),

@@ -22,30 +22,19 @@ import torch.nn.functional as F
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from speechllm import (
-    Crops,
-    FrameClassifier,
-    Run,
-    SemanticTeacher,
-    Utterance,
-    endless_batches,
-    frame_phones,
-    load_usable,
-    make_accelerator,
-    pad_waveforms,
-    read_corpus,
-    run_recipe,
-    save_ecapa,
-    save_hubert,
-    save_recognizer,
-    seed_step,
-    set_learning_rate,
-    small_hubert,
-    spread,
-    warmup_cosine,
-    whole_folder,
-    write_training_report,
-)
+from speechllm import Utterance, pad_waveforms, read_corpus
+from speechllm.data.batches import endless_batches
+from speechllm.reports.pages import write_training_report
+from speechllm.runs.machine import make_accelerator
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import Run
+from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
+from tokenizer.corpus import frame_phones, load_usable, spread
+from tokenizer.files import atomic_folder
+from tokenizer.frames import frame_count
+from tokenizer.training.crops import Crops
+from tokenizer.training.small_teachers import FrameClassifier, save_ecapa, save_hubert, save_recognizer, small_hubert
+from tokenizer.training.teachers import SemanticTeacher
 
 HEAD_RATE = 20  # how much faster a new head learns on a HuBERT that is not new
 WORD_END = "|"  # what transformers' CTC vocabularies have for a space
@@ -67,7 +56,7 @@ class TeacherConfig:
     batch_size: int = 32  # over all processes
     learning_rate: float = 2e-3
     warmup: int = 30  # steps
-    max_duration_s: float = 12.0  # longer utterances are left out
+    max_duration_s: float = 12.0  # longer utterances are skipped
     crop_s: float = 1.0  # speaker: seconds per example
     save_every: int = 200  # steps between checkpoints
     seed: int = 0
@@ -90,7 +79,7 @@ def main(config: TeacherConfig) -> None:
     set_seed(config.seed)
 
     # 1. a student with its batches
-    student = (SemanticStudent if config.kind == "semantic" else SpeakerStudent)(config, utterances, run.left_out)
+    student = (SemanticStudent if config.kind == "semantic" else SpeakerStudent)(config, utterances, run.skipped)
     accelerator.print(
         f"{config.kind} teacher: {len(student.utterances)} utterances, {config.steps} steps, "
         f"{sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters"
@@ -125,7 +114,7 @@ def main(config: TeacherConfig) -> None:
     # 4. export, and say how good it is on speakers it has not heard
     student.eval()
     if accelerator.is_main_process:
-        with whole_folder(run.folder / "model") as folder:
+        with atomic_folder(run.folder / "model") as folder:
             student.save(folder)
         merit = student.merit(dev)
         summary = {"steps": config.steps, "loss": loss.item(), **merit}
@@ -146,9 +135,9 @@ class SemanticStudent(nn.Module):
     Several processes average the means over their own labels: nearly, not exactly, the mean over those of all.
     """
 
-    def __init__(self, config: TeacherConfig, utterances: list[Utterance], left_out: Path | None = None):
+    def __init__(self, config: TeacherConfig, utterances: list[Utterance], skipped: Path | None = None):
         super().__init__()
-        self.config, self.left_out = config, left_out
+        self.config, self.skipped = config, skipped
         self.key = "text" if config.objective == "ctc" else "phones"
         self.utterances = [u for u in utterances if getattr(u, self.key)]
         if not self.utterances:
@@ -181,7 +170,7 @@ class SemanticStudent(nn.Module):
         lengths = [u.duration_s for u in self.utterances]
         for batch in endless_batches(lengths, self.config.batch_size, self.config.seed, start):
             chosen = [self.utterances[i] for i in batch[process::processes]]
-            pairs = list(load_usable(chosen, left_out=self.left_out))
+            pairs = list(load_usable(chosen, skipped=self.skipped))
             if not pairs:
                 raise SystemExit(f"none of {len(chosen)} recordings of a batch can be used, {chosen[0].path} first")
             yield self._batch(pairs)
@@ -195,7 +184,7 @@ class SemanticStudent(nn.Module):
     def forward(self, waveform: Tensor, lengths: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
         scores = F.log_softmax(self.classifier(waveform, lengths), -1)
         if self.config.objective == "ctc":
-            return F.ctc_loss(scores.transpose(0, 1), labels, frame_counts(lengths), sizes, zero_infinity=True)
+            return F.ctc_loss(scores.transpose(0, 1), labels, frame_count(lengths), sizes, zero_infinity=True)
         length = min(scores.shape[1], labels.shape[1])
         return F.nll_loss(scores[:, :length].flatten(0, 1), labels[:, :length].flatten(), ignore_index=0)
 
@@ -207,11 +196,11 @@ class SemanticStudent(nn.Module):
         names = [""] + list(self.labels)
         device = next(self.parameters()).device
         hits, total, references, hypotheses = 0, 0, [], []
-        labelled = load_usable([u for u in utterances if getattr(u, self.key)], left_out=self.left_out)
+        labelled = load_usable([u for u in utterances if getattr(u, self.key)], skipped=self.skipped)
         while group := list(islice(labelled, self.config.batch_size)):
             waveform, lengths, labels, sizes = self._batch(group)
             best = self.classifier(waveform.to(device), lengths.to(device)).argmax(-1).cpu()
-            for row, length, label, size, (u, _) in zip(best, frame_counts(lengths), labels, sizes, group, strict=True):
+            for row, length, label, size, (u, _) in zip(best, frame_count(lengths), labels, sizes, group, strict=True):
                 if self.config.objective == "ctc":
                     references.append(u.text)
                     characters = [names[i] for i in row[:length].unique_consecutive().tolist()]
@@ -235,14 +224,14 @@ class SpeakerStudent(nn.Module):
 
     MELS = 80
 
-    def __init__(self, config: TeacherConfig, utterances: list[Utterance], left_out: Path | None = None):
+    def __init__(self, config: TeacherConfig, utterances: list[Utterance], skipped: Path | None = None):
         super().__init__()
         from speechbrain.lobes.features import Fbank
         from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN, Classifier
         from speechbrain.nnet.losses import AdditiveAngularMargin, LogSoftmaxWrapper
         from speechbrain.processing.features import InputNormalization
 
-        self.config, self.left_out = config, left_out
+        self.config, self.skipped = config, skipped
         self.utterances = [u for u in utterances if u.speaker]
         self.speakers = sorted({u.speaker for u in self.utterances})
         if len(self.speakers) < 2:
@@ -263,7 +252,7 @@ class SpeakerStudent(nn.Module):
 
     def batches(self, start: int, process: int, processes: int) -> Iterator[tuple[Tensor, ...]]:
         """Endless batches of crops from step `start` on, one share per process."""
-        crops = Crops(self.utterances, self.config.crop_s, seed=self.config.seed, left_out=self.left_out)
+        crops = Crops(self.utterances, self.config.crop_s, seed=self.config.seed, skipped=self.skipped)
         labels = {name: i for i, name in enumerate(self.speakers)}
         for step in range(start, self.config.steps):
             first = step * self.config.batch_size
@@ -283,7 +272,7 @@ class SpeakerStudent(nn.Module):
         """Equal error rate of cosine similarity over all pairs of `utterances` (speakers not trained on)."""
         device = next(self.parameters()).device
         speakers, embeddings = [], []
-        for u, waveform in load_usable([u for u in utterances if u.speaker], left_out=self.left_out):
+        for u, waveform in load_usable([u for u in utterances if u.speaker], skipped=self.skipped):
             speakers.append(u.speaker)
             embeddings.append(self._embed(waveform[None].to(device))[0, 0].cpu())
         if len(set(speakers)) in (0, 1, len(speakers)):  # no pair of two voices, or none of one
@@ -296,11 +285,6 @@ class SpeakerStudent(nn.Module):
 
     def save(self, folder) -> None:
         save_ecapa(self.ecapa, self.settings, self.MELS, self.speakers, folder)
-
-
-def frame_counts(lengths: Tensor) -> Tensor:
-    """Codec frames of so many samples."""
-    return -(-lengths // 320)
 
 
 def _equal_error_rate(scores: Tensor, same: Tensor) -> float:

@@ -19,19 +19,14 @@ from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from speechllm import (
-    DataError,
-    Run,
-    RunError,
-    SmallShape,
-    librispeech_normalizer,
-    make_accelerator,
-    run_recipe,
-    small_qwen2,
-    small_text_tokenizer,
-    whole_folder,
-    write_training_report,
-)
+from speechllm import DataError, RunError
+from speechllm.evaluation.normalizers import librispeech_normalizer
+from speechllm.reports.pages import write_training_report
+from speechllm.runs.machine import make_accelerator
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import Run
+from speechllm.small_model import SmallShape, small_qwen2, small_text_tokenizer
+from tokenizer.files import atomic_folder
 
 HELD_OUT = 0.01  # share of the sentences, where no file of held-out ones is named
 
@@ -103,7 +98,7 @@ def main(config: TextConfig) -> None:
 
     # 3. export
     if run.main:
-        with whole_folder(run.folder / "model") as folder:
+        with atomic_folder(run.folder / "model") as folder:
             model.save_pretrained(folder)
             text_tokenizer.save_pretrained(folder)
         summary = {"steps": config.steps, "dev_loss": loss, "perplexity": math.exp(loss)}
@@ -126,7 +121,7 @@ def sentences(config: TextConfig) -> tuple[Dataset, Dataset]:
 
 
 def blocks(texts: Dataset, text_tokenizer: PreTrainedTokenizerBase, size: int) -> Dataset:
-    """Sentences end to end, each with the end token behind it, cut into blocks of `size` tokens; rests are left out."""
+    """Sentences end to end, each with the end token behind it, cut into blocks of `size` tokens; rests are skipped."""
 
     def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         ids = text_tokenizer(batch["text"], add_special_tokens=False)["input_ids"]

@@ -16,45 +16,25 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
-from speechllm import (
-    AcousticDistillation,
-    Adversary,
-    Balancer,
-    Crops,
-    FeatureCache,
-    Lesson,
-    MultiScaleMelLoss,
-    Reconstruction,
-    ReconstructionLoss,
-    Run,
-    RunError,
-    SemanticDistillation,
-    SemanticTeacher,
-    SpeakerTeacher,
-    SpeechCodec,
-    SpeechCodecConfig,
-    StepSampler,
-    Utterance,
-    average_gradients,
-    average_weights,
-    codec_backward,
-    draw_layers,
-    initialize_codebooks,
-    load_usable,
-    make_accelerator,
-    make_discriminators,
-    read_corpus,
-    read_log,
-    run_recipe,
-    save_sounds,
-    seed_step,
-    set_learning_rate,
-    spread,
-    validate_codec,
-    warmup_cosine,
-    whole_folder,
-    write_codec_report,
-)
+from speechllm import RunError, SpeechCodec, SpeechCodecConfig, Utterance, read_corpus
+from speechllm.reports.pages import write_codec_report
+from speechllm.reports.sounds import Reconstruction, save_sounds
+from speechllm.runs.machine import make_accelerator
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import Run, read_log
+from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
+from tokenizer.corpus import load_usable, spread
+from tokenizer.files import atomic_folder
+from tokenizer.rates import HOP_LENGTH, SAMPLE_RATE
+from tokenizer.training.crops import Crops, StepSampler
+from tokenizer.training.discriminators import Adversary, make_discriminators
+from tokenizer.training.distillation import AcousticDistillation, SemanticDistillation
+from tokenizer.training.distributed import average_gradients
+from tokenizer.training.feature_cache import FeatureCache
+from tokenizer.training.losses import Balancer, MultiScaleMelLoss, ReconstructionLoss
+from tokenizer.training.step import DistillationLoss, average_weights, codec_backward, draw_layers, initialize_codebooks
+from tokenizer.training.teachers import SemanticTeacher, SpeakerTeacher
+from tokenizer.training.validation import validate_codec
 
 
 @dataclass
@@ -149,17 +129,19 @@ class TokenizerConfig:
         for name in ("mel_bands", "mel_weights"):
             if (values := getattr(losses, name)) is not None and len(values) != len(losses.mel_windows):
                 problems.append(f"losses.{name} needs one number for each of losses.mel_windows, got {len(values)}")
-        judged = losses.adversarial or losses.feature_matching
-        if judged and not (adversary.stft_filters or adversary.period_channels or adversary.scale_channels):
+        adversarial = losses.adversarial or losses.feature_matching
+        if adversarial and not (adversary.stft_filters or adversary.period_channels or adversary.scale_channels):
             problems.append("adversarial losses need adversary.stft_filters, period_channels or scale_channels above 0")
-        if not (losses.time or losses.mel or losses.speech_features or (judged and adversary.start == 0)):
+        if not (losses.time or losses.mel or losses.speech_features or (adversarial and adversary.start == 0)):
             problems.append("the first steps have no loss: set losses.time or losses.mel above 0, or adversary.start=0")
         if losses.speech_features and not self.semantic.teacher:
             problems.append("losses.speech_features needs semantic.teacher")
-        rate, hop = self.codec.sample_rate, math.prod(self.codec.strides)
-        if (self.semantic.teacher or self.acoustic.teacher) and rate != 16_000:
-            problems.append(f"teachers hear 16000 Hz: set codec.sample_rate to that, not {rate}, or both teachers null")
-        if self.semantic.teacher and hop != 320:
+        rate, hop = self.codec.sample_rate, self.codec.hop_length
+        if (self.semantic.teacher or self.acoustic.teacher) and rate != SAMPLE_RATE:
+            problems.append(
+                f"teachers take speech at 16000 Hz: set codec.sample_rate to that, not {rate}, or both teachers null"
+            )
+        if self.semantic.teacher and hop != HOP_LENGTH:
             problems.append(f"semantic.teacher needs codec.strides with a product of 320, got {hop}: or set it to null")
         if problems:
             raise ValueError("; ".join(problems))
@@ -175,19 +157,19 @@ def main(config: TokenizerConfig) -> None:
         return
     set_seed(config.seed)
 
-    # 1. the codec, what teaches its layers, what judges its speech, and the speech
+    # 1. the codec, what teaches its layers, what discriminators its speech, and the speech
     codec = SpeechCodec(config.codec).to(device := accelerator.device)
     codec.quantizer.decay = config.codebook_decay
-    lessons = make_lessons(config, device)
-    criterion = make_criterion(config, lessons, device)
+    distillations = make_distillations(config, device)
+    criterion = make_criterion(config, distillations, device)
     adversary = criterion.adversary
-    students = nn.ModuleList(lesson.student for lesson in lessons)
+    students = nn.ModuleList(distillation.student for distillation in distillations)
     parameters = [*codec.parameters(), *students.parameters()]
     optimizer = optim.AdamW(parameters, config.learning_rate, tuple(config.betas), weight_decay=config.weight_decay)
     averaged = average_weights(codec, config.weight_average)
-    caches = make_caches(config, lessons, utterances, accelerator)
-    crops = Crops(utterances, config.crop_s, config.codec.sample_rate, config.seed, caches, run.left_out)
-    dev = {u.id: x for u, x in load_usable(held_out if run.main else [], config.codec.sample_rate, run.left_out)}
+    caches = make_caches(config, distillations, utterances, accelerator)
+    crops = Crops(utterances, config.crop_s, config.codec.sample_rate, config.seed, caches, run.skipped)
+    dev = {u.id: x for u, x in load_usable(held_out if run.main else [], config.codec.sample_rate, run.skipped)}
     hours = sum(u.duration_s for u in utterances) / 3600
     millions, batch = sum(p.numel() for p in codec.parameters()) / 1e6, f"{config.batch_size} x {config.crop_s:g} s"
     accelerator.print(f"tokenizer: {hours:.2f} h, {config.steps} steps of {batch}; {millions:.1f} M parameters")
@@ -222,7 +204,7 @@ def main(config: TokenizerConfig) -> None:
         batch = {name: value.to(device) for name, value in batch.items()}
         num_layers = draw_layers(config.quantizer_dropout, len(batch["length"]), device)
         with accelerator.autocast():
-            metrics = codec_backward(codec, batch, criterion, lessons, num_layers, window)
+            metrics = codec_backward(codec, batch, criterion, distillations, num_layers, window)
         average_gradients(parameters)
         # the codec's alone: a student's steps do not depend on the size of its gradient, which is that of its weight
         metrics["gradient_norm"] = norm = nn.utils.clip_grad_norm_(codec.parameters(), config.clip or math.inf)
@@ -240,69 +222,87 @@ def main(config: TokenizerConfig) -> None:
             run.log(done, **figures)
             bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("mel", "semantic") if name in figures})
         if dev and (done % config.validate_every == 0 or done == config.steps):
-            report(run, done, averaged.module if averaged else codec, criterion.mel, lessons, dev)
+            report(run, done, averaged.module if averaged else codec, criterion.mel, distillations, dev)
         if done % config.save_every == 0 and done < config.steps:
             run.save(done, {name: part.state_dict() for name, part in parts.items()})
 
     # 5. export
     codec = (averaged.module if averaged else codec).eval()
     if run.main:
-        with whole_folder(run.folder / "model") as folder:
+        with atomic_folder(run.folder / "model") as folder:
             codec.save_pretrained(folder)
         run.finish({"steps": config.steps, "fingerprint": codec.fingerprint, **figures})
         print(f"codec {codec.fingerprint} saved in {run.folder / 'model'}")
     accelerator.wait_for_everyone()
 
 
-def make_lessons(config: TokenizerConfig, device: torch.device) -> list[Lesson]:
+def make_distillations(config: TokenizerConfig, device: torch.device) -> list[DistillationLoss]:
     """The lessons the configuration asks for: content for layer 0, voice for layer 1."""
-    lessons = []
+    distillations = []
     if (semantic := config.semantic).teacher:
         teacher = SemanticTeacher.from_pretrained(semantic.teacher, semantic.layer).to(device)
         student = SemanticDistillation(config.codec.dimension, teacher.width, semantic.center).to(device)
-        lessons.append(Lesson("semantic", 0, teacher, student, semantic.gradient_ratio, semantic.weight))
+        distillations.append(
+            DistillationLoss("semantic", 0, teacher, student, semantic.gradient_ratio, semantic.weight)
+        )
     if (acoustic := config.acoustic).teacher:
         teacher = SpeakerTeacher.from_pretrained(acoustic.teacher).to(device)
         student = AcousticDistillation(config.codec.dimension, teacher.width).to(device)
-        lessons.append(Lesson("acoustic", 1, teacher, student, acoustic.gradient_ratio, acoustic.weight))
-    return lessons
+        distillations.append(
+            DistillationLoss("acoustic", 1, teacher, student, acoustic.gradient_ratio, acoustic.weight)
+        )
+    return distillations
 
 
-def make_criterion(config: TokenizerConfig, lessons: list[Lesson], device: torch.device) -> ReconstructionLoss:
-    """What judges the reconstruction, the adversary among it, if there is to be one."""
+def make_criterion(
+    config: TokenizerConfig, distillations: list[DistillationLoss], device: torch.device
+) -> ReconstructionLoss:
+    """What discriminators the reconstruction, the adversary among it, if there is to be one."""
     losses, adversary = config.losses, None
     if losses.adversarial or losses.feature_matching:
         chosen = config.adversary
-        judges = make_discriminators(chosen.stft_filters, chosen.period_channels, chosen.scale_channels).to(device)
-        adversary = Adversary(judges, chosen.kind, chosen.learning_rate, tuple(chosen.betas), chosen.relative_features)
+        discriminators = make_discriminators(chosen.stft_filters, chosen.period_channels, chosen.scale_channels).to(
+            device
+        )
+        adversary = Adversary(
+            discriminators, chosen.kind, chosen.learning_rate, tuple(chosen.betas), chosen.relative_features
+        )
     names = ("time", "mel", "adversarial", "feature_matching", "speech_features", "commitment")
     weights = {name: getattr(losses, name) for name in names}
     scales = (losses.mel_windows, losses.mel_bands, losses.mel_weights, losses.mel_squared)
     mel = MultiScaleMelLoss(config.codec.sample_rate, *scales).to(device)
-    listener = lessons[0].teacher if losses.speech_features else None
+    listener = distillations[0].teacher if losses.speech_features else None
     balancer = Balancer(weights) if losses.balance else None
     return ReconstructionLoss(weights, mel, adversary, listener, balancer)
 
 
 def make_caches(
-    config: TokenizerConfig, lessons: list[Lesson], utterances: list[Utterance], accelerator: Accelerator
+    config: TokenizerConfig,
+    distillations: list[DistillationLoss],
+    utterances: list[Utterance],
+    accelerator: Accelerator,
 ) -> dict[str, FeatureCache]:
     """What the teachers say about whole utterances, on disk: each process computes its share of what is missing."""
     caches = {}
-    for lesson in lessons:
-        if folder := getattr(config, lesson.name).cache:
-            caches[lesson.name] = FeatureCache(folder, lesson.teacher.fingerprint, lesson.teacher.hop)
+    for distillation in distillations:
+        if folder := getattr(config, distillation.name).cache:
+            caches[distillation.name] = FeatureCache(folder, distillation.teacher.fingerprint, distillation.teacher.hop)
             share = (accelerator.process_index, accelerator.num_processes)
-            caches[lesson.name].fill(utterances, lesson.teacher, config.codec.sample_rate, *share)
+            caches[distillation.name].fill(utterances, distillation.teacher, config.codec.sample_rate, *share)
     accelerator.wait_for_everyone()
     return caches
 
 
 def report(
-    run: Run, step: int, codec: SpeechCodec, mel: MultiScaleMelLoss, lessons: list[Lesson], dev: dict[str, Tensor]
+    run: Run,
+    step: int,
+    codec: SpeechCodec,
+    mel: MultiScaleMelLoss,
+    distillations: list[DistillationLoss],
+    dev: dict[str, Tensor],
 ) -> None:
     """Validate, and let the run folder show how far the codec has come: figures, curves, spectrograms, sounds."""
-    validation = validate_codec(codec, dev.values(), mel, lessons)
+    validation = validate_codec(codec, dev.values(), mel, distillations)
     run.log(step, **validation.metrics)
     sounds = Reconstruction.of(codec, *next(iter(dev.items())))
     save_sounds(run.folder / "samples", sounds)

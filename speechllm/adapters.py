@@ -11,12 +11,12 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from speechllm.data import DataError
+from speechllm.encoding import DataError
 from speechllm.projector import NAME as PROJECTOR
 from speechllm.projector import add_projector
-from speechllm.run import write_json
 from speechllm.vocabulary import AudioVocabulary
-from tokenizer import check_folder
+from tokenizer.files import write_json
+from tokenizer.pretrained import check_folder
 
 BASE_FILE = "base_model.json"
 ROWS = "trainable_tokens_delta"  # what PEFT calls the rows' parameters
@@ -98,7 +98,7 @@ def base_fingerprint(model: nn.Module, texts: int) -> str:
     """Identity of a language model's weights, 16 hexadecimal digits; the same before and after a vocabulary grew.
 
     SHA-256 over the shapes and 64 evenly spaced values of every weight, of its first `texts` rows where it has more;
-    an adapter's own parameters are left out. The values are compared in bfloat16: a model may be trained and loaded
+    an adapter's own parameters are skipped. The values are compared in bfloat16: a model may be trained and loaded
     in different precisions. Further training moves every matrix, so a sample tells, in milliseconds.
     """
     digests = []

@@ -12,11 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
-from speechllm.data import Speech
+from speechllm.encoding import Speech
 from speechllm.model import SpeechLLM
 from speechllm.projector import model_inputs
 from speechllm.prompt import Example, collate_prompts, join_features, transcription_prompt
-from tokenizer import load_audio
+from tokenizer.audio import load_audio
 
 TOKENS_PER_SECOND = 12  # upper bound of the answer's length; fast English speech has about 6 text tokens a second
 TOKENS_AT_LEAST = 16
@@ -35,7 +35,7 @@ class Transcription:
 
     text: str
     runaway: str | None = None
-    mended: bool = False
+    repaired: bool = False
 
 
 def transcribe(
@@ -106,7 +106,7 @@ def recognize(
     second = _decode(*again, speech_llm, batch_size, progress, beams, FALLBACK_NGRAM)
     for i, other in zip(runaways, second, strict=True):
         if other.runaway is None:
-            found[i] = replace(found[i], text=other.text, mended=True)
+            found[i] = replace(found[i], text=other.text, repaired=True)
     return found
 
 
@@ -126,7 +126,7 @@ def count_runaways(transcriptions: Sequence[Transcription]) -> dict[str, int]:
     """Utterances by `runaway_reason`, and how many of them the fallback mended."""
     reasons = Counter(found.runaway for found in transcriptions)
     counts = {reason: reasons[reason] for reason in ("empty", "looped", "refused", "bound")}
-    return {**counts, "mended": sum(found.mended for found in transcriptions)}
+    return {**counts, "repaired": sum(found.repaired for found in transcriptions)}
 
 
 def answer_bound(duration_s: float) -> int:

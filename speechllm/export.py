@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 
 from speechllm.decoding import forbidden_ids
 from speechllm.model import SpeechLLM
-from speechllm.run import whole_folder
+from tokenizer.files import atomic_folder
 
 
 def merge(speech_llm: SpeechLLM) -> SpeechLLM:
@@ -44,5 +44,5 @@ def export_model(speech_llm: SpeechLLM, output: str | Path) -> None:
     # transformers 5 keeps it in rope_parameters; engines on transformers 4 would silently take 10,000 instead
     if theta := (getattr(model.config, "rope_parameters", None) or {}).get("rope_theta"):
         model.config.rope_theta = theta
-    with whole_folder(output) as folder:
+    with atomic_folder(output) as folder:
         merged.save(folder)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 if TYPE_CHECKING:
     from speechllm.vocabulary import AudioVocabulary
 
+
 NAME = "speech_projector"  # of the submodule
 FILE = "speech_projector.safetensors"
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from speechllm.data import Speech
+from speechllm.encoding import Speech
 from speechllm.vocabulary import AudioVocabulary, text_token_ids
-from tokenizer import Codes
+from tokenizer.interface import Codes
 
 PROMPT = "Transcribe this speech"  # paper, section 3.4; the same in training and evaluation
 IGNORED = -100

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenizer import SpeechCodec, SpeechCodecConfig
+from speechllm import SpeechCodec, SpeechCodecConfig
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -96,7 +96,7 @@ def make_text_tokenizer() -> Callable[[], object]:
     """Byte-level text tokenizers of about 300 tokens: new ones, because `extend_vocabulary` changes them."""
 
     def make() -> object:
-        from speechllm import small_text_tokenizer
+        from speechllm.small_model import small_text_tokenizer
 
         return small_text_tokenizer(["TURN ON THE RED LAMP", "OPEN THE BLUE DOOR", "CALL ANNA ON MONDAY"] * 3, 300)
 
@@ -116,7 +116,7 @@ def make_qwen2() -> Callable[..., object]:
     def make(text_tokenizer: object, tied: bool = True, spare: int = 0, seed: int = 0) -> object:
         from transformers import Qwen2ForCausalLM
 
-        from speechllm import small_qwen2
+        from speechllm.small_model import small_qwen2
 
         shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
         with torch.random.fork_rng():

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,26 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("speechllm", "tokenizer", "recipes")
 MAX_LINES = 320
+# From the ground up: a file imports what stands in its own layer or below. `python tests/test_layers.py` draws it.
+LAYERS = {
+    "tokenizer: interface, rates, files": ("interface", "rates", "errors", "files", "frames"),
+    "tokenizer: audio, corpus, pretrained": ("audio", "corpus", "pretrained", "ravdess"),
+    "tokenizer.codec": ("codec",),
+    "tokenizer.metrics": ("metrics",),
+    "tokenizer.training": ("training",),
+    "tokenizer.schemes": ("schemes",),
+    "tokenizer: loading": ("loading",),
+    "speechllm.evaluation": ("evaluation",),
+    "speechllm: encoding, vocabulary, prompt": (
+        *("encoding", "speech", "vocabulary", "projector", "extension", "prompt", "small_model"),
+    ),
+    "speechllm: model, decoding, export": ("model", "adapters", "decoding", "export"),
+    "speechllm.data": ("data",),
+    "speechllm.training": ("training",),
+    "speechllm.runs": ("runs",),
+    "speechllm.reports": ("reports",),
+    "speechllm.cli": ("cli",),
+}
 # Put together from pieces, so that this file does not match itself.
 MACHINE_PATH = re.compile(r"(^|[^.\w])/(" + "|".join(("home", "root", "mnt", "nfs", "data", "work", "Users")) + r")/\w")
 
@@ -34,15 +55,6 @@ def imports(tree: ast.AST) -> Iterator[tuple[ast.AST, str, str | None]]:
             yield from ((node, alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield from ((node, node.module or "", alias.name) for alias in node.names)
-
-
-def public_names(package: str) -> set[str]:
-    """What the package's `__init__.py` lists in `__all__`."""
-    for node in parse(ROOT / package / "__init__.py").body:
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
-            return set(ast.literal_eval(node.value))
-    return set()
 
 
 def bound_names(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
@@ -80,29 +92,85 @@ def text_files() -> list[Path]:
     return sorted(path for path in paths if path.is_file() and "__pycache__" not in path.parts)
 
 
-def test_tokenizer_knows_nothing_of_language_models() -> None:
-    files = python_files("tokenizer")
-    assert files
+def layer(module: str) -> int:
+    """The number of the layer that a module stands in; 0 is the lowest."""
+    package, _, inside = module.partition(".")
+    for number, (title, names) in enumerate(LAYERS.items()):
+        if title.startswith(package) and inside.split(".")[0] in names:
+            return number
+    raise AssertionError(f"{module} stands in no layer: write it into LAYERS")
+
+
+def modules() -> dict[str, Path]:
+    """The files of both packages, by the name they are imported by."""
+    files = [path for path in python_files("tokenizer", "speechllm") if path.name != "__init__.py"]
+    return {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in files}
+
+
+def arrows() -> list[tuple[str, str, str]]:
+    """Who imports whom, at the top or inside a function: importer, imported, place."""
+    known, found = modules(), []
+    for module, path in known.items():
+        for node, source, name in imports(parse(path)):
+            if source.split(".")[0] in ("tokenizer", "speechllm"):
+                inside = f"{source}.{name}"
+                found.append((module, inside if inside in known else source, place(path, node)))
+    return found
+
+
+def test_every_file_imports_only_what_stands_below_it() -> None:
     problems = [
-        f"{place(path, node)}: tokenizer/ must not import {module}"
-        for path in files
-        for node, module, _ in imports(parse(path))
-        if module.split(".")[0] in ("speechllm", "recipes")
+        f"{where}: {module} must not import {source}"
+        for module, source, where in arrows()
+        if source not in ("speechllm", "speechllm._guard") and layer(source) > layer(module)
     ]
     assert not problems, "\n".join(problems)
+    assert not [where for module, source, where in arrows() if source == "speechllm" and ".cli." not in module]
 
 
-def test_speechllm_uses_public_names_of_tokenizer_only() -> None:
-    files = python_files("speechllm")
-    assert files
-    private = {path.stem for path in (ROOT / "tokenizer").iterdir()} - public_names("tokenizer")
+def test_no_circle_of_imports() -> None:
+    below: dict[str, set[str]] = {}
+    for module, source, _ in arrows():
+        below.setdefault(module, set()).add(source)
+    TopologicalSorter(below).prepare()  # raises CycleError, which names the circle
+
+
+def diagram() -> str:
+    """Which layer imports which, as Mermaid; an arrow that others already imply is not drawn."""
+    below: dict[int, set[int]] = {number: set() for number in range(len(LAYERS))}
+    for module, source, _ in arrows():
+        if source not in ("speechllm", "speechllm._guard"):
+            below[layer(module)] |= {layer(source)} - {layer(module)}
+    reached: dict[int, set[int]] = {}
+    lines = ["flowchart BT"] + [f'    {number}["{title}"]' for number, title in enumerate(LAYERS)]
+    for number, sources in below.items():
+        reached[number] = sources.union(*(reached[source] for source in sources))
+        implied = set[int]().union(*(reached[source] for source in sources))
+        lines += [f"    {number} --> {source}" for source in sorted(sources - implied)]
+    return "\n".join(lines)
+
+
+def test_the_diagram_in_contributing_is_the_one_of_the_imports() -> None:
+    document = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert diagram() in document, "replace the diagram by what `python tests/test_layers.py` prints"
+
+
+def test_private_names_stay_in_their_file() -> None:
     problems = [
-        f"{place(path, node)}: import {name or module} from tokenizer's public names, not from its inside"
-        for path in files
+        f"{place(path, node)}: {name} of {module} is private"
+        for path in python_files("tokenizer", "speechllm", "recipes")
         for node, module, name in imports(parse(path))
-        if module.startswith("tokenizer.") or (module == "tokenizer" and name and (name[0] == "_" or name in private))
+        if module.split(".")[0] in ("tokenizer", "speechllm") and name and name[0] == "_" and name != "_guard"
     ]
     assert not problems, "\n".join(problems)
+
+
+def test_every_room_says_what_comes_in_and_what_goes_out() -> None:
+    rooms = [path for path in python_files("tokenizer", "speechllm") if path.name == "__init__.py"]
+    assert len(rooms) > 8
+    for path in rooms:
+        text = ast.get_docstring(parse(path)) or ""
+        assert len(text) > 80, path
 
 
 def test_nobody_imports_a_recipe() -> None:
@@ -169,3 +237,7 @@ def test_no_file_names_a_folder_of_one_machine() -> None:
             if MACHINE_PATH.search(line)
         ]
     assert not problems, "\n".join(problems)
+
+
+if __name__ == "__main__":
+    print(diagram())

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torchaudio.functional import resample
 
+from tokenizer.errors import InputError
+
 SILENCE_PEAK = 1e-6  # below this peak a recording holds digital silence: nothing was recorded
 
 
-class AudioError(ValueError):
+class AudioError(InputError):
     """A recording that cannot be used; `reason` is one word or two, for counting skips."""
 
     def __init__(self, path: str | Path, reason: str, detail: str):

@@ -3,14 +3,15 @@
 import runpy
 from pathlib import Path
 
-from tokenizer.codec import SpeechCodec, check_folder
-from tokenizer.common import SETTINGS_FILE, read_json
-from tokenizer.convert import convert_speechtokenizer
-from tokenizer.features import FeatureEncoder
-from tokenizer.interface import AudioTokenizer, Codec
-from tokenizer.published import PUBLISHED, PublishedCodec
-from tokenizer.recognizer import Recognizer
-from tokenizer.units import UnitTokenizer
+from tokenizer.codec.converters import convert_speechtokenizer
+from tokenizer.codec.speech_codec import SpeechCodec
+from tokenizer.errors import InputError
+from tokenizer.interface import AudioTokenizer, Codec, DiscreteTokenizer
+from tokenizer.pretrained import SETTINGS_FILE, check_folder, read_pretrained_json
+from tokenizer.schemes.features import FeatureEncoder
+from tokenizer.schemes.published import PUBLISHED, PublishedCodec
+from tokenizer.schemes.recognizer import Recognizer
+from tokenizer.schemes.units import UnitTokenizer
 
 SPELLINGS = (
     "an audio tokenizer is FOLDER_OR_HUB_NAME (a codec of this package, EnCodec, Mimi or DAC of transformers, "
@@ -20,7 +21,7 @@ SPELLINGS = (
 )
 
 
-class TokenizerError(ValueError):
+class TokenizerError(InputError):
     """A name that is no audio tokenizer; the message says what was found and how names are spelt."""
 
 
@@ -58,6 +59,14 @@ def load_codec(name: str | Path) -> Codec:
     return codec
 
 
+def load_discrete(name: str | Path) -> DiscreteTokenizer:
+    """As `load_tokenizer`, for what gives codes, if it decodes them or not; raises TokenizerError for the others."""
+    found = load_tokenizer(name)
+    if not isinstance(found, DiscreteTokenizer):
+        raise TokenizerError(f"{name} gives no codes: choose a codec or units")
+    return found
+
+
 def _from_file(file: str, name: str) -> AudioTokenizer:
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file}: no such file; {SPELLINGS}")
@@ -86,7 +95,7 @@ def _layer(text: str) -> int | str | None:
 
 def _by_files(name: str) -> AudioTokenizer:
     check_folder(name, [], "an audio tokenizer")
-    settings = read_json(name, SETTINGS_FILE)
+    settings = read_pretrained_json(name, SETTINGS_FILE)
     match settings.get("kind"):
         case "units":
             return UnitTokenizer.from_pretrained(name)
@@ -94,7 +103,7 @@ def _by_files(name: str) -> AudioTokenizer:
             return FeatureEncoder.from_pretrained(name, settings["layer"])
         case "recognizer":
             return Recognizer.from_pretrained(name)
-    config = read_json(name, "config.json")
+    config = read_pretrained_json(name, "config.json")
     if not config and not Path(name).is_dir():
         raise FileNotFoundError(f"{name}: no such folder, and no model of the hub that can be reached; {SPELLINGS}")
     model_type = config.get("model_type")
@@ -110,3 +119,11 @@ def _by_files(name: str) -> AudioTokenizer:
         return convert_speechtokenizer(name)
     found = f"a {model_type} model" if model_type else f"no audio tokenizer in {', '.join(config) or 'it'}"
     raise ValueError(f"found {found}; {SPELLINGS}")
+
+
+def load_recognizer(name: str) -> AudioTokenizer:
+    """A recogniser as the judge of words, `recognizer:NAME` for `load_tokenizer`; ValueError for what gives no text."""
+    judge = load_tokenizer(name)
+    if judge.frame_rate:
+        raise ValueError(f"{name} gives no text: a judge of words is a recogniser, recognizer:FOLDER_OR_HUB_NAME")
+    return judge

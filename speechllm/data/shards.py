@@ -1,0 +1,217 @@
+"""Encoded speech on disk."""
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from speechllm.encoding import DataError, Encoding, Speech
+from speechllm.evaluation.normalizers import NORMALIZERS
+from tokenizer.audio import AudioError, load_audio
+from tokenizer.corpus import Utterance, skipped_row
+from tokenizer.files import read_json, write_json
+from tokenizer.interface import AudioTokenizer
+
+SHARD_SIZE = 500  # utterances per Parquet file
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("split", pa.string()),
+        ("speaker", pa.string()),
+        ("text", pa.string()),
+        ("duration_s", pa.float32()),
+    ]
+)
+SPEECH = {  # the column beside them, by kind of encoding
+    "codes": pa.field("codes", pa.list_(pa.uint16())),  # [layers, frames], one layer after the other
+    "features": pa.field("features", pa.list_(pa.float16())),  # [frames, width], one frame after the other
+    "text": pa.field("recognized", pa.string()),
+}
+
+
+def encode_shards(
+    utterances: Sequence[Utterance],
+    codec: AudioTokenizer,
+    folder: str | Path,
+    layers: int | None = None,
+    max_duration_s: float = 60.0,
+    process: int = 0,
+    processes: int = 1,
+    normalizer: str = "none",
+) -> Iterator[int]:
+    """Encode utterances into Parquet shards; yields the number of utterances done after each shard.
+
+    Each process writes every `processes`-th shard, whole; shards that are there already are kept, so that a killed
+    run loses one shard at most. Recordings that cannot be used are skipped and counted by reason in the shard.
+    normalizer: what the texts go through, a name that `word_error_rate` knows.
+    Raises DataError when the folder holds codes made with other settings.
+    """
+    folder = Path(folder)
+    encoding = Encoding.of(codec, layers)
+    ids = [utterance.id for utterance in utterances]
+    if repeated := [name for name, count in Counter(ids).items() if count > 1]:
+        raise DataError(f"utterance ids must be unique, but {repeated[0]} occurs more than once")
+    if normalizer not in NORMALIZERS:
+        raise DataError(f"unknown normalizer {normalizer!r}: choose one of {', '.join(NORMALIZERS)}")
+    settings = {**asdict(encoding), "max_duration_s": max_duration_s, "normalizer": normalizer}
+    settings |= {"utterances": len(utterances), "speech": identity(utterances)}
+    claim = folder / "request.json"
+    held = read_json(claim) or settings
+    changed = [f"{name}: {held.get(name)} -> {settings[name]}" for name in settings if held.get(name) != settings[name]]
+    if changed:
+        raise DataError(
+            f"{folder} holds codes of another codec, other speech or other settings ({'; '.join(changed)}): "
+            "choose another folder or delete it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if process == 0:
+        write_json(claim, settings)
+    for shard in range(process, -(-len(utterances) // SHARD_SIZE), processes):
+        part = utterances[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
+        file = folder / f"codes_{shard:05d}.parquet"
+        if not file.exists():
+            _write_shard(file, part, codec, encoding, max_duration_s, normalizer)
+        yield len(part)
+
+
+def _write_shard(
+    file: Path,
+    utterances: Sequence[Utterance],
+    codec: AudioTokenizer,
+    encoding: Encoding,
+    max_duration_s: float,
+    normalizer: str,
+) -> None:
+    rows, skipped, seconds = [], [], 0.0
+    # processor time, which other programs on the cores do not lengthen; on a GPU the clock on the wall
+    clock = time.process_time if codec.device.type == "cpu" else time.perf_counter
+    for utterance in utterances:
+        try:
+            waveform = load_audio(utterance.path, codec.sample_rate, max_duration_s=max_duration_s)
+        except AudioError as error:
+            skipped.append(skipped_row(utterance, error))
+            continue
+        started = clock()
+        speech = encoding.encode(codec, waveform)
+        seconds += clock() - started
+        rows.append(
+            {
+                "id": utterance.id,
+                "split": utterance.split,
+                "speaker": utterance.speaker,
+                "text": utterance.text and NORMALIZERS[normalizer](utterance.text),
+                "duration_s": len(waveform) / codec.sample_rate,
+                SPEECH[encoding.kind].name: _stored(speech),
+            }
+        )
+    metadata = {
+        "encoding": json.dumps(asdict(encoding)),
+        "normalizer": normalizer,
+        "skipped": json.dumps(skipped),
+        "seconds": json.dumps(seconds),
+    }
+    table = pa.Table.from_pylist(rows, SCHEMA.append(SPEECH[encoding.kind]).with_metadata(metadata))
+    part = file.with_suffix(".part")
+    pq.write_table(table, part, compression="zstd")
+    os.replace(part, file)
+
+
+def _stored(speech: Speech) -> str | np.ndarray:
+    """One utterance as its column holds it."""
+    if isinstance(speech, str):
+        return speech
+    values = speech.flatten().numpy()
+    return values.astype(np.float16 if speech.is_floating_point() else np.uint16)
+
+
+def skipped_of_shards(folder: str | Path) -> list[dict[str, str]]:
+    """The recordings that could not be encoded, a `skipped_row` each."""
+    notes = (pq.read_schema(file).metadata for file in _shards(folder))
+    return [row for note in notes for row in json.loads(note[b"skipped"])]
+
+
+def summarize_shards(folder: str | Path) -> dict[str, object]:
+    """Counts over all shards of a folder: utterances, hours, recordings skipped by reason, normaliser.
+
+    real_time_factor: seconds of encoding per second of speech: of processor time, or of one GPU's.
+    """
+    files = _shards(folder)
+    notes = [pq.read_schema(file).metadata for file in files]
+    durations = [pq.read_table(file, columns=["duration_s"])["duration_s"].to_numpy() for file in files]
+    speech_s = float(sum(part.sum() for part in durations))
+    return {
+        "utterances": int(sum(map(len, durations))),
+        "hours": speech_s / 3600,
+        "real_time_factor": sum(json.loads(note[b"seconds"]) for note in notes) / max(speech_s, 1e-9),
+        "encoding": json.loads(notes[0][b"encoding"]),
+        "skipped": dict(Counter(row["reason"] for row in skipped_of_shards(folder))),
+        "normalizer": ", ".join(sorted({note.get(b"normalizer", b"none").decode() for note in notes})),
+    }
+
+
+def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple[Dataset, Encoding]:
+    """Encoded utterances of the named splits (all when None) and how they were made.
+
+    Columns: id, split, speaker, text, duration_s, and the speech (`SPEECH`), which `speech_of` reads. Raises DataError
+    when there are no shards or not all of them yet, shards of several codecs, or a named split is missing.
+    """
+    files = _shards(folder)
+    if asked := read_json(Path(folder) / "request.json").get("utterances"):
+        there = sum(pq.read_metadata(file).num_rows for file in files) + len(skipped_of_shards(folder))
+        if there < asked:
+            raise DataError(f"{folder} holds {there} of {asked} utterances: run encode_speech again, it goes on")
+    encodings = {pq.read_schema(file).metadata[b"encoding"] for file in files}
+    if len(encodings) > 1:
+        raise DataError(f"{folder} mixes codes of {len(encodings)} codecs: encode into an empty folder")
+    table = pa.concat_tables([pq.read_table(file) for file in files]).replace_schema_metadata(None)
+    if splits is not None:
+        found = table["split"].unique().to_pylist()
+        if absent := [split for split in splits if split not in found]:
+            raise DataError(f"{folder} has no split {', '.join(absent)}; it has {', '.join(found)}")
+        table = table.filter(pa.compute.is_in(table["split"], pa.array(splits)))
+    return Dataset(table), Encoding(**json.loads(encodings.pop()))
+
+
+def codes_of(row: dict[str, Any], encoding: Encoding) -> Tensor:
+    """The codes of one row, long [layers, frames]. Raises DataError for speech that was encoded otherwise."""
+    if encoding.kind != "codes":
+        raise DataError(
+            f"expected codes, but this speech was encoded as {encoding.kind}: use an audio tokenizer with codebooks"
+        )
+    return torch.tensor(row["codes"], dtype=torch.long).view(encoding.layers, -1)
+
+
+def speech_of(row: dict[str, Any], encoding: Encoding) -> Speech:
+    """The speech of one row: codes long [layers, frames], features float [frames, width], or a text."""
+    match encoding.kind:
+        case "codes":
+            return codes_of(row, encoding)
+        case "features":
+            return torch.tensor(row["features"], dtype=torch.float32).view(-1, encoding.width)
+        case "text":
+            return row["recognized"]
+
+
+def _shards(folder: str | Path) -> list[Path]:
+    files = sorted(Path(folder).glob("codes_*.parquet"))
+    if not files:
+        raise DataError(f"{folder} holds no encoded speech (codes_*.parquet): run recipes/encode_speech.py first")
+    return files
+
+
+def identity(utterances: Sequence[Utterance]) -> str:
+    """Short identity of a list of utterances: who says what, and in which split."""
+    rows = [[one.id, one.split, one.speaker, one.text] for one in utterances]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]

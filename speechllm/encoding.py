@@ -1,0 +1,70 @@
+"""How speech was encoded: which audio tokenizer, at which rates, as what."""
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from torch import Tensor
+
+from tokenizer.errors import InputError
+from tokenizer.interface import AudioTokenizer, DiscreteTokenizer, FeatureTokenizer
+
+Speech = Tensor | str  # one utterance: codes long [Q, T], features float [T, C], or what a recogniser heard
+
+
+class DataError(InputError):
+    """Encoded speech that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a folder of encoded speech was made; the fingerprint ties it to one audio tokenizer.
+
+    kind: what the audio tokenizer returns. Features need one new word, whose place they take; texts need none.
+    """
+
+    fingerprint: str
+    sample_rate: int  # Hz
+    frame_rate: float  # frames/s, 0 for texts
+    layers: int  # codebooks; 1 for features, 0 for texts
+    codebook_size: int  # 1 for features, 0 for texts
+    kind: Literal["codes", "features", "text"] = "codes"
+    width: int = 0  # C, dimensions of a feature
+    deduplicated: bool = False  # repeats of a code are merged: no frame has a time, and frame_rate is the largest
+
+    @staticmethod
+    def of(codec: AudioTokenizer, layers: int | None = None) -> "Encoding":
+        """What the codec will return for its first `layers` codebooks, all when None.
+
+        Raises DataError for codebooks it does not have.
+        """
+        rates = codec.fingerprint, codec.sample_rate, codec.frame_rate
+        if not isinstance(codec, DiscreteTokenizer):
+            if layers not in (None, 1):
+                raise DataError(f"layers={layers}, but only codes have layers: {type(codec).__name__} returns none")
+            if isinstance(codec, FeatureTokenizer):
+                return Encoding(*rates, layers=1, codebook_size=1, kind="features", width=codec.width)
+            return Encoding(*rates, layers=0, codebook_size=0, kind="text")
+        if layers is not None and not 1 <= layers <= codec.num_codebooks:
+            raise DataError(f"layers must be 1..{codec.num_codebooks}, got {layers}")
+        return Encoding(
+            *rates,
+            codec.num_codebooks if layers is None else layers,
+            codec.codebook_size,
+            deduplicated=getattr(codec, "deduplicate", False),
+        )
+
+    def encode(self, codec: AudioTokenizer, waveform: Tensor) -> Speech:
+        """One waveform float [N] in this encoding; on the CPU."""
+        waveforms = waveform[None].to(codec.device)
+        if self.kind == "codes":
+            return cast(DiscreteTokenizer, codec).encode(waveforms, layers=self.layers).utterance(0).cpu()
+        speech = codec.encode(waveforms).utterance(0)
+        return speech if isinstance(speech, str) else speech.cpu()
+
+    def require(self, fingerprint: str, holder: str) -> None:
+        """Raise DataError unless this is speech encoded by the codec that `holder` was made with."""
+        if self.fingerprint != fingerprint:
+            raise DataError(
+                f"the codes are of codec {self.fingerprint}, {holder} is of codec {fingerprint}: "
+                "codes of two codecs mean different sounds; encode the speech with the same codec"
+            )

@@ -1,0 +1,216 @@
+"""A comparison of tokenizers: the paper's tables, costs, and which system serves which need.
+
+Results are dicts as recipes/compare.py collects them, one per system; whatever was not measured is a dash.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from speechllm.evaluation.error_rates import seeds_error_rate
+from speechllm.evaluation.guidance import guidance
+from speechllm.evaluation.tables import DASH, Measure, Result, Results, Table, cell, plain
+
+QUALITY = {  # measures of eval_codec: label and form
+    "pesq_wb": ("PESQ-WB", ".3f"),
+    "pesq_nb": ("PESQ-NB", ".3f"),
+    "stoi": ("STOI", ".3f"),
+    "si_sdr": ("SI-SDR (dB)", ".2f"),
+    "mel_distance": ("mel distance", ".3f"),
+    "speaker_similarity": ("speaker similarity", ".3f"),
+    "wer": ("WER", ".1%"),
+}
+CONVERSION = {  # those of eval_conversion
+    "mcd": ("MCD (dB)", ".2f"),
+    "f0_correlation": ("log-F0 correlation", ".3f"),
+    "speaker_similarity": ("speaker similarity", ".3f"),
+    "wer": ("WER", ".1%"),
+}
+
+
+def comparison_tables(results: Results) -> list[Table]:
+    """The tables for whatever was measured, guidance first."""
+    makers = (guidance, quality_table, conversion_table, emotion_table, recognition_table, content_table, cost_table)
+    return [table for table in (make(results) for make in makers) if table.rows]
+
+
+def comparison_markdown(results: Results) -> str:
+    """All tables as one Markdown page."""
+    return "\n".join(table.markdown() for table in comparison_tables(results))
+
+
+def pool_recognition(results: Mapping[int, Result], predictions: Mapping[int, list[Result]]) -> dict[str, Any]:
+    """Evaluations of eval_asr by seed, as one: "mean" and "ci95" of the WER, see `seeds_error_rate`; WER by seed.
+
+    predictions: of the same utterances in the same order. Seeds without a result do not count.
+    """
+    done = {seed: found for seed, found in results.items() if found}
+    if not done:
+        return {}
+    rows = [predictions[seed] for seed in done]
+    references, heard = [row["reference"] for row in rows[0]], [[row["hypothesis"] for row in one] for one in rows]
+    first = next(iter(done.values()))
+    kept = {key: first[key] for key in ("tokens_per_second", "words", "utterances", "normalizer")}
+    for rate in ("cer", "wer_shuffled_audio", "wer_recognizer"):
+        if all(rate in found for found in done.values()):
+            kept[rate] = float(np.mean([found[rate] for found in done.values()]))
+    seeds = {str(seed): found["wer"] for seed, found in done.items()}
+    return {**seeds_error_rate(references, heard, first["normalizer"]), **kept, "seeds": seeds}
+
+
+def pool_emotion(results: Mapping[int, Result]) -> dict[str, Any]:
+    """Results of train_emotion by seed, as one: the mean accuracy, and the lowest and highest bound over actors."""
+    done = {seed: found for seed, found in results.items() if found}
+    if not done:
+        return {}
+    low, high = zip(*(found["ci95_actors"] for found in done.values()), strict=True)
+    seeds = {str(seed): found["accuracy"] for seed, found in done.items()}
+    pooled = {"mean": float(np.mean(list(seeds.values()))), "ci95": [min(low), max(high)], "seeds": seeds}
+    return {**next(iter(done.values())), **pooled}
+
+
+def bits(encoding: Mapping[str, Any], tokens_per_second: float | None) -> float | None:
+    """kbit/s of so many tokens/s; None for what is not made of codes."""
+    if tokens_per_second is None or encoding.get("kind", "codes") != "codes" or not encoding.get("codebook_size"):
+        return None
+    return tokens_per_second * math.log2(encoding["codebook_size"]) / 1000
+
+
+def owners(results: Results) -> dict[str, Result]:
+    """The systems with a tokenizer of their own."""
+    return {name: result for name, result in results.items() if not result.get("like")}
+
+
+def quality_table(results: Results) -> Table:
+    """Speech quality by number of codebooks (the paper's Table 1)."""
+
+    def row(name: str, count: int | str, found: Mapping[str, Any]) -> list[str]:
+        rates = [plain(found.get("tokens_per_second")), plain(found.get("kbps"))]
+        cells = [cell(found.get(measure), form) for measure, (_, form) in QUALITY.items()]
+        return [name, f"{count}", *rates, *cells, plain(found.get("utterances"))]
+
+    measured = {name: result["quality"] for name, result in results.items() if result.get("quality")}
+    bound = next((quality["original"] for quality in measured.values() if quality.get("original")), None)
+    rows = [row("the original itself", DASH, bound)] if bound else []
+    for name in owners(results) if measured else ():
+        codebooks = measured.get(name, {}).get("codebooks", {})
+        rows += [row(name, count, found) for count, found in codebooks.items()] or [row(name, DASH, {})]
+    lost = {name: len(quality["failed"]) for name, quality in measured.items() if quality.get("failed")}
+    note = "Not scored: " + ", ".join(f"{count} of {name}" for name, count in lost.items()) + "." if lost else ""
+    head = ["system", "codebooks", "tokens/s", "kbps", *(label for label, _ in QUALITY.values()), "utterances"]
+    return Table("Table 1: speech quality", head, rows, note)
+
+
+def conversion_table(results: Results) -> Table:
+    """Voice conversion by method, between its bounds (the paper's Table 2)."""
+    measured = {name: result["conversion"]["methods"] for name, result in results.items() if result.get("conversion")}
+    rows, bounds = [], set()
+    for name in owners(results) if measured else ():
+        for method, found in measured.get(name, {DASH: {}}).items():
+            bound = method in ("source", "target")  # real recordings, the same for all systems
+            if bound and method in bounds:
+                continue
+            bounds |= {method} if bound else set()
+            cells = [
+                _over_pairs(found.get(measure), found.get("pairs", 0), form)
+                for measure, (_, form) in CONVERSION.items()
+            ]
+            rows.append(["any" if bound else name, method, *cells, plain(found.get("pairs"))])
+    rows.sort(key=lambda row: row[0] != "any")  # the bounds first
+    head = ["system", "method", *(label for label, _ in CONVERSION.values()), "pairs"]
+    note = "In brackets: the pairs that a measure is over, where some have none."
+    return Table("Table 2: voice conversion", head, rows, note if any("[" in "".join(row) for row in rows) else "")
+
+
+def _over_pairs(measure: Measure | None, pairs: int, form: str) -> str:
+    """A cell that tells where fewer pairs than all have the measure."""
+    return cell(measure, form) + (f" [{measure['pairs']}]" if measure and measure["pairs"] < pairs else "")
+
+
+def emotion_table(results: Results) -> Table:
+    """Emotion recognition from the tokens (the paper's Table 3)."""
+    measured = {name: result["emotion"] for name, result in results.items() if result.get("emotion")}
+    rows = []
+    for name in {**owners(results), **measured} if measured else ():
+        found = measured.get(name, {})
+        seeds = ", ".join(f"{value:.1%}" for value in found.get("seeds", {}).values()) or DASH
+        controls = [plain(found.get(key), ".1%") for key in ("accuracy_shuffled_labels", "chance")]
+        rows.append([name, cell(found, ".1%"), seeds, *controls, plain(found.get("utterances"))])
+    head = ["system", "accuracy", "by seed", "with shuffled labels", "chance", "utterances"]
+    note = "Intervals draw actors. With several seeds: their mean, and the lowest and the highest bound of all."
+    return Table("Table 3: emotion recognition", head, rows, note)
+
+
+def recognition_table(results: Results) -> Table:
+    """Recognition by a language model that reads the tokens (the paper's Table 4)."""
+    rows = []
+    for name, result in results.items() if any(result.get("asr") for result in results.values()) else ():
+        found = result.get("asr", {})
+        seeds = list(found.get("seeds", {}).values())
+        rates = [plain(found.get("tokens_per_second"), ".1f"), plain(kbps(result), ".2f")]
+        spread = f"{np.std(seeds, ddof=1):.1%}" if len(seeds) > 1 else DASH
+        control = plain(found.get("wer_shuffled_audio"), ".1%")
+        by_seed = ", ".join(f"{wer:.1%}" for wer in seeds) or DASH
+        cer, words = plain(found.get("cer"), ".1%"), plain(found.get("words"))
+        alone = plain(found.get("wer_recognizer"), ".1%")
+        rows.append([name, *rates, cell(found, ".1%"), by_seed, spread, cer, control, alone, words])
+    head = ["system", "tokens/s", "kbps", "WER", "by seed", "standard deviation of seeds", "CER"]
+    note = (
+        "The WER of several seeds is their mean. Its 95 % interval is that of 1,000 samples that draw seeds and test "
+        "utterances with replacement; of few seeds it shows too little, so each stands beside it. Bitrates are those "
+        "of codes; features and texts have none."
+    )
+    head = [*head, "WER with another utterance's audio", "WER of the recogniser alone", "words"]
+    return Table("Table 4: speech recognition", head, rows, note)
+
+
+def kbps(result: Result) -> float | None:
+    """Bitrate of what the language model reads."""
+    return bits(result.get("encoding", {}), result.get("asr", {}).get("tokens_per_second"))
+
+
+def content_table(results: Results) -> Table:
+    """What layers 0 and 1 hold."""
+    measured = {name: result["content"] for name, result in results.items() if result.get("content")}
+    rows = []
+    for name in owners(results) if measured else ():
+        found = measured.get(name, {})
+        voice = [plain(found.get("speaker", {}).get(f"layer_{layer}"), ".1%") for layer in (0, 1)]
+        cosine = plain(results[name].get("validation", {}).get("dev_semantic_cosine"), ".3f")
+        rows.append([name, cosine, *_content(found, "layer_0"), *voice])
+    baselines = [_content(found, "log_mel_kmeans") for found in measured.values()]
+    rows += [["log-mel k-means", DASH, *one, DASH, DASH] for one in baselines if set(one) != {DASH}]
+    head = ["system", "semantic teacher cosine", "phones in layer 0 (PNMI)", "CTC probe of layer 0: CER", "WER"]
+    return Table("Content and voice", [*head, "speaker from layer 0", "from layer 1"], rows)
+
+
+def _content(content: Mapping[str, Any], units: str) -> list[str]:
+    """What the units say about phones, and what a probe reads from them."""
+    probe = content.get("probe", {}).get(units, {})
+    pnmi = plain(content.get("content", {}).get(units, {}).get("pnmi"), ".2f")
+    return [pnmi, *(plain(probe.get(rate), ".1%") for rate in ("cer", "wer"))]
+
+
+def cost_table(results: Results) -> Table:
+    """What each system costs."""
+    rows = []
+    for name, result in results.items():
+        encoding, minutes = result.get("encoding", {}), result.get("minutes", {})
+        rate = result.get("asr", {}).get("tokens_per_second")
+        if rate is None and encoding.get("kind") == "codes":
+            rate = encoding["frame_rate"] * encoding["layers"]
+        millions = None if result.get("parameters") is None else result["parameters"] / 1e6
+        taken = [plain(minutes.get(what), ".1f") for what in ("tokenizer", "asr", "emotion")]
+        made = [
+            encoding.get("kind", DASH),
+            plain(millions, ".2f"),
+            plain(rate, ".1f"),
+            plain(bits(encoding, rate), ".2f"),
+        ]
+        rows.append([name, *made, plain(result.get("rtf"), ".4f"), *taken])
+    head = ["system", "kind", "tokenizer, M parameters", "tokens/s", "kbps", "encoding, s per s of speech"]
+    head += ["training, min: tokenizer", "recogniser, a seed", "emotions, a seed"]
+    rows = rows if any(set(row[1:]) != {DASH} for row in rows) else []
+    return Table("Cost", head, rows, "Minutes on the wall of this machine, where trainings may have shared its cores.")

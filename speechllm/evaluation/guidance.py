@@ -1,0 +1,137 @@
+"""Which system for which need: read off what was measured, and no further than the measurement goes."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from speechllm.evaluation.tables import DASH, Measure, Result, Results, Table, cell
+
+
+@dataclass(frozen=True)
+class Need:
+    """What somebody may want of a tokenizer, and the measure that tells."""
+
+    name: str
+    measure: str
+    form: str
+    lower: bool  # is better
+    of: Callable[[Result], Iterator[Measure]]  # the system's settings, each measured
+
+
+def _row(row: Mapping[str, Any], measure: str, at: str) -> Iterator[Measure]:
+    if measure in row:
+        yield {**row[measure], "at": at, "cost": row.get("kbps")}
+
+
+def _codebooks(measure: str) -> Callable[[Result], Iterator[Measure]]:
+    def of(result: Result) -> Iterator[Measure]:
+        for count, row in result.get("quality", {}).get("codebooks", {}).items():
+            yield from _row(row, measure, f"{count} codebook{'s' * (int(count) > 1)}")
+
+    return of
+
+
+def _swaps(measure: str, lower: bool) -> Callable[[Result], Iterator[Measure]]:
+    """Swaps, "idle" where they do not beat the unchanged codes: what is blurred comes closer to any voice."""
+
+    def of(result: Result) -> Iterator[Measure]:
+        methods = result.get("conversion", {}).get("methods", {})
+        for method, row in methods.items():
+            if method.startswith("swap"):
+                depth = int(re.findall(r"\d+", method)[-1]) + 1
+                unchanged = methods.get(f"source, {depth} codebooks", {}).get(measure)
+                for found in _row(row, measure, method):
+                    better = unchanged is not None and (found["mean"] < unchanged["mean"]) == lower
+                    yield {**found, "idle": not better or overlap(found, unchanged)}
+
+    return of
+
+
+def _task(task: str) -> Callable[[Result], Iterator[Measure]]:
+    def of(result: Result) -> Iterator[Measure]:
+        if found := result.get(task):
+            yield {**found, "cost": found.get("tokens_per_second")}
+
+    return of
+
+
+def _single(key: str) -> Callable[[Result], Iterator[Measure]]:
+    def of(result: Result) -> Iterator[Measure]:
+        if result.get(key) is not None and not result.get("like"):
+            yield {"mean": result[key]}
+
+    return of
+
+
+NEEDS = (
+    Need("understand the words", "WER of the language model", ".1%", True, _task("asr")),
+    Need("speech as good as it gets", "PESQ-WB", ".3f", False, _codebooks("pesq_wb")),
+    Need("keep the voice", "speaker similarity after the codec", ".3f", False, _codebooks("speaker_similarity")),
+    Need("stay intelligible", "WER after the codec", ".1%", True, _codebooks("wer")),
+    Need("another voice: its sound", "MCD (dB)", ".2f", True, _swaps("mcd", True)),
+    Need("another voice: its melody", "pitch correlation", ".3f", False, _swaps("f0_correlation", False)),
+    Need("another voice: its speaker", "speaker similarity", ".3f", False, _swaps("speaker_similarity", False)),
+    Need("keep the emotion", "accuracy", ".1%", False, _task("emotion")),
+    Need("a small tokenizer", "parameters", ",.0f", True, _single("parameters")),
+    Need("fast encoding", "seconds per second of speech", ".4f", True, _single("rtf")),
+)
+
+
+def guidance(results: Results) -> Table:
+    """Which system for which need: the best of those measured, and whether the measurement can tell it from the next.
+
+    Each system counts with its best setting. Two systems whose 95 % intervals overlap are not told apart.
+    """
+    rows = []
+    for need in NEEDS:
+        best = {name: found for name, result in results.items() if (found := _best(need.of(result), need.lower))}
+        if len(best) < 2:
+            continue
+        best = {name: found for name, found in best.items() if not found.get("idle")}
+        if not best:
+            rows.append([need.name, need.measure, "none", "no swap beats the unchanged codes", DASH])
+            continue
+        winner = (min if need.lower else max)(best, key=lambda name: best[name]["mean"])
+        equals = [name for name in best if name == winner or overlap(best[name], best[winner])]
+        values = "; ".join(_named(name, best[name], need.form) for name in equals)
+        verdict = winner if len(equals) == 1 else "no clear winner"
+        rows.append([need.name, need.measure, verdict, values, _cheapest(need, results, best[winner])])
+    head = ["need", "measure", "best", "its value, and that of all who cannot be told from it", "cheapest of these"]
+    note = (
+        "Every system counts with its best setting; a swap of codes counts only where it beats the unchanged codes "
+        "beyond the intervals. No clear winner: the 95 % intervals overlap, which does not mean "
+        "that the systems are equal; parameters and speed, which have none, are taken as exact to 5 %."
+    )
+    return Table("Which system for which need", head, rows, note)
+
+
+def overlap(one: Measure, other: Measure) -> bool:
+    """Whether the intervals of two measures share a point; a value without one, a time say, is exact to 5 %."""
+    (low, high), (from_, to) = (
+        measure.get("ci95", [0.95 * measure["mean"], 1.05 * measure["mean"]]) for measure in (one, other)
+    )
+    return low <= to and from_ <= high
+
+
+def _best(measures: Iterator[Measure], lower: bool) -> Measure | None:
+    order = 1 if lower else -1
+    return min(measures, key=lambda found: (found.get("idle", False), order * found["mean"]), default=None)
+
+
+def _named(name: str, measure: Measure, form: str) -> str:
+    return f"{name} {cell(measure, form)}" + (f", {measure['at']}" if "at" in measure else "")
+
+
+def _cheapest(need: Need, results: Results, best: Measure) -> str:
+    """Of all settings that cannot be told from the best, the one with the fewest bits, or the fewest tokens."""
+    settings = [
+        (found["cost"], name, found)
+        for name, result in results.items()
+        for found in need.of(result)
+        if found.get("cost") is not None and not found.get("idle") and overlap(found, best)
+    ]
+    if not settings:
+        return DASH
+    cost, name, found = min(settings, key=lambda setting: setting[0])
+    return f"{name}, {found['at']}, {cost:g} kbps" if "at" in found else f"{name}, {cost:.4g} tokens/s"

@@ -1,0 +1,110 @@
+"""A language model's vocabulary, extended by one token for every audio code."""
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from speechllm.encoding import Encoding
+from speechllm.projector import add_projector
+from speechllm.vocabulary import END, START, AudioVocabulary, Order, VocabularyError
+from tokenizer.interface import AudioTokenizer, DiscreteTokenizer
+
+MARK = "reads_codes_of"  # key of an extended model's config.json: the codec's fingerprint
+
+
+def extend_vocabulary(
+    model: PreTrainedModel,
+    text_tokenizer: PreTrainedTokenizerBase,
+    codec: AudioTokenizer,
+    layers: int = 1,
+    init: Literal["codebook", "mean", "random"] = "codebook",
+    seed: int = 0,
+    order: Order = "frame",
+    stack: int = 1,
+) -> AudioVocabulary:
+    """Give a language model one token per code of the codec's first `layers` codebooks. Changes both in place, once.
+
+    The strings are <|audio_0|>, <|audio_1|>, ...; tied and untied models work, and so do models with more rows than
+    their tokenizer has tokens (Qwen2: 151,936 for 151,646), whose spare rows were never trained: every new row is
+    initialised here, every text row stays bit for bit what it was.
+
+    init: "codebook" projects the code vectors to the model's width by a random orthogonal map, and gives them the
+    mean and per-dimension spread of the text rows, so that similar sounds start similar; "random" has the same mean
+    and spread without the structure; "mean" makes all rows the mean text row.
+    order: of the codes of several layers. stack: continuous features that make one token; what turns them into
+    embeddings becomes the model's submodule `speech_projector`.
+    Raises VocabularyError for a vocabulary that is extended already, DataError for layers that the codec lacks.
+    """
+    encoding = Encoding.of(codec, layers)
+    if init not in ("codebook", "mean", "random"):
+        raise VocabularyError(f'init must be "codebook", "mean" or "random", got {init!r}')
+    if START in text_tokenizer.get_vocab():
+        raise VocabularyError(f"the text tokenizer already has {START}: a vocabulary is extended once only")
+    if read := getattr(model.config, MARK, None):
+        raise VocabularyError(
+            f"the model already reads codes, of codec {read}: a vocabulary is extended once only, and the text "
+            "tokenizer to go on with lies in the model's folder (`load_language_model`)"
+        )
+    texts = len(text_tokenizer)
+    count = encoding.layers * encoding.codebook_size
+    names = [f"<|audio_{code}|>" for code in range(count)] + [START, END]
+    added = text_tokenizer.add_tokens(names, special_tokens=True)
+    ids = text_tokenizer.convert_tokens_to_ids(names)
+    if added != len(names) or ids != list(range(ids[0], ids[0] + len(names))):
+        raise VocabularyError("the text tokenizer already holds some of the audio tokens: start from an unextended one")
+    rows = max(model.get_input_embeddings().weight.shape[0], len(text_tokenizer))
+    model.resize_token_embeddings(rows, mean_resizing=False)
+
+    vectors = (
+        cast(DiscreteTokenizer, codec).codebooks[:layers].flatten(0, 1)
+        if encoding.kind == "codes"
+        else torch.empty(0, 1)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    matrices = [model.get_input_embeddings().weight]
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is not matrices[0]:
+        matrices.append(output.weight)
+    with torch.no_grad():
+        for matrix in matrices:
+            rows_new = new_rows(matrix[:texts], vectors, len(names), init, generator)
+            matrix[ids[0] : ids[0] + len(names)] = rows_new.to(matrix)
+    stack = stack if encoding.kind == "features" else 1
+    vocabulary = AudioVocabulary(encoding, ids[0], ids[count], ids[count + 1], rows, order, stack)
+    add_projector(model, vocabulary)
+    setattr(model.config, MARK, encoding.fingerprint)
+    return vocabulary
+
+
+def new_rows(text_rows: Tensor, vectors: Tensor, count: int, init: str, generator: torch.Generator) -> Tensor:
+    """Rows float [count, H] for code vectors [M, D], M <= count, and markers, in the likeness of text rows [V, H]."""
+    text_rows, vectors = text_rows.float().cpu(), vectors.float().cpu()
+    mean, spread = text_rows.mean(0), text_rows.std(0)
+    noise = torch.randn(count, text_rows.shape[1], generator=generator)
+    if init == "mean":
+        return mean.expand(count, -1).clone()
+    if init == "codebook" and len(vectors):
+        width = max(vectors.shape[1], text_rows.shape[1])
+        square = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
+        projected = vectors @ square[: vectors.shape[1], : text_rows.shape[1]]
+        noise[: len(vectors)] = (projected - projected.mean(0)) / projected.std(0).clamp(min=1e-6)
+    return mean + noise * spread
+
+
+def describe_rows(model: PreTrainedModel, vocabulary: AudioVocabulary) -> dict[str, float]:
+    """Report of an extended vocabulary: norms of text and new rows, how many new rows differ, their mean cosine.
+
+    A cosine near 1 or few distinct rows: codes cannot be told apart. The rows are those of the input embedding.
+    """
+    weight = model.get_input_embeddings().weight.detach().float()
+    new = weight[vocabulary.new_ids]
+    unit = torch.nn.functional.normalize(new, dim=1)
+    cosine = ((unit.sum(0).square().sum() - len(unit)) / (len(unit) * (len(unit) - 1))).item()
+    return {
+        "text_row_norm": weight[: vocabulary.offset].norm(dim=1).mean().item(),
+        "new_row_norm": new.norm(dim=1).mean().item(),
+        "distinct_new_rows": len(new.unique(dim=0)),
+        "new_row_cosine": cosine,
+    }

@@ -1,0 +1,58 @@
+"""Recognised words in a report: by speaker, by duration, and word by word in colour."""
+
+from collections.abc import Sequence
+from html import escape
+from itertools import groupby
+
+import numpy as np
+
+from speechllm.evaluation.alignment import Alignment
+from speechllm.reports.html import bar, percent, table
+from speechllm.reports.plots import error_rates
+
+MARKS = {"equal": "", "substitute": "sub", "delete": "del", "insert": "ins"}
+
+
+def speaker_table(alignments: Sequence[Alignment]) -> str:
+    """HTML: error rate of each speaker, worst first; None where a speaker has no reference words."""
+    rates = []
+    for speaker, members in groupby(sorted(alignments, key=lambda a: a.speaker), key=lambda a: a.speaker):
+        group = list(members)
+        words = sum(a.words for a in group)
+        rates.append((sum(a.errors for a in group) / words if words else None, speaker, len(group), words))
+    rates.sort(key=lambda r: -1 if r[0] is None else r[0], reverse=True)
+    largest = max((r[0] or 0 for r in rates), default=0)
+    rows = [
+        (escape(s), f"{n:,}", f"{w:,}", "no words" if r is None else percent(r), bar(r, largest))
+        for r, s, n, w in rates
+    ]
+    return table(rows, ["speaker", "utterances", "words", "WER", ""])
+
+
+def duration_figure(alignments: Sequence[Alignment]) -> str:
+    """HTML: error rate against the duration of the utterances whose duration is known."""
+    rows = sorted((a.duration_s, a.errors, a.words) for a in alignments if a.duration_s is not None and a.words)
+    return error_rates(*np.array(rows, dtype=float).T) if rows else ""
+
+
+def alignment_list(alignments: Sequence[Alignment]) -> str:
+    """HTML: one utterance below the other."""
+    legend = (
+        '<p class="muted legend"><span class="word substitute">sub</span> another word, <span class="word '
+        'delete">del</span> word missed, <span class="word insert">ins</span> word added</p>'
+    )
+    return legend + "".join(map(_alignment, alignments)) if alignments else ""
+
+
+def _alignment(alignment: Alignment) -> str:
+    """The reference above the recognised words, column by column, with a text mark under every error."""
+    words = "".join(
+        f'<span class="word {kind}"><span>{escape(said) or "—"}</span><span>{escape(heard) or "—"}</span>'
+        f"<small>{MARKS[kind]}</small></span>"
+        for said, heard, kind in alignment.columns
+    )
+    label = '<span class="word label"><span>said</span><span>heard</span></span>'
+    name = f"{escape(alignment.id)}, speaker {escape(alignment.speaker)}"
+    head = f"{name}, words: {alignment.words}, errors: {alignment.errors}"
+    body = f'<div class="said">{label}<div class="words">{words}</div></div>'
+    return f'<div class="alignment"><div class="muted">{head}</div>{body}</div>'

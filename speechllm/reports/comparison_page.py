@@ -1,0 +1,54 @@
+"""The page of a comparison of tokenizers: tables and pictures."""
+
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from speechllm.evaluation.comparison import comparison_tables, kbps
+from speechllm.evaluation.tables import Results, Table
+from speechllm.reports import html
+from speechllm.reports.plots import against_bitrate, by_system
+
+
+def write_comparison(path: str | Path, *, title: str, results: Results, versions: Mapping[str, str]) -> None:
+    """Write the page with tables and pictures in one step."""
+    sections = {table.title: _table(table) for table in comparison_tables(results)}
+    if curve := _quality_by_bitrate(results):
+        sections["Table 1: speech quality"] += curve
+    if curve := _errors(results):
+        sections["Table 4: speech recognition"] += curve
+    sections["Versions"] = html.table((escape(name), escape(version)) for name, version in versions.items())
+    html.write_page(path, title, f"<p>{escape(', '.join(results))}, under identical conditions.</p>", sections)
+
+
+def _table(table: Table) -> str:
+    head, rows = table.filled()
+    body = html.table([[escape(cell) for cell in row] for row in rows], [escape(name) for name in head])
+    return body + (f"<p>{escape(table.note)}</p>" if table.note else "")
+
+
+def _quality_by_bitrate(results: Results) -> str:
+    series = {}
+    for name, result in results.items():
+        rows = [row for row in result.get("quality", {}).get("codebooks", {}).values() if "pesq_wb" in row]
+        if rows:
+            series[name] = np.array([[row["kbps"], row["pesq_wb"]["mean"], *row["pesq_wb"]["ci95"]] for row in rows])
+    return against_bitrate(series, {}, "PESQ-WB")
+
+
+def _errors(results: Results) -> str:
+    """Word error rates by system, and by bitrate where systems differ in it."""
+    measured = {
+        name: [100 * rate for rate in (found["mean"], *found["ci95"])]
+        for name, result in results.items()
+        if (found := result.get("asr"))
+    }
+    if not measured:
+        return ""
+    rates = {name: kbps(results[name]) for name in measured}
+    series = {name: np.array([[rate, *measured[name]]]) for name, rate in rates.items() if rate is not None}
+    without = {name: measured[name][0] for name, rate in rates.items() if rate is None}
+    several = len({points[0, 0] for points in series.values()}) > 1
+    return by_system(measured, "WER (%)") + (against_bitrate(series, without, "WER (%)") if several else "")

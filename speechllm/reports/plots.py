@@ -1,0 +1,258 @@
+"""Figures drawn with matplotlib: HTML with the picture inside for the report page, or figures to save as files."""
+
+import base64
+import io
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from speechllm.reports.html import grid
+
+LAYER = re.compile(r"_(\d+)$")  # at the end of a quantity's name
+
+
+def curves(log: Sequence[Mapping[str, object]]) -> str:
+    """Small multiples by step, one picture per quantity, or nothing if no row of the log holds a finite number.
+
+    Training values are a line; the validation values of the same quantity, named dev_<quantity>, are points. The
+    quantities <name>_0, <name>_1, ... are those of layers and share a picture.
+    """
+    panels: dict[str, dict[str, np.ndarray]] = {}
+    for key, points in _series(log).items():
+        panels.setdefault(LAYER.sub("", key.removeprefix("dev_")), {})[key] = points
+    if not panels:
+        return ""
+    pictures = "".join(_curve(name, series) for name, series in panels.items())
+    caption = "By step. Line: training (dark: running median of long logs). Points: validation (dev)."
+    return f"<figure>{grid(pictures, 260)}<figcaption>{caption}</figcaption></figure>"
+
+
+def error_rates(durations: np.ndarray, errors: np.ndarray, words: np.ndarray) -> str:
+    """Error rate against duration, HTML; float [M]: seconds in rising order, errors and reference words."""
+    groups = np.array_split(np.arange(len(durations)), min(8, max(1, len(durations) // 10)))
+    rates = [100 * errors[group].sum() / words[group].sum() for group in groups]
+    top = max(100, 1.2 * max(rates))  # a text that runs on without end must not flatten all others
+    figure, (axis,) = _panels(1, 1, 3.2)
+    points = np.minimum(100 * errors / words, top)
+    axis.plot(durations, points, "o", color="#1f5f99", alpha=0.25, markersize=5, markeredgewidth=0)
+    axis.plot([durations[group].mean() for group in groups], rates, "o-", color="#c4540a")
+    axis.set(xlabel="duration (s)", ylabel="WER (%)", ylim=(-0.03 * top, 1.03 * top))
+    axis.grid(alpha=0.25)
+    caption = (
+        "Points: single utterances, at the upper edge also those beyond it. Line: all words of an equal share of the "
+        f"utterances ({len(groups)} groups, from short to long)."
+    )
+    return _image(figure, "Word error rate by duration", caption)
+
+
+def by_system(measures: Mapping[str, Sequence[float]], label: str) -> str:
+    """A measure of several systems, HTML, one below the other: its value and the bounds of its interval."""
+    figure, (axis,) = _panels(1, 1, 0.8 + 0.28 * len(measures))
+    for place, (value, low, high) in enumerate(measures.values()):
+        bounds = [[max(value - low, 0)], [max(high - value, 0)]]
+        axis.errorbar(value, place, xerr=bounds, fmt="o", color="#1f5f99", markersize=5, capsize=3)
+    axis.set_yticks(range(len(measures)), measures)
+    axis.set(xlabel=label, ylim=(len(measures) - 0.5, -0.5))
+    axis.grid(alpha=0.25, axis="x")
+    return _image(figure, f"{label} by system", "Bars: 95 % intervals.")
+
+
+def against_bitrate(series: Mapping[str, np.ndarray], without: Mapping[str, float], label: str) -> str:
+    """A measure against the bitrate, HTML, or nothing without a point: a line per system.
+
+    series: float [points, 4] of kbit/s, value and the bounds of its interval; without: values that have no bitrate.
+    """
+    from matplotlib import colormaps
+
+    if not series:
+        return ""
+    figure, (axis,) = _panels(1, 1, 3.6)
+    colours = [colormaps["tab10"](i) for i in range(10)]
+    for index, (name, points) in enumerate(series.items()):
+        rate, value, low, high = points[points[:, 0].argsort()].T
+        bounds = np.maximum([value - low, high - value], 0)
+        axis.errorbar(rate, value, bounds, fmt="o-", color=colours[index % 10], markersize=4, capsize=2, label=name)
+    for index, (name, value) in enumerate(without.items(), len(series)):
+        axis.axhline(value, color=colours[index % 10], linestyle="--", lw=1.2, label=f"{name} (no codes)")
+    axis.set(xscale="log", xlabel="kbit/s", ylabel=label)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="x", which="minor", labelsize=7)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, frameon=False)
+    return _image(figure, f"{label} by bitrate", "Bars: 95 % intervals.")
+
+
+def code_usage(shares: Sequence[np.ndarray], sizes: Sequence[int]) -> str:
+    """`code_usage_figure` as HTML."""
+    caption = "Codes sorted by use: where a line ends before its K, the remaining codes are dead."
+    return _image(code_usage_figure(shares, sizes), "Sorted code usage per layer", caption)
+
+
+def code_usage_figure(shares: Sequence[np.ndarray], sizes: Sequence[int]) -> Any:
+    """Share of tokens per used code, most used first: float [used] per layer, whose codebook sizes are `sizes`."""
+    figure, (axis,) = _panels(1, 1, 3.2)
+    for index, layer in enumerate(shares):
+        colour = _layer_colour(index, len(shares))
+        style = "-" if len(layer) > 1 else "o"  # a line through one point cannot be seen
+        axis.plot(np.arange(1, len(layer) + 1), layer, style, color=colour, lw=1.5, label=f"layer {index}")
+    axis.set(yscale="log", xlabel="code, most used first", ylabel="share of tokens")
+    axis.set_xlim(0, 1.01 * max(sizes))
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, frameon=False, ncols=2)
+    return figure
+
+
+def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
+    """`confusion_figure` as HTML."""
+    caption = "How often an utterance of the class of a row got the answer of a column; in colour the share of the row."
+    return _image(confusion_figure(counts, classes), "Confusion matrix", caption)
+
+
+def confusion_figure(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Any:
+    """Counts int [classes, classes] of answers (columns) to utterances of each class (rows), coloured by row."""
+    figure, (axis,) = _panels(1, 1, 1.2 + 0.7 * len(classes), width=2.2 + 0.9 * len(classes))
+    table = np.asarray(counts)
+    shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (row, column), count in np.ndenumerate(table):
+        share = shares[row, column]
+        text = f"{count}\n{share:.0%}"
+        axis.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if share > 0.6 else "black")
+    axis.set_xticks(range(len(classes)), classes)
+    axis.set_yticks(range(len(classes)), classes)
+    axis.set(xlabel="answer", ylabel="class")
+    figure.colorbar(image, ax=axis, label="share of the row", format="{x:.0%}")
+    return figure
+
+
+def spectrograms(sounds: Mapping[str, np.ndarray], sample_rate: int, caption: str) -> str:
+    """`spectrogram_figure` as HTML; so is the caption."""
+    scale = "All panels share one scale, in dB below the loudest point of the original."
+    figure = spectrogram_figure(sounds, sample_rate)
+    return _image(figure, "Spectrograms: " + ", ".join(sounds), f"{caption} {scale}", dpi=100)
+
+
+def spectrogram_figure(sounds: Mapping[str, np.ndarray], sample_rate: int) -> Any:
+    """Log-spectrograms of float [N], one above the other on the scale of the one named `original`."""
+    from matplotlib import colormaps
+
+    figure, axes = _panels(len(sounds), 1, 0.5 + 1.6 * len(sounds), sharex=True, sharey=True)
+    colours = colormaps["magma"].resampled(32)  # steps of 2.5 dB: a PNG of noisy pixels packs half as large
+    style = {"origin": "lower", "aspect": "auto", "cmap": colours, "interpolation_stage": "data"}
+    loudest = max(_power(sounds["original"], sample_rate).max(), 1e-10)
+    for axis, (name, waveform) in zip(axes, sounds.items(), strict=True):
+        level = 10 * np.log10(np.maximum(_power(waveform, sample_rate) / loudest, 1e-10))
+        extent = (0, len(waveform) / sample_rate, 0, sample_rate / 2000)
+        image = axis.imshow(level, extent=extent, vmin=-80, vmax=0, **style)
+        axis.set_title(name, fontsize=9, loc="left")
+        axis.set_ylabel("kHz", fontsize=8)
+    axes[-1].set_xlabel("time (s)", fontsize=8)
+    figure.colorbar(image, ax=axes, label="dB", fraction=0.025, pad=0.01)
+    return figure
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure as PNG, PDF or SVG, by the file name's ending; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        figure.savefig(part, format=path.suffix[1:], dpi=130)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _series(log: Sequence[Mapping[str, object]]) -> dict[str, np.ndarray]:
+    """Collect float [points, 2] of (step, value) per key, leaving out values that are missing or not finite."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for index, row in enumerate(log):
+        numbers = {key: float(n) for key, n in row.items() if isinstance(n, Real) and math.isfinite(n)}
+        step = numbers.pop("step", float(index))
+        for key, number in numbers.items():
+            points.setdefault(key, []).append((step, number))
+    return {key: np.array(sorted(values)) for key, values in points.items()}
+
+
+def _curve(name: str, series: Mapping[str, np.ndarray]) -> str:
+    """The picture of one quantity: float [points, 2] of (step, value) by key."""
+    from matplotlib.ticker import EngFormatter
+
+    figure, (axis,) = _panels(1, 1, 2.1, width=3.2)
+    for key, points in series.items():
+        steps, values = points.T
+        if layer := LAYER.search(key):
+            colour = _layer_colour(int(layer[1]), len(series))
+            axis.plot(steps, values, ".-", color=colour, markersize=4, lw=1.2, label=layer[1])
+        elif key != name:
+            axis.plot(steps, values, "o", color="#c4540a", markersize=4, zorder=3)
+        else:
+            _draw_line(axis, steps, values, smooth=len(values) >= 60 and name != "lr")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(title="layer", title_fontsize=7, fontsize=7, ncols=4, columnspacing=0.8, handlelength=1)
+    everything = np.concatenate([points[:, 1] for points in series.values()])
+    if name != "lr" and everything.min() > 0 and everything.max() > 30 * everything.min():
+        axis.set_yscale("log")
+    else:
+        axis.yaxis.set_major_formatter("{x:,.6g}")
+    suffix = " (dev)" if all(key.startswith("dev_") for key in series) else ""
+    axis.set_title(name.replace("$", r"\$") + suffix, fontsize=9, loc="left")  # a bare dollar starts a formula
+    axis.locator_params(axis="x", nbins=5)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.grid(alpha=0.25)
+    return _picture(figure, f"{name} by step", dpi=150)
+
+
+def _draw_line(axis: Any, steps: np.ndarray, values: np.ndarray, smooth: bool) -> None:
+    axis.plot(steps, values, "-" if len(values) > 1 else ".", color="#1f5f99", alpha=0.3 if smooth else 1, lw=1)
+    if smooth:
+        half = len(values) // 40
+        middles = np.linspace(0, len(values) - 1, 200).astype(int)  # as many as can be seen of a log of any length
+        medians = [np.median(values[max(0, i - half) : i + half + 1]) for i in middles]
+        axis.plot(steps[middles], medians, color="#1f5f99", lw=1.4)
+
+
+def _layer_colour(layer: int, layers: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.9 * layer / max(layers - 1, 1))
+
+
+def _power(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Power spectrogram of float [N] with 32 ms windows every 8 ms: float [bins, frames]."""
+    window = max(16, round(0.032 * sample_rate))
+    frames = np.lib.stride_tricks.sliding_window_view(np.pad(waveform, window // 2), window)[:: window // 4]
+    return np.abs(np.fft.rfft(frames * np.hanning(window))).T ** 2
+
+
+def _panels(rows: int, columns: int, height: float, width: float = 9.5, **shared: Any) -> tuple[Any, list[Any]]:
+    """A figure of `height` and `width` in inches, that of the page by default, and its axes row by row."""
+    from matplotlib.figure import Figure  # drawn without pyplot, so no display or global backend is touched
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **shared).ravel())
+    for axis in axes:
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _image(figure: Any, description: str, caption: str, dpi: int = 130) -> str:
+    """A picture as wide as the page; where that is narrow, it can be moved sideways. The caption is HTML."""
+    picture = f'<div class="scroll">{_picture(figure, description, dpi)}</div>'
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+
+
+def _picture(figure: Any, description: str, dpi: int) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{escape(description)}" src="data:image/png;base64,{data}">'

@@ -1,0 +1,178 @@
+"""A run folder: what was asked for, what happened, where to go on. Everything in it appears whole or not at all."""
+
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
+from tqdm import tqdm
+
+from speechllm.runs.machine import versions
+from tokenizer.errors import InputError
+from tokenizer.files import read_json, read_jsonl, write_json, write_jsonl, write_text
+
+KEPT_CHECKPOINTS = 2
+PRINTED = 5  # recordings that were skipped and are printed
+
+
+class RunError(InputError):
+    """A run folder that cannot be used for this run."""
+
+
+class Run:
+    """Folder of one training: config.yaml, versions.json, log.jsonl, checkpoints/, and done.json at the end.
+
+    Started again with the same configuration it goes on from the newest checkpoint; with another one it refuses.
+    Only the main process writes.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: Any,
+        accelerator: Accelerator | None = None,
+        trackers: Sequence[str] | None = None,
+        free: Collection[str] = (),
+    ):
+        """trackers: names, as Accelerate knows them, of what is told what is logged, too. free: keys of the
+        configuration that may change in the middle, because the result does not depend on them.
+
+        Raises RunError for a folder that cannot be written or holds another configuration, or for a tracker that is
+        not installed.
+        """
+        self.folder = Path(folder)
+        self.accelerator = accelerator
+        self.main = accelerator is None or accelerator.is_main_process
+        self.log_file = self.folder / "log.jsonl"
+        self.skipped = self.folder / "skipped.jsonl"  # recordings that could not be used, see `Crops`
+        if self.main:
+            try:
+                (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                self._settle_config(asdict(config), free)
+            except OSError as error:
+                raise RunError(f"cannot write the run folder {self.folder}: {error}") from error
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+            self._start_trackers(accelerator, trackers or [], asdict(config))
+
+    def _start_trackers(self, accelerator: Accelerator, trackers: Sequence[str], config: dict[str, Any]) -> None:
+        if trackers and self.summary is None:
+            accelerator.project_configuration.set_directories(str(self.folder))
+            accelerator.log_with = filter_trackers(list(trackers), accelerator.logging_dir)
+            if absent := set(trackers) - set(map(str, accelerator.log_with)):
+                raise RunError(f"trackers: {', '.join(absent)} is not installed: run pip install {' '.join(absent)}")
+            accelerator.init_trackers(self.folder.name, {name: str(value) for name, value in config.items()})
+
+    def _settle_config(self, config: dict[str, Any], free: Collection[str]) -> None:
+        config = json.loads(json.dumps(config))  # tuples as YAML gives them back
+        file = self.folder / "config.yaml"
+        held = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+        if held is not None:
+            changed = {key for key in held | config if held.get(key) != config.get(key)} - set(free)
+            if changed:
+                told = "; ".join(f"{key}: {held.get(key)} -> {config.get(key)}" for key in sorted(changed))
+                raise RunError(
+                    f"{self.folder} holds a run with another configuration ({told}): "
+                    "choose another output folder or delete this one"
+                )
+        else:
+            write_json(self.folder / "versions.json", versions())
+        if held != config:
+            write_text(file, yaml.safe_dump(config, sort_keys=False))
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What `finish` was given, or None while the run is not finished."""
+        return read_json(self.folder / "done.json") or None
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Mark the run as finished and drop its checkpoints: the exported model replaces them.
+
+        Recordings that were skipped are listed with what is wrong with them, and counted in the summary.
+        """
+        if self.main:
+            rows = {row["path"]: row for row in read_jsonl(self.skipped)}  # each was met in every epoch
+            if rows:
+                report_skipped(self.folder, [*rows.values()])
+            write_json(self.folder / "done.json", summary | ({"skipped": len(rows)} if rows else {}))
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    def log(self, step: int, **metrics: float) -> None:
+        """Append one line to log.jsonl, and tell the trackers."""
+        if self.accelerator is not None:
+            self.accelerator.log(metrics, step=step)
+        if self.main:
+            with self.log_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint after `step` finished steps; the oldest ones go."""
+        if not self.main:
+            return
+        file = self.folder / "checkpoints" / f"step_{step:08d}.pt"
+        part = file.with_suffix(".part")
+        torch.save({"step": step, **state}, part)
+        os.replace(part, file)
+        for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
+            old.unlink()
+
+    def resume(self) -> dict[str, Any] | None:
+        """The newest checkpoint, or None; lines logged after it are cut off, since those steps will run again."""
+        files = self._checkpoints()
+        # mapped, not read: every process would hold all weights and moments in memory besides its own
+        state = torch.load(files[-1], map_location="cpu", weights_only=True, mmap=True) if files else None
+        self.cut_log(state["step"] if state else 0)
+        return state
+
+    def cut_log(self, done: int) -> None:
+        """Drop what was logged after `done` steps, and a line that was cut off while being written."""
+        if self.main and self.log_file.exists():
+            kept = [line for line in self.log_file.read_text().splitlines(True) if _logged_step(line) <= done]
+            write_text(self.log_file, "".join(kept))
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.folder / "checkpoints").glob("step_*.pt"))
+
+    def steps(self, start: int, stop: int, description: str) -> tqdm:
+        """Progress bar over training steps, on the main process only."""
+        return tqdm(
+            range(start, stop),
+            description,
+            initial=start,
+            total=stop,
+            disable=not self.main,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file needs no animation
+        )
+
+
+def _logged_step(line: str) -> float:
+    """Step of a log line; infinite for one that was cut off while being written."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+def read_log(folder: str | Path) -> list[dict[str, float]]:
+    """Lines of a run's log.jsonl, oldest first."""
+    return read_jsonl(Path(folder) / "log.jsonl")
+
+
+def report_skipped(folder: str | Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Write FOLDER/skipped.jsonl, a line for every recording that cannot be used, and print the first ones."""
+    file = Path(folder) / "skipped.jsonl"
+    write_jsonl(file, rows)
+    for row in rows[:PRINTED]:
+        print(f"skipped: {row['detail']}")
+    if len(rows) > PRINTED:
+        print(f"skipped: {len(rows) - PRINTED} more, see {file}")

@@ -1,0 +1,183 @@
+"""A job of several recipes, each run once as a command of its own: finished stages are remembered and skipped."""
+
+import functools
+import os
+import runpy
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Container, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+import yaml
+
+from speechllm.runs.config import ConfigError, load_config
+from speechllm.runs.machine import available_cpus
+from speechllm.runs.run import RunError
+from tokenizer.corpus import CorpusError, read_corpus
+from tokenizer.files import read_json, write_json
+
+CONFIG = "--config="
+SPLITS = ("splits", "dev_splits", "train_splits", "test_splits")  # keys of the recipes that read a corpus
+
+
+class Stages:
+    """Runs each stage once; remembers in RUN/stages.json what is finished and the seconds it took.
+
+    run: folder of the job; recipes: folder of the recipes; processes: per training where there is no GPU, the largest
+    power of two up to the number of cores and 8 when None (a batch must be shared equally).
+    """
+
+    def __init__(self, run: Path, recipes: Path, processes: int | None = None):
+        self.recipes = recipes
+        self.processes = processes or 2 ** min(3, available_cpus().bit_length() - 1)
+        self.file = run / "stages.json"
+        self.lock = threading.Lock()  # of the file
+        self.done: dict[str, dict[str, Any]] = read_json(self.file)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each finished stage took."""
+        return {name: stage["seconds"] for name, stage in self.done.items() if stage["finished"]}
+
+    def check(self, commands: Mapping[str, list[str]]) -> None:
+        """Raise RunError with all that recipes would find wrong with their commands, by name of the stage.
+
+        That is their configurations, and splits which the corpus named by `data` lacks.
+        """
+        mains = {name: runpy.run_path(f"{self.recipes}/{name}")["main"] for name in {c[0] for c in commands.values()}}
+        problems: list[str] = []
+        splits: dict[str, set[str]] = defaultdict(set)
+        for stage, (recipe, *words) in commands.items():
+            file = words.pop(0).removeprefix(CONFIG) if words[0].startswith(CONFIG) else None
+            try:
+                config = load_config(get_type_hints(mains[recipe])["config"], file, words)
+            except ConfigError as error:
+                problems.append(f"[{stage}] {recipe}: {error}")
+                continue
+            if hasattr(config, "data"):
+                splits[config.data] |= {split for key in SPLITS for split in getattr(config, key, None) or []}
+        for data, named in splits.items():
+            try:
+                read_corpus(data, sorted(named) or None)
+            except CorpusError as error:
+                problems.append(str(error))
+        if problems:
+            raise RunError("\n".join(problems))
+
+    def run(self, commands: Mapping[str, list[str]], shared: Container[str], single: Container[str]) -> None:
+        """Run commands by name of the stage, in this order; one that fails costs only those that need what it makes.
+
+        shared: recipes whose processes share the work; single: recipes of which several run side by side, since one
+        would leave cores idle, but on GPUs each on its own. Raises SystemExit at the end if anything failed.
+        """
+        failed = False
+        for recipe, group in groupby(commands.items(), key=lambda item: item[1][0]):
+            named = dict(group)
+            start = self.launch if recipe in shared else self.stage
+            jobs = [functools.partial(start, stage, words) for stage, words in named.items()]
+            if recipe in single and len(named) > 1 and not torch.cuda.is_available():
+                jobs = [functools.partial(self.side_by_side, named)]
+            for job in jobs:
+                try:
+                    job()
+                except SystemExit:  # the recipe has said why
+                    failed = True
+        if failed:
+            raise SystemExit("not everything could be done, see above: the same command tries again what is missing")
+
+    def stage(self, name: str, *commands: list[str]) -> None:
+        """Run recipes side by side, sharing the processor cores; stop the job when one fails."""
+        words = [["python", f"{self.recipes}/{recipe}", *rest] for recipe, *rest in commands]
+        self.call(name, lambda: self._run(words), commands)
+
+    def side_by_side(self, commands: Mapping[str, list[str]]) -> None:
+        """Run recipes that do not need each other, each a stage of its own, as many at a time as there are cores.
+
+        Small trainings end sooner so than one after the other with several threads each. When one fails, the others
+        still end before the job stops.
+        """
+        at_once = min(len(commands), available_cpus())
+
+        def stage(name: str) -> None:
+            words = [["python", f"{self.recipes}/{commands[name][0]}", *commands[name][1:]]]
+            self.call(name, lambda: self._run(words, at_once), [commands[name]])
+
+        with ThreadPoolExecutor(at_once) as pool:
+            for running in [pool.submit(stage, name) for name in commands]:
+                running.result()
+
+    def launch(self, name: str, command: list[str]) -> None:
+        """Run one recipe on all GPUs, or else in several processes.
+
+        On CPU these are faster than one process with several threads, which mostly wait for each other in small
+        models, and far faster when other programs use the cores too.
+        """
+        # accelerate's own launcher starts a single process where there is no GPU
+        processes = torch.cuda.device_count() or self.processes
+        words = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
+        words += [f"{self.recipes}/{command[0]}", *command[1:]]
+        self.call(name, lambda: self._run([words], processes), [command])
+
+    def call(self, name: str, work: Callable[[], None], asked: Sequence[list[str]] = ()) -> None:
+        """Do `work` unless it was done before; a stage that was interrupted adds to the time it took before.
+
+        asked: what is to be done, in words; what a configuration file says counts, not its name. Raises RunError where
+        a stage of this name was done with other ones.
+        """
+        words = [said for command in asked for word in command for said in spelt_out(word)]
+        before = self.done.get(name, {"seconds": 0.0, "finished": False, "words": words})
+        if before["finished"] and before.get("words", words) != words:  # earlier versions did not keep them
+            changed = set(before["words"]) ^ set(words)
+            raise RunError(
+                f"[{name}] was done with other settings ({', '.join(sorted(changed))}) in {self.file.parent}: "
+                "choose another output folder"
+            )
+        if before["finished"]:
+            print(f"[{name}] done before, in {before['seconds']:.0f} s")
+            return
+        started = time.perf_counter()
+        finished = False
+        try:
+            work()
+            finished = True
+        finally:
+            seconds = before["seconds"] + time.perf_counter() - started
+            with self.lock:
+                self.done[name] = {"seconds": seconds, "finished": finished, "words": words}
+                write_json(self.file, self.done)
+        print(f"[{name}] {seconds:.0f} s", flush=True)
+
+    def _run(self, commands: list[list[str]], processes: int = 1) -> None:
+        threads = max(1, available_cpus() // (len(commands) * processes))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        # the recipes find the package also when it is not installed
+        paths = [str(self.recipes.resolve().parent), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        running = []
+        for command in commands:
+            print("$ " + " ".join(command), flush=True)
+            module = ["-m", "torch.distributed.run"] if command[0] == "torchrun" else []
+            words = [sys.executable, *module, *command[1:]]
+            running.append(subprocess.Popen(words, env=environment))
+        try:
+            failed = [process for process in running if process.wait() != 0]
+        finally:
+            for process in running:
+                process.terminate()
+        if failed:
+            raise SystemExit("a stage failed, see above; what is finished is kept, the same command goes on from there")
+
+
+def spelt_out(word: str) -> list[str]:
+    """A word of a command; for a configuration file the words that would say the same."""
+    if not word.startswith(CONFIG):
+        return [word]
+    values = yaml.safe_load(Path(word.removeprefix(CONFIG)).read_text(encoding="utf-8")) or {}
+    return [f"{key}={value}" for key, value in values.items()]

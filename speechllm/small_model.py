@@ -1,0 +1,49 @@
+"""Small language models and text tokenizers with random weights, for training from nothing."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def small_text_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer of Qwen2's kind, learnt from `texts`, with up to `size` tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+
+    # Qwen2's own way of cutting text into words: beside a Qwen2 it will be loaded with that, whatever is made here
+    qwen2 = Qwen2Tokenizer().backend_tokenizer
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = qwen2.normalizer, qwen2.pre_tokenizer, qwen2.decoder
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=specials[2], pad_token=specials[0])
+
+
+@dataclass
+class SmallShape:
+    """Sizes of a small Qwen2."""
+
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+
+
+def small_qwen2(text_tokenizer: PreTrainedTokenizerBase, **shape: int) -> PreTrainedModel:
+    """A Qwen2 with random weights for `text_tokenizer`; `shape` are Qwen2Config's sizes."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=len(text_tokenizer),
+        bos_token_id=None,
+        eos_token_id=text_tokenizer.eos_token_id,
+        pad_token_id=text_tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+        **shape,
+    )
+    return Qwen2ForCausalLM(config)

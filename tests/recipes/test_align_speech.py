@@ -1,0 +1,89 @@
+"""Forced alignment, judged by speech whose maker knows where each phone is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from speechllm import Utterance, read_corpus
+from tokenizer.corpus import frame_phones
+
+pytest.importorskip("pocketsphinx", reason="needs the align extra")
+pytest.importorskip("espeakng_loader", reason="needs the demo extra")
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def run(recipe: str, *words: object) -> str:
+    command = [sys.executable, str(ROOT / "recipes" / recipe), *map(str, words)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six synthetic sentences with the synthesiser's own phone times, one without a text and one broken file."""
+    folder = tmp_path_factory.mktemp("corpus")
+    run("synthesize_speech.py", folder, "--train=4", "--dev=1", "--test=1")
+    manifest = folder / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+    rows.append({**rows[0], "id": "silent-text", "text": None, "phones": None})
+    (folder / "broken.flac").write_bytes(b"no sound")
+    rows.append({**rows[0], "id": "broken", "path": "broken.flac", "phones": None})
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def aligned(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Utterance], str]:
+    folder = tmp_path_factory.mktemp("aligned")
+    said = run("align_speech.py", f"data={corpus}", f"output={folder}")
+    return read_corpus(folder), said
+
+
+def test_everything_else_in_the_manifest_stays(corpus: Path, aligned: tuple[list[Utterance], str]) -> None:
+    for before, after in zip(read_corpus(corpus), aligned[0], strict=True):
+        assert Path(before.path).resolve() == Path(after.path).resolve()
+        for name in ("id", "duration_s", "split", "text", "speaker"):
+            assert getattr(before, name) == getattr(after, name)
+
+
+def test_what_cannot_be_aligned_stays_without_phones_and_is_counted(aligned: tuple[list[Utterance], str]) -> None:
+    utterances, said = aligned
+    without = [u.id for u in utterances if not u.phones]
+    assert len(without) <= 5 and without[-2:] == ["silent-text", "broken"]  # synthetic voices are hard for it too
+    assert f"aligned {8 - len(without)} of 8 utterances" in said
+    assert "'no transcript': 1" in said and "'unreadable': 1" in said
+
+
+def test_the_phones_are_where_the_synthesiser_put_them(corpus: Path, aligned: tuple[list[Utterance], str]) -> None:
+    """The two phone sets have other names; so: phone changes come in the same places, and times rise to the end."""
+    agreements = []
+    pairs = [pair for pair in zip(read_corpus(corpus), aligned[0], strict=True) if pair[1].phones]
+    for known, found in pairs:
+        ends = [end for _, end in found.phones]
+        assert ends == sorted(ends) and abs(ends[-1] - found.duration_s) < 0.1
+        names = {phone for phone, _ in found.phones}
+        assert len(names) > 5 and all(name.isupper() for name in names)
+        frames = int(known.duration_s * 50)
+        changes = [
+            np.flatnonzero([a != b for a, b in zip(labels, labels[1:], strict=False)])
+            for labels in (frame_phones(known, frames), frame_phones(found, frames))
+        ]
+        near = [np.abs(changes[0] - change).min() <= 2 for change in changes[1]]  # 40 ms
+        agreements.append(np.mean(near))
+    assert np.mean(agreements) > 0.75  # by chance about a half
+
+
+def test_a_corpus_of_silence_gives_no_phones(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "quiet.wav", np.zeros(16_000, np.float32), 16_000)
+    row = {"path": "quiet.wav", "duration_s": 1.0, "text": "hello there"}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    said = run("align_speech.py", f"data={tmp_path}", f"output={tmp_path / 'aligned'}")
+    assert "aligned 0 of 1" in said

@@ -1,0 +1,393 @@
+"""The comparison: its plan, what it refuses, a whole one on tiny models, and its page."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+
+from speechllm import ConfigError, RunError, word_error_rate
+from speechllm.evaluation.comparison import comparison_markdown, pool_emotion, pool_recognition
+from speechllm.evaluation.error_rates import seeds_error_rate
+from speechllm.evaluation.guidance import guidance
+from speechllm.reports.comparison_page import write_comparison
+from speechllm.runs.config import load_config
+from speechllm.runs.stages import Stages
+
+RATE = 16_000
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+ASR = {
+    "model": None,
+    "splits": ["train"],
+    "steps": 2,
+    "batch_tokens": 200,
+    "warmup": 1,
+    "precision": "no",
+    "small": {**SMALL, "text_tokens": 300, "text_steps": 1, "num_key_value_heads": 1},
+}
+
+
+@pytest.fixture
+def compare(recipe: Callable[[str], ModuleType]) -> ModuleType:
+    return recipe("compare.py")
+
+
+@pytest.fixture
+def config_of(compare: ModuleType, tmp_path: Path) -> Callable[..., object]:
+    """A comparison's configuration from keys, checked as that of a command line."""
+
+    def make(**keys: object) -> object:
+        file = tmp_path / "compare.yaml"
+        file.write_text(yaml.safe_dump({"data": "corpus", "output": str(tmp_path / "run"), **keys}))
+        return load_config(compare.CompareConfig, file)
+
+    return make
+
+
+# ---- configuration
+
+
+def test_all_problems_of_the_configuration_are_told_at_once(config_of: Callable[..., object]) -> None:
+    systems = [
+        {"name": "two", "train": [], "tokenizer": "folder"},
+        {"name": "none"},
+        {"name": "copy", "like": "nobody"},
+        {"name": "text", "tokenizer": "recognizer:{recognizer}", "tasks": ["quality"]},
+        {"name": "a/b", "tokenizer": "folder"},
+    ]
+    with pytest.raises(ConfigError) as error:
+        config_of(systems=systems, tasks=["asr", "asr"], seeds=[])
+    for part in (
+        "a/b",
+        "tasks: expected at least one, each once",
+        "seeds: expected at least one",
+        "missing key asr",
+        "missing key codec",
+        "missing key recognizer",
+        "two: expected one of train, units, tokenizer, like, got ['train', 'tokenizer']",
+        "none: expected one of train, units, tokenizer, like, got none",
+        "copy: like must name a system",
+        "text: cannot do quality; it can do asr",
+    ):
+        assert part in str(error.value)
+
+
+def test_commands_are_checked_before_the_first_one_runs(
+    compare: ModuleType, config_of: Callable[..., object], tmp_path: Path
+) -> None:
+    (tmp_path / "asr.yaml").write_text(yaml.safe_dump(ASR))
+    systems = [{"name": "a", "tokenizer": "folder", "asr": ["layer=2"]}, {"name": "b", "like": "a", "asr": ["init=no"]}]
+    config = config_of(systems=systems, tasks=["asr"], asr=str(tmp_path / "asr.yaml"))
+    with pytest.raises(RunError) as error:
+        compare.main(config)
+    assert "[a: asr 0]" in str(error.value) and "did you mean layers" in str(error.value)
+    assert "[b: asr 0]" in str(error.value) and "init must be one of" in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_split_that_a_corpus_lacks_is_told_before_anything_runs(
+    compare: ModuleType, config_of: Callable[..., object], corpus: Path
+) -> None:
+    keys = {"data": str(corpus), "tasks": ["quality"], "quality_splits": ["nowhere"], "evaluation_speaker": None}
+    with pytest.raises(RunError, match="no split nowhere"):
+        compare.main(config_of(systems=[{"name": "a", "tokenizer": "folder"}], **keys))
+    assert not (corpus / "run").exists()
+
+
+def test_the_baseline_stays_with_the_system_it_was_measured_beside(
+    compare: ModuleType, config_of: Callable[..., object], tmp_path: Path
+) -> None:
+    def hosts(*names: str) -> list[str]:
+        systems = [{"name": name, "tokenizer": "folder"} for name in names]
+        plan = compare.plan(config_of(systems=systems, tasks=["content"]), tmp_path)
+        return [stage for stage, words in plan.items() if "baseline=true" in words]
+
+    assert hosts("a", "b") == ["a: content"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "content.json").write_text(json.dumps({"config": {"baseline": True}}))
+    assert hosts("new", "a", "b") == ["a: content"]
+
+
+def test_voices_have_an_evaluator_of_their_own_and_systems_their_own_settings(
+    compare: ModuleType, config_of: Callable[..., object]
+) -> None:
+    systems = [{"name": "a", "train": [], "conversion": ["layers=[[1]]"]}]
+    systems += [{"name": "b", "like": "a", "emotion": ["layers=[1]"]}, {"name": "c", "like": "a"}]
+    keys = {"codec": "c.yaml", "emotion": "e.yaml", "tasks": ["quality", "conversion", "emotion"]}
+    plan = compare.plan(config_of(systems=systems, speaker_teacher="v.yaml", **keys), Path("run"))
+    assert "speaker=run/speaker_teacher/model" in plan["a: quality"] and "layers=[[1]]" in plan["a: conversion"]
+    assert "layers=[1]" in plan["b: emotion 0"] and "c: emotion 0" not in plan
+    evaluated = config_of(systems=systems, speaker_teacher="v.yaml", evaluation_speaker="j.yaml", **keys)
+    plan = compare.plan(evaluated, Path("run"))
+    assert (
+        "speaker=run/evaluation_speaker/model" in plan["a: quality"]
+        and "speaker=run/evaluation_speaker/model" in plan["a: conversion"]
+    )
+    assert "acoustic.teacher=run/speaker_teacher/model" in plan["a: tokenizer"]
+    assert {"--config=j.yaml", "data=corpus"} <= set(plan["evaluation speaker"])
+
+
+def test_teachers_are_trained_where_something_needs_them(compare: ModuleType, config_of: Callable[..., object]) -> None:
+    keys = {"tasks": ["asr"], "asr": "asr.yaml", "semantic_teacher": "s.yaml", "speaker_teacher": "v.yaml"}
+    keys |= {"recognizer": "r.yaml", "asr_data": "words"}
+    plan = compare.plan(config_of(systems=[{"name": "a", "tokenizer": "folder"}], **keys), Path("run"))
+    assert list(plan) == ["a: asr_codes", "a: asr 0", "a: asr 0, test"]
+
+    cascade = [{"name": "d", "tokenizer": "recognizer:{recognizer}"}]
+    plan = compare.plan(config_of(systems=cascade, **keys), Path("run"))
+    assert list(plan)[:2] == ["semantic teacher", "recognizer"]
+    assert {"data=words", "init=run/semantic_teacher/model"} <= set(plan["recognizer"])
+    assert "codec=recognizer:run/recognizer/model" in plan["d: asr_codes"]
+
+    codec = [{"name": "c", "train": ["steps=1"]}, {"name": "u", "units": ["clusters=8"]}]
+    plan = compare.plan(config_of(systems=codec, codec="codec.yaml", **keys), Path("run"))
+    assert list(plan)[:4] == ["semantic teacher", "speaker teacher", "c: tokenizer", "u: tokenizer"]
+    assert plan["c: tokenizer"][-2:] == ["acoustic.teacher=run/speaker_teacher/model", "steps=1"]
+    assert "model=run/semantic_teacher/model" in plan["u: tokenizer"]
+
+
+def test_systems_that_are_alike_read_the_same_codes_and_tasks_on_one_corpus_share_them(
+    compare: ModuleType, config_of: Callable[..., object]
+) -> None:
+    systems = [{"name": "a", "tokenizer": "{tokenizer}"}, {"name": "b", "like": "a", "asr": ["layers=2"]}]
+    keys = {"asr": "asr.yaml", "emotion": "e.yaml", "emotion_data": "actors", "tokenizer": "folder", "seeds": [0, 1]}
+    tasks = ["content", "emotion", "asr"]
+    plan = compare.plan(config_of(systems=systems, tasks=tasks, **keys), Path("run"))
+    assert [stage for stage, words in plan.items() if words[0] == "encode_speech.py"] == [
+        "a: codes",
+        "a: emotion_codes",
+    ]
+    assert {"codes=run/a/codes", "codec=folder", "layers=2", "seed=1"} <= set(plan["b: asr 1"])
+    assert "codes=run/a/codes" in plan["b: asr 1, test"]
+    assert [stage for stage in plan if "emotion " in stage] == ["a: emotion 0", "a: emotion 1"]
+
+
+# ---- a whole comparison
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Twelve tones of a third of a second, two voices."""
+    draw, rows = np.random.default_rng(0), []
+    for i in range(12):
+        tone = np.sin(2 * np.pi * (400 + 300 * (i % 3)) * np.arange(5_000) / RATE)
+        soundfile.write(tmp_path / f"u{i}.wav", 0.2 * tone + 0.05 * draw.standard_normal(5_000), RATE)
+        row = {"id": f"u{i}", "path": f"u{i}.wav", "duration_s": 5_000 / RATE, "split": ("train", "test")[i // 8]}
+        rows.append({**row, "text": ("ONE", "TWO", "RED")[i % 3], "speaker": f"s{i % 2}"})
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_a_comparison_runs_only_what_is_missing(
+    compare: ModuleType,
+    config_of: Callable[..., object],
+    config_class: Callable[[str], type],
+    recipe: Callable[[str], ModuleType],
+    codec_folder: Path,
+    corpus: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[str] = []
+    turn = threading.Lock()
+
+    def run_here(stages: Stages, commands: list[list[str]], processes: int = 1) -> None:
+        for command in commands:
+            script = next(word for word in command if word.endswith(".py"))
+            words, name = command[command.index(script) + 1 :], Path(script).name
+            file = words.pop(0).removeprefix("--config=") if words[0].startswith("--config=") else None
+            with turn:
+                ran.append(name)
+                recipe(name).main(load_config(config_class(name), file, words))
+
+    monkeypatch.setattr(Stages, "_run", run_here)
+    (corpus / "asr.yaml").write_text(yaml.safe_dump(ASR))
+    systems = [{"name": "one", "tokenizer": str(codec_folder)}, {"name": "two", "like": "one", "asr": ["layers=2"]}]
+    keys = {"data": str(corpus), "tasks": ["content", "asr"], "asr": str(corpus / "asr.yaml"), "probe_steps": 1}
+
+    compare.main(config_of(systems=systems[:1], seeds=[0, 1], **keys))
+    assert ran == ["encode_speech.py", "eval_tokenizer.py", *["train_asr.py"] * 2, *["eval_asr.py"] * 2]
+    ran.clear()
+    compare.main(config_of(systems=systems[:1], seeds=[0, 1], **keys))
+    assert ran == []
+    compare.main(config_of(systems=systems, seeds=[0, 1], **keys))
+    assert ran == [*["train_asr.py"] * 2, *["eval_asr.py"] * 2]
+
+    results = json.loads((corpus / "run" / "results.json").read_text())["systems"]
+    assert results.keys() == {"one", "two"} and results["two"]["like"] == "one"
+    assert results["one"]["asr"]["seeds"].keys() == {"0", "1"} and "minutes" in results["one"]
+    assert results["two"]["asr"]["tokens_per_second"] > 1.5 * results["one"]["asr"]["tokens_per_second"]
+    assert results["one"]["parameters"] == results["two"]["parameters"] > 0
+    table = (corpus / "run" / "table.md").read_text(encoding="utf-8")
+    assert "## Table 4" in table and "## Table 1" not in table and "| log-mel k-means |" in table
+    assert "<svg" not in (page := (corpus / "run" / "report.html").read_text(encoding="utf-8")) and "data:image" in page
+
+
+def test_stages_side_by_side_are_finished_one_by_one_and_a_failure_costs_only_its_own(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text("import sys; open(sys.argv[1], 'a').write('x'); sys.exit(sys.argv[1][-1] == 'b')")
+    jobs = {name: ["job.py", str(tmp_path / name)] for name in "abc"}
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            Stages(tmp_path, tmp_path).side_by_side(jobs)
+    assert [(tmp_path / name).read_text() for name in "abc"] == ["x", "xx", "x"]
+    assert Stages(tmp_path, tmp_path).seconds.keys() == {"a", "c"}
+
+
+def test_what_would_change_a_finished_stage_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text("")
+    Stages(tmp_path, tmp_path).stage("a", ["job.py", "steps=1", "data=here"])
+    Stages(tmp_path, tmp_path).stage("a", ["job.py", "steps=1", "data=here"])
+    with pytest.raises(RunError, match=r"\[a\] was done with other settings \(steps=1, steps=2\)"):
+        Stages(tmp_path, tmp_path).stage("a", ["job.py", "steps=2", "data=here"])
+    (tmp_path / "job.yaml").write_text("steps: 1\n")
+    command = ["job.py", f"--config={tmp_path / 'job.yaml'}"]
+    Stages(tmp_path, tmp_path).stage("b", command)
+    (tmp_path / "job.yaml").write_text("# the same\nsteps: 1\n")
+    Stages(tmp_path, tmp_path).stage("b", command)
+    (tmp_path / "job.yaml").write_text("steps: 2\n")
+    with pytest.raises(RunError, match=r"\[b\] was done with other settings \(steps=1, steps=2\)"):
+        Stages(tmp_path, tmp_path).stage("b", command)
+
+
+def test_a_step_that_fails_costs_only_itself(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text("import sys; open(sys.argv[1], 'a').write('x'); sys.exit(sys.argv[1][-1] == 'b')")
+    jobs = {name: ["job.py", str(tmp_path / name)] for name in "abc"}
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="not everything could be done"):
+            Stages(tmp_path, tmp_path).run(jobs, shared=(), single=())
+    assert [(tmp_path / name).read_text() for name in "abc"] == ["x", "xx", "x"]
+
+
+# ---- seeds
+
+
+def test_one_seed_has_the_interval_of_its_evaluation_and_several_their_mean() -> None:
+    references, first = ["one two", "three four", "five"], ["one two", "three", "four"]
+    alone, pooled = word_error_rate(references, first), seeds_error_rate(references, [first])
+    assert pooled == {"mean": alone.wer, "ci95": list(alone.ci95)}
+    second = ["one", "one", "one"]
+    both = seeds_error_rate(references, [first, second])
+    assert both["mean"] == pytest.approx((alone.wer + word_error_rate(references, second).wer) / 2)
+    assert both["ci95"][0] <= both["mean"] <= both["ci95"][1]
+
+
+def test_the_interval_of_seeds_that_differ_is_wider_than_that_of_the_utterances() -> None:
+    references = ["one"] * 200
+    good, bad = ["one"] * 200, ["two"] * 200
+    assert seeds_error_rate(references, [good, bad])["ci95"] == [0, 1]
+
+
+def test_seeds_without_a_result_do_not_count() -> None:
+    rows = [{"reference": "one two", "hypothesis": "one"}]
+    found = {"wer": 0.5, "tokens_per_second": 50.0, "words": 2, "utterances": 1, "normalizer": "none", "cer": 0.5}
+    pooled = pool_recognition({0: found, 1: {}}, {0: rows, 1: []})
+    assert pooled["seeds"] == {"0": 0.5} and pooled["mean"] == 0.5 and "wer_shuffled_audio" not in pooled
+    assert pool_recognition({0: {}}, {0: []}) == {} == pool_emotion({0: {}})
+    emotion = pool_emotion(
+        {s: {"accuracy": a, "ci95_actors": [a - 0.1, a + 0.1], "chance": 0.25} for s, a in {0: 0.5, 1: 0.6}.items()}
+    )
+    assert emotion["mean"] == pytest.approx(0.55) and emotion["ci95"] == pytest.approx([0.4, 0.7])
+    assert emotion["chance"] == 0.25
+
+
+# ---- the page
+
+
+def measured(mean: float, low: float, high: float) -> dict[str, object]:
+    return {"mean": mean, "ci95": [low, high]}
+
+
+def quality_of(*rows: tuple[int, float, float, float]) -> dict[str, object]:
+    books = {}
+    for count, *pesq in rows:
+        rates = {"tokens_per_second": 50 * count, "kbps": 0.5 * count, "utterances": 9}
+        books[str(count)] = {**rates, "pesq_wb": measured(*pesq)}
+    return {"codebooks": books, "original": {"pesq_wb": measured(4.64, 4.64, 4.64), "utterances": 9}, "failed": [{}]}
+
+
+def asr_of(mean: float, low: float, high: float, rate: float = 50.0) -> dict[str, object]:
+    return {**measured(mean, low, high), "tokens_per_second": rate, "seeds": {"0": mean}, "words": 100}
+
+
+CODES = {"kind": "codes", "frame_rate": 50.0, "layers": 1, "codebook_size": 1024}
+RESULTS = {
+    "codec": {
+        "encoding": CODES,
+        "parameters": 2_000_000,
+        "quality": quality_of((1, 1.2, 1.1, 1.3), (2, 1.5, 1.4, 1.6), (4, 1.55, 1.45, 1.65)),
+        "asr": asr_of(0.30, 0.28, 0.32),
+    },
+    "four": {"like": "codec", "encoding": CODES, "parameters": 2_000_000, "asr": asr_of(0.20, 0.18, 0.22, 200.0)},
+    "weak": {"encoding": CODES, "parameters": 1_000_000, "quality": quality_of((1, 1.0, 1.0, 1.1))},
+    "soft": {"encoding": {"kind": "features", "frame_rate": 50.0, "layers": 1}, "asr": asr_of(0.21, 0.19, 0.23, 25.0)},
+}
+
+
+def cells(name: str, table: str) -> list[list[str]]:
+    """Rows of the Markdown table under a title that begin with a name."""
+    part = comparison_markdown(RESULTS).split(f"## {table}")[1].split("## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
+    return [row for row in rows if row[0] == name]
+
+
+def test_what_was_not_measured_is_a_dash_and_what_nobody_measured_is_skipped() -> None:
+    (weak,) = cells("weak", "Table 4")
+    assert set(weak[1:]) == {"–"}
+    (soft,) = cells("soft", "Table 4")
+    assert soft[1:4] == ["25.0", "–", "21.0% (19.0% to 23.0%)"]
+    (four,) = cells("four", "Table 4")
+    assert four[1:3] == ["200.0", "2.00"]
+    assert [row[1] for row in cells("codec", "Table 1")] == ["1", "2", "4"] and not cells("four", "Table 1")
+    assert set(cells("soft", "Table 1")[0][1:]) == {"–"}
+    page = comparison_markdown(RESULTS)
+    assert "STOI" not in page and "Table 2" not in page and "Table 3" not in page and "Content" not in page
+    assert "Not scored: 1 of codec, 1 of weak." in page
+
+
+def test_a_need_has_a_winner_only_where_the_intervals_can_tell() -> None:
+    title = "Which system for which need"
+    (words,) = cells("understand the words", title)
+    assert words[2] == "no clear winner"
+    assert "four 20.0%" in words[3] and "soft 21.0%" in words[3] and "codec" not in words[3]
+    assert words[4] == "soft, 25 tokens/s"
+    (speech,) = cells("speech as good as it gets", title)
+    assert speech[2] == "codec" and "4 codebooks" in speech[3]
+    assert speech[4] == "codec, 2 codebooks, 1 kbps"  # half the bits, and not told apart
+    (small,) = cells("a small tokenizer", title)
+    assert small[2] == "weak"
+    assert not cells("keep the emotion", title) and not cells("fast encoding", title)
+
+
+def converted(**methods: tuple[float, float, float]) -> dict[str, object]:
+    named = {name.replace("_", " ").replace("swap 1", "swap 1, by position"): mcd for name, mcd in methods.items()}
+    rows = {name.replace("source 2", "source, 2"): {"mcd": measured(*mcd), "pairs": 9} for name, mcd in named.items()}
+    return {"conversion": {"methods": rows}}
+
+
+def test_a_swap_that_does_not_beat_the_unchanged_codes_is_no_conversion() -> None:
+    blurred = converted(source_2_codebooks=(7.0, 6.9, 7.1), swap_1=(7.2, 7.1, 7.3))
+    unsure = converted(source_2_codebooks=(8.0, 7.9, 8.1), swap_1=(7.9, 7.8, 8.0))
+    real = converted(source_2_codebooks=(8.9, 8.8, 9.0), swap_1=(8.0, 7.9, 8.1))
+
+    def verdict(**systems: dict[str, object]) -> list[str]:
+        (row,) = guidance(systems).rows
+        return row
+
+    assert verdict(blurred=blurred, unsure=unsure)[2:4] == ["none", "no swap beats the unchanged codes"]
+    assert verdict(blurred=blurred, real=real)[2:4] == ["real", "real 8.00 (7.90 to 8.10), swap 1, by position"]
+
+
+def test_the_page_shows_tables_and_pictures(tmp_path: Path) -> None:
+    write_comparison(tmp_path / "page.html", title="A & B", results=RESULTS, versions={"torch": "2"})
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "A &amp; B" in page and "PESQ-WB by bitrate" in page
+    assert "WER (%) by system" in page and "WER (%) by bitrate" in page
+    alike = {"one": RESULTS["codec"], "other": {**RESULTS["codec"], "like": "one"}}
+    write_comparison(tmp_path / "page.html", title="A & B", results=alike, versions={"torch": "2"})
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "WER (%) by system" in page and "WER (%) by bitrate" not in page  # one bitrate is no axis
+    assert page.index("Which system for which need") < page.index("Table 1") < page.index("Table 4")

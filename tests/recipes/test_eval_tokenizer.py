@@ -1,0 +1,105 @@
+"""The evaluation of codes: labels at the time of every frame, whatever its rate, and what is skipped with a reason."""
+
+import json
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from sklearn.metrics import mutual_info_score
+from torch import Tensor
+
+from speechllm import AudioTokenizer, SpeechCodec, encode_shards, load_codes, read_corpus, speech_of
+from tokenizer.schemes.features import FeatureEncoder
+from tokenizer.schemes.units import UnitTokenizer
+from tokenizer.training.small_teachers import small_hubert
+from tokenizer.training.teachers import SemanticTeacher
+
+RATE, SAMPLES = 16_000, 8_000
+STRIDES = {100.0: (2, 4, 5, 4), 50.0: (2, 4, 5, 8), 12.5: (4, 5, 8, 8)}  # frames/s of a codec
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, noise: Callable[..., Tensor]) -> Path:
+    """Nine recordings of three speakers, half a second each; a phone ends at 0.13 s, 0.31 s and 0.5 s."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = []
+    for index in range(9):
+        soundfile.write(folder / f"{index}.flac", noise(SAMPLES, seed=index)[0].numpy(), RATE)
+        phones = [["abc"[index % 3], 0.13], ["xyz"[index // 3], 0.31], ["s", 0.5]]
+        row = {"path": f"{index}.flac", "duration_s": 0.5, "speaker": f"s{index % 3}", "phones": phones}
+        rows.append(json.dumps(row | {"text": "a b"}))
+    (folder / "manifest.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def evaluate(recipe: Callable[[str], types.ModuleType], corpus: Path, tmp_path: Path) -> Callable[..., dict]:
+    """Encode the corpus (its first recordings only, where given) and run the recipe; its results."""
+
+    def run(codec: AudioTokenizer, first: int | None = None, **settings: object) -> dict:
+        codes, output = tmp_path / codec.fingerprint, tmp_path / "results.json"
+        list(encode_shards(read_corpus(corpus)[:first], codec, codes))
+        module = recipe("eval_tokenizer.py")
+        module.main(module.EvalTokenizerConfig(str(codes), str(corpus), str(output), **settings))
+        return json.loads(output.read_text(encoding="utf-8"), parse_constant=pytest.fail)  # NaN is no JSON
+
+    return run
+
+
+@pytest.mark.parametrize("rate", STRIDES)
+def test_frames_of_every_rate_are_labelled_with_the_phone_at_their_time(
+    evaluate: Callable[..., dict],
+    make_codec: Callable[..., SpeechCodec],
+    corpus: Path,
+    tmp_path: Path,
+    rate: float,
+) -> None:
+    codec = make_codec(strides=STRIDES[rate])
+    found = evaluate(codec)["content"]
+    assert codec.frame_rate == rate and found["label"] == "phone" and found["utterances"] == 9
+    rows, encoding = load_codes(tmp_path / codec.fingerprint)
+    ids, phones = [], []
+    for row, utterance in zip(rows, read_corpus(corpus), strict=True):
+        codes = speech_of(row, encoding)[0].tolist()
+        times = (np.arange(len(codes)) + 0.5) / rate
+        phones += [next((p for p, end in utterance.phones if time <= end), "s") for time in times]
+        ids += codes
+    expected = mutual_info_score(phones, ids) / mutual_info_score(phones, phones)
+    assert found["layer_0"]["pnmi"] == pytest.approx(expected)
+    assert 0 < found["log_mel_kmeans"]["pnmi"] < 1
+
+
+def test_the_baseline_is_that_of_50_frames_a_second_for_every_codec(
+    evaluate: Callable[..., dict], make_codec: Callable[..., SpeechCodec]
+) -> None:
+    found = [evaluate(make_codec(strides=strides))["content"]["log_mel_kmeans"] for strides in STRIDES.values()]
+    assert found[0] == found[1] == found[2]
+
+
+def test_merged_repeats_have_no_labels_and_it_is_said(
+    evaluate: Callable[..., dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    encoder = FeatureEncoder(SemanticTeacher(small_hubert(hidden_size=16, layers=1), 1))
+    found = evaluate(UnitTokenizer(encoder, torch.randn(4, 16), deduplicate=True))
+    assert "content" not in found and found["speaker"]["speakers"] == 3
+    assert "no phone information: repeats are merged in these codes" in capsys.readouterr().out
+
+
+def test_speakers_heard_once_cannot_be_told(evaluate: Callable[..., dict], codec: SpeechCodec) -> None:
+    assert evaluate(codec, first=3)["speaker"] == {}
+
+
+def test_results_say_how_they_were_made(evaluate: Callable[..., dict], codec: SpeechCodec, corpus: Path) -> None:
+    found = evaluate(codec, kmeans_utterances=5, seed=3)
+    assert found["codec_fingerprint"] == codec.fingerprint
+    assert (found["config"]["data"], found["config"]["kmeans_utterances"], found["config"]["seed"]) == (
+        str(corpus),
+        5,
+        3,
+    )
+    assert {"torch", "scikit-learn"} <= found["versions"].keys()

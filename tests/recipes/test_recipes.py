@@ -1,0 +1,453 @@
+"""The recipes, from recordings to a word error rate, as commands on a tiny corpus (more in test_train_asr.py)."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+from sklearn.metrics import mutual_info_score
+
+from speechllm import (
+    SpeechCodec,
+    load_audio,
+    load_codes,
+    load_speech_llm,
+    read_corpus,
+    speech_of,
+    transcribe,
+    word_error_rate,
+)
+from speechllm.runs.run import read_log
+from tokenizer.training.teachers import SemanticTeacher, SpeakerTeacher
+
+ROOT = Path(__file__).resolve().parents[2]
+RATE = 16_000
+UTTERANCES, FRAMES = 24, 25  # of half a second
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",  # equal to the last bit is a promise for one machine and one kind of processor
+    "ACCELERATE_USE_CPU": "true",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+TEACHER = "data=corpus splits=[train] dev_splits=[dev] steps=6 batch_size=4 warmup=2 save_every=100"
+TOKENIZER = (
+    "data=corpus splits=[train] codec.n_filters=4 codec.dimension=8 codec.num_codebooks=2 codec.codebook_size=16 "
+    "codec.lstm=none semantic.teacher=alignment/model semantic.layer=-1 acoustic.teacher=speaker/model batch_size=4 "
+    "adversary.stft_filters=2 crop_s=0.4 num_workers=0"
+)
+# with everything that is drawn at random: crops, decoded windows, quantiser dropout, new places of dead codes; and with
+# everything that remembers: optimizers, adversary, balancer, averaged weights, cached features
+RANDOM = (
+    f"{TOKENIZER} dev_splits=[dev] codec.norm=batch_norm quantizer_dropout=[1,2] decode_s=0.16 steps=24 warmup=2 "
+    "adversary.start=2 losses.speech_features=0.5 weight_average=0.9 semantic.cache=features "
+    "learning_rate=1e-3 log_every=1 validate_every=8 save_every=3"
+)
+# with nothing that depends on how a batch is cut: no windows, no batch statistics; and without centring, whose gradient
+# is infinite where one code fills a crop
+DIVISIBLE = f"{TOKENIZER} codec.norm=weight_norm semantic.center=false steps=4 warmup=1 learning_rate=1e-4 log_every=1"
+ASR = (
+    "model=null codes=codes codec=tokenizer/model splits=[train] dev_splits=[dev] small.text_tokens=300 "
+    "small.text_steps=5 small.hidden_size=16 small.intermediate_size=32 small.num_hidden_layers=2 "
+    "small.num_attention_heads=2 small.num_key_value_heads=1 layers=2 steps=80 batch_tokens=560 "
+    "learning_rate=1e-3 warmup=5 validate_every=20 log_every=1 save_every=3"
+)
+EXACT = 'precision="no"'  # YAML reads a bare no as false
+ASR_RANDOM = f"{ASR} {EXACT} augmentation.substitute=0.3"
+
+
+def write_corpus(folder: Path) -> None:
+    """Two tones ("words") an utterance, 3 voices with pulses of their own, a level that changes every frame."""
+    tones = {"ONE": 400, "TWO": 650, "RED": 1000, "LAMP": 1500}
+    draw = np.random.default_rng(0)
+    seconds = np.arange(RATE // 2) / RATE
+    rows = []
+    for i in range(UTTERANCES):
+        words = draw.choice(list(tones), 2)
+        tone = np.sin(2 * np.pi * np.cumsum(np.repeat([tones[word] for word in words], RATE // 4)) / RATE)
+        voice = np.sign(np.sin(2 * np.pi * 110 * (i % 3 + 1.3) * seconds))
+        level = np.repeat(draw.uniform(0.02, 1, FRAMES), 320)
+        waveform = level * (0.3 * tone + 0.1 * voice + 0.05 * draw.standard_normal(len(tone)))
+        split = ("train", "train", "dev", "test")[i // 6]
+        path = folder / split / f"u{i:02}.flac"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, waveform, RATE)
+        row = {"id": path.stem, "path": f"{split}/{path.name}", "duration_s": 0.5, "split": split}
+        phones = [[words[0][0], 0.25], [words[1][0], 0.5]]
+        rows.append({**row, "text": " ".join(words), "speaker": f"s{i % 3}", "phones": phones})
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+class Work:
+    """A folder in which recipes are run; every run is checked to end well."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def start(self, name: str, words: str, processes: int = 1) -> subprocess.Popen:
+        # not `accelerate launch --cpu --num_processes 2`, which starts one process only
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "recipes" / name), *words.split()]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.folder, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
+
+    def run(self, name: str, words: str, processes: int = 1) -> str:
+        """What it printed."""
+        process = self.start(name, words, processes)
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+        return output
+
+    def kill(self, name: str, words: str, run: Path) -> None:
+        """Start it, and kill it as soon as there is a checkpoint."""
+        process = self.start(name, words)
+        while not list((run / "checkpoints").glob("step_*.pt")):
+            assert process.poll() is None, process.communicate()[1][-3000:]
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -9 and not (run / "done.json").exists()
+
+    def json(self, file: str) -> dict:
+        return json.loads((self.folder / file).read_text(encoding="utf-8"))
+
+    def weights(self, run: str) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / run / "model" / "model.safetensors")
+
+    def files(self, run: str) -> set[str]:
+        return {path.relative_to(self.folder / run).as_posix() for path in (self.folder / run).rglob("*")}
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+    """The whole chain, once."""
+    work = Work(tmp_path_factory.mktemp("work"))
+    write_corpus(work.folder / "corpus")
+    small = "hidden_size=16 layers=1"
+    work.run("train_teacher.py", f"kind=semantic objective=ctc output=ctc {small} {TEACHER}")
+    work.run("train_teacher.py", f"kind=semantic objective=alignment output=alignment {small} {TEACHER}")
+    work.run("train_teacher.py", f"kind=speaker output=speaker channels=8 {TEACHER} crop_s=0.4")
+    work.run("train_tokenizer.py", f"{RANDOM} output=tokenizer")
+    work.run("encode_speech.py", "codec=tokenizer/model data=corpus output=codes layers=null")
+    splits = "train_splits=[train] test_splits=[test]"
+    work.run("eval_tokenizer.py", f"codes=codes data=corpus output=content.json {splits}")
+    work.run("train_asr.py", f"{ASR_RANDOM} output=asr")
+    work.run("eval_asr.py", "model=asr/model codes=codes output=evaluation splits=[test]")
+    return work
+
+
+# ---- what the chain wrote
+
+
+def test_the_teachers_load_through_the_doors_of_the_published_ones(work: Work) -> None:
+    waveform = torch.randn(1, 8_000, generator=torch.Generator().manual_seed(0))
+    for run in ("ctc", "alignment"):
+        assert SemanticTeacher.from_pretrained(work.folder / run / "model")(waveform).shape == (1, FRAMES, 16)
+        assert work.files(run) >= {"config.yaml", "versions.json", "log.jsonl", "done.json"}
+    assert work.files("speaker") >= {"config.yaml", "log.jsonl", "done.json"}
+    assert SpeakerTeacher.from_pretrained(work.folder / "speaker" / "model")(waveform).shape == (1, 51, 24)
+
+
+def test_the_teachers_say_how_good_they_are_on_the_dev_split(work: Work) -> None:
+    assert work.json("ctc/done.json")["dev_cer"] >= 0
+    assert 0 <= work.json("alignment/done.json")["dev_frame_accuracy"] <= 1
+    assert 0 <= work.json("speaker/done.json")["dev_equal_error_rate"] <= 1
+
+
+def test_the_tokenizer_run_holds_codec_configuration_log_and_samples(work: Work) -> None:
+    files = work.files("tokenizer")
+    assert files >= {"config.yaml", "versions.json", "log.jsonl", "done.json", "model/model.safetensors"}
+    assert not any(name.startswith("checkpoints/") or name.endswith(".part") for name in files)
+    samples = {name for name in files if name.endswith(".wav")}
+    assert samples == {f"samples/u{i}_{kind}.wav" for i in (12,) for kind in ("original", "1_codebooks", "2_codebooks")}
+    for name in samples:
+        assert len(load_audio(work.folder / "tokenizer" / name)) == 8_000
+    codec = SpeechCodec.from_pretrained(work.folder / "tokenizer" / "model")
+    assert work.json("tokenizer/done.json")["fingerprint"] == codec.fingerprint
+    log = read_log(work.folder / "tokenizer")
+    assert [line["step"] for line in log if "mel" in line] == list(range(1, 25))
+    assert [line["step"] for line in log if "dev_mel" in line] == [8, 16, 24]
+    assert all(np.isfinite(value) for line in log for value in line.values())
+
+
+def test_every_utterance_is_encoded_with_the_codec_that_was_trained(work: Work) -> None:
+    rows, encoding = load_codes(work.folder / "codes")
+    codec = SpeechCodec.from_pretrained(work.folder / "tokenizer" / "model")
+    corpus = read_corpus(work.folder / "corpus")
+    assert encoding.fingerprint == codec.fingerprint and encoding.layers == 2
+    assert rows["id"] == [utterance.id for utterance in corpus]
+    for row, utterance in zip(rows, corpus, strict=True):
+        assert torch.equal(speech_of(row, encoding), codec.encode(load_audio(utterance.path)[None]).ids[0])
+    found = work.json("codes/done.json")
+    assert found["utterances"] == UTTERANCES and found["skipped"] == {}
+    assert found["hours"] == pytest.approx(UTTERANCES * 0.5 / 3600)
+
+
+def test_the_content_of_the_codes_is_what_scikit_learn_finds(work: Work) -> None:
+    found = work.json("content.json")
+    rows, encoding = load_codes(work.folder / "codes", ["test"])
+    codes = np.concatenate([speech_of(row, encoding).numpy() for row in rows], 1)
+    for layer, usage in zip(codes, found["usage"], strict=True):
+        assert usage["counts"] == np.bincount(layer, minlength=16).tolist()
+        assert usage["used"] == len(set(layer.tolist())) == 16 - usage["dead"]
+    assert found["content"]["label"] == "phone"
+    words = [utterance.text.split() for utterance in read_corpus(work.folder / "corpus", ["test"])]
+    phones = [pair[0 if (frame + 0.5) / 50 <= 0.25 else 1][0] for pair in words for frame in range(FRAMES)]
+    expected = mutual_info_score(phones, codes[0]) / mutual_info_score(phones, phones)
+    assert found["content"]["layer_0"]["pnmi"] == pytest.approx(expected)
+    assert 0 < found["content"]["log_mel_kmeans"]["pnmi"] <= 1
+    assert found["speaker"]["speakers"] == 3 and found["speaker"]["chance"] == pytest.approx(1 / 3)
+    assert {name for name in found["speaker"] if name.startswith("layer")} == {"layer_0", "layer_1"}
+
+
+def test_the_language_model_learns_and_is_saved_with_everything_it_needs(work: Work) -> None:
+    log = [line["loss"] for line in read_log(work.folder / "asr") if "loss" in line]
+    assert len(log) == 80 and np.mean(log[-10:]) < np.mean(log[5:15]) - 0.5
+    assert [line["step"] for line in read_log(work.folder / "asr") if "dev_wer" in line] == [20, 40, 60, 80]
+    speech_llm = load_speech_llm(work.folder / "asr" / "model")
+    assert speech_llm.vocabulary.encoding.layers == 2
+    assert work.json("asr/done.json")["codec_fingerprint"] == speech_llm.codec.fingerprint
+    assert not any(name.startswith("checkpoints/") for name in work.files("asr"))
+
+
+def test_the_evaluation_is_what_its_predictions_say(work: Work) -> None:
+    found = work.json("evaluation/results.json")
+    lines = (work.folder / "evaluation" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    predictions = [json.loads(line) for line in lines]
+    corpus = read_corpus(work.folder / "corpus", ["test"])
+    assert [(p["id"], p["speaker"], p["reference"]) for p in predictions] == [
+        (u.id, u.speaker, u.text.lower()) for u in corpus
+    ]
+    score = word_error_rate([p["reference"] for p in predictions], [p["hypothesis"] for p in predictions])
+    assert found["wer"] == score.wer and tuple(found["ci95"]) == score.ci95 and found["words"] == 12
+    assert found["tokens_per_second"] == pytest.approx(100) and found["audio_s"] == pytest.approx(3)
+    assert found["wer_shuffled_audio"] >= 0
+    speech_llm = load_speech_llm(work.folder / "asr" / "model")
+    assert transcribe([u.path for u in corpus], speech_llm, fallback=True) == [p["hypothesis"] for p in predictions]
+
+
+# ---- killed and started again
+
+
+def test_a_killed_tokenizer_started_again_ends_bit_for_bit_as_if_never_killed(work: Work) -> None:
+    whole, run = "tokenizer", "tokenizer_killed"
+    work.kill("train_tokenizer.py", f"{RANDOM} output={run}", work.folder / run)
+    with (work.folder / run / "log.jsonl").open("r+") as file:
+        lines = file.read()
+        file.seek(0)
+        file.write('{"step": 0, "before": "the kill"}\n' + lines + '{"step": 4, "mel')
+    work.run("train_tokenizer.py", f"{RANDOM} output={run}")
+    log = read_log(work.folder / run)
+    assert log[0] == {"step": 0, "before": "the kill"}  # it went on instead of starting over
+    assert log[1:] == read_log(work.folder / whole)
+    expected, found = work.weights(whole), work.weights(run)
+    assert expected.keys() == found.keys()
+    assert not [key for key in expected if not torch.equal(expected[key], found[key])]
+
+
+# ---- cut into processes and parts
+
+
+def test_two_processes_train_the_tokenizer_like_one(work: Work) -> None:
+    work.run("train_tokenizer.py", f"{DIVISIBLE} output=tokenizer_1")
+    work.run("train_tokenizer.py", f"{DIVISIBLE} output=tokenizer_2", processes=2)
+    one, two = work.weights("tokenizer_1"), work.weights("tokenizer_2")
+    # Adam moves a weight whose gradient is nothing but rounding as far as any other: so not the largest difference
+    # counts but the mean, against the way a weight has gone (the sum of the rates)
+    way = 1e-4 * (1 + sum(0.5 * (1 + np.cos(np.pi * step / 3)) for step in range(3)))
+    trained = [key for key in one if not key.startswith("quantizer")]
+    difference = torch.cat([(one[key] - two[key]).abs().flatten() for key in trained]).mean()
+    assert len(trained) > 50 and difference < 0.01 * way
+    # rounding may send a vector that lies between two codes to the other one: so here, too, the mean counts
+    for key in set(one) - set(trained):
+        assert (one[key] - two[key]).abs().mean() < 1e-3 * one[key].abs().mean(), key
+
+
+def test_two_processes_train_a_teacher_like_one(work: Work) -> None:
+    small = "kind=semantic objective=alignment hidden_size=16 layers=1"
+    work.run("train_teacher.py", f"{small} output=alignment_2 {TEACHER}", processes=2)
+    one, two = work.weights("alignment"), work.weights("alignment_2")
+    assert one.keys() == two.keys()
+    way = 2e-3 * 6  # no weight has gone further in its 6 steps
+    assert torch.cat([(one[key] - two[key]).abs().flatten() for key in one]).mean() < 0.01 * way
+
+
+# ---- started in this process: what is said at the beginning
+
+
+@pytest.fixture
+def here(work: Work, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+    """Run a recipe as the command line does, in this process and without the seconds of importing."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.chdir(work.folder)
+
+    def run(name: str, words: str) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *words.split()])
+        runpy.run_path(str(ROOT / "recipes" / name), run_name="__main__")
+
+    with torch.set_grad_enabled(True):
+        yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize(
+    "name, words, run",
+    [
+        ("train_teacher.py", f"kind=speaker output=speaker channels=8 {TEACHER} crop_s=0.4", "speaker"),
+        ("train_tokenizer.py", f"{RANDOM} output=tokenizer", "tokenizer"),
+        ("train_asr.py", f"{ASR_RANDOM} output=asr", "asr"),
+    ],
+)
+def test_a_finished_run_started_again_says_so_and_does_nothing(
+    work: Work, here: Callable, capsys: pytest.CaptureFixture, name: str, words: str, run: str
+) -> None:
+    def stamps() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (work.folder / run).rglob("*") if path.is_file()}
+
+    before = stamps()
+    here(name, words)
+    assert capsys.readouterr().out.startswith(f"{run} is finished: {{'steps': ")
+    assert stamps() == before
+
+
+def test_a_finished_run_is_not_continued_with_other_settings(work: Work, here: Callable) -> None:
+    with pytest.raises(SystemExit, match="holds a run with another configuration .*seed: 0 -> 1"):
+        here("train_asr.py", f"{ASR_RANDOM} seed=1 output=asr")
+
+
+RECIPES = {
+    "train_teacher.py": ("kind=speaker data=corpus output=new stepps=3", "did you mean steps?"),
+    "train_tokenizer.py": (f"{RANDOM} output=new codec.dimensoin=3", "did you mean codec.dimension?"),
+    "encode_speech.py": ("codec=tokenizer/model data=corpus output=new layer=1", "did you mean layers?"),
+    "eval_tokenizer.py": ("codes=codes data=corpus output=new split=[a]", "did you mean "),
+    "train_asr.py": (f"{ASR} {EXACT} output=new small.hiden_size=3", "did you mean small.hidden_size?"),
+    "eval_asr.py": ("model=asr/model codes=codes output=new normaliser=none", "did you mean normalizer?"),
+    "demo.py": ("output=new fresch=true", "did you mean fresh?"),
+    "fit_units.py": ("model=alignment/model data=corpus output=new cluster=3", "did you mean clusters?"),
+    "benchmark_asr.py": ("codes=codes codec=tokenizer/model output=new shap=small", "did you mean shape?"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_wrong_key_ends_with_2_and_a_hint_before_anything_is_written(
+    work: Work, here: Callable, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    words, hint = RECIPES[name]
+    with pytest.raises(SystemExit) as end:
+        here(name, words)
+    assert end.value.code == 2 and hint in capsys.readouterr().err.splitlines()[-1]
+    assert not (work.folder / "new").exists()
+
+
+MISSING = [
+    ("train_teacher.py", f"kind=speaker {TEACHER} data=nowhere", "nowhere: no such corpus folder"),
+    ("train_tokenizer.py", f"{RANDOM} data=nowhere", "nowhere: no such corpus folder"),
+    ("encode_speech.py", "codec=tokenizer/model data=nowhere", "nowhere: no such corpus folder"),
+    ("encode_speech.py", "codec=./nowhere data=corpus", "nowhere: no such folder"),
+    ("train_asr.py", f"{ASR} {EXACT} codec=./nowhere", "nowhere: no such folder"),
+    ("train_asr.py", f"{ASR} {EXACT} codes=nowhere", "nowhere holds no encoded speech"),
+    ("eval_asr.py", "model=./nowhere codes=codes", "nowhere: no such folder"),
+    ("train_tokenizer.py", f"{RANDOM} semantic.teacher=./nowhere", "nowhere: no such folder"),
+]
+
+
+@pytest.mark.parametrize("name, words, message", MISSING)
+def test_what_is_missing_is_named_in_one_line(
+    tmp_path: Path, here: Callable, name: str, words: str, message: str
+) -> None:
+    with pytest.raises(BaseException, match=message) as error:
+        here(name, f"{words} output={tmp_path / 'new'}")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name, words, message", MISSING)
+def test_what_is_missing_is_told_without_a_traceback(
+    tmp_path: Path, here: Callable, name: str, words: str, message: str
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        here(name, f"{words} output={tmp_path / 'new'}")
+
+
+def test_after_a_mistyped_corpus_the_right_one_may_have_the_same_output(tmp_path: Path, here: Callable) -> None:
+    words = f"kind=speaker {TEACHER} steps=1 crop_s=0.4 channels=8 output={tmp_path / 'new'}"
+    with pytest.raises(BaseException, match="no such corpus folder"):
+        here("train_teacher.py", f"{words} data=nowhere")
+    here("train_teacher.py", words)
+
+
+# ---- parts of recipes with an answer known by hand
+
+
+def test_the_control_gives_no_utterance_its_own_audio(recipe: Callable[[str], ModuleType]) -> None:
+    for count in range(2, 40):
+        order = recipe("eval_asr.py").cyclic_shuffle(count, seed=0)
+        assert sorted(order) == list(range(count)) and not (order == np.arange(count)).any()
+        place, visited = 0, []
+        for _ in range(count):
+            visited.append(place)
+            place = int(order[place])
+        assert len(set(visited)) == count and place == 0  # one long cycle
+
+
+@pytest.mark.parametrize(
+    "scores, same, rate",
+    [
+        ([0.9, 0.8, 0.2, 0.1], [True, True, False, False], 0.0),
+        ([0.9, 0.2, 0.8, 0.1], [True, True, False, False], 0.5),
+        ([0.9, 0.8, 0.7, 0.3, 0.75, 0.2, 0.1, 0.0], [True] * 4 + [False] * 4, 0.25),
+    ],
+)
+def test_the_equal_error_rate_is_that_found_by_hand(
+    recipe: Callable[[str], ModuleType], scores: list[float], same: list[bool], rate: float
+) -> None:
+    found = recipe("train_teacher.py")._equal_error_rate(torch.tensor(scores), torch.tensor(same))
+    assert found == pytest.approx(rate)
+
+
+# ---- the demo
+
+
+def test_fresh_deletes_nothing_that_the_demo_did_not_make(tmp_path: Path, here: Callable) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit, match="was not made by this demo and is not deleted"):
+        here("demo.py", f"output={tmp_path} --fresh")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_demo_takes_its_splits_from_their_names(
+    work: Work, tmp_path: Path, recipe: Callable[[str], ModuleType]
+) -> None:
+    names = {"train": "train-clean-100", "dev": "dev-clean", "test": "test-other"}
+    rows = [json.loads(line) for line in (work.folder / "corpus" / "manifest.jsonl").read_text().splitlines()]
+    named = [{**row, "path": str(work.folder / "corpus" / row["path"]), "split": names[row["split"]]} for row in rows]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    recipe("demo.py").gather(str(tmp_path), tmp_path / "out")
+    gathered = read_corpus(tmp_path / "out")
+    assert [utterance.split for utterance in gathered] == [row["split"] for row in rows]
+    assert all(Path(utterance.path).is_file() for utterance in gathered)
+
+
+def test_the_demo_finds_three_splits_in_a_corpus_with_one(
+    work: Work, tmp_path: Path, recipe: Callable[[str], ModuleType]
+) -> None:
+    rows = [json.loads(line) for line in (work.folder / "corpus" / "manifest.jsonl").read_text().splitlines()]
+    one = [{**row, "path": str(work.folder / "corpus" / row["path"]), "split": "train"} for row in rows]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one))
+    recipe("demo.py").gather(str(tmp_path), tmp_path / "out")
+    speakers = {s: {u.speaker for u in read_corpus(tmp_path / "out", [s])} for s in ("train", "dev", "test")}
+    assert sum(map(len, speakers.values())) == 3

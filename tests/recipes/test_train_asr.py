@@ -1,0 +1,489 @@
+"""recipes/train_asr.py on a handful of tiny utterances: killed, cut into processes, stopped early, as an adapter."""
+
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType, is_tensorboard_available, is_wandb_available
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from speechllm import (
+    RunError,
+    SpeechCodec,
+    Utterance,
+    encode_shards,
+    load_codes,
+    load_speech_llm,
+    load_tokenizer,
+    speech_of,
+    transcribe,
+    transcribe_codes,
+    word_error_rate,
+)
+from speechllm.decoding import recognize
+from speechllm.runs.run import read_log
+from speechllm.small_model import small_qwen2, small_text_tokenizer
+from tokenizer.files import read_jsonl
+from tokenizer.training.small_teachers import FrameClassifier, save_recognizer, small_hubert
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = str(ROOT / "recipes" / "train_asr.py")
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",  # equal to the last bit is a promise for one machine and one kind of processor
+    "ACCELERATE_USE_CPU": "true",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+# YAML reads a bare no as false
+BASE = (
+    'codes=codes codec=codec splits=[train] dev_splits=[dev] layers=2 precision="no" batch_tokens=400 steps=12 '
+    "learning_rate=1e-3 warmup=2 log_every=1 validate_every=3 save_every=2"
+)
+SMALL = f"{BASE} model=null small.text_tokens=300 small.text_steps=2 " + " ".join(
+    f"small.{name}={size}" for name, size in SIZES.items()
+)
+# everything that is drawn at random or remembered from step to step
+EVERYTHING = (
+    f"{SMALL} augmentation.tempo=0.2 augmentation.substitute=0.2 augmentation.mask=0.1 augmentation.spans=2 "
+    "speech_loss=0.5 row_learning_rate=4e-3 weight_average=0.8 gradient_checkpointing=true patience=4 "
+    "micro_batch_tokens=200"
+) + (" trackers=[tensorboard]" if is_tensorboard_available() else "")
+LORA = f"{BASE} model=base train=lora lora.rank=4 lora.alpha=8 lora.dropout=0.2 row_learning_rate=4e-3 row_steps=2"
+TEXTS = ["ON", "RED LAMP", "TURN ON THE RED LAMP", "LAMP", "THE RED"]
+
+
+class Work:
+    """A folder with codes, their codec and a language model; every run in it is checked to end well."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def start(self, words: str, processes: int = 1) -> subprocess.Popen:
+        # not `accelerate launch --cpu --num_processes 2`, which starts one process only
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *(launcher if processes > 1 else []), RECIPE, *words.split()]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.folder, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
+
+    def run(self, words: str, processes: int = 1) -> None:
+        process = self.start(words, processes)
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors[-3000:]
+
+    def kill(self, words: str, run: str) -> None:
+        """Start it, and kill it as soon as there are two checkpoints: then it is past the first validation."""
+        process = self.start(words)
+        while len(list((self.folder / run / "checkpoints").glob("step_*.pt"))) < 2:
+            assert process.poll() is None, process.communicate()[1][-3000:]
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -9 and not (self.folder / run / "done.json").exists()
+
+    def weights(self, run: str) -> dict[str, torch.Tensor]:
+        (file,) = (self.folder / run / "model").glob("*model.safetensors")
+        return load_file(file)
+
+    def log(self, run: str, key: str) -> dict[int, float]:
+        return {int(line["step"]): line[key] for line in read_log(self.folder / run) if key in line}
+
+    def done(self, run: str) -> dict:
+        return json.loads((self.folder / run / "done.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, small_codec: SpeechCodec) -> Work:
+    folder = tmp_path_factory.mktemp("asr")
+    draw = np.random.default_rng(0)
+    utterances = []
+    for i in range(15):
+        seconds = float(draw.uniform(0.2, 0.8))
+        path = folder / f"u{i:02}.wav"
+        level = np.repeat(draw.uniform(0.05, 1, 200), 320)[: int(seconds * 16_000)]
+        soundfile.write(path, 0.3 * level * draw.standard_normal(len(level)), 16_000)
+        split = "train" if i < 12 else "dev"
+        utterances.append(Utterance(path.stem, path, seconds, text=TEXTS[i % 5], speaker="s", split=split))
+    list(encode_shards(utterances, small_codec, folder / "codes"))
+    small_codec.save_pretrained(folder / "codec")
+    text_tokenizer = small_text_tokenizer(TEXTS, 300)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        small_qwen2(text_tokenizer, **SIZES, initializer_range=0.5).save_pretrained(folder / "base")
+    text_tokenizer.save_pretrained(folder / "base")
+    work = Work(folder)
+    work.run(f"{EVERYTHING} output=whole")
+    return work
+
+
+@pytest.fixture
+def here(work: Work, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Run the recipe as the command line does, in this process and without the seconds of importing."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.chdir(work.folder)
+
+    def run(words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train_asr.py", *words.split()])
+        runpy.run_path(RECIPE, run_name="__main__")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    with torch.set_grad_enabled(True):
+        yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key], atol=atol, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
+
+
+# ---- with everything on
+
+
+def test_the_run_holds_what_it_should(work: Work) -> None:
+    assert list(work.log("whole", "loss")) == list(work.log("whole", "speech_loss")) == list(range(1, 13))
+    wers = work.log("whole", "dev_wer")
+    assert list(wers) == [3, 6, 9, 12]
+    done = work.done("whole")
+    assert done["steps"] == 12 and done["dev_wer"] == min(wers.values()) == wers[done["best_step"]]
+    assert not (work.folder / "whole" / "checkpoints").exists()
+    assert bool(list((work.folder / "whole").rglob("events.out.tfevents*"))) == bool(is_tensorboard_available())
+
+
+def test_the_weights_of_the_best_validation_are_exported(work: Work) -> None:
+    speech_llm = load_speech_llm(work.folder / "whole" / "model")
+    dev, encoding = load_codes(work.folder / "codes", ["dev"])
+    hypotheses = transcribe_codes([speech_of(row, encoding) for row in dev], speech_llm)
+    assert word_error_rate(dev["text"], hypotheses).wer == work.done("whole")["dev_wer"]
+
+
+def test_a_killed_run_started_again_ends_bit_for_bit_as_if_never_killed(work: Work) -> None:
+    words = f"{EVERYTHING} output=killed"
+    work.kill(words, "killed")
+    with (work.folder / "killed" / "log.jsonl").open("r+") as file:
+        lines = file.read()
+        file.seek(0)
+        file.write('{"step": 0, "before": "the kill"}\n' + lines)
+    work.run(words)
+    log = read_log(work.folder / "killed")
+    assert log[0] == {"step": 0, "before": "the kill"}  # it went on instead of starting over
+    assert log[1:] == read_log(work.folder / "whole") and work.done("killed") == work.done("whole")
+    assert_close(work.weights("killed"), work.weights("whole"), atol=0)
+
+
+def test_two_processes_and_other_parts_learn_the_same(work: Work) -> None:
+    work.run(f"{EVERYTHING} micro_batch_tokens=70 output=two", processes=2)
+    assert_close(work.weights("two"), work.weights("whole"), atol=1e-5)
+    for key in ("loss", "speech_loss"):
+        assert list(work.log("two", key).values()) == pytest.approx(list(work.log("whole", key).values()), abs=1e-4)
+
+
+# ---- adapters
+
+
+@pytest.fixture(scope="module")
+def lora(work: Work) -> Work:
+    work.run(f"{LORA} output=lora")
+    return work
+
+
+def test_an_adapter_is_trained_and_saved_alone(lora: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(lora.folder)
+    found = lora.weights("lora")
+    assert any("lora_A" in name for name in found) and any("trainable_tokens" in name for name in found)
+    assert all("lora_" in name or "trainable_tokens" in name for name in found)
+    assert all(value.any() for name, value in found.items() if "lora_B" in name)  # they begin at zero
+    speech_llm = load_speech_llm("lora/model")
+    assert isinstance(speech_llm.model, PeftModel)
+    dev, encoding = load_codes("codes", ["dev"])
+    hypotheses = transcribe_codes([speech_of(row, encoding) for row in dev], speech_llm)
+    assert word_error_rate(dev["text"], hypotheses).wer == lora.done("lora")["dev_wer"]
+
+
+def test_a_killed_adapter_goes_on_as_if_never_killed(lora: Work) -> None:
+    lora.kill(f"{LORA} output=lora_killed", "lora_killed")
+    state = torch.load(sorted((lora.folder / "lora_killed" / "checkpoints").iterdir())[0], weights_only=True)
+    assert all("lora_" in name or "trainable_tokens" in name for name in state["model"])  # the rest is not trained
+    lora.run(f"{LORA} output=lora_killed")
+    assert read_log(lora.folder / "lora_killed") == read_log(lora.folder / "lora")
+    assert_close(lora.weights("lora_killed"), lora.weights("lora"), atol=0)
+
+
+def test_in_the_first_steps_only_the_new_rows_learn(work: Work, here: Callable[[str], None]) -> None:
+    here(f"{BASE} model=base steps=3 row_steps=3 row_learning_rate=1e-2 output=row_steps")
+    here(f"{BASE} model=base steps=3 train=rows learning_rate=1e-2 output=rows")
+    before, found = load_file(work.folder / "base" / "model.safetensors"), work.weights("row_steps")
+    texts = before["model.embed_tokens.weight"].shape[0]
+    for name, value in before.items():
+        assert torch.equal(found[name][:texts] if "embed" in name else found[name], value), name
+    # and that is just what training the rows alone does
+    rows = next(value for name, value in work.weights("rows").items() if "trainable_tokens" in name)
+    torch.testing.assert_close(rows, found["model.embed_tokens.weight"][texts:], atol=1e-5, rtol=0)
+
+
+def test_a_model_that_reads_codes_goes_on_with_its_rows(work: Work, here: Callable[[str], None]) -> None:
+    here(f"{BASE} model=base steps=1 train=full output=first")
+    here(f"{BASE} model=first/model steps=1 learning_rate=1e-9 warmup=1 output=second")
+    first, second = load_speech_llm("first/model"), load_speech_llm("second/model")
+    assert second.vocabulary == first.vocabulary and len(second.text_tokenizer) == len(first.text_tokenizer)
+    assert_close(work.weights("second"), work.weights("first"), atol=1e-6)
+    here(f"{BASE} model=first/model steps=1 train=lora lora.rank=2 output=third")  # an adapter on it
+    load_speech_llm("third/model")
+    for number, (words, message) in enumerate(
+        (
+            ("layers=1", r"first/model reads \(layers, order, stack\) \(2, 'frame', 1\), asked for are \(1,"),
+            ("model=third/model", "third/model is an adapter: `speechllm export`"),
+        )
+    ):
+        with pytest.raises(SystemExit, match=message):
+            here(f"{BASE} model=first/model {words} output=refused_{number}")
+
+
+def test_a_gradient_that_is_no_number_ends_the_training_before_the_weights_are_lost(
+    work: Work, here: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = torch.Tensor.backward
+
+    def broken(loss: torch.Tensor, *args: object, **kwargs: object) -> None:
+        usual(loss * (math.nan if broken.steps == 4 else 1), *args, **kwargs)
+        broken.steps += 1
+
+    broken.steps = 0
+    monkeypatch.setattr(torch.Tensor, "backward", broken)
+    with pytest.raises(SystemExit, match="step 5 has a gradient of nan; the last checkpoint is kept"):
+        here(f"{BASE} model=base output=broken")
+    (*_, last) = sorted((work.folder / "broken" / "checkpoints").glob("step_*.pt"))
+    state = torch.load(last)
+    assert state["step"] == 4 and all(value.isfinite().all() for value in state["model"].values())
+
+
+# ---- speech that is no codes
+
+
+@pytest.fixture(scope="module")
+def other_speech(work: Work) -> Work:
+    """The same recordings as features, and as what a recogniser hears, of one small HuBERT with random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        classifier = FrameClassifier(small_hubert(8, 1), 6)
+        torch.nn.init.normal_(classifier.head.weight)  # it hears something
+    save_recognizer(classifier, list("|ENOT"), work.folder / "hubert")
+    utterances = [
+        Utterance(row["id"], work.folder / f"{row['id']}.wav", row["duration_s"], row["split"], row["text"], "s")
+        for row in load_codes(work.folder / "codes")[0]
+    ]
+    for kind in ("features", "recognizer"):
+        list(encode_shards(utterances, load_tokenizer(f"{kind}:{work.folder / 'hubert'}"), work.folder / kind))
+    return work
+
+
+@pytest.mark.parametrize("train", ["model=null small.text_tokens=300 small.text_steps=2", "model=base train=lora"])
+@pytest.mark.parametrize("kind", ["features", "recognizer"])
+def test_the_recipe_takes_features_and_texts_as_it_takes_codes(
+    other_speech: Work, here: Callable, recipe: Callable, kind: str, train: str
+) -> None:
+    output = f"{kind}_{train.split('=')[-1]}"
+    words = f"{BASE} {train} layers=1 codes={kind} codec={kind}:hubert lora.rank=2 steps=6 output={output}"
+    here(words)
+    done = other_speech.done(output)
+    speech_llm = load_speech_llm(f"{output}/model")
+    dev, encoding = load_codes(kind, ["dev"])
+    speech = [speech_of(row, encoding) for row in dev]
+    found = recognize(speech, speech_llm, durations_s=dev["duration_s"])
+    assert word_error_rate(dev["text"], [each.text for each in found]).wer == done["dev_wer"]
+    heard = transcribe([other_speech.folder / f"{name}.wav" for name in dev["id"]], speech_llm)
+    assert len(heard) == len(found)
+
+    eval_asr = recipe("eval_asr.py")
+    eval_asr.main(eval_asr.EvalAsrConfig(f"{output}/model", kind, f"{output}/test", splits=["dev"], fallback=False))
+    results = json.loads(Path(f"{output}/test/results.json").read_text(encoding="utf-8"))
+    assert results["wer"] == done["dev_wer"] and results["config"]["splits"] == ["dev"]
+    assert {row["split"] for row in read_jsonl(f"{output}/test/predictions.jsonl")} == {"dev"}
+    alone = word_error_rate(dev["text"], dev["recognized"]).wer if kind == "recognizer" else None
+    assert results.get("wer_recognizer") == alone
+
+
+def test_a_killed_training_on_features_goes_on_as_if_never_killed(other_speech: Work) -> None:
+    words = (
+        f"{SMALL} layers=1 codes=features codec=features:hubert weight_average=0.8 augmentation.tempo=0.2 "
+        "augmentation.mask=0.1 augmentation.spans=1"
+    )
+    other_speech.run(f"{words} output=features_whole")
+    other_speech.kill(f"{words} output=features_killed", "features_killed")
+    other_speech.run(f"{words} output=features_killed")
+    assert read_log(other_speech.folder / "features_killed") == read_log(other_speech.folder / "features_whole")
+    assert_close(other_speech.weights("features_killed"), other_speech.weights("features_whole"), atol=0)
+    projectors = [
+        load_file(other_speech.folder / run / "model" / "speech_projector.safetensors")
+        for run in ("features_killed", "features_whole")
+    ]
+    assert_close(*projectors, atol=0)
+
+
+# ---- started in this process
+
+
+def test_without_improvement_it_ends_early(work: Work, here: Callable, capsys: pytest.CaptureFixture) -> None:
+    here(f"{SMALL} learning_rate=1e-12 small.text_steps=1 validate_every=1 patience=2 output=patience")
+    assert "no better WER in 2 validations: the training ends after 3 steps" in capsys.readouterr().out
+    assert list(work.log("patience", "dev_wer")) == [1, 2, 3]
+    assert work.done("patience")["steps"] == 3 and work.done("patience")["best_step"] == 1
+
+
+def test_the_last_weights_are_exported_where_the_best_are_not_wanted(work: Work, here: Callable) -> None:
+    words = f"{SMALL} learning_rate=3e-2 validate_every=2 steps=6"
+    here(f"{words} output=best")
+    here(f"{words} keep_best=false output=last")
+    here(f"{words} dev_splits=null output=blind")
+    assert work.done("best")["best_step"] < 6  # or the test shows nothing
+    assert_close(work.weights("last"), work.weights("blind"), atol=0)
+    assert any(not torch.equal(value, work.weights("last")[name]) for name, value in work.weights("best").items())
+
+
+def test_the_plan_comes_first(work: Work, here: Callable, capsys: pytest.CaptureFixture) -> None:
+    here(f"{SMALL} steps=2 max_utterances=5 precision=bf16 output=plan")
+    lines = capsys.readouterr().out.splitlines()
+    assert all(math.isfinite(loss) for loss in work.log("plan", "loss").values())
+    assert lines[0].startswith("asr: 5 utterances, ") and "2 steps of up to 400 tokens" in lines[0]
+    assert [line.split(":")[0] for line in lines[1:3]] == ["model", "memory"] and "new rows" in lines[3]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("model=null train=lora", "train: lora needs a language model to add to, but model is null"),
+        ("dev_splits=null patience=3", "patience needs dev_splits to measure a WER on"),
+        (
+            "batch_tokens=0 max_utterances=-1",
+            "batch_tokens must be at least 1, got 0; max_utterances must be at least 1, got -1",
+        ),
+        ("augmentation.mask=2", "mask must be at least 0 and below 1, got 2.0"),
+        ("clip=0 lora.rank=0", "clip must be above 0, got 0.0; lora.rank must be above 0, got 0"),
+        ("learning_rate=.nan", "learning_rate must be above 0, got nan"),
+        ("row_learning_rate=-1e-3 speech_loss=-1", "row_learning_rate must not be negative; speech_loss must not be"),
+        ("row_steps=13", "row_steps must be at most steps, got 13"),
+        ("model=null row_steps=1", "row_steps needs a language model to add to, but model is null"),
+    ],
+)
+def test_settings_that_cannot_be_are_named_at_once(
+    work: Work, here: Callable, capsys: pytest.CaptureFixture, words: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        here(f"{BASE} {words} output=never")
+    assert end.value.code == 2 and message in capsys.readouterr().err
+    assert not (work.folder / "never").exists()
+
+
+@pytest.mark.skipif(is_wandb_available(), reason="nothing is missing")
+def test_a_tracker_that_is_not_installed_is_named(here: Callable) -> None:
+    with pytest.raises(SystemExit, match="trackers: wandb is not installed: run pip install wandb"):
+        here(f"{SMALL} trackers=[wandb] output=tracked")
+
+
+def test_splits_without_transcripts_are_named(work: Work, here: Callable, small_codec: SpeechCodec) -> None:
+    silent = [Utterance("u00", str(work.folder / "u00.wav"), 0.5, split=split) for split in ("train", "dev")]
+    speaking = Utterance("u01", str(work.folder / "u01.wav"), 0.5, text="ON", split="train")
+    list(encode_shards([silent[0]], small_codec, work.folder / "silent"))
+    list(encode_shards([speaking, silent[1]], small_codec, work.folder / "half"))
+    with pytest.raises(SystemExit, match="silent: no utterance to learn from has a transcript"):
+        here(f"{SMALL} codes=silent dev_splits=null output=never")
+    with pytest.raises(SystemExit, match="half: no utterance to validate with has a transcript"):
+        here(f"{SMALL} codes=half output=never")
+    assert not (work.folder / "never").exists()
+
+
+# ---- more than one GPU
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+@pytest.mark.parametrize(
+    "settings", [{"weight_average": 0.9}, {"row_learning_rate": 1e-3}, {"row_steps": 3}, {"train": "lora"}]
+)
+def test_what_needs_whole_weights_is_refused_where_there_are_parts(recipe: Callable, kind: str, settings: dict) -> None:
+    module = recipe("train_asr.py")
+    config = module.AsrConfig(codes="", codec="", output="", **settings)
+    whole, parts = (SimpleNamespace(distributed_type=DistributedType(name)) for name in ("MULTI_GPU", kind))
+    module.refuse_parts(whole, config)
+    if settings == {"train": "lora"}:
+        config.row_learning_rate = 1e-3
+        with pytest.raises(RunError, match="cannot cut an adapter's rows") if kind == "FSDP" else nullcontext():
+            module.refuse_parts(parts, config)
+        config.row_steps = 3  # DeepSpeed steps by itself, before the other gradients can be dropped
+        with pytest.raises(RunError, match="adapter" if kind == "FSDP" else "row_steps"):
+            module.refuse_parts(parts, config)
+    else:
+        with pytest.raises(RunError, match="FSDP and DeepSpeed cut them into parts"):
+            module.refuse_parts(parts, config)
+
+
+# Accelerate has FSDP for GPUs only: these processes it takes for such, on gloo
+FSDP_ON_CPU = """
+import runpy, sys
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+PartialState(cpu=True)
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_two_processes_that_hold_half_of_the_weights_each_learn_the_same(work: Work) -> None:
+    words = f"{BASE} model=base weight_decay=0.1 micro_batch_tokens=200"
+    work.run(f"{words} output=undivided")
+    (work.folder / "fsdp.py").write_text(FSDP_ON_CPU)
+    settings = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text(encoding="utf-8"))
+    renamed = {name.upper().replace("LAYER_CLS", "CLS"): f"{value}" for name, value in settings["fsdp_config"].items()}
+    environment = {**ENVIRONMENT, **renamed, "ACCELERATE_USE_FSDP": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "fsdp.py", RECIPE]
+    command += [*words.split(), "output=divided"]
+    ended = subprocess.run(command, cwd=work.folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert work.log("divided", "loss") == pytest.approx(work.log("undivided", "loss"), abs=1e-5)
+    assert work.log("divided", "dev_wer") == work.log("undivided", "dev_wer")
+    assert_close(work.weights("divided"), work.weights("undivided"), atol=1e-4)
+
+
+def test_an_adapter_learns_the_same_in_two_processes(work: Work) -> None:
+    words = LORA.replace("lora.dropout=0.2", "lora.dropout=0")
+    work.run(f"{words} output=adapter_1")
+    work.run(f"{words} output=adapter_2", processes=2)
+    assert_close(work.weights("adapter_2"), work.weights("adapter_1"), atol=1e-4)
+
+
+@pytest.mark.parametrize("name, kind", [("fsdp2", "FSDP"), ("deepspeed_zero2", "DEEPSPEED")])
+def test_accelerate_takes_the_configurations_for_many_gpus(name: str, kind: str) -> None:
+    file = ROOT / "configs" / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(file))
+    assert config.distributed_type == kind and config.num_processes > 1
+    assert f"--config_file configs/accelerate/{name}.yaml" in file.read_text(encoding="utf-8")

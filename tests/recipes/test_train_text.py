@@ -1,0 +1,119 @@
+"""recipes/train_text.py on a handful of sentences: what it learns from, killed, cut into processes, what it leaves."""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
+
+from speechllm import DataError, RunError, SpeechCodec, extend_vocabulary
+from speechllm.runs.run import read_log
+from speechllm.small_model import SmallShape, small_text_tokenizer
+
+WORDS = "the a red blue lamp door opens closes now never Anna's room is small, dark and cold".split()
+
+
+@pytest.fixture(scope="module")
+def train_text(recipe: Callable[[str], ModuleType]) -> ModuleType:
+    return recipe("train_text.py")
+
+
+@pytest.fixture
+def config(train_text: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    draw = random.Random(0)
+    sentences = [" ".join(draw.choices(WORDS, k=draw.randint(3, 9))) for _ in range(400)]
+    (tmp_path / "text.txt").write_text("\n".join(sentences) + "\n\n", encoding="utf-8")
+    shape = SmallShape(16, 32, 2, 2, 1)
+    with torch.set_grad_enabled(True):
+        yield train_text.TextConfig(
+            text=[str(tmp_path / "text.txt")],
+            output=str(tmp_path / "run"),
+            text_tokens=300,
+            shape=shape,
+            block=32,
+            steps=6,
+            batch_size=4,
+            learning_rate=1e-2,
+            warmup=2,
+            validate_every=3,
+            save_every=2,
+            log_every=1,
+        )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def weights(config: object) -> dict[str, torch.Tensor]:
+    return load_file(Path(config.output) / "model" / "model.safetensors")
+
+
+def test_blocks_are_the_sentences_end_to_end(train_text: ModuleType) -> None:
+    texts = ["red lamp", "the door opens", "now"] * 5
+    text_tokenizer = small_text_tokenizer(texts, 280)
+    found = train_text.blocks(Dataset.from_dict({"text": texts}), text_tokenizer, 7)
+    stream = [*map(text_tokenizer.convert_tokens_to_ids, text_tokenizer.tokenize("<|im_end|>".join(texts)))]
+    assert found["input_ids"][:] == [stream[i : i + 7] for i in range(0, len(stream) - 6, 7)] == found["labels"][:]
+
+
+def test_it_leaves_a_language_model_that_takes_new_words(
+    train_text: ModuleType, config: object, small_codec: SpeechCodec
+) -> None:
+    train_text.main(config)
+    run = Path(config.output)
+    losses = [line["loss"] for line in read_log(run) if "loss" in line]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    assert {line["step"] for line in read_log(run) if "dev_loss" in line} == {3, 6}
+    assert not (run / "checkpoints").exists() and (run / "report.html").exists()
+    done = json.loads((run / "done.json").read_text(encoding="utf-8"))
+    assert done["perplexity"] == pytest.approx(torch.tensor(done["dev_loss"]).exp().item(), rel=1e-6)
+
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    text_tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert model.config.model_type == "qwen2" and text_tokenizer.eos_token == "<|im_end|>"
+    assert len(text_tokenizer.tokenize("anna's room is dark")) < len(text_tokenizer.tokenize("ANNA'S ROOM IS DARK"))
+    extend_vocabulary(model, text_tokenizer, small_codec)
+    train_text.main(replace(config))  # finished: nothing happens
+    assert [line["loss"] for line in read_log(run) if "loss" in line] == losses
+
+
+def test_a_killed_run_ends_as_if_never_killed(
+    train_text: ModuleType, config: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_text.main(config)
+    killed, usual = replace(config, output=str(tmp_path / "killed")), Trainer.training_step
+
+    def dying(trainer: Trainer, *args: object, **kwargs: object) -> torch.Tensor:
+        if trainer.state.global_step == 5:
+            raise KeyboardInterrupt
+        return usual(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train_text.main(killed)
+    assert not (tmp_path / "killed" / "model").exists()
+    train_text.main(killed)
+    expected = weights(config)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(killed).items())
+    assert read_log(killed.output) == read_log(config.output)
+
+
+def test_what_cannot_be_is_named(train_text: ModuleType, config: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train_text.main(replace(config, text=["nowhere.txt"], output=f"{config.output}_1"))
+    with pytest.raises(DataError, match="5000 tokens make a block"):
+        train_text.main(replace(config, block=5000, output=f"{config.output}_2"))
+    monkeypatch.setattr(train_text, "make_accelerator", lambda _: SimpleNamespace(num_processes=3))
+    with pytest.raises(RunError, match="3 processes cannot share batch_size 4"):
+        train_text.main(config)

@@ -1,0 +1,190 @@
+"""Examples in one row against the same examples alone, and how a batch is cut into parts."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from speechllm import Example, LabelledLoss, SpeechLLM, transcription_example
+from speechllm.data import packing
+from speechllm.data.packing import PACKED, micro_batches, pack
+from speechllm.prompt import text_example
+
+MakeSpeechLLM = Callable[..., SpeechLLM]
+
+
+def some_examples(speech_llm: SpeechLLM, *frames: int, learn_speech: bool = False) -> list[Example]:
+    """Transcription examples of so many frames, and a sentence alone."""
+    generator = torch.Generator().manual_seed(1)
+    parts = speech_llm.vocabulary, speech_llm.text_tokenizer
+    texts = ["TURN ON", "", "OPEN THE BLUE DOOR", "CALL ANNA"]
+    examples = [
+        transcription_example(
+            torch.randint(16, (2, count), generator=generator), texts[i % 4], *parts, learn_speech=learn_speech
+        )
+        for i, count in enumerate(frames)
+    ]
+    return [*examples, text_example("ON MONDAY", parts[1])]
+
+
+def examples_of(*lengths: int) -> list[Example]:
+    return [Example(torch.arange(length), torch.arange(length)) for length in lengths]
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+# ---- one row
+
+
+def test_examples_lie_end_to_end_and_predict_nothing_across_a_border() -> None:
+    first = Example(torch.tensor([5, 6, 7]), torch.tensor([-100, 6, 7]))
+    second = Example(torch.tensor([8, 9]), torch.tensor([8, 9]))  # its first label must not be the last one's target
+    packed = pack([first, second])
+    assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+    assert packed.targets.tolist() == [6, 7, -100, 9, -100]
+    assert packed.lengths == [3, 2] and packed.borders.tolist() == [0, 3, 5]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_and_gradients_are_the_sums_over_the_examples_alone(
+    make_speech_llm: MakeSpeechLLM, tied: bool, checkpointing: bool
+) -> None:
+    speech_llm = make_speech_llm(layers=2, tied=tied)
+    examples = some_examples(speech_llm, 9, 2, 30, 5, learn_speech=True)
+    model = speech_llm.model.train()
+    # the reference is transformers' own loss and attention, one unpadded example at a time
+    reference = torch.zeros(())
+    for example in examples:
+        labels = torch.where(example.labels < speech_llm.vocabulary.offset, example.labels, -100)
+        count = int((labels[1:] >= 0).sum())
+        reference = reference + model(input_ids=example.input_ids[None], labels=labels[None]).loss * count
+    reference.backward()
+    expected = gradients(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = LabelledLoss(model, speech_llm.vocabulary)(examples)[0]
+    loss.backward()
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=0)
+    for name, found in gradients(model).items():
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-5 * scale, msg=name)
+        assert scale > 0
+
+
+def test_an_example_does_not_see_the_others(make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = make_speech_llm(layers=2)
+    first, second, third = some_examples(speech_llm, 9, 12)
+    loss_of = LabelledLoss(speech_llm.model, speech_llm.vocabulary)
+    silent = Example(second.input_ids, torch.full_like(second.labels, -100))
+    others = Example(silent.input_ids.flip(0), silent.labels)
+    with torch.no_grad():
+        alone = loss_of([first, third])
+        for between in (silent, others):
+            torch.testing.assert_close(loss_of([first, between, third]), alone, rtol=1e-6, atol=0)
+
+
+def test_one_call_for_all_examples_attends_like_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU. Here in the place of its kernel stands what that is documented to compute."""
+
+    def varlen(q, k, v, starts, ends, longest, longest_key, *, scale, window_size) -> Tensor:
+        assert window_size == (-1, 0) and longest == longest_key == 9 and torch.equal(starts, ends)
+        parts = []
+        for first, last in zip(starts[:-1], starts[1:], strict=True):
+            weights = torch.einsum("shd,thd->hst", q[first:last], k[first:last]) * scale
+            future = torch.ones_like(weights).triu(1).bool()
+            parts.append(
+                torch.einsum("hst,thd->shd", weights.masked_fill(future, -torch.inf).softmax(-1), v[first:last])
+            )
+        return torch.cat(parts)
+
+    lengths, borders = [4, 9, 1], torch.tensor([0, 4, 13, 14], dtype=torch.int32)
+    query, key, value = (torch.randn(1, heads, 14, 8) for heads in (6, 2, 2))
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True, training=False)
+    expected, _ = packing.packed_attention(module, query, key, value, None, lengths, scaling=0.3)
+    monkeypatch.setattr(packing, "varlen_attn", varlen)
+    found = packing._attend_at_once(query, key, value, 9, borders, 0.3, torch.float32)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_kernel_for_all_examples_takes_what_it_is_given() -> None:
+    with FakeTensorMode():
+        query, key, value = (torch.empty(1, heads, 14, 8, device="cuda") for heads in (6, 2, 2))
+        borders = torch.tensor([0, 4, 13, 14], dtype=torch.int32, device="cuda")
+        attended = packing._attend_at_once(query, key, value, 9, borders, 0.3, torch.bfloat16)
+        assert attended.shape == (1, 14, 6, 8) and attended.dtype == torch.bfloat16
+
+
+def test_transformers_own_mask_for_packed_rows_gives_the_same(make_speech_llm: MakeSpeechLLM) -> None:
+    """It is exact as well, without a cache; a cache, which is transformers' default, silently switches it off."""
+    speech_llm = make_speech_llm(layers=2)
+    examples = some_examples(speech_llm, 9, 2, 30)
+    packed, model = pack(examples), speech_llm.model
+    with torch.no_grad():
+        ours = LabelledLoss(model, speech_llm.vocabulary)(examples)[0]
+        model.set_attn_implementation("sdpa")
+        hidden = model.model(packed.input_ids, position_ids=packed.position_ids, use_cache=False).last_hidden_state[0]
+        learnt = packed.targets >= 0
+        logits = model.lm_head(hidden[learnt])
+        theirs = torch.nn.functional.cross_entropy(logits, packed.targets[learnt], reduction="sum")
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=0)
+
+
+def test_generation_pads_as_ever_after_training_on_packed_rows(make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = make_speech_llm()
+    prompts = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]])
+    inputs = {"input_ids": prompts, "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1] * 5])}
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    before = speech_llm.model.generate(**inputs, **settings)
+    LabelledLoss(speech_llm.model, speech_llm.vocabulary)
+    assert speech_llm.model.config._attn_implementation == PACKED
+    assert torch.equal(speech_llm.model.generate(**inputs, **settings), before)
+
+
+def test_a_sliding_window_shorter_than_an_example_is_refused(make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = make_speech_llm()
+    examples = some_examples(speech_llm, 9, 30)
+    for layer in speech_llm.model.model.layers:
+        layer.self_attn.sliding_window = max(map(len, examples))
+    loss_of = LabelledLoss(speech_llm.model, speech_llm.vocabulary)
+    loss_of(examples)
+    for layer in speech_llm.model.model.layers:
+        layer.self_attn.sliding_window -= 1
+    with pytest.raises(ValueError, match=r"an example has \d+ tokens, the model attends to \d+ only"):
+        loss_of(examples)
+
+
+# ---- parts of a batch
+
+
+@pytest.mark.parametrize("tokens, processes", [(1000, 1), (100, 1), (30, 1), (1, 1), (100, 2), (30, 3), (1, 2)])
+def test_the_parts_of_all_processes_are_the_batch_and_alike_in_number_and_size(tokens: int, processes: int) -> None:
+    batch = examples_of(40, 10, 25, 30, 5, 20, 35, 15, 10, 10)
+    shares = [micro_batches(batch, tokens, process, processes) for process in range(processes)]
+    parts = [part for share in shares for part in share]
+    learnt = [example for part in parts for example in part if (example.labels >= 0).any()]
+    assert sorted(map(id, learnt)) == sorted(map(id, batch))
+    assert len({len(share) for share in shares}) == 1 and all(parts)
+    assert len(parts) == processes * -(-200 // (processes * tokens))
+    # the longest example first, each to the smallest part: at most a third above what is possible (Graham 1969)
+    assert max(sum(map(len, part)) for part in parts) <= 4 / 3 * max(40, 200 / len(parts))
+
+
+def test_a_process_without_an_example_learns_nothing_from_one(make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = make_speech_llm()
+    batch = some_examples(speech_llm, 9)[:1]
+    busy, idle = (micro_batches(batch, 1000, process, 2) for process in (0, 1))
+    assert busy == [batch] and [len(part) for part in idle] == [1]
+    loss_of = LabelledLoss(speech_llm.model, speech_llm.vocabulary)
+    loss = loss_of(idle[0]).sum()
+    loss.backward()
+    assert loss.item() == 0
+    assert all(not gradient.any() for gradient in gradients(speech_llm.model).values())  # but each has one

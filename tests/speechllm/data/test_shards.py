@@ -1,0 +1,419 @@
+"""Encoded speech on disk: resumable, shared between processes, tied to one codec; and batches of similar lengths."""
+
+import itertools
+import json
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+
+from speechllm import DataError, Encoding, SpeechCodec, Utterance, encode_shards, load_audio, load_codes, speech_of
+from speechllm.data.batches import grouped_batches, token_batches
+from speechllm.data.shards import skipped_of_shards, summarize_shards
+from tokenizer.files import read_jsonl
+from tokenizer.schemes.features import FeatureEncoder
+from tokenizer.schemes.units import UnitTokenizer
+from tokenizer.training.small_teachers import small_hubert
+from tokenizer.training.teachers import SemanticTeacher
+
+RATE = 16_000
+SHARDS = [f"codes_{shard:05d}.parquet" for shard in range(4)]
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("speechllm.data.shards.SHARD_SIZE", 3)
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory, noise: Callable[..., Tensor]) -> list[Utterance]:
+    """Ten recordings, 0.1 to 0.25 s: four shards, the last one with a single utterance."""
+    folder = tmp_path_factory.mktemp("speech")
+    utterances = []
+    for i in range(10):
+        size = 1_600 + 267 * i
+        soundfile.write(folder / f"{i}.flac", noise(size, seed=i)[0].numpy(), RATE)
+        text = None if i == 4 else f"WORD {i} é"
+        split = "test" if i >= 7 else "train"
+        utterances.append(Utterance(f"u{i}", str(folder / f"{i}.flac"), size / RATE, split, text, f"s{i % 2}"))
+    return utterances
+
+
+def encode(speech: list[Utterance], codec: SpeechCodec, folder: Path, *arguments: object, **more: object) -> list[int]:
+    return list(encode_shards(speech, codec, folder, *arguments, **more))
+
+
+def content(folder: Path) -> dict[str, tuple[list[dict], dict]]:
+    """Rows and metadata of every shard, but for the time it took."""
+    tables = {file.name: pq.read_table(file) for file in folder.glob("*.parquet")}
+    metadata = {name: {**table.schema.metadata, b"seconds": b""} for name, table in tables.items()}
+    return {name: (table.to_pylist(), metadata[name]) for name, table in tables.items()}
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    return {file.name: (file.stat().st_mtime_ns, file.stat().st_ino) for file in folder.glob("*.parquet")}
+
+
+# ---- encoding
+
+
+def test_codes_are_those_of_the_codec_with_everything_known_about_the_utterance(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
+) -> None:
+    assert encode(speech, small_codec, tmp_path) == [3, 3, 3, 1]
+    rows, encoding = load_codes(tmp_path)
+    assert encoding == Encoding(small_codec.fingerprint, RATE, 50.0, 2, 16) == Encoding.of(small_codec)
+    assert rows.features["codes"].feature.dtype == "uint16"
+    assert len(rows) == 10
+    for row, utterance in zip(rows, speech, strict=True):
+        waveform = load_audio(utterance.path)
+        expected = small_codec.encode(waveform[None]).ids[0]
+        assert torch.equal(speech_of(row, encoding), expected) and expected.shape == (2, -(-len(waveform) // 320))
+        known = {name: row[name] for name in ("id", "split", "speaker", "text")}
+        assert known == {name: getattr(utterance, name) for name in known}
+        assert row["duration_s"] == pytest.approx(len(waveform) / RATE)
+
+
+def test_only_the_layers_asked_for_are_stored(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
+) -> None:
+    for layers in (1, 2):
+        encode(speech, small_codec, tmp_path / str(layers), layers)
+    one, encoding = load_codes(tmp_path / "1")
+    two, both = load_codes(tmp_path / "2")
+    assert (encoding.layers, both.layers) == (1, 2)
+    for short, long in zip(one, two, strict=True):
+        assert torch.equal(speech_of(short, encoding), speech_of(long, both)[:1])
+
+
+def test_encoding_again_changes_nothing(tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec) -> None:
+    encode(speech, small_codec, tmp_path)
+    before = stamps(tmp_path)
+    assert encode(speech, small_codec, tmp_path) == [3, 3, 3, 1]
+    assert stamps(tmp_path) == before and sorted(before) == SHARDS
+    assert {path.name for path in tmp_path.iterdir()} == {*SHARDS, "request.json"}  # nothing half written
+
+
+def test_a_lost_shard_is_made_again_and_the_others_are_left_alone(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
+) -> None:
+    encode(speech, small_codec, tmp_path)
+    whole, before = content(tmp_path), stamps(tmp_path)
+    (tmp_path / SHARDS[1]).unlink()
+    (tmp_path / SHARDS[1]).with_suffix(".part").write_bytes(b"PAR1")  # what a kill leaves
+    encode(speech, small_codec, tmp_path)
+    after = stamps(tmp_path)
+    assert content(tmp_path) == whole
+    assert {name for name in before if before[name] == after[name]} == set(SHARDS) - {SHARDS[1]}
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_run_stopped_after_one_shard_goes_on_behind_it(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
+) -> None:
+    encode(speech, small_codec, tmp_path / "whole")
+    next(encode_shards(speech, small_codec, tmp_path / "stopped"))
+    first = stamps(tmp_path / "stopped")
+    assert list(first) == SHARDS[:1]
+    with pytest.raises(DataError, match="stopped holds 3 of 10 utterances: run encode_speech again"):
+        load_codes(tmp_path / "stopped")
+    encode(speech, small_codec, tmp_path / "stopped")
+    assert stamps(tmp_path / "stopped").items() >= first.items()
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_the_shards_of_several_processes_are_those_of_one(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec, processes: int
+) -> None:
+    encode(speech, small_codec, tmp_path / "one")
+    shares = [
+        encode(speech, small_codec, tmp_path / "more", process=process, processes=processes)
+        for process in range(processes)
+    ]
+    assert sorted(sum(shares, [])) == [1, 3, 3, 3]
+    assert content(tmp_path / "more") == content(tmp_path / "one")
+
+
+def test_any_process_may_be_the_first_to_write(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
+) -> None:
+    encode(speech, small_codec, tmp_path / "codes", process=1, processes=2)
+    encode(speech, small_codec, tmp_path / "codes", process=0, processes=2)
+    assert len(load_codes(tmp_path / "codes")[0]) == 10
+
+
+def test_texts_are_normalised_once_and_the_folder_says_how(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
+) -> None:
+    said = [replace(utterance, text=utterance.text and f"{utterance.text}, “Don’t!”") for utterance in speech]
+    encode(said, small_codec, tmp_path / "normal", normalizer="librispeech")
+    encode(said, small_codec, tmp_path / "plain")
+    normal, plain = (load_codes(tmp_path / name)[0] for name in ("normal", "plain"))
+    assert plain["text"] == [utterance.text for utterance in said]
+    assert normal["text"] == [None if i == 4 else f"word {i} é don't" for i in range(10)]
+    assert normal["codes"] == plain["codes"]
+    for folder, name in (("normal", "librispeech"), ("plain", "none")):
+        assert json.loads((tmp_path / folder / "request.json").read_text())["normalizer"] == name
+        assert summarize_shards(tmp_path / folder)["normalizer"] == name
+
+
+def test_an_unknown_normalizer_is_refused(tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec) -> None:
+    with pytest.raises(DataError, match="unknown normalizer 'loud': choose one of librispeech, "):
+        encode(speech, small_codec, tmp_path / "new", normalizer="loud")
+    assert not (tmp_path / "new").exists()
+
+
+# ---- recordings that cannot be used
+
+
+@pytest.fixture(scope="module")
+def bad_speech(tmp_path_factory: pytest.TempPathFactory, speech: list[Utterance]) -> list[Utterance]:
+    """Good, corrupt, silent, missing, empty, NaN, too long, corrupt once more, good."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "corrupt.flac").write_bytes(b"fLaC" + bytes(range(256)))
+    (folder / "text.flac").write_text("no audio")
+    soundfile.write(folder / "silent.flac", np.zeros(3_200), RATE)
+    soundfile.write(folder / "empty.wav", np.zeros(0), RATE)
+    soundfile.write(folder / "nan.wav", np.full(3_200, np.nan, dtype="float32"), RATE, subtype="FLOAT")
+    soundfile.write(folder / "long.flac", np.random.default_rng(0).uniform(-0.1, 0.1, 8_000), RATE)
+    names = ["corrupt.flac", "silent.flac", "missing.flac", "empty.wav", "nan.wav", "long.flac", "text.flac"]
+    bad = [Utterance(name, str(folder / name), 0.2, "train", "TEXT", "s") for name in names]
+    return [speech[0], *bad, speech[1]]
+
+
+REASONS = {"unreadable": 2, "silent": 1, "missing": 1, "empty": 1, "non-finite": 1, "too long": 1}
+
+
+def test_unusable_recordings_are_skipped_and_counted_by_reason(
+    tmp_path: Path, bad_speech: list[Utterance], small_codec: SpeechCodec
+) -> None:
+    assert encode(bad_speech, small_codec, tmp_path, max_duration_s=0.4) == [3, 3, 3]
+    rows, _ = load_codes(tmp_path)
+    assert rows["id"] == ["u0", "u1"]
+    summary = summarize_shards(tmp_path)
+    assert summary["skipped"] == REASONS
+    assert summary["utterances"] == 2
+    assert summary["hours"] == pytest.approx((1_600 + 1_867) / RATE / 3600)
+    for utterance, row in zip(bad_speech[1:-1], skipped_of_shards(tmp_path), strict=True):
+        assert (row["id"], row["path"]) == (utterance.id, utterance.path) and row["detail"].startswith(utterance.path)
+
+
+def test_the_recipe_lists_all_recordings_it_skipped_and_prints_the_first(
+    tmp_path: Path,
+    bad_speech: list[Utterance],
+    codec_folder: Path,
+    recipe: Callable,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [{"id": u.id, "path": u.path, "duration_s": u.duration_s} for u in bad_speech]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    module, output = recipe("encode_speech.py"), tmp_path / "codes"
+    module.main(module.EncodeConfig(str(codec_folder), str(tmp_path), str(output), max_duration_s=0.4))
+    listed = read_jsonl(output / "skipped.jsonl")
+    assert [(row["id"], row["path"]) for row in listed] == [(u.id, u.path) for u in bad_speech[1:-1]]
+    assert Counter(row["reason"] for row in listed) == REASONS
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped: ")]
+    assert said == [
+        *(f"skipped: {row['detail']}" for row in listed[:5]),
+        f"skipped: 2 more, see {output}/skipped.jsonl",
+    ]
+
+
+def test_merged_repeats_are_told_apart(tmp_path: Path, speech: list[Utterance]) -> None:
+    """Of codes without a fixed rate nobody can say when they are spoken; older folders do not know."""
+    torch.manual_seed(0)
+    encoder = FeatureEncoder(SemanticTeacher(small_hubert(hidden_size=16, layers=1), 1))
+    for merged in (True, False):
+        units = UnitTokenizer(encoder, torch.randn(4, 16), deduplicate=merged)
+        encode(speech, units, tmp_path / str(merged))
+        encoding = load_codes(tmp_path / str(merged))[1]
+        assert encoding == Encoding.of(units) and encoding.deduplicated is merged
+    assert Encoding("f" * 16, RATE, 50.0, 1, 4).deduplicated is False
+
+
+def test_a_folder_in_which_nothing_could_be_used_is_an_empty_one(
+    tmp_path: Path, bad_speech: list[Utterance], small_codec: SpeechCodec
+) -> None:
+    encode(bad_speech[1:-1], small_codec, tmp_path, max_duration_s=0.4)
+    rows, encoding = load_codes(tmp_path)
+    assert len(rows) == 0 and encoding == Encoding.of(small_codec)
+    assert summarize_shards(tmp_path)["skipped"] == REASONS
+
+
+# ---- what is refused
+
+
+def test_a_folder_of_another_codec_is_refused_and_stays_as_it_is(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec, other_codec: SpeechCodec
+) -> None:
+    encode(speech, small_codec, tmp_path)
+    before = stamps(tmp_path)
+    refused = [(speech, other_codec, {}, f"fingerprint: {small_codec.fingerprint} -> {other_codec.fingerprint}")]
+    speech_changed = r"speech: \w+ -> \w+"
+    refused += [(speech[:-1], small_codec, {}, rf"utterances: 10 -> 9; {speech_changed}")]
+    corrected = [replace(speech[0], text="SOMETHING ELSE"), *speech[1:]]
+    moved = [replace(speech[0], split="another"), *speech[1:]]
+    refused += [(part, small_codec, {}, speech_changed) for part in (speech[::-1], corrected, moved)]
+    refused += [(speech, small_codec, {"layers": 1}, "layers: 2 -> 1")]
+    refused += [(speech, small_codec, {"max_duration_s": 5.0}, r"max_duration_s: 60\.0 -> 5\.0")]
+    refused += [(speech, small_codec, {"normalizer": "librispeech"}, "normalizer: none -> librispeech")]
+    for utterances, codec, more, change in refused:
+        for process in (0, 1):
+            with pytest.raises(DataError, match=rf"another codec, other speech or other settings \({change}\)"):
+                encode(utterances, codec, tmp_path, process=process, processes=2, **more)
+    assert stamps(tmp_path) == before
+    assert json.loads((tmp_path / "request.json").read_text())["fingerprint"] == small_codec.fingerprint
+
+
+def test_mixed_shards_are_refused(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec, other_codec: SpeechCodec
+) -> None:
+    encode(speech, small_codec, tmp_path / "a")
+    encode(speech, other_codec, tmp_path / "b")
+    shutil.copy(tmp_path / "b" / SHARDS[2], tmp_path / "a" / SHARDS[2])
+    with pytest.raises(DataError, match="mixes codes of 2 codecs"):
+        load_codes(tmp_path / "a")
+
+
+def test_ids_must_be_unique(tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec) -> None:
+    with pytest.raises(DataError, match="u2 occurs more than once"):
+        encode([*speech, speech[2]], small_codec, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_codes_are_only_for_the_codec_they_were_made_with(small_codec: SpeechCodec, other_codec: SpeechCodec) -> None:
+    encoding = Encoding.of(small_codec)
+    encoding.require(small_codec.fingerprint, "the model")
+    message = f"codes are of codec {small_codec.fingerprint}, the model is of codec {other_codec.fingerprint}"
+    with pytest.raises(DataError, match=message):
+        encoding.require(other_codec.fingerprint, "the model")
+
+
+def test_a_folder_without_codes_says_which_recipe_makes_them(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(DataError, match=r"holds no encoded speech .*run recipes/encode_speech\.py first"):
+            load_codes(folder)
+
+
+def test_splits_are_chosen_and_a_missing_one_lists_those_there_are(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
+) -> None:
+    encode(speech, small_codec, tmp_path)
+    assert load_codes(tmp_path, ["test"])[0]["id"] == ["u7", "u8", "u9"]
+    assert load_codes(tmp_path, ["test", "train"])[0]["id"] == [f"u{i}" for i in range(10)]
+    with pytest.raises(DataError, match="has no split dev, tset; it has train, test$"):
+        load_codes(tmp_path, ["dev", "train", "tset"])
+
+
+# ---- batches
+
+SIZES = [(1, 4), (4, 4), (5, 4), (23, 4), (999, 7), (1000, 8), (3, 1)]
+
+
+def some_lengths(count: int) -> list[float]:
+    draw = random.Random(count)
+    return [draw.uniform(1, 20) for _ in range(count)]
+
+
+@pytest.mark.parametrize("count, size", SIZES)
+def test_batches_are_full_and_hold_every_index_at_most_once(count: int, size: int) -> None:
+    for epoch in range(3):
+        batches = grouped_batches(some_lengths(count), size, seed=0, epoch=epoch)
+        indices = [int(i) for batch in batches for i in batch]
+        assert len(set(indices)) == len(indices) and set(indices) <= set(range(count))
+        if count < size:
+            assert [len(batch) for batch in batches] == [count]  # all there is
+        else:
+            assert [len(batch) for batch in batches] == [size] * (count // size)
+
+
+def test_batches_are_a_pure_function_of_seed_and_epoch() -> None:
+    lengths = some_lengths(60)
+    before = list(lengths)
+
+    def listed(seed: int, epoch: int) -> list[list[int]]:
+        np.random.seed(len(lengths) + epoch)  # the global state must not matter
+        return [batch.tolist() for batch in grouped_batches(lengths, 4, seed, epoch)]
+
+    assert listed(0, 1) == listed(0, 1) and lengths == before
+    orders = [listed(0, 0), listed(0, 1), listed(1, 0), listed(1, 1)]
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+
+
+def test_lengths_within_a_batch_are_neighbours() -> None:
+    lengths = some_lengths(200)  # one window: its batches are slices of the sorted lengths
+    batches = sorted(grouped_batches(lengths, 4, 0, 0), key=lambda batch: lengths[batch[0]])
+    ordered = [sorted(lengths[i] for i in batch) for batch in batches]
+    assert sum(ordered, []) == sorted(lengths)
+    assert [batch[0] for batch in grouped_batches(lengths, 4, 0, 0)] != [batch[0] for batch in batches]
+
+
+def test_little_is_padding_also_over_many_windows() -> None:
+    lengths = np.array(some_lengths(4000))
+    batches = grouped_batches(lengths, 16, 0, 0)
+    padded = sum(lengths[batch].max() * len(batch) for batch in batches)
+    assert padded < 1.03 * lengths.sum()
+    at_random = np.random.default_rng(0).permutation(lengths).reshape(-1, 16)
+    assert (at_random.max(1) * 16).sum() > 1.5 * lengths.sum()
+
+
+def test_what_one_epoch_leaves_out_comes_in_another() -> None:
+    seen = Counter(
+        int(i) for epoch in range(30) for batch in grouped_batches(some_lengths(7), 4, 0, epoch) for i in batch
+    )
+    assert set(seen) == set(range(7)) and max(seen.values()) <= 30
+
+
+def test_equal_lengths_are_shuffled_too() -> None:
+    batches = grouped_batches([1.0] * 40, 4, 0, 0)
+    assert sorted(int(i) for batch in batches for i in batch) == list(range(40))
+    assert any(abs(int(a) - int(b)) > 1 for batch in batches for a, b in zip(batch, batch[1:], strict=False))
+
+
+def test_no_utterances_make_no_batches() -> None:
+    assert grouped_batches([], 4, 0, 0) == []
+
+
+# ---- batches of tokens
+
+
+def first_batches(lengths: list[int], tokens: int, count: int, seed: int = 0, start: int = 0) -> list[list[int]]:
+    return [batch.tolist() for batch in itertools.islice(token_batches(lengths, tokens, seed, start), count)]
+
+
+@pytest.mark.parametrize("count, tokens", [(1, 30), (5, 30), (23, 100), (400, 250), (3, 10_000)])
+def test_a_batch_is_as_much_as_fits_and_every_example_comes_equally_often(count: int, tokens: int) -> None:
+    lengths = [int(length) for length in some_lengths(count)]
+    batches = first_batches(lengths, tokens, 60)
+    stream = [i for batch in batches for i in batch]
+    for epoch in range(len(stream) // count):
+        assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
+    for batch, behind in itertools.pairwise(batches):
+        size = sum(lengths[i] for i in batch)
+        assert size <= tokens < size + lengths[behind[0]]
+
+
+def test_an_example_longer_than_a_batch_is_one_alone() -> None:
+    batches = first_batches([5, 50, 5], 12, 40)
+    assert [1] in batches and [len(batch) for batch in batches if 1 in batch] == [1] * batches.count([1])
+
+
+def test_batches_of_tokens_are_random_and_a_pure_function_of_seed_and_number() -> None:
+    lengths = [int(length) for length in some_lengths(40)]
+    whole = first_batches(lengths, 60, 50)
+    for start in (0, 1, 17, 49):
+        np.random.seed(start)  # the global state must not matter
+        assert first_batches(lengths, 60, 50 - start, start=start) == whole[start:]
+    stream = [i for batch in whole for i in batch]
+    assert stream[:40] != stream[40:80] and stream[:40] != list(range(40))
+    assert first_batches(lengths, 60, 5, seed=1) != whole[:5]

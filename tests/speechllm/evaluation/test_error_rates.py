@@ -1,0 +1,284 @@
+"""Error rates: counted by hand, by jiwer and by an own edit distance; intervals, comparisons, speakers, normalisers."""
+
+import math
+import random
+import sys
+from collections.abc import Callable, Sequence
+
+import jiwer
+import pytest
+
+from speechllm import PairedBootstrap, WordErrorRate, character_error_rate, paired_bootstrap, word_error_rate
+from speechllm.evaluation import normalizers
+from speechllm.evaluation.error_rates import speaker_error_rates
+from speechllm.evaluation.normalizers import librispeech_normalizer, whisper_english_normalizer
+
+WORDS = "a b c d e".split()
+
+
+def edit_distance(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
+    """Fewest substitutions, deletions and insertions."""
+    row = list(range(len(hypothesis) + 1))
+    for i, word in enumerate(reference, 1):
+        previous, row[0] = row[0], i
+        for j, other in enumerate(hypothesis, 1):
+            previous, row[j] = row[j], min(previous + (word != other), row[j] + 1, row[j - 1] + 1)
+    return row[-1]
+
+
+def random_pairs(count: int, seed: int) -> tuple[list[str], list[str]]:
+    draw = random.Random(seed)
+    references = [draw.choices(WORDS, k=draw.randint(1, 9)) for _ in range(count)]
+    hypotheses = [[draw.choice(WORDS) if draw.random() < 0.3 else word for word in words] for words in references]
+    for words in hypotheses:
+        if draw.random() < 0.5:
+            words.pop(draw.randrange(len(words)))
+        if draw.random() < 0.5:
+            words.insert(draw.randint(0, len(words)), draw.choice(WORDS))
+    return [" ".join(words) for words in references], [" ".join(words) for words in hypotheses]
+
+
+# ---- counts
+
+
+@pytest.mark.parametrize(
+    "reference, hypothesis, substitutions, deletions, insertions",
+    [
+        ("the red lamp", "the red lamp", 0, 0, 0),
+        ("the red lamp", "the bed lamp", 1, 0, 0),
+        ("the red lamp", "the lamp", 0, 1, 0),
+        ("the red lamp", "the red hot lamp", 0, 0, 1),
+        ("the red lamp", "", 0, 3, 0),
+        ("a b c d e f", "x b d e y f z", 1, 1, 2),
+    ],
+)
+def test_errors_are_those_counted_by_hand(
+    reference: str, hypothesis: str, substitutions: int, deletions: int, insertions: int
+) -> None:
+    found = word_error_rate([reference], [hypothesis])
+    assert (found.substitutions, found.deletions, found.insertions) == (substitutions, deletions, insertions)
+    assert found.words == len(reference.split()) and found.utterances == 1
+    assert found.wer == (substitutions + deletions + insertions) / found.words
+
+
+def test_the_rate_is_of_all_words_not_a_mean_of_rates() -> None:
+    found = word_error_rate(["a", "b c d e f g h i j"], ["x", "b c d e f g h i j"])
+    assert found.wer == 0.1 and found.words == 10 and found.utterances == 2
+
+
+def test_words_said_where_the_reference_has_none_are_insertions() -> None:
+    found = word_error_rate(["a b", "", "  "], ["a b", "c d", "e"])
+    assert (found.substitutions, found.deletions, found.insertions, found.words) == (0, 0, 3, 2)
+    assert found.wer == 1.5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_texts_are_scored_like_jiwer_and_an_own_edit_distance(seed: int) -> None:
+    references, hypotheses = random_pairs(40, seed)
+    found = word_error_rate(references, hypotheses, "none")
+    theirs = jiwer.process_words(references, hypotheses)
+    assert found.wer == pytest.approx(theirs.wer, abs=1e-12)
+    counts = found.substitutions, found.deletions, found.insertions
+    assert counts == (theirs.substitutions, theirs.deletions, theirs.insertions)
+    pairs = zip(references, hypotheses, strict=True)
+    assert sum(counts) == sum(edit_distance(a.split(), b.split()) for a, b in pairs) > 0
+
+
+def test_words_are_the_same_whatever_white_space_parts_them() -> None:
+    assert word_error_rate(["a\tb\nc"], ["a b c"], "none").wer == 0
+
+
+@pytest.mark.parametrize(
+    "reference, hypothesis, rate",
+    [("abc d", "abc d", 0), ("abcd", "abxd", 1 / 4), ("ab cd", "abcd", 1 / 5), ("ab", "", 1), ("A-b!", "a b", 0)],
+)
+def test_characters_are_counted_with_the_spaces_between_words(reference: str, hypothesis: str, rate: float) -> None:
+    assert character_error_rate([reference], [hypothesis]) == rate
+
+
+def test_random_texts_have_the_character_errors_of_an_own_edit_distance() -> None:
+    references, hypotheses = random_pairs(40, 0)
+    errors = sum(edit_distance(a, b) for a, b in zip(references, hypotheses, strict=True))
+    assert character_error_rate(references, hypotheses, "none") == errors / sum(map(len, references))
+    assert character_error_rate(references, hypotheses) == jiwer.cer(references, hypotheses)
+
+
+# ---- speakers
+
+
+def test_every_speaker_has_the_rate_of_the_own_utterances() -> None:
+    references, hypotheses = random_pairs(20, 0)
+    speakers = ["bert", "anna", "carl", "anna"] * 5
+    found = speaker_error_rates(references, hypotheses, speakers)
+    assert list(found) == ["anna", "bert", "carl"]
+    for speaker, row in found.items():
+        own = [i for i, name in enumerate(speakers) if name == speaker]
+        score = word_error_rate([references[i] for i in own], [hypotheses[i] for i in own])
+        assert row == {"wer": score.wer, "words": score.words, "utterances": len(own)}
+
+
+def test_a_speaker_without_words_has_no_rate() -> None:
+    found = speaker_error_rates(["a b", "..."], ["a", "a"], ["anna", "bert"])
+    assert found["bert"] == {"wer": None, "words": 0, "utterances": 1} and found["anna"]["wer"] == 0.5
+
+
+# ---- comparison
+
+
+def test_a_difference_is_that_of_the_two_rates_and_turns_its_sign_with_the_order() -> None:
+    references, a = random_pairs(60, 0)
+    b = [said if i % 3 else heard for i, (said, heard) in enumerate(zip(references, a, strict=True))]
+    found, turned = paired_bootstrap(references, a, b, seed=3), paired_bootstrap(references, b, a, seed=3)
+    assert found.difference == pytest.approx(word_error_rate(references, b).wer - word_error_rate(references, a).wer)
+    assert found.ci95[0] < found.difference < found.ci95[1] < 0
+    assert found.improvement == 1 and found.p_value == pytest.approx(2 / 1001) and found.utterances == 60
+    assert turned.difference == -found.difference and turned.ci95 == pytest.approx((-found.ci95[1], -found.ci95[0]))
+    assert turned.improvement == 0 and turned.p_value == found.p_value
+
+
+def test_two_equal_sets_of_texts_do_not_differ() -> None:
+    references, hypotheses = random_pairs(30, 0)
+    found = paired_bootstrap(references, hypotheses, hypotheses)
+    assert (found.difference, found.ci95, found.improvement, found.p_value) == (0, (0, 0), 0, 1)
+
+
+def test_a_difference_is_as_sure_as_the_utterances_that_changed_say() -> None:
+    # of 400 utterances of one word, b mends 30 and breaks 10: mean -0.05, variance 40 / 400 - 0.05 ** 2
+    references = ["a"] * 400
+    a, b = ["x"] * 100 + ["a"] * 300, ["a"] * 30 + ["x"] * 80 + ["a"] * 290
+    found = paired_bootstrap(references, a, b)
+    deviation = math.sqrt((0.1 - 0.05**2) / 400)
+    assert found.difference == -0.05
+    assert found.ci95 == pytest.approx((-0.05 - 1.96 * deviation, -0.05 + 1.96 * deviation), abs=0.005)
+    b = ["a"] * 22 + ["x"] * 92 + ["a"] * 286  # mends 22, breaks 14: 1.33 deviations
+    found = paired_bootstrap(references, a, b)
+    assert found.difference == pytest.approx(-0.02)
+    assert found.p_value == pytest.approx(math.erfc(1.333 / math.sqrt(2)), abs=0.06)
+    assert found.improvement == pytest.approx(1 - found.p_value / 2, abs=0.03)
+
+
+def test_a_comparison_says_everything_in_one_line() -> None:
+    text = str(PairedBootstrap(-0.0125, (-0.02, 0.005), 0.97, 0.0612, 9, "none"))
+    assert text == (
+        "difference -1.25% (95 % interval -2.00% to +0.50%; p = 0.061, better in 97.0% of the samples; 9 utterances, "
+        "normaliser none)"
+    )
+
+
+# ---- interval
+
+
+def test_the_interval_contains_the_estimate_and_repeats_itself() -> None:
+    for seed in range(5):
+        found = word_error_rate(*random_pairs(30, seed))
+        assert 0 <= found.ci95[0] < found.wer < found.ci95[1]
+        assert found == word_error_rate(*random_pairs(30, seed))
+
+
+def test_another_seed_draws_other_samples_for_the_interval_only() -> None:
+    pairs = random_pairs(30, 0)
+    first, second = word_error_rate(*pairs), word_error_rate(*pairs, seed=1)
+    assert first.wer == second.wer and first.ci95 != second.ci95
+    assert first.ci95 == pytest.approx(second.ci95, abs=0.05)
+
+
+def test_the_interval_narrows_with_the_root_of_the_data() -> None:
+    references, hypotheses = random_pairs(40, 0)
+    low, high = word_error_rate(references, hypotheses).ci95
+    narrow_low, narrow_high = word_error_rate(references * 25, hypotheses * 25).ci95
+    assert (high - low) / (narrow_high - narrow_low) == pytest.approx(5, rel=0.15)
+
+
+def test_the_interval_is_a_point_where_all_utterances_err_alike() -> None:
+    found = word_error_rate(["a b c d"] * 7, ["a b c x"] * 7)
+    assert found.wer == 0.25 and found.ci95 == (0.25, 0.25)
+    assert word_error_rate(["a b"], ["a x"]).ci95 == (0.5, 0.5)
+
+
+def test_the_interval_of_a_right_and_a_wrong_utterance_is_everything() -> None:
+    # a sample of two is wholly right or wholly wrong in a quarter of the cases each, far more than 2.5 %
+    assert word_error_rate(["a", "b"], ["a", "x"]).ci95 == (0.0, 1.0)
+
+
+def test_the_interval_is_that_of_the_binomial_for_utterances_of_one_word() -> None:
+    found = word_error_rate(["a"] * 400, ["a"] * 300 + ["b"] * 100)
+    half = 1.96 * math.sqrt(0.25 * 0.75 / 400)
+    assert found.ci95 == pytest.approx((0.25 - half, 0.25 + half), abs=0.006)
+
+
+# ---- what is refused
+
+
+def test_lists_of_different_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 references but 1 hypotheses"):
+        word_error_rate(["a", "b"], ["a"])
+
+
+@pytest.mark.parametrize("score", [word_error_rate, character_error_rate])
+def test_an_unknown_normalizer_is_refused_and_the_known_ones_named(score: Callable) -> None:
+    with pytest.raises(ValueError, match="unknown normalizer 'w': choose one of librispeech, whisper_english, none"):
+        score(["a"], ["a"], "w")
+
+
+def test_without_its_package_whispers_normalizer_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    normalizers._whisper_english.cache_clear()
+    monkeypatch.setitem(sys.modules, "whisper_normalizer.english", None)
+    with pytest.raises(ImportError, match=r'pip install "speechllm\[eval\]"'):
+        word_error_rate(["a"], ["a"], "whisper_english")
+
+
+@pytest.mark.parametrize("references", [[], [""], [" ", "..."]])
+def test_references_without_a_word_are_refused(references: list[str]) -> None:
+    with pytest.raises(ValueError, match="no words"):
+        word_error_rate(references, ["a"] * len(references))
+
+
+# ---- normaliser
+
+
+@pytest.mark.parametrize(
+    "text, normal",
+    [
+        ("Turn ON the Lamp", "turn on the lamp"),
+        ("LET\u2019S GO", "let's go"),
+        ("let's go", "let's go"),
+        ("Wait, what?! (No.) \u2014 \u201cyes\u201d;", "wait what no yes"),
+        ("well-known snake_case", "well known snake case"),
+        ("  a \t b\n c ", "a b c"),
+        ("AT 5:30", "at 5 30"),
+        ("Ärger in ÎLE", "ärger in île"),
+        ("مرحبا", "مرحبا"),
+        ("", ""),
+        ("?!", ""),
+    ],
+)
+def test_the_normalizer_keeps_letters_digits_and_apostrophes_in_lower_case(text: str, normal: str) -> None:
+    assert librispeech_normalizer(text) == normal
+    assert librispeech_normalizer(normal) == normal
+
+
+def test_whispers_normalizer_writes_numbers_contractions_and_spellings_alike() -> None:
+    pytest.importorskip("whisper_normalizer", reason="needs the eval extra")
+    said = "Mr. Park won't repeat the COLOUR, um, it's twenty-five dollars (laughs)"
+    assert whisper_english_normalizer(said) == "mister park will not repeat the color it is $25"
+    assert whisper_english_normalizer(" uh ") == ""
+    found = word_error_rate([said], ["mister park will not repeat the color it is 25 dollars"], "whisper_english")
+    assert found.wer == 0 and found.normalizer == "whisper_english"
+
+
+def test_case_and_punctuation_count_only_without_normalizer() -> None:
+    assert word_error_rate(["TURN ON."], ["turn on"]).wer == 0
+    found = word_error_rate(["TURN ON."], ["turn on"], "none")
+    assert found.wer == 1 and found.normalizer == "none"
+
+
+def test_the_two_ways_to_write_a_letter_are_the_same() -> None:
+    assert word_error_rate(["caf\u00e9s"], ["cafe\u0301s"]).wer == 0
+
+
+def test_a_result_says_everything_in_one_line() -> None:
+    text = str(WordErrorRate(0.125, (0.1, 0.15), 3, 2, 5, 80, 9, "none"))
+    assert text == (
+        "WER 12.50% (95 % interval 10.00% to 15.00%; 3 substitutions, 2 deletions, 5 insertions in 80 words of "
+        "9 utterances, normaliser none)"
+    )

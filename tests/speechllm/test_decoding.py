@@ -1,0 +1,323 @@
+"""Transcribing: batches, order, beams, what may be answered, how long, and what becomes of a runaway answer."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from speechllm import (
+    AudioError,
+    SpeechLLM,
+    Utterance,
+    encode_shards,
+    load_audio,
+    save_audio,
+    transcribe,
+    transcribe_codes,
+    word_error_rate,
+)
+from speechllm.decoding import Transcription, _NoRepeats, count_runaways, recognize, runaway_reason
+
+MakeSpeechLLM = Callable[..., SpeechLLM]
+LENGTHS = (30, 4, 55, 0, 11, 30, 1)
+
+
+def random_codes(*frames: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(16, (2, count), generator=generator) for count in frames]
+
+
+def with_opinions(speech_llm: SpeechLLM, opinions: dict[int, float]) -> SpeechLLM:
+    """The model whose logit of an id is what `opinions` says (0 for the others), whatever it hears."""
+    head = speech_llm.model.lm_head
+    answer = nn.Linear(head.in_features, head.out_features)
+    with torch.no_grad():
+        answer.weight.zero_()
+        answer.bias.zero_()
+        for token, value in opinions.items():
+            answer.bias[token] = value
+    speech_llm.model.lm_head = answer
+    return speech_llm
+
+
+def with_chances(speech_llm: SpeechLLM, chances: dict[str, dict[str, float]]) -> SpeechLLM:
+    """The model as a Markov chain: the chance of each next letter after a letter; "<" is the start, ">" the end."""
+    model, text_tokenizer = speech_llm.model, speech_llm.text_tokenizer
+    ids = {"<": speech_llm.vocabulary.end_id, ">": text_tokenizer.eos_token_id}
+    ids |= {letter: text_tokenizer.convert_tokens_to_ids(letter) for letter in "abcdex"}
+    with torch.no_grad():
+        for layer in model.model.layers:  # only the last token counts
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        rows, head = model.get_input_embeddings().weight, model.lm_head.weight
+        rows.zero_()
+        head.fill_(-100)
+        scale = math.sqrt(rows.shape[1])  # of a single one after the norm
+        for state, (letter, following) in enumerate(chances.items()):
+            rows[ids[letter], state] = 1
+            for after, chance in following.items():
+                head[ids[after], state] = math.log(chance) / scale
+    return speech_llm
+
+
+def letter(speech_llm: SpeechLLM) -> int:
+    return speech_llm.text_tokenizer.convert_tokens_to_ids("x")
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("layers, beams, batch_size", [(1, 1, 2), (1, 1, 16), (2, 1, 3), (2, 1, 16), (1, 3, 16)])
+def test_a_batch_is_transcribed_like_each_alone_in_the_order_given(
+    make_speech_llm: MakeSpeechLLM, layers: int, beams: int, batch_size: int
+) -> None:
+    speech_llm = make_speech_llm(layers=layers)
+    codes = random_codes(*LENGTHS)
+    alone = [transcribe_codes([item], speech_llm, beams=beams)[0] for item in codes]
+    assert len(set(alone)) == len(LENGTHS)  # this model answers differently to everything
+    assert transcribe_codes(codes, speech_llm, batch_size, beams=beams) == alone
+    assert transcribe_codes(codes[::-1], speech_llm, batch_size, beams=beams) == alone[::-1]
+
+
+def test_more_beams_make_the_batches_smaller(make_speech_llm: MakeSpeechLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    speech_llm, sizes = make_speech_llm(), []
+    generate = speech_llm.model.generate
+    monkeypatch.setattr(
+        speech_llm.model, "generate", lambda **given: sizes.append(len(given["input_ids"])) or generate(**given)
+    )
+    transcribe_codes(random_codes(1, 1, 1, 1, 1), speech_llm, batch_size=4, beams=2)
+    transcribe_codes(random_codes(1, 1), speech_llm, batch_size=1, beams=2)
+    assert sizes == [2, 2, 1, 1, 1]
+
+
+def test_nothing_is_transcribed_to_nothing(make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = make_speech_llm()
+    assert transcribe_codes([], speech_llm) == transcribe([], speech_llm) == []
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_keeps_its_mode_and_gets_no_gradients(make_speech_llm: MakeSpeechLLM, training: bool) -> None:
+    speech_llm = make_speech_llm()
+    speech_llm.model.train(training)
+    transcribe_codes(random_codes(5), speech_llm)
+    assert speech_llm.model.training is training
+    assert all(parameter.grad is None for parameter in speech_llm.model.parameters())
+
+
+# ---- beams
+
+# after a, four ways to go on; b is the worse beginning of the better answer
+GARDEN_PATH = {
+    "<": {"a": 0.6, "b": 0.4},
+    "a": {"b": 0.22, "c": 0.26, "d": 0.26, "e": 0.26},
+    **dict.fromkeys("bcde", {">": 1.0}),
+}
+
+
+def test_beams_find_the_likelier_answer_whose_beginning_is_less_likely(make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = with_chances(make_speech_llm(tied=False), GARDEN_PATH)
+    codes = random_codes(3, 8)
+    assert all(text in ("ac", "ad", "ae") for text in transcribe_codes(codes, speech_llm))
+    assert transcribe_codes(codes, speech_llm, beams=2) == ["b", "b"]
+
+
+@pytest.mark.parametrize("beams", [0, -1])
+def test_fewer_beams_than_one_are_refused(make_speech_llm: MakeSpeechLLM, beams: int) -> None:
+    with pytest.raises(ValueError, match=f"beams must be at least 1, got {beams}"):
+        transcribe_codes(random_codes(3), make_speech_llm(), beams=beams)
+
+
+# ---- what may be answered
+
+
+def test_the_models_own_penalty_for_repetitions_does_not_count(make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = with_chances(make_speech_llm(tied=False), {"<": {"x": 1.0}, "x": {"x": 0.8, "a": 0.2}})
+    speech_llm.model.generation_config.repetition_penalty = 50.0
+    assert transcribe_codes(random_codes(0), speech_llm) == ["x" * 16]
+
+
+def test_only_text_is_answered_however_much_the_model_prefers_something_else(make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = make_speech_llm(layers=2, tied=False, spare=60)
+    words, vocabulary = speech_llm.text_tokenizer, speech_llm.vocabulary
+    spare = range(len(words), vocabulary.size)
+    assert len(spare) == 26
+    opinions = {int(token): 100.0 for token in vocabulary.new_ids} | {token: 90.0 for token in spare}
+    opinions |= {words.pad_token_id: 80.0, letter(speech_llm): 50.0}
+    speech_llm = with_opinions(speech_llm, opinions)
+    codes = torch.zeros(2, 50, dtype=torch.long)
+    free = speech_llm.model.generate(torch.tensor([[5]]), max_new_tokens=1, do_sample=False, pad_token_id=0)[0, -1]
+    assert free in vocabulary.new_ids  # so it would speak in audio tokens
+    assert transcribe_codes([codes], speech_llm) == ["x" * 28]
+
+
+def test_no_special_token_is_answered(make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = make_speech_llm(tied=False)
+    special = {i for i, token in speech_llm.text_tokenizer.added_tokens_decoder.items() if token.special}
+    special.remove(speech_llm.text_tokenizer.eos_token_id)
+    opinions = dict.fromkeys(special, 100.0) | {letter(speech_llm): 50.0}
+    codes = torch.zeros(1, 0, dtype=torch.long)
+    assert transcribe_codes([codes], with_opinions(speech_llm, opinions)) == ["x" * 16]
+
+
+def test_an_answer_ends_with_the_end_token(make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = make_speech_llm(tied=False)
+    opinions = {speech_llm.text_tokenizer.eos_token_id: 60.0, letter(speech_llm): 50.0}
+    assert transcribe_codes(random_codes(9, 40), with_opinions(speech_llm, opinions)) == ["", ""]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_model_that_runs_away_stops_at_12_tokens_a_second_and_16_more(
+    make_speech_llm: MakeSpeechLLM, beams: int
+) -> None:
+    speech_llm = make_speech_llm(tied=False)
+    speech_llm = with_opinions(speech_llm, {letter(speech_llm): 50.0})
+    codes = [torch.zeros(1, frames, dtype=torch.long) for frames in (100, 0, 50, 25)]
+    texts = transcribe_codes(codes, speech_llm, beams=beams)
+    assert texts == ["x" * count for count in (16 + 24, 16, 16 + 12, 16 + 6)]
+
+
+# ---- runaway answers
+
+
+@pytest.mark.parametrize(
+    "text, at_bound, reason",
+    [
+        ("turn on the red lamp", False, None),
+        ("no no no no", False, None),  # may have been said
+        ("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen", False, None),
+        ("turn on the red lamp", True, "bound"),
+        ("", False, "empty"),
+        ("", True, "empty"),
+        ("x" * 40, True, "looped"),
+        ("and then the lamp " * 8, False, "looped"),
+        ("As an AI, I can not listen.", False, "refused"),
+        ("i'm an ai language model", True, "refused"),
+        ("as an aim in itself", False, None),
+    ],
+)
+def test_runaway_answers_are_told_from_others(text: str, at_bound: bool, reason: str | None) -> None:
+    assert runaway_reason(text, at_bound) == reason
+
+
+def test_a_loop_is_decoded_again_without_repetitions(make_speech_llm: MakeSpeechLLM) -> None:
+    chances = {"<": {"x": 1.0}, "x": {"x": 0.9, ">": 0.1}}
+    speech_llm = with_chances(make_speech_llm(tied=False), chances)
+    codes = random_codes(50, 0)
+    assert recognize(codes, speech_llm) == [Transcription("x" * 28, "looped"), Transcription("x" * 16, "bound")]
+    # six would be "xxxxx" twice
+    repaired = [Transcription("xxxxx", "looped", True), Transcription("xxxxx", "bound", True)]
+    assert recognize(codes, speech_llm, fallback=True) == repaired
+    assert transcribe_codes(codes, speech_llm, fallback=True) == ["xxxxx"] * 2
+
+
+def test_the_second_answer_may_say_what_stands_in_the_prompt() -> None:
+    rule = _NoRepeats(3, prompt_size=4)
+    ids = torch.tensor([[1, 2, 3, 4, 1, 2], [5, 6, 7, 8, 1, 2]])
+    assert torch.equal(rule(ids, torch.zeros(2, 9)), torch.zeros(2, 9))
+    ids = torch.tensor([[9, 9, 9, 9, 1, 2, 3, 1, 2]])
+    assert rule(ids, torch.zeros(1, 9)).isinf().nonzero().tolist() == [[0, 3]]
+
+
+def test_a_text_tokenizer_without_a_padding_token_will_do(make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = make_speech_llm()
+    codes = random_codes(9, 2, 5)
+    texts = transcribe_codes(codes, speech_llm)
+    speech_llm.text_tokenizer.pad_token = None
+    assert transcribe_codes(codes, speech_llm) == texts
+
+
+def test_only_runaways_are_decoded_again(make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = with_chances(make_speech_llm(tied=False), GARDEN_PATH)  # beams would find "b"
+    found = recognize(random_codes(3, 8), speech_llm, fallback=True)
+    assert all(len(heard.text) == 2 and heard.runaway is None and not heard.repaired for heard in found)
+
+
+def test_the_first_answer_stays_where_the_second_runs_away_too(make_speech_llm: MakeSpeechLLM) -> None:
+    endless = {"<": {"x": 1.0}, "x": {"x": 0.8, "a": 0.2}, "a": {"x": 0.5, "b": 0.5}, "b": {"x": 0.5, "a": 0.5}}
+    speech_llm = with_chances(make_speech_llm(tied=False), endless)
+    assert recognize(random_codes(50), speech_llm, fallback=True) == [Transcription("x" * 28, "looped")]
+
+
+def test_an_answer_that_stays_empty_is_counted_and_not_mended(make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = with_chances(make_speech_llm(tied=False), {"<": {">": 1.0}})
+    found = recognize(random_codes(3, 9), speech_llm, fallback=True)
+    assert found == [Transcription("", "empty")] * 2
+    found += [Transcription("a"), Transcription("b", "looped", True), Transcription("c", "bound")]
+    assert count_runaways(found) == {"empty": 2, "looped": 1, "refused": 0, "bound": 1, "repaired": 1}
+
+
+def test_eval_asr_tells_what_ran_away_and_scores_what_is_left(
+    tmp_path: Path, recipe: Callable[[str], ModuleType], make_speech_llm: MakeSpeechLLM, noise: Callable[..., Tensor]
+) -> None:
+    utterances = []
+    for i, speaker in enumerate(("anna", "bert", "anna")):
+        save_audio(tmp_path / f"{i}.wav", noise(4_000, seed=i)[0])
+        utterances.append(Utterance(f"u{i}", str(tmp_path / f"{i}.wav"), 0.25, "test", "XXXXX X", speaker))
+    speech_llm = with_chances(make_speech_llm(tied=False), {"<": {"x": 1.0}, "x": {"x": 0.9, ">": 0.1}})
+    assert list(encode_shards(utterances, speech_llm.codec, tmp_path / "codes")) == [3]
+    speech_llm.save(tmp_path / "model")
+
+    eval_asr = recipe("eval_asr.py")
+
+    def evaluate(**settings: object) -> tuple[dict, list[dict]]:
+        places = (str(tmp_path / name) for name in ("model", "codes", "out"))
+        eval_asr.main(eval_asr.EvalAsrConfig(*places, **settings))
+        lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        return json.loads((tmp_path / "out" / "results.json").read_text()), list(map(json.loads, lines))
+
+    results, predictions = evaluate()
+    assert [(p["hypothesis"], p["fallback"]) for p in predictions] == [("xxxxx", "bound")] * 3
+    assert results["fallback"] == {"empty": 0, "looped": 0, "refused": 0, "bound": 3, "repaired": 3}
+    assert results["wer"] == word_error_rate(["xxxxx x"] * 3, ["xxxxx"] * 3).wer == 0.5
+    assert results["cer"] == pytest.approx(2 / 7) and results["beams"] == 1 and results["wer_shuffled_audio"] == 0.5
+    assert results["speakers"] == {
+        "anna": {"wer": 0.5, "words": 4, "utterances": 2},
+        "bert": {"wer": 0.5, "words": 2, "utterances": 1},
+    }
+    assert results["normalizer"] == "librispeech" and results["real_time_factor"] > 0
+
+    results, predictions = evaluate(fallback=False, normalizer="none", shuffled_audio=False)
+    assert [p["hypothesis"] for p in predictions] == ["x" * 19] * 3
+    assert results["fallback"]["bound"] == 3 and results["fallback"]["repaired"] == 0
+    assert results["wer"] == 1 and results["normalizer"] == "none"
+
+
+# ---- recordings
+
+
+def test_a_waveform_its_file_and_its_codes_give_the_same_text(
+    tmp_path: Path, make_speech_llm: MakeSpeechLLM, noise: Callable[..., Tensor]
+) -> None:
+    speech_llm = make_speech_llm(layers=2)
+    files = [tmp_path / "a.flac", tmp_path / "b.wav"]
+    for seed, file in enumerate(files):
+        save_audio(file, noise(9_000 + 4_000 * seed, seed=seed)[0])
+    waveforms = [load_audio(file) for file in files]
+    codes = [speech_llm.codec.encode(waveform[None]).ids[0] for waveform in waveforms]
+    texts = transcribe_codes(codes, speech_llm)
+    assert texts[0] != texts[1]
+    assert transcribe([files[0], waveforms[0], str(files[1]), waveforms[1]], speech_llm) == [
+        texts[0],
+        texts[0],
+        texts[1],
+        texts[1],
+    ]
+    settings = {"beams": 2, "fallback": True}
+    assert transcribe(files, speech_llm, **settings) == transcribe_codes(codes, speech_llm, **settings) != texts
+
+
+def test_a_recording_that_cannot_be_used_is_named(tmp_path: Path, make_speech_llm: MakeSpeechLLM) -> None:
+    with pytest.raises(AudioError, match="nowhere.wav: no such audio file"):
+        transcribe([tmp_path / "nowhere.wav"], make_speech_llm())
+
+
+def test_without_a_codec_recordings_cannot_be_transcribed(make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = make_speech_llm()
+    speech_llm.codec = None
+    with pytest.raises(ValueError, match="has no codec: load it with load_speech_llm, or use transcribe_codes"):
+        transcribe([torch.zeros(1000)], speech_llm)

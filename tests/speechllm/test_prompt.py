@@ -1,0 +1,103 @@
+"""Training examples and prompts, written out by hand, and how they are padded."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from speechllm import (
+    AudioVocabulary,
+    Codes,
+    Encoding,
+    Example,
+    SpeechLLM,
+    VocabularyError,
+    transcription_example,
+    transcription_prompt,
+)
+from speechllm.prompt import collate_prompts, label_counts, text_example
+from speechllm.small_model import small_text_tokenizer
+
+END = 2  # <|im_end|>
+# "Transcribe this speech", one token per character: 3 special tokens first, then the bytes from "!" on; a space is 223
+PROMPT = [54, 84, 67, 80, 85, 69, 84, 75, 68, 71, 223, 86, 74, 75, 85, 223, 85, 82, 71, 71, 69, 74]
+VOCABULARY = AudioVocabulary(Encoding("f" * 16, 16_000, 50.0, 2, 16), 300, 332, 333, 334)
+CODES = torch.tensor([[3, 0], [1, 2]])
+AUDIO = [332, 303, 317, 300, 318, 333]
+
+
+@pytest.fixture(scope="module")
+def characters() -> object:
+    """A text tokenizer that has learnt no pairs: every character is one token."""
+    return small_text_tokenizer([], 259)
+
+
+def test_an_example_is_prompt_audio_transcript_end_and_only_the_last_two_are_learnt(characters) -> None:
+    example = transcription_example(CODES, "ON A", VOCABULARY, characters)
+    answer = [49, 48, 223, 35, END]
+    assert example.input_ids.tolist() == PROMPT + AUDIO + answer
+    assert example.labels.tolist() == [-100] * (len(PROMPT) + len(AUDIO)) + answer
+    assert example.input_ids.dtype == example.labels.dtype == torch.long
+    assert len(example) == len(PROMPT) + len(AUDIO) + 5
+
+
+def test_speech_is_learnt_where_asked_for_without_its_markers(characters) -> None:
+    example = transcription_example(CODES, "ON", VOCABULARY, characters, learn_speech=True)
+    answer = [49, 48, END]
+    assert example.input_ids.tolist() == PROMPT + AUDIO + answer
+    assert example.labels.tolist() == [-100] * (len(PROMPT) + 1) + AUDIO[1:-1] + [-100] + answer
+
+
+def test_labels_are_counted_by_kind_and_the_first_token_is_predicted_by_nothing(characters) -> None:
+    both = transcription_example(CODES, "ON A", VOCABULARY, characters, learn_speech=True)
+    one = transcription_example(CODES, "ON A", VOCABULARY, characters)
+    sentence = text_example("ON", characters)
+    assert label_counts([both, one, sentence, sentence], VOCABULARY).tolist() == [5 + 5 + 2 + 2, 4]
+    assert label_counts([one], VOCABULARY).tolist() == [5, 0]
+
+
+def test_an_empty_transcript_is_the_end_alone(characters) -> None:
+    example = transcription_example(CODES, "", VOCABULARY, characters)
+    assert example.input_ids.tolist() == PROMPT + AUDIO + [END]
+    assert example.labels.tolist() == [-100] * (len(PROMPT) + len(AUDIO)) + [END]
+
+
+def test_a_sentence_alone_is_learnt_wholly(characters) -> None:
+    example = text_example("ON", characters)
+    assert example.input_ids.tolist() == example.labels.tolist() == [49, 48, END]
+    assert example.input_ids is not example.labels
+
+
+def test_the_prompt_of_evaluation_is_the_beginning_of_the_training_example(make_speech_llm: Callable) -> None:
+    speech_llm: SpeechLLM = make_speech_llm(layers=2)
+    parts = speech_llm.vocabulary, speech_llm.text_tokenizer
+    generator = torch.Generator().manual_seed(0)
+    for text, frames in (("TURN ON", 7), ("", 1), ("<|audio_5|> <|im_end|>", 3), ("é 😀", 0)):
+        codes = torch.randint(16, (2, frames), generator=generator)
+        example, prompt = transcription_example(codes, text, *parts), transcription_prompt(codes, *parts)
+        size = len(prompt)
+        assert torch.equal(example.input_ids[:size], prompt.input_ids)
+        assert (prompt.labels == -100).all()
+        assert (example.labels[:size] == -100).all()
+        assert torch.equal(example.labels[size:], example.input_ids[size:])
+        assert example.labels[-1] == speech_llm.text_tokenizer.eos_token_id
+        assert speech_llm.text_tokenizer.decode(example.input_ids[size:-1]) == text
+
+
+def test_codes_from_a_codec_and_their_tensor_give_the_same_prompt(characters) -> None:
+    codes = Codes(CODES[None], lengths=torch.tensor([2]))
+    assert transcription_prompt(codes, VOCABULARY, characters).input_ids.tolist() == PROMPT + AUDIO
+
+
+def test_an_example_of_impossible_codes_is_refused(characters) -> None:
+    with pytest.raises(VocabularyError):
+        transcription_example(torch.tensor([[3, 16], [1, 2]]), "ON", VOCABULARY, characters)
+
+
+def test_prompts_are_padded_on_the_left() -> None:
+    prompts = [Example(torch.tensor(ids), torch.tensor(ids)) for ids in ([5, 6], [7, 8, 9])]
+    batch = collate_prompts(prompts, pad_id=1)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[1, 5, 6], [7, 8, 9]],
+        "attention_mask": [[0, 1, 1], [1, 1, 1]],
+    }

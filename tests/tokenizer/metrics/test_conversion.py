@@ -1,0 +1,119 @@
+"""Swapping layers between the codes of two speakers: which codes come from where, by hand and through a codec."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from speechllm import Codes, SpeechCodec, convert_voice, load_audio, load_codec, save_audio, swap_layers
+from speechllm.cli.main import main
+
+RATE = 16_000
+BOOKS = torch.tensor([[0.0], [1.0], [3.0], [10.0]]).expand(3, 4, 1)  # code vectors of one dimension
+SOURCE = [[0, 1, 2, 3, 1], [10, 11, 12, 13, 14], [20, 21, 22, 23, 24]]
+TARGET = [[2, 0, 3], [50, 51, 52], [60, 61, 62]]
+MATCHINGS = pytest.mark.parametrize("matching", ["position", "content"])
+
+
+def codes(*utterances: list[list[int]]) -> Codes:
+    samples = torch.tensor([320 * len(one[0]) - 7 for one in utterances])
+    return Codes.from_utterances([torch.tensor(one) for one in utterances], samples)
+
+
+def swapped(layers: list[int], matching: str, source: list = SOURCE, target: list = TARGET) -> list[list[int]]:
+    return swap_layers(codes(source), codes(target), layers, matching, BOOKS).utterance(0).tolist()
+
+
+def test_by_position_a_short_target_is_repeated_and_a_long_one_cut() -> None:
+    assert swapped([1], "position") == [SOURCE[0], [50, 51, 52, 50, 51]]
+    assert swapped([1], "position", TARGET, SOURCE) == [TARGET[0], [10, 11, 12]]
+
+
+def test_by_content_a_frame_takes_from_the_nearest_code_vector() -> None:
+    # vectors 0, 1, 3, 10, 1 of the source meet 3, 0, 10 of the target
+    assert swapped([1], "content") == [SOURCE[0], [51, 51, 50, 52, 51]]
+    assert swapped([0, 1], "content") == [[0, 0, 2, 3, 0], [51, 51, 50, 52, 51]]
+
+
+def test_among_equal_contents_the_nearest_in_time_is_taken_then_the_earlier() -> None:
+    source, target = [[1] * 5, [0] * 5], [[1, 3, 1, 3, 1], [10, 11, 12, 13, 14]]
+    assert swapped([1], "content", source, target)[1] == [10, 10, 12, 12, 14]
+    between = [[1, 1], [0, 0]], [[2, 0, 0], [10, 11, 12]]  # 1 is nearer to 0 than to 3
+    assert swapped([1], "content", *between)[1] == [11, 11]
+
+
+@pytest.mark.parametrize("layers, depth", [([1], 2), ([2], 3), ([2, 1], 3), ([0], 1)])
+def test_layers_behind_the_last_swapped_one_are_skipped(layers: list[int], depth: int) -> None:
+    found = swapped(layers, "position")
+    assert len(found) == depth
+    for layer in range(depth):
+        assert found[layer] == ([*TARGET[layer], *TARGET[layer][:2]] if layer in layers else SOURCE[layer])
+
+
+@MATCHINGS
+def test_a_swap_with_itself_changes_nothing(matching: str) -> None:
+    found = swap_layers(codes(SOURCE, TARGET), codes(SOURCE, TARGET), [0, 2], matching, BOOKS)
+    assert torch.equal(found.ids, codes(SOURCE, TARGET).ids)
+
+
+@MATCHINGS
+def test_every_utterance_of_a_batch_gets_what_it_gets_alone(matching: str) -> None:
+    source, target = codes(SOURCE, TARGET), codes(TARGET, SOURCE)
+    before = source.ids.clone()
+    found = swap_layers(source, target, [1, 2], matching, BOOKS)
+    assert found.utterance(0).tolist() == swapped([1, 2], matching)
+    assert found.utterance(1).tolist() == swapped([1, 2], matching, TARGET, SOURCE)
+    assert not found.ids[1, :, 3:].any() and torch.equal(source.ids, before)
+    assert torch.equal(found.lengths, source.lengths) and torch.equal(found.samples, source.samples)
+
+
+@pytest.mark.parametrize("layers", [[], [3], [-1], [0, 3]])
+def test_layers_that_are_not_there_are_refused(layers: list[int]) -> None:
+    with pytest.raises(ValueError, match="layers must be numbers from 0 to 2"):
+        swapped(layers, "position")
+
+
+def test_other_mistakes_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown matching 'time': choose one of position, content"):
+        swapped([1], "time")
+    with pytest.raises(ValueError, match="2 sources but 1 targets"):
+        swap_layers(codes(SOURCE, SOURCE), codes(TARGET), [1], "position", BOOKS)
+
+
+@MATCHINGS
+def test_a_converted_voice_is_the_decoded_swap(codec: SpeechCodec, noise: Callable[..., Tensor], matching: str) -> None:
+    source, target = noise(6_000)[0], noise(4_000, seed=1)[0]
+    found = convert_voice(codec, source, target, [1], matching)
+    expected = swap_layers(codec.encode(source[None]), codec.encode(target[None]), [1], matching, codec.codebooks)
+    assert torch.equal(found, codec.decode(expected)[0]) and found.shape == source.shape
+    own = codec.decode(codec.encode(source[None], layers=2))[0]
+    assert torch.equal(convert_voice(codec, source, source, [1], matching), own) and not torch.equal(found, own)
+
+
+def test_what_cannot_decode_is_no_codec(monkeypatch: pytest.MonkeyPatch, codec_folder: Path) -> None:
+    assert isinstance(load_codec(codec_folder), SpeechCodec)
+    monkeypatch.setattr("tokenizer.loading.load_tokenizer", lambda name: object())
+    with pytest.raises(ValueError, match="units cannot turn its tokens into speech again"):
+        load_codec("units")
+
+
+def test_the_command_writes_the_converted_recording(
+    codec: SpeechCodec,
+    codec_folder: Path,
+    noise: Callable[..., Tensor],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = [str(tmp_path / name) for name in ("source.wav", "target.wav", "out/converted.wav")]
+    for seed, file in enumerate(files[:2]):
+        save_audio(file, noise(6_000 - 1_000 * seed, seed=seed)[0])
+    words = ["convert", "--codec", str(codec_folder), *files[:2], "--output", files[2]]
+    assert main([*words, "--layers", "1,2", "--matching", "position"]) == 0
+    assert capsys.readouterr().out == f"{files[2]}\n"
+    source, target, converted = map(load_audio, files)
+    expected = convert_voice(codec, source, target, [1, 2], "position").clamp(-1, 1)
+    torch.testing.assert_close(converted, expected, atol=2 / 32768, rtol=0)
+    assert main([*words, "--layers", "1,9"]) == 1
+    assert "layers must be numbers from 0 to 2" in capsys.readouterr().err

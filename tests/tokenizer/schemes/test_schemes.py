@@ -1,0 +1,314 @@
+"""All kinds of audio tokenizers by name: one interface, the same answer in any batch, and after saving and loading."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    DacConfig,
+    DacModel,
+    GenerationConfig,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
+
+from speechllm import (
+    AudioTokenizer,
+    Codec,
+    Codes,
+    DiscreteTokenizer,
+    Features,
+    FeatureTokenizer,
+    TokenizerError,
+    Transcripts,
+    load_tokenizer,
+)
+from tokenizer.schemes.features import FeatureEncoder
+from tokenizer.schemes.units import UnitTokenizer
+from tokenizer.training.small_teachers import FrameClassifier, save_hubert, save_recognizer, small_hubert
+from tokenizer.training.teachers import SemanticTeacher
+
+ROOT = Path(__file__).resolve().parents[3]
+Noise = Callable[..., Tensor]
+Answer = Codes | Features | Transcripts
+LENGTHS = torch.tensor([21_000, 400, 8_123])
+SCHEMES = {
+    "codec": Codec,
+    "dac": Codec,
+    "units": DiscreteTokenizer,
+    "whisper_units": DiscreteTokenizer,
+    "features:hubert": FeatureTokenizer,
+    "features:hubert#1": FeatureTokenizer,
+    "features:wav2vec2#avg": FeatureTokenizer,
+    "features:whisper": FeatureTokenizer,
+    "features:ctc#-1": FeatureTokenizer,
+    "recognizer:ctc": AudioTokenizer,
+    "recognizer:whisper": AudioTokenizer,
+}
+
+
+def save_wav2vec2(folder: Path) -> None:
+    """The published kernels, and normalisation over time in the first layer: every frame hears every sample."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    small = {"conv_dim": (8,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+    Wav2Vec2Model(Wav2Vec2Config(**shape, **small, feat_extract_norm="group")).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(folder)
+
+
+def save_whisper(folder: Path) -> None:
+    """A whole Whisper with windows of one second instead of 30, and a vocabulary of bytes."""
+    times = [f"<|{0.02 * i:.2f}|>" for i in range(51)]
+    words = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>", *times]
+    text_tokenizer = WhisperTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    end, start, no_times = (text_tokenizer.convert_tokens_to_ids(word) for word in words[256:259])
+    tokens = {"pad_token_id": end, "bos_token_id": end, "eos_token_id": end, "decoder_start_token_id": start}
+    shape = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "init_std": 0.5}
+    sizes = {"max_source_positions": 50, "max_target_positions": 24, "vocab_size": len(words)}
+    model = WhisperForConditionalGeneration(WhisperConfig(**shape, **heads, **sizes, **tokens))
+    model.generation_config = GenerationConfig(**tokens, no_timestamps_token_id=no_times, is_multilingual=False)
+    model.save_pretrained(folder)
+    WhisperFeatureExtractor(chunk_length=1).save_pretrained(folder)
+    text_tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def home(codec_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one model of every kind, named as in SCHEMES."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "codec").symlink_to(codec_folder)
+    torch.manual_seed(0)
+    ratios = {"downsampling_ratios": [2, 4, 5, 8], "upsampling_ratios": [8, 5, 4, 2], "codebook_size": 16}
+    shape = {"encoder_hidden_size": 4, "decoder_hidden_size": 32, "n_codebooks": 3, "codebook_dim": 4}
+    DacModel(DacConfig(**ratios, **shape)).save_pretrained(home / "dac")
+    save_hubert(small_hubert(hidden_size=16, layers=2), home / "hubert")
+    save_wav2vec2(home / "wav2vec2")
+    save_whisper(home / "whisper")
+    (home / "ctc").mkdir()
+    classifier = FrameClassifier(small_hubert(hidden_size=16, layers=1), labels=5)
+    nn.init.normal_(classifier.head.weight)  # decided opinions: several letters
+    save_recognizer(classifier, ["A", "B", "C", "|"], home / "ctc")
+    for name, source, layer in (("units", "hubert", 1), ("whisper_units", "whisper", None)):
+        encoder = FeatureEncoder.from_pretrained(home / source, layer)
+        frames = encoder.encode(torch.randn(1, 30_000)).utterance(0)
+        UnitTokenizer(encoder, frames[::8].clone(), deduplicate=name == "units").save_pretrained(home / name)
+    return home
+
+
+def load(home: Path, name: str) -> AudioTokenizer:
+    prefix, colon, folder = name.rpartition(":")
+    return load_tokenizer(f"{prefix}{colon}{home / folder}")
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def scheme(request: pytest.FixtureRequest, home: Path) -> tuple[str, AudioTokenizer]:
+    return request.param, load(home, request.param)
+
+
+def assert_equal(found: object, expected: object) -> None:
+    assert found == expected if isinstance(expected, str) else torch.equal(found, expected)
+
+
+def test_every_scheme_keeps_its_promise(scheme: tuple[str, AudioTokenizer], noise: Noise) -> None:
+    name, made = scheme
+    protocol = SCHEMES[name]
+    assert isinstance(made, protocol) and isinstance(made, AudioTokenizer)
+    others = {Codec, DiscreteTokenizer, FeatureTokenizer} - set(protocol.__mro__)
+    assert not any(isinstance(made, other) for other in others)
+    assert made.sample_rate == 16_000 and made.device == torch.device("cpu")
+    assert re.fullmatch("[0-9a-f]{16}", made.fingerprint)
+    answer = made.encode(noise(8_000, batch=2))
+    if isinstance(made, DiscreteTokenizer):
+        assert isinstance(answer, Codes)
+        assert answer.ids.dtype == torch.long and 0 <= answer.ids.min() <= answer.ids.max() < made.codebook_size
+        assert made.codebooks.shape[:2] == (made.num_codebooks, made.codebook_size)
+        assert answer.ids.shape[1] == made.num_codebooks and made.encode(noise(800), layers=1).ids.shape[1] == 1
+        assert len(answer.ids.unique()) > 3
+    elif isinstance(made, FeatureTokenizer):
+        assert isinstance(answer, Features)
+        assert answer.values.dtype == torch.float32 and answer.values.shape == (2, 25, made.width)
+    else:
+        assert isinstance(answer, Transcripts) and made.frame_rate == 0
+        assert len(answer.texts) == 2 and all(answer.texts)
+
+
+def test_an_utterance_gets_the_same_in_any_batch(scheme: tuple[str, AudioTokenizer], noise: Noise) -> None:
+    """Exactly, whatever lies behind it."""
+    name, made = scheme
+    waveform = noise(21_000, batch=3)
+    together = made.encode(waveform, LENGTHS)
+    backwards = made.encode(waveform.flip(0), LENGTHS.flip(0))
+    for index, length in enumerate(LENGTHS.tolist()):
+        alone = made.encode(waveform[index : index + 1, :length]).utterance(0)
+        assert_equal(together.utterance(index), alone)
+        assert_equal(backwards.utterance(2 - index), alone)
+        if name != "units" and not isinstance(alone, str):  # merged repeats have no rate
+            frames = alone.shape[0 if isinstance(together, Features) else 1]
+            assert frames == math.ceil(length / made.sample_rate * made.frame_rate)
+
+
+def test_beyond_an_utterance_there_is_nothing(scheme: tuple[str, AudioTokenizer], noise: Noise) -> None:
+    answer = scheme[1].encode(noise(21_000, batch=3), LENGTHS)
+    if isinstance(answer, Codes):
+        assert not any(row[:, size:].any() for row, size in zip(answer.ids, answer.lengths, strict=True))
+    if isinstance(answer, Features):
+        assert not any(row[size:].any() for row, size in zip(answer.values, answer.lengths, strict=True))
+
+
+def test_a_saved_tokenizer_is_the_same(scheme: tuple[str, AudioTokenizer], noise: Noise, tmp_path: Path) -> None:
+    _, made = scheme
+    made.save_pretrained(tmp_path / "saved")
+    loaded = load_tokenizer(tmp_path / "saved")
+    assert type(loaded) is type(made) and loaded.fingerprint == made.fingerprint
+    waveform = noise(8_123)
+    assert_equal(loaded.encode(waveform).utterance(0), made.encode(waveform).utterance(0))
+
+
+def test_no_two_tokenizers_have_one_fingerprint(home: Path) -> None:
+    assert len({load(home, name).fingerprint for name in SCHEMES}) == len(SCHEMES)
+    units = load(home, "units")
+    others = [
+        UnitTokenizer(units.encoder, units.centroids, deduplicate=False),
+        UnitTokenizer(units.encoder, units.centroids + 1e-3, deduplicate=True),
+        UnitTokenizer(FeatureEncoder.from_pretrained(home / "hubert", 2), units.centroids, deduplicate=True),
+    ]
+    assert len({units.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
+@pytest.mark.parametrize(
+    "waveform, lengths, message",
+    [
+        (torch.zeros(800), None, "expected waveforms float"),
+        (torch.zeros(1, 0), None, "expected waveforms float"),
+        (torch.full((1, 800), math.nan), None, "NaN or infinite"),
+        (torch.zeros(2, 800), torch.tensor([800]), r"lengths must be 1\.\.800 for 2 waveforms"),
+        (torch.zeros(1, 800), torch.tensor([801]), r"lengths must be 1\.\.800"),
+        (torch.zeros(1, 800), torch.tensor([0]), r"lengths must be 1\.\.800"),
+    ],
+)
+def test_what_is_no_speech_is_refused(
+    scheme: tuple[str, AudioTokenizer], waveform: Tensor, lengths: Tensor | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        scheme[1].encode(waveform, lengths)
+
+
+# ---- features
+
+
+def test_the_layer_is_the_one_behind_the_number_sign(home: Path, noise: Noise) -> None:
+    waveform = noise(6_400)
+    for name, layer in (("features:hubert", "avg"), ("features:hubert#1", 1), ("features:ctc#-1", -1)):
+        teacher = SemanticTeacher.from_pretrained(home / name.split(":")[1].split("#")[0], layer)
+        assert torch.equal(load(home, name).encode(waveform).values, teacher(waveform))
+
+
+@torch.no_grad()
+def test_whisper_hears_its_windows_one_after_the_other(home: Path, noise: Noise) -> None:
+    whisper = WhisperForConditionalGeneration.from_pretrained(home / "whisper").eval()
+    extractor = WhisperFeatureExtractor.from_pretrained(home / "whisper")
+    waveform = noise(40_000)
+    found = load(home, "features:whisper").encode(waveform).values
+    assert found.shape == (1, 125, 16)
+    for start in range(0, 3):
+        window = waveform[0, 16_000 * start : 16_000 * (start + 1)]
+        mel = extractor(window.numpy(), sampling_rate=16_000, return_tensors="pt").input_features
+        expected = whisper.get_encoder()(mel).last_hidden_state[0, : math.ceil(len(window) / 320)]
+        torch.testing.assert_close(found[0, 50 * start : 50 * start + 50], expected)
+
+
+def test_only_the_encoder_of_whisper_is_kept(home: Path, tmp_path: Path) -> None:
+    load(home, "features:whisper").save_pretrained(tmp_path)
+    whole, encoder = (folder / "model.safetensors" for folder in (home / "whisper", tmp_path))
+    assert encoder.stat().st_size < 0.7 * whole.stat().st_size
+
+
+@torch.no_grad()
+def test_a_recogniser_of_long_speech_says_what_whisper_says_with_timestamps(home: Path, noise: Noise) -> None:
+    whisper = WhisperForConditionalGeneration.from_pretrained(home / "whisper").eval()
+    extractor = WhisperFeatureExtractor.from_pretrained(home / "whisper")
+    text_tokenizer = WhisperTokenizer.from_pretrained(home / "whisper")
+    made = load(home, "recognizer:whisper")
+    for samples, how in ((16_000, {}), (40_000, {"truncation": False, "padding": "longest"})):
+        waveform = noise(samples)
+        mel = extractor(waveform[0].numpy(), sampling_rate=16_000, return_tensors="pt", **how).input_features
+        assert mel.shape[2] == samples / 160
+        mask = torch.ones(mel.shape[::2], dtype=torch.long)
+        ids = whisper.generate(mel, attention_mask=mask, do_sample=False, return_timestamps=bool(how))
+        text = text_tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+        assert made.encode(waveform).texts == [text]
+
+
+# ---- names
+
+
+def save_bert(folder: Path) -> None:
+    tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    BertModel(tiny).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text("{}")
+
+
+def save_odd(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"colour": "red"}))
+
+
+WRONG = [
+    ("units:hubert", "unknown kind 'units'; an audio tokenizer is FOLDER_OR_HUB_NAME"),
+    ("features:hubert#last", "expected a number or avg behind #, got 'last'"),
+    ("features:hubert#3", 'layer must be "avg" or an index up to 2'),
+    ("features:whisper#1", "is a Whisper model: .* leave out the layer 1"),
+    ("features:bert", "is a bert model: expected HuBERT, WavLM or wav2vec 2.0"),
+    ("recognizer:bert", "a model of type bert is no speech recogniser"),
+    ("recognizer:hubert", "not trained to recognise speech: .* lacks 2 weights of a HubertForCTC, lm_head.bias first"),
+    ("hubert", "it is a hubert model: write features:.*hubert for its frames, recognizer:.*hubert for text"),
+    ("wav2vec2", "it is a wav2vec2 model: write features:"),
+    ("whisper", "it is a whisper model: write features:"),
+    ("bert", "found a bert model; an audio tokenizer is"),
+    ("odd", "found no audio tokenizer in colour; an audio tokenizer is"),
+]
+
+
+@pytest.mark.parametrize("name, message", WRONG)
+def test_a_name_that_is_no_tokenizer_says_what_it_is(home: Path, name: str, message: str) -> None:
+    if not (home / "bert").exists():
+        save_bert(home / "bert")
+        save_odd(home / "odd")
+    with pytest.raises(TokenizerError, match=message):
+        load(home, name)
+
+
+@pytest.mark.parametrize("prefix", ["", "features:", "recognizer:"])
+def test_a_missing_folder_is_not_looked_for_on_the_hub(prefix: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        load_tokenizer(f"{prefix}{tmp_path / 'nowhere'}")
+
+
+def test_a_name_the_hub_cannot_give_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nobody/nothing: no such folder, and no model of the hub"):
+        load_tokenizer("nobody/nothing")
+
+
+def test_loading_a_codec_imports_no_large_package_it_does_not_need(codec_folder: Path) -> None:
+    code = (
+        "import sys; from tokenizer.loading import load_tokenizer; load_tokenizer(sys.argv[1]); "
+        "print([name for name in ('transformers', 'sklearn', 'accelerate', 'datasets', 'speechbrain') "
+        "if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(codec_folder)]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,135 @@
+"""EnCodec and SpeechTokenizer checkpoints as our codec: the same codes and the same audio.
+
+Both are the SEANet and the residual quantiser of this package under other names, so a conversion only renames
+parameters. What the originals can do beyond our modules is refused. The weights keep their licence.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenizer.codec.config import SpeechCodecConfig
+from tokenizer.codec.speech_codec import SpeechCodec
+from tokenizer.pretrained import check_folder, find_file, read_pretrained_json
+
+# What our modules have in the place of an original's setting.
+ENCODEC_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "model_type": ("encodec",),
+    "audio_channels": (1,),
+    "normalize": (False,),
+    "chunk_length_s": (None,),
+    "norm_type": ("weight_norm",),
+    "pad_mode": ("reflect", "constant"),
+    "kernel_size": (7,),
+    "last_kernel_size": (7,),
+    "residual_kernel_size": (3,),
+    "num_residual_layers": (1,),
+    "use_conv_shortcut": (True,),
+    "compress": (2,),
+    "num_lstm_layers": (2,),
+    "trim_right_ratio": (1.0,),
+}
+SPEECHTOKENIZER_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "activation": ("ELU",),
+    "residual_kernel_size": (3,),
+    "n_residual_layers": (1,),
+    "lstm_layers": (2,),
+    "bidirectional": (True, False),
+}
+# An original's parameter names to ours, one after the other.
+RENAMES = {
+    r"^(encoder|decoder)\.model\.": r"\1.layers.",
+    r"\.(conv|convtr)\.\1\.": ".conv.",  # SpeechTokenizer wraps every convolution twice
+    r"\.weight_g$": ".parametrizations.weight.original0",  # weight normalisation before torch 2.0
+    r"\.weight_v$": ".parametrizations.weight.original1",
+    r"^quantizer\.(?:vq\.)?layers\.(\d+)\._?codebook\.embed$": r"quantizer.codebooks.\1",
+}
+# Running averages of the originals' codebooks, and the layer in front of SpeechTokenizer's teacher.
+TRAINING_ONLY = re.compile(r"\._?codebook\.(inited|cluster_size|embed_avg)$|^transform\.")
+
+
+def convert_encodec(name: str | Path) -> SpeechCodec:
+    """The codec of a transformers EncodecModel, folder or hub name, in eval mode.
+
+    It has the codebooks of the highest bandwidth; `codec.encode(waveform, layers=...)` gives the lower ones.
+    Raises ValueError naming every setting our modules do not have, or the parameters that do not fit.
+    """
+    from transformers import AutoConfig, EncodecModel  # here: using a codec needs no transformers
+
+    check_folder(name, ["config.json"], "an EnCodec model")
+    config = AutoConfig.from_pretrained(name)
+    _check_settings(name, config.to_dict(), ENCODEC_SETTINGS)
+    encodec, report = EncodecModel.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True)
+    if problems := {kind: keys for kind, keys in report.items() if keys}:
+        raise ValueError(f"{name}: the parameters are not those of its configuration: {problems}")
+    ours = SpeechCodecConfig(
+        sample_rate=config.sampling_rate,
+        dimension=config.hidden_size,
+        n_filters=config.num_filters,
+        strides=tuple(reversed(config.upsampling_ratios)),
+        causal=config.use_causal_conv,
+        pad_mode=config.pad_mode,
+        num_codebooks=config.num_quantizers,
+        codebook_size=config.codebook_size,
+    )
+    return _codec(name, ours, encodec.state_dict())
+
+
+def convert_speechtokenizer(name: str | Path) -> SpeechCodec:
+    """The codec of SpeechTokenizer's config.json and SpeechTokenizer.pt, folder or hub name, in eval mode.
+
+    The published ones lie in subfolders of one repository of the hub: download one of these.
+    Raises FileNotFoundError without these files, ValueError naming every setting our modules do not have, or the
+    parameters that do not fit.
+    """
+    check_folder(name, ["config.json", "SpeechTokenizer.pt"], "SpeechTokenizer")
+    config, checkpoint = read_pretrained_json(name, "config.json"), find_file(name, "SpeechTokenizer.pt")
+    if not config or checkpoint is None:
+        raise FileNotFoundError(f"{name} lacks config.json or SpeechTokenizer.pt: expected SpeechTokenizer's folder")
+    _check_settings(name, config, SPEECHTOKENIZER_SETTINGS)
+    ours = SpeechCodecConfig(
+        sample_rate=config["sample_rate"],
+        dimension=config["dimension"],
+        n_filters=config["n_filters"],
+        strides=tuple(reversed(config["strides"])),
+        lstm="bidirectional" if config["bidirectional"] else "forward",
+        num_codebooks=config["n_q"],
+        codebook_size=config["codebook_size"],
+    )
+    return _codec(name, ours, torch.load(checkpoint, map_location="cpu", weights_only=True))
+
+
+def _check_settings(source: str | Path, config: Mapping[str, Any], settings: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise ValueError naming every setting of the original's configuration that our modules do not have."""
+    differences = [
+        f"{name} is {config.get(name)!r}, not {' or '.join(map(repr, ours))}"
+        for name, ours in settings.items()
+        if config.get(name) not in ours
+    ]
+    if differences:
+        raise ValueError(f"{source} cannot be converted, it is another architecture: {'; '.join(differences)}")
+
+
+def _codec(source: str | Path, config: SpeechCodecConfig, parameters: Mapping[str, Tensor]) -> SpeechCodec:
+    """A codec with an original's parameters; every one must have its place, and every place its parameter."""
+    state = {_renamed(name): value for name, value in parameters.items() if not TRAINING_ONLY.search(name)}
+    codec = SpeechCodec(config)
+    try:
+        codebooks = torch.stack([state.pop(f"quantizer.codebooks.{layer}") for layer in range(config.num_codebooks)])
+        # in training the codebooks become sums / usage: this is a start where no code is dead and none moves by itself
+        state |= {"quantizer.codebooks": codebooks, "quantizer.sums": codebooks.clone()}
+        state["quantizer.usage"] = torch.ones(codebooks.shape[:2])
+        codec.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{source}: the parameters are not those of its configuration: {error}") from error
+    return codec.eval()
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in RENAMES.items():
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -1,0 +1,182 @@
+"""SEANet, the convolutional encoder and decoder of SoundStream and EnCodec (paper, section 2.1).
+
+Module names and order follow transformers' EncodecModel, so that published EnCodec weights load by name.
+Shapes: waveform float [B, 1, N], latents float [B, D, T] with T = ceil(N / hop).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+KERNEL = 7
+RESIDUAL_KERNEL = 3
+
+
+@dataclass(frozen=True)
+class ConvStyle:
+    """What all convolutions of a model share: weight_norm, batch_norm or none; causal or not; reflect or constant."""
+
+    norm: str = "weight_norm"
+    causal: bool = False
+    pad_mode: str = "reflect"
+
+
+def _normalized(conv: nn.Module, norm: str) -> nn.Module:
+    return weight_norm(conv) if norm == "weight_norm" else conv
+
+
+class Conv1d(nn.Module):
+    """Convolution that gives exactly ceil(N / stride) frames, padded on both sides or (causal) on the left only."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int = 1,
+        style: ConvStyle = ConvStyle(),
+    ):
+        super().__init__()
+        self.conv = _normalized(nn.Conv1d(in_channels, out_channels, kernel, stride), style.norm)
+        if style.norm == "batch_norm":
+            self.norm = nn.BatchNorm1d(out_channels)
+        self.kernel, self.stride, self.out_channels, self.style = kernel, stride, out_channels, style
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = self.kernel - self.stride
+        extra = -x.shape[-1] % self.stride
+        right = 0 if self.style.causal else total // 2
+        x = self.conv(_pad(x, total - right, right + extra, self.style.pad_mode))
+        return self.norm(x) if hasattr(self, "norm") else x
+
+
+def _pad(x: Tensor, left: int, right: int, mode: str) -> Tensor:
+    """F.pad, but reflecting also works for signals shorter than the padding (zeros are put behind them first)."""
+    if mode != "reflect":
+        return F.pad(x, (left, right), mode)
+    short = max(left, right) - x.shape[-1] + 1
+    if short <= 0:
+        return F.pad(x, (left, right), "reflect")
+    return F.pad(F.pad(x, (0, short)), (left, right), "reflect")[..., :-short]
+
+
+class ConvTranspose1d(nn.Module):
+    """Transposed convolution that gives exactly T * stride samples."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int,
+        style: ConvStyle = ConvStyle(),
+    ):
+        super().__init__()
+        self.conv = _normalized(nn.ConvTranspose1d(in_channels, out_channels, kernel, stride), style.norm)
+        if style.norm == "batch_norm":
+            self.norm = nn.BatchNorm1d(out_channels)
+        self.kernel, self.stride, self.out_channels = kernel, stride, out_channels
+        total = kernel - stride
+        self.right = total if style.causal else total // 2
+        self.left = total - self.right
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = x[..., self.left : x.shape[-1] - self.right]
+        return self.norm(x) if hasattr(self, "norm") else x
+
+
+class LSTM(nn.Module):
+    """Two LSTM layers over time with a skip connection, channels first; twice the channels when bidirectional."""
+
+    def __init__(self, channels: int, bidirectional: bool = False):
+        super().__init__()
+        self.lstm = nn.LSTM(channels, channels, 2, bidirectional=bidirectional)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.advance(x)[0]
+
+    def advance(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The output, and the state after it from which the next frames go on; None is the beginning."""
+        x = x.permute(2, 0, 1)
+        out, state = self.lstm(x, state)
+        return (out + (x.repeat(1, 1, 2) if self.lstm.bidirectional else x)).permute(1, 2, 0), state
+
+
+class ResidualUnit(nn.Module):
+    """Two convolutions through half the channels beside a 1x1 shortcut."""
+
+    def __init__(self, channels: int, style: ConvStyle = ConvStyle()):
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.ELU(),
+            Conv1d(channels, channels // 2, RESIDUAL_KERNEL, style=style),
+            nn.ELU(),
+            Conv1d(channels // 2, channels, 1, style=style),
+        )
+        self.shortcut = Conv1d(channels, channels, 1, style=style)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.block(x)
+
+
+class SEANetEncoder(nn.Module):
+    """Waveform float [B, 1, N] -> latents float [B, D, ceil(N / hop)], hop = product of the strides."""
+
+    def __init__(
+        self,
+        dimension: int,
+        n_filters: int,
+        strides: tuple[int, ...],
+        lstm: str = "forward",
+        style: ConvStyle = ConvStyle(),
+    ):
+        super().__init__()
+        layers: list[nn.Module] = [Conv1d(1, n_filters, KERNEL, style=style)]
+        channels = n_filters
+        for stride in strides:
+            layers += [ResidualUnit(channels, style), nn.ELU()]
+            layers += [Conv1d(channels, 2 * channels, 2 * stride, stride, style)]
+            channels *= 2
+        if lstm != "none":
+            layers.append(LSTM(channels, bidirectional=lstm == "bidirectional"))
+            channels *= 2 if lstm == "bidirectional" else 1
+        layers += [nn.ELU(), Conv1d(channels, dimension, KERNEL, style=style)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        return self.layers(waveform)
+
+
+class SEANetDecoder(nn.Module):
+    """Latents float [B, D, T] -> waveform float [B, 1, T * hop]; the encoder's mirror image.
+
+    Its LSTM runs forward only, also beside a bidirectional encoder (as in SpeechTokenizer).
+    """
+
+    def __init__(
+        self,
+        dimension: int,
+        n_filters: int,
+        strides: tuple[int, ...],
+        lstm: str = "forward",
+        style: ConvStyle = ConvStyle(),
+    ):
+        super().__init__()
+        channels = n_filters * 2 ** len(strides)
+        layers: list[nn.Module] = [Conv1d(dimension, channels, KERNEL, style=style)]
+        if lstm != "none":
+            layers.append(LSTM(channels))
+        for stride in reversed(strides):
+            layers += [nn.ELU(), ConvTranspose1d(channels, channels // 2, 2 * stride, stride, style)]
+            channels //= 2
+            layers.append(ResidualUnit(channels, style))
+        # batch normalisation would take the waveform's level away
+        last = replace(style, norm="none") if style.norm == "batch_norm" else style
+        layers += [nn.ELU(), Conv1d(channels, 1, KERNEL, style=last)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.layers(latents)

@@ -1,0 +1,157 @@
+"""The speech codec: encoder, residual vector quantiser, decoder (paper, eqs. 1 to 3)."""
+
+import contextlib
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from tokenizer.codec.config import SpeechCodecConfig
+from tokenizer.codec.log_mel import LogMelEncoder
+from tokenizer.codec.model_card import CODEC_CARD
+from tokenizer.codec.quantizer import ResidualVectorQuantizer
+from tokenizer.codec.seanet import ConvStyle, SEANetDecoder, SEANetEncoder
+from tokenizer.codec.streaming import StreamingDecoder, StreamingEncoder, in_chunks
+from tokenizer.frames import split_utterances
+from tokenizer.interface import Codes
+from tokenizer.pretrained import check_folder, module_fingerprint
+
+CHUNK_S = 10.0  # longer utterances go through a causal codec in chunks of this length: hours fit into memory
+
+
+class SpeechCodec(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="speechllm",
+    tags=["audio", "speech", "codec"],
+    model_card_template=CODEC_CARD,
+):
+    """Speech to codes at a fixed frame rate, and back.
+
+    >>> codec = SpeechCodec(SpeechCodecConfig(n_filters=4, dimension=16, codebook_size=32)).eval()
+    >>> codes = codec.encode(torch.zeros(1, 16_000))
+    >>> codes.ids.shape, codec.decode(codes).shape
+    (torch.Size([1, 8, 50]), torch.Size([1, 16000]))
+    """
+
+    def __init__(self, config: SpeechCodecConfig):
+        super().__init__()
+        self.config = config
+        style = ConvStyle(config.norm, config.causal, config.pad_mode)
+        if config.front_end == "seanet":
+            self.encoder: nn.Module = SEANetEncoder(
+                config.dimension, config.n_filters, config.strides, config.lstm, style
+            )
+        else:
+            self.encoder = LogMelEncoder(config.dimension, 16 * config.n_filters, config.sample_rate, style)
+        # without it a small, briefly trained encoder gives a constant plus a little signal, and k-means finds
+        # a handful of codes; a fixed scale also makes loss weights mean the same from run to run
+        self.latent_norm = nn.BatchNorm1d(config.dimension, affine=False) if config.norm == "batch_norm" else None
+        self.quantizer = ResidualVectorQuantizer(config.dimension, config.num_codebooks, config.codebook_size)
+        decoder_lstm = "none" if config.lstm == "none" else "forward"
+        self.decoder = SEANetDecoder(config.dimension, config.n_filters, config.strides, decoder_lstm, style)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codebooks.device
+
+    @property
+    def sample_rate(self) -> int:
+        return self.config.sample_rate
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per frame."""
+        return self.config.hop_length
+
+    @property
+    def frame_rate(self) -> float:
+        return self.sample_rate / self.hop_length
+
+    @property
+    def num_codebooks(self) -> int:
+        return self.config.num_codebooks
+
+    @property
+    def codebook_size(self) -> int:
+        return self.config.codebook_size
+
+    @property
+    def codebooks(self) -> Tensor:
+        return self.quantizer.codebooks
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the configuration and every weight: see `module_fingerprint`."""
+        return module_fingerprint(self, asdict(self.config))
+
+    def latents(self, waveform: Tensor) -> Tensor:
+        """z0 of eq. 1: waveform float [B, N] -> float [B, D, T], T = ceil(N / hop)."""
+        z = self.encoder(waveform[:, None])
+        return z if self.latent_norm is None else self.latent_norm(z)
+
+    @torch.no_grad()
+    def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
+        """Waveforms float [B, N] -> codes, T = ceil(n / hop) frames for an utterance of n samples.
+
+        Each utterance runs through the encoder by itself, so its codes never depend on the batch it came in, and no
+        work is done for padding. Only the first `layers` codebooks are searched (all when None).
+        Raises ValueError for another shape, non-finite samples, or a codec in training mode.
+        """
+        self._check(layers)
+        utterances = split_utterances(waveform, lengths)
+        codes = [self._encode(samples, layers) for samples in utterances]
+        return Codes.from_utterances(codes, samples=torch.tensor([len(samples) for samples in utterances]))
+
+    @torch.no_grad()
+    def decode(self, codes: Codes) -> Tensor:
+        """Codes with Q' <= Q layers -> waveforms float [B, N].
+
+        N is the longest of `codes.samples`, or the longest number of frames times the hop; zeros behind the shorter.
+        """
+        samples = codes.samples if codes.samples is not None else codes.lengths * self.hop_length
+        waveform = self.codebooks.new_zeros(len(codes), int(samples.max()))
+        for index, length in enumerate(samples.tolist()):
+            waveform[index, :length] = self._decode(codes.utterance(index))[:length]
+        return waveform
+
+    def _encode(self, samples: Tensor, layers: int | None) -> Tensor:
+        """One utterance float [N] -> its codes long [Q', T]."""
+        frames = round(CHUNK_S * self.frame_rate)
+        if self.config.causal and len(samples) > frames * self.hop_length:
+            return in_chunks(StreamingEncoder(self, layers), samples, frames, self.hop_length)
+        return self.quantizer.encode(self.latents(samples[None]), layers)[0]
+
+    def _decode(self, ids: Tensor) -> Tensor:
+        """The codes of one utterance long [Q', T] -> speech float [T * hop]."""
+        frames = round(CHUNK_S * self.frame_rate)
+        if self.config.causal and ids.shape[1] > frames:
+            return in_chunks(StreamingDecoder(self), ids, frames)
+        return self.decoder(self.quantizer.decode(ids[None].to(self.codebooks.device)))[0, 0]
+
+    def _check(self, layers: int | None) -> None:
+        if self.training:
+            raise ValueError("the codec is in training mode: call codec.eval() before encoding")
+        if layers is not None and not 1 <= layers <= self.num_codebooks:
+            raise ValueError(f"layers must be 1..{self.num_codebooks}, got {layers}")
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The README.md that `save_pretrained` and `push_to_hub` write, where there is none yet."""
+        bit_rate = self.frame_rate * math.log2(self.codebook_size)  # of one codebook
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return super().generate_model_card(codec=self, bit_rate=bit_rate, parameters=parameters, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SpeechCodec":
+        """Load from a folder or a hub name, in eval mode. Raises FileNotFoundError or ValueError with the remedy."""
+        check_folder(pretrained_model_name_or_path, ["config.json", "model.safetensors"], "a speech codec")
+        try:
+            with contextlib.redirect_stdout(None):  # the mixin prints where it loads from
+                codec = super().from_pretrained(pretrained_model_name_or_path, strict=True, **kwargs)
+        except (RuntimeError, TypeError, KeyError) as error:
+            raise ValueError(f"{pretrained_model_name_or_path} holds no codec of this package: {error}") from error
+        return codec.eval()

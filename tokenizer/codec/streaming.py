@@ -1,0 +1,222 @@
+"""Encoding and decoding in chunks with a causal codec: live speech, and hours of speech in bounded memory.
+
+The trained layers run as they are; what they must remember from chunk to chunk is kept here, once per stream.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.codec.config import SpeechCodecConfig
+from tokenizer.codec.quantizer import ResidualVectorQuantizer
+from tokenizer.codec.seanet import (
+    LSTM,
+    RESIDUAL_KERNEL,
+    Conv1d,
+    ConvTranspose1d,
+    ResidualUnit,
+    SEANetDecoder,
+    SEANetEncoder,
+)
+
+Stage = Callable[[Tensor, bool], Tensor]  # the new inputs [1, C, n], and are they the last? -> the new outputs
+
+
+class StreamableCodec(Protocol):
+    """What a stream needs of a `SpeechCodec`, which stands above this file."""
+
+    config: SpeechCodecConfig
+    training: bool
+
+    @property
+    def encoder(self) -> nn.Module: ...
+
+    @property
+    def decoder(self) -> SEANetDecoder: ...
+
+    @property
+    def latent_norm(self) -> nn.Module | None: ...
+
+    @property
+    def quantizer(self) -> ResidualVectorQuantizer: ...
+
+    @property
+    def codebooks(self) -> Tensor: ...
+
+    @property
+    def num_codebooks(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class _Windowed:
+    """A layer that looks `memory` inputs back, run on these and the new inputs together.
+
+    Its padding falls where it does offline. On the left it reaches only outputs of the past, which are dropped, except
+    at the beginning of the stream. On the right there is none before the end: the layer gets whole strides until then.
+    """
+
+    def __init__(
+        self, layer: nn.Module, memory: int, out_channels: int, reflect: bool, down: int = 1, up: int = 1
+    ) -> None:
+        self.layer, self.memory, self.out_channels = layer, memory, out_channels
+        self.down, self.up = down, up  # inputs an output, outputs an input
+        self.begin = memory + 1 if reflect else 1  # inputs to begin with: the left padding mirrors so many
+        self.inputs: Tensor | None = None  # those of the past, then those that wait
+        self.past = 0
+
+    def __call__(self, x: Tensor, last: bool) -> Tensor:
+        if self.inputs is not None:
+            x = torch.cat([self.inputs, x], -1)
+        end = x.shape[-1] if last else x.shape[-1] - x.shape[-1] % self.down
+        if end == self.past or (end < self.begin and not last):
+            self.inputs = x.clone()  # x may be the caller's buffer
+            return x.new_zeros(1, self.out_channels, 0)
+        # contiguous: of a view, torch's ELU rounds some elements otherwise than of the whole utterance
+        y = self.layer(x[..., :end])[..., self.past // self.down * self.up :].contiguous()
+        self.past = min(end, self.memory)
+        self.inputs = x[..., end - self.past :].clone()  # a view would keep the whole chunk in memory
+        return y
+
+
+class _Recurrent:
+    """An LSTM that goes on from the state it stopped at."""
+
+    def __init__(self, layer: LSTM) -> None:
+        self.layer = layer
+        self.state: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor, last: bool) -> Tensor:
+        if x.shape[-1]:
+            x, self.state = self.layer.advance(x, self.state)
+        return x
+
+
+def _stage(layer: nn.Module, reflect: bool) -> Stage:
+    match layer:
+        case LSTM():
+            return _Recurrent(layer)
+        case Conv1d():  # the kernel is 1, 3 or 7 at stride 1 and else two strides: the memory is whole strides
+            memory = layer.kernel - layer.stride
+            return _Windowed(layer, memory, layer.out_channels, reflect, down=layer.stride)
+        case ConvTranspose1d():
+            memory = (layer.kernel - 1) // layer.stride
+            return _Windowed(layer, memory, layer.out_channels, reflect, up=layer.stride)
+        case ResidualUnit():
+            return _Windowed(layer, RESIDUAL_KERNEL - 1, layer.shortcut.out_channels, reflect)
+    return lambda x, last: layer(x)  # works on each frame by itself
+
+
+class _Stream:
+    """A part of a codec as a chain of stages, from the first chunk of one utterance to its last."""
+
+    def __init__(self, codec: StreamableCodec, layers: list[nn.Module]) -> None:
+        self._codec = codec
+        self._stages = [_stage(layer, codec.config.pad_mode == "reflect") for layer in layers]
+        self._finished = False
+
+    def _run(self, x: Tensor, last: bool) -> Tensor:
+        if self._finished:
+            name = type(self).__name__
+            raise ValueError(f"this {name} is finished: make a new {name}(codec) for the next utterance")
+        self._finished = last
+        for stage in self._stages:
+            x = stage(x, last)
+        return x
+
+
+def _check(codec: StreamableCodec) -> None:
+    if not codec.config.causal:
+        raise ValueError(
+            "this codec looks ahead, so it cannot work on a stream: use codec.encode and codec.decode on whole "
+            "utterances, or train a codec with causal: true"
+        )
+    if codec.training:
+        raise ValueError("the codec is in training mode: call codec.eval() before streaming")
+
+
+class StreamingEncoder(_Stream):
+    """Encodes one utterance while it comes in; all codes together are those of `codec.encode`.
+
+    A frame comes as soon as its samples are there; with pad_mode reflect the first seven come together, because the
+    beginning is mirrored. Only the first `layers` codebooks are searched (all when None). Equal means up to rounding:
+    torch's kernels round short chunks otherwise, and a frame just between two codes may then, rarely, take the other.
+    Raises ValueError for a codec that is not causal or in training mode.
+
+    >>> encoder = StreamingEncoder(codec)
+    >>> ids = [encoder.push(samples) for samples in microphone] + [encoder.finish()]
+    """
+
+    def __init__(self, codec: StreamableCodec, layers: int | None = None) -> None:
+        _check(codec)
+        if layers is not None and not 1 <= layers <= codec.num_codebooks:
+            raise ValueError(f"layers must be 1..{codec.num_codebooks}, got {layers}")
+        assert isinstance(codec.encoder, SEANetEncoder)  # the only causal one
+        super().__init__(codec, [*codec.encoder.layers, *([codec.latent_norm] if codec.latent_norm else [])])
+        self._layers = layers
+
+    def push(self, samples: Tensor) -> Tensor:
+        """The next samples float [n], any n >= 0 -> the frames that are complete now, long [Q, t].
+
+        Raises ValueError for another shape, non-finite samples, or after `finish`.
+        """
+        if samples.ndim != 1:
+            raise ValueError(f"expected samples float [n] of one utterance, got shape {tuple(samples.shape)}")
+        if not torch.isfinite(samples).all():
+            raise ValueError("the samples hold NaN or infinite values")
+        return self._step(samples, last=False)
+
+    def finish(self) -> Tensor:
+        """The frames that are left, long [Q, t]; the encoder is used up then."""
+        return self._step(self._codec.codebooks.new_zeros(0), last=True)
+
+    @torch.no_grad()
+    def _step(self, samples: Tensor, last: bool) -> Tensor:
+        new = samples[None, None].to(self._codec.device)
+        return self._codec.quantizer.encode(self._run(new, last), self._layers)[0]
+
+
+class StreamingDecoder(_Stream):
+    """Speaks one utterance while its codes come in; all samples together are those of `codec.decode`.
+
+    A frame gives its samples at once; with pad_mode reflect the first seven wait for each other.
+    Raises ValueError for a codec that is not causal or in training mode.
+    """
+
+    def __init__(self, codec: StreamableCodec) -> None:
+        _check(codec)
+        super().__init__(codec, [*codec.decoder.layers])
+
+    def push(self, ids: Tensor) -> Tensor:
+        """The next frames, long [Q', t] with Q' <= Q layers and any t >= 0 -> the samples complete now, float [n].
+
+        Raises ValueError for another shape, or after `finish`.
+        """
+        if ids.ndim != 2 or not 1 <= len(ids) <= self._codec.num_codebooks:
+            expected = f"ids long [1..{self._codec.num_codebooks}, t] of one utterance"
+            raise ValueError(f"expected {expected}, got shape {tuple(ids.shape)}")
+        return self._step(ids, last=False)
+
+    def finish(self) -> Tensor:
+        """The samples that are left, float [n]; the decoder is used up then."""
+        return self._step(torch.zeros(1, 0, dtype=torch.long), last=True)
+
+    @torch.no_grad()
+    def _step(self, ids: Tensor, last: bool) -> Tensor:
+        latents = self._codec.quantizer.decode(ids[None].to(self._codec.codebooks.device))
+        return self._run(latents, last)[0, 0]
+
+
+def in_chunks(stream: StreamingEncoder | StreamingDecoder, x: Tensor, frames: int, hop: int = 1) -> Tensor:
+    """All of x through a new stream, at most `frames` frames of `hop` elements at a time; what comes out, in one piece.
+
+    The chunks are whole frames and of about one length: torch's kernels round short and odd ones differently.
+    """
+    total = math.ceil(x.shape[-1] / hop)
+    length = math.ceil(total / math.ceil(total / frames)) * hop
+    *chunks, last = x.split(length, -1)
+    return torch.cat([*(stream._step(chunk, last=False) for chunk in chunks), stream._step(last, last=True)], -1)

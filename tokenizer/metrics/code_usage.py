@@ -1,0 +1,65 @@
+"""What the codes of a trained tokenizer hold: codebook use, phones, voices."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenizer.codec.log_mel import LogMel
+from tokenizer.rates import HOP_LENGTH
+
+
+def codebook_usage(ids: np.ndarray, size: int) -> dict[str, float]:
+    """Use of one codebook over a corpus, ids int [M]: codes used, dead ones, and perplexity exp(entropy)."""
+    return usage_of_counts(np.bincount(ids, minlength=size))
+
+
+def usage_of_counts(counts: np.ndarray) -> dict[str, float]:
+    """As `codebook_usage`, from how often each code was used, int [K]."""
+    share = counts[counts > 0] / counts.sum()
+    used = int((counts > 0).sum())
+    return {"used": used, "dead": len(counts) - used, "perplexity": float(np.exp(-(share * np.log(share)).sum()))}
+
+
+def label_information(ids: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
+    """How much the codes int [M] tell about the label of their frame (HuBERT, arXiv 2106.07447, section IV-C).
+
+    purity: share of frames whose label is the most frequent one of their code.
+    pnmi: mutual information of codes and labels divided by the labels' entropy; 1 when codes determine labels.
+    """
+    names, label_ids = np.unique(np.asarray(labels), return_inverse=True)
+    joint = np.zeros((int(ids.max()) + 1, len(names)))
+    np.add.at(joint, (ids, label_ids), 1)
+    joint /= joint.sum()
+    label_share, code_share = joint.sum(0), joint.sum(1)
+    seen = joint > 0
+    information = (joint[seen] * np.log(joint[seen] / np.outer(code_share, label_share)[seen])).sum()
+    entropy = -(label_share * np.log(label_share)).sum()
+    return {"purity": float(joint.max(1).sum()), "pnmi": float(information / entropy) if entropy > 0 else 0.0}
+
+
+def speaker_accuracy(utterances: Sequence[np.ndarray], speakers: Sequence[str], size: int) -> float:
+    """Can one code histogram per utterance tell who speaks? Nearest class mean, every second utterance held out.
+
+    utterances: codes int [T_i] of one layer; size: K. Chance is one over the number of speakers.
+    """
+    histograms = np.stack([np.sqrt(np.bincount(ids, minlength=size) / len(ids)) for ids in utterances])
+    names, labels = np.unique(np.asarray(speakers), return_inverse=True)
+    rank = np.zeros(len(labels), int)
+    for label in range(len(names)):
+        rank[labels == label] = np.arange((labels == label).sum())
+    known = rank % 2 == 0
+    means = np.stack([histograms[known & (labels == label)].mean(0) for label in range(len(names))])
+    guesses = (histograms[~known] @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T).argmax(1)
+    return float((guesses == labels[~known]).mean())
+
+
+def log_mel_features(waveform: Tensor) -> np.ndarray:
+    """Baseline features without any learning: log-mel, two 10 ms frames stacked, normalised over the utterance.
+
+    waveform float [N] at 16 kHz -> float [ceil(N / 320), 160].
+    """
+    padded = torch.nn.functional.pad(waveform, (0, -waveform.shape[0] % HOP_LENGTH))
+    features = LogMel()(padded[None])[0].T.unflatten(0, (-1, 2)).flatten(1)
+    return ((features - features.mean(0)) / (features.std(0, correction=0) + 1e-5)).numpy()

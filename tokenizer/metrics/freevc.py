@@ -1,0 +1,301 @@
+"""FreeVC, the voice conversion of the paper's Table 2, from its published files and for inference only.
+
+FreeVC (Li, Tu, Xiao 2022, "FreeVC: Towards high-quality text-free one-shot voice conversion", repository
+OlaWod/FreeVC) lets what WavLM hears in the source through a bottleneck and speaks it in the voice that a speaker
+encoder hears in the target. Module and parameter names are those of the published checkpoints.
+
+Not run with the published weights: they could not be had here. With random weights every part has been compared with
+another implementation of FreeVC, and the audio agrees to 1e-6; how the published model sounds is unmeasured.
+"""
+
+import json
+import math
+from itertools import pairwise, repeat
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchaudio.functional import melscale_fbanks
+
+from tokenizer.pretrained import check_folder, load_complete
+from tokenizer.rates import HOP_LENGTH, SAMPLE_RATE
+
+SHORTEST = 1_600  # samples, 0.1 s
+VOICE = 256  # G, width of the speaker encoder and its embeddings
+FILES = {  # and where the repository keeps them
+    "freevc.json": "configs/",
+    "freevc.pth": "checkpoints/",
+    "pretrained_bak_5805000.pt": "speaker_encoder/ckpt/",
+}
+TRAINING_ONLY = (
+    "enc_q.",  # the posterior encoder, which hears the source's spectrogram
+    "similarity_weight",  # scale and offset in the speaker encoder's loss
+    "similarity_bias",
+)
+
+
+class GatedConvolutions(nn.Module):
+    """WaveNet's gated layers without dilation: hidden float [B, H, T], voice float [B, G, 1] -> float [B, H, T]."""
+
+    def __init__(self, width: int, layers: int, voice: int = 0):
+        """voice: G, 0 for none."""
+        super().__init__()
+        outputs = [2 * width] * (layers - 1) + [width]  # the last layer has no successor to hand a residual to
+        self.in_layers = nn.ModuleList(nn.Conv1d(width, 2 * width, 5, padding=2) for _ in outputs)
+        self.res_skip_layers = nn.ModuleList(nn.Conv1d(width, output, 1) for output in outputs)
+        self.cond_layer = nn.Conv1d(voice, 2 * width * layers, 1) if voice else None
+
+    def forward(self, hidden: Tensor, voice: Tensor | None = None) -> Tensor:
+        width, skipped = hidden.shape[1], torch.zeros_like(hidden)
+        biases = repeat(0.0) if self.cond_layer is None else self.cond_layer(voice).chunk(len(self.in_layers), 1)
+        for convolve, mix, bias in zip(self.in_layers, self.res_skip_layers, biases, strict=False):
+            signal, gate = (convolve(hidden) + bias).chunk(2, 1)
+            mixed = mix(signal.tanh() * gate.sigmoid())
+            hidden, skipped = hidden + mixed[:, :width], skipped + mixed[:, -width:]
+        return skipped
+
+
+class ContentEncoder(nn.Module):
+    """The bottleneck: WavLM features float [B, C, T] -> mean and log standard deviation of z, each float [B, D, T]."""
+
+    def __init__(self, features: int, width: int, dimension: int):
+        super().__init__()
+        self.pre = nn.Conv1d(features, width, 1)
+        self.enc = GatedConvolutions(width, layers=16)
+        self.proj = nn.Conv1d(width, 2 * dimension, 1)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        return self.proj(self.enc(self.pre(features))).chunk(2, 1)
+
+
+class InverseCoupling(nn.Module):
+    """One step of the flow backwards: the second half of z float [B, D, T] loses what the first half says of it."""
+
+    def __init__(self, dimension: int, width: int):
+        super().__init__()
+        self.pre = nn.Conv1d(dimension // 2, width, 1)
+        self.enc = GatedConvolutions(width, layers=4, voice=VOICE)
+        self.post = nn.Conv1d(width, dimension // 2, 1)
+
+    def forward(self, z: Tensor, voice: Tensor) -> Tensor:
+        kept, moved = z.chunk(2, 1)
+        return torch.cat([kept, moved - self.post(self.enc(self.pre(kept), voice))], 1)
+
+
+class InverseFlow(nn.Module):
+    """From the content's z to the z of a voice, float [B, D, T]: four couplings, channels reversed between them."""
+
+    def __init__(self, dimension: int, width: int):
+        super().__init__()
+        # the published list has a reversal without parameters at every odd place
+        self.flows = nn.ModuleDict({str(place): InverseCoupling(dimension, width) for place in (0, 2, 4, 6)})
+
+    def forward(self, z: Tensor, voice: Tensor) -> Tensor:
+        for coupling in list(self.flows.values())[::-1]:
+            z = coupling(z.flip(1), voice)
+        return z
+
+
+class ResidualBlock(nn.Module):
+    """HiFi-GAN's residual block of type 1: float [B, H, N] -> the same."""
+
+    def __init__(self, width: int, kernel: int, dilations: list[int]):
+        super().__init__()
+        self.convs1 = nn.ModuleList(nn.Conv1d(width, width, kernel, dilation=d, padding="same") for d in dilations)
+        self.convs2 = nn.ModuleList(nn.Conv1d(width, width, kernel, padding="same") for _ in dilations)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for dilated, plain in zip(self.convs1, self.convs2, strict=True):
+            hidden = hidden + plain(F.leaky_relu(dilated(F.leaky_relu(hidden, 0.1)), 0.1))
+        return hidden
+
+
+class Generator(nn.Module):
+    """HiFi-GAN (Kong et al. 2020): z float [B, D, T], voice float [B, G, 1] -> waveform float [B, 1, 320 T]."""
+
+    def __init__(self, config: dict[str, Any]):
+        super().__init__()
+        width, rates = config["upsample_initial_channel"], config["upsample_rates"]
+        shapes = list(zip(config["resblock_kernel_sizes"], config["resblock_dilation_sizes"], strict=True))
+        widths = [width // 2**step for step in range(len(rates) + 1)]
+        steps = zip(pairwise(widths), config["upsample_kernel_sizes"], rates, strict=True)
+        self.conv_pre = nn.Conv1d(config["inter_channels"], width, 7, padding=3)
+        self.cond = nn.Conv1d(VOICE, width, 1)
+        self.ups = nn.ModuleList(nn.ConvTranspose1d(*ab, k, rate, (k - rate) // 2) for ab, k, rate in steps)
+        self.resblocks = nn.ModuleList(ResidualBlock(width, *shape) for width in widths[1:] for shape in shapes)
+        self.conv_post = nn.Conv1d(widths[-1], 1, 7, padding=3, bias=False)
+        self.parallel = len(shapes)
+
+    def forward(self, z: Tensor, voice: Tensor) -> Tensor:
+        hidden = self.conv_pre(z) + self.cond(voice)
+        for step, up in enumerate(self.ups):
+            hidden = up(F.leaky_relu(hidden, 0.1))
+            blocks = self.resblocks[step * self.parallel : (step + 1) * self.parallel]
+            hidden = torch.stack([block(hidden) for block in blocks]).mean(0)
+        return self.conv_post(F.leaky_relu(hidden)).tanh()  # slope 0.01 here, as in the original
+
+
+class Synthesizer(nn.Module):
+    """What `freevc.pth` holds: content float [B, C, T], voice float [B, G] -> waveform float [B, 320 T]."""
+
+    def __init__(self, config: dict[str, Any]):
+        """config: the "model" of freevc.json."""
+        super().__init__()
+        dimension, width = config["inter_channels"], config["hidden_channels"]
+        self.enc_p = ContentEncoder(config["ssl_dim"], width, dimension)
+        self.flow = InverseFlow(dimension, width)
+        self.dec = Generator(config)
+
+    def forward(self, content: Tensor, voice: Tensor, generator: torch.Generator) -> Tensor:
+        mean, log_std = self.enc_p(content)
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        voice = voice[..., None]
+        return self.dec(self.flow(mean + noise * log_std.exp(), voice), voice)[:, 0]
+
+
+class SpeakerEncoder(nn.Module):
+    """The voice of an utterance, waveform float [N] -> unit vector float [1, G] (GE2E, Wan et al. 2018).
+
+    It is the mean over windows of 1.6 s, every 0.77 s, of which the last is at least three quarters speech.
+    """
+
+    filters: Tensor
+    window: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(40, VOICE, num_layers=3, batch_first=True)
+        self.linear = nn.Linear(VOICE, VOICE)
+        filters = melscale_fbanks(201, 0.0, SAMPLE_RATE / 2, 40, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
+        self.register_buffer("filters", filters.T, persistent=False)
+        self.register_buffer("window", torch.hann_window(400), persistent=False)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        frames, step, hop = 160, 77, 160  # frames a window, between windows, and samples between frames
+        last = max(0, len(waveform) // hop - frames * 3 // 4) // step
+        waveform = F.pad(waveform, (0, max(0, (last * step + frames) * hop - len(waveform))))
+        spectrum = torch.stft(waveform, 400, hop, window=self.window, return_complex=True)
+        mel = self.filters @ spectrum.abs().square()
+        _, (hidden, _) = self.lstm(mel.unfold(1, frames, step).permute(1, 2, 0))
+        partial = F.normalize(self.linear(hidden[-1]).relu())
+        return F.normalize(partial.mean(0, keepdim=True))
+
+
+class FreeVC(nn.Module):
+    """Any voice for any utterance, at 16 kHz.
+
+    >>> freevc = FreeVC.from_pretrained("FOLDER")
+    >>> converted = freevc.convert(source, target)
+    """
+
+    sample_rate = SAMPLE_RATE
+
+    def __init__(self, synthesizer: Synthesizer, speaker_encoder: SpeakerEncoder, wavlm: Any):
+        super().__init__()
+        self.synthesizer, self.speaker_encoder, self.wavlm = synthesizer, speaker_encoder, wavlm
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, wavlm: str | Path = "microsoft/wavlm-large") -> "FreeVC":
+        """Load the published freevc.json, freevc.pth and pretrained_bak_5805000.pt from one folder.
+
+        wavlm: hub name or transformers folder of WavLM-Large.
+        Raises FileNotFoundError naming the missing files, ValueError where a file is another model's.
+        """
+        from transformers import AutoModel
+
+        folder = Path(folder)
+        _check_files(folder)
+        check_folder(wavlm, ["config.json"], "a WavLM model")
+        config = json.loads((folder / "freevc.json").read_text(encoding="utf-8")).get("model", {})
+        _check_config(folder, config)
+        synthesizer, speaker_encoder = Synthesizer(config), SpeakerEncoder()
+        _load(synthesizer, folder / "freevc.pth", "model")
+        _load(speaker_encoder, folder / "pretrained_bak_5805000.pt", "model_state")
+        model = load_complete(AutoModel, wavlm)
+        kind, width = model.config.model_type, model.config.hidden_size
+        if (kind, width) != ("wavlm", config["ssl_dim"]):
+            raise ValueError(
+                f"{wavlm} is a {kind} model of width {width}: {folder} needs WavLM of width {config['ssl_dim']} "
+                "(microsoft/wavlm-large for the published FreeVC)"
+            )
+        return cls(synthesizer, speaker_encoder, model)
+
+    @torch.no_grad()
+    def convert(self, source: Tensor, target: Tensor, seed: int = 0) -> Tensor:
+        """What `source` says, in the voice of `target`: both float [N] at 16 kHz, of any lengths from 0.1 s.
+
+        Gives float [320 T], T = (N - 80) // 320 frames of WavLM. The seed of z's noise: the same seed, the same audio.
+        Both waveforms on the model's device. Raises ValueError where one is too short, silent, not finite or not [N].
+        """
+        _check_sound("source", source)
+        _check_sound("target", target)
+        content = self.wavlm(source[None]).last_hidden_state.mT  # no normalisation: FreeVC learnt without
+        voice = self.speaker_encoder(_trimmed(target))
+        return self.synthesizer(content, voice, torch.Generator().manual_seed(seed))[0]
+
+
+def _check_sound(name: str, waveform: Tensor) -> None:
+    """Raise ValueError for what is no sound to convert."""
+    if waveform.dim() != 1 or len(waveform) < SHORTEST:
+        raise ValueError(
+            f"the {name} has shape {list(waveform.shape)}: expected one waveform float [N] at 16 kHz "
+            f"with at least {SHORTEST} samples (0.1 s)"
+        )
+    if not 0 < waveform.abs().max() < math.inf:
+        raise ValueError(f"the {name} is silent or not finite: expected speech")
+
+
+def _trimmed(waveform: Tensor) -> Tensor:
+    """Without the ends that are 20 dB below the loudest window of 2048 samples, in steps of 512 (librosa's trim)."""
+    step = 512
+    windows = F.pad(waveform[None], (1024, 1024), "reflect")[0].unfold(0, 2048, step)
+    power = windows.square().mean(1)
+    loud = torch.nonzero(power > power.max() / 100)[:, 0]
+    return waveform[int(loud[0]) * step : (int(loud[-1]) + 1) * step]
+
+
+def _check_files(folder: Path) -> None:
+    """Raise FileNotFoundError naming which published files are missing and what the folder holds."""
+    found = sorted(path.name for path in folder.glob("*"))
+    if missing := [f"{name} (from {place})" for name, place in FILES.items() if name not in found]:
+        raise FileNotFoundError(
+            f"{folder} is not the folder of FreeVC: it lacks {', '.join(missing)} of OlaWod/FreeVC, "
+            f"and holds {', '.join(found) or 'nothing'}"
+        )
+
+
+def _check_config(folder: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError for a sister of FreeVC that the modules above are not: freevc-s, freevc-24."""
+    expected = {"use_spk": True, "resblock": "1", "gin_channels": VOICE}
+    differences = {name: config.get(name) for name, value in expected.items() if config.get(name) != value}
+    problems = [f"{name} is {value!r}, not {expected[name]!r}" for name, value in differences.items()]
+    if math.prod(rates := config.get("upsample_rates", [])) != HOP_LENGTH:
+        problems.append(f"upsample_rates is {rates}, not of product {HOP_LENGTH}")
+    if problems:
+        raise ValueError(f"{folder / 'freevc.json'} is not the configuration of FreeVC: {'; '.join(problems)}")
+
+
+def _load(module: nn.Module, file: Path, key: str) -> None:
+    """Give a module a checkpoint's parameters; every one must have its place, and every place its parameter."""
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)[key]
+        module.load_state_dict(_plain(weights))
+    except (KeyError, RuntimeError, UnpicklingError) as error:
+        raise ValueError(f"{file} is not the published one, or not of this freevc.json: {error}") from error
+
+
+def _plain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published parameters with weight normalisation worked out, w = g v / |v|, and without those of training."""
+    plain = {}
+    for name, value in weights.items():
+        if name.startswith(TRAINING_ONLY) or name.endswith(".weight_g"):
+            continue
+        if name.endswith(".weight_v"):
+            name = name.removesuffix("_v")
+            value = weights[f"{name}_g"] * value / value.norm(dim=(1, 2), keepdim=True)
+        plain[name] = value
+    return plain

@@ -1,0 +1,111 @@
+"""Continuous "soft" tokens: the frames of a frozen speech encoder, 50 a second."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.frames import frame_count, split_utterances
+from tokenizer.interface import Features
+from tokenizer.pretrained import check_folder, load_complete, module_fingerprint, read_pretrained_json, write_settings
+from tokenizer.rates import HOP_LENGTH, SAMPLE_RATE
+from tokenizer.training.small_teachers import save_hubert
+from tokenizer.training.teachers import SemanticTeacher
+
+
+class WhisperFrames(nn.Module):
+    """Output of a Whisper encoder, one frame per 320 samples; longer speech in windows of 30 s, one after the other."""
+
+    def __init__(self, encoder: Any, extractor: Any):
+        """encoder: transformers' WhisperEncoder; extractor: its WhisperFeatureExtractor."""
+        super().__init__()
+        self.model, self.extractor = encoder.eval().requires_grad_(False), extractor
+
+    @property
+    def width(self) -> int:
+        return self.model.config.d_model
+
+    @property
+    def fingerprint(self) -> str:
+        return module_fingerprint(self.model, {})
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> "WhisperFrames":
+        """Load the encoder of a transformers Whisper folder or hub name; the decoder is skipped."""
+        from transformers import AutoFeatureExtractor, WhisperModel
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+        saved_alone = read_pretrained_json(name, "config.json").get("architectures") == ["WhisperEncoder"]
+        encoder = load_complete(WhisperEncoder, name) if saved_alone else load_complete(WhisperModel, name).encoder
+        return cls(encoder, AutoFeatureExtractor.from_pretrained(name))
+
+    @torch.no_grad()
+    def forward(self, waveform: Tensor) -> Tensor:
+        """One utterance float [1, N] at 16 kHz -> float [1, ceil(N / 320), C]. Whisper hears silence behind it."""
+        windows = [window.cpu().numpy() for window in waveform[0].split(self.extractor.n_samples)]
+        mel = self.extractor(windows, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+        states = [self.model(window[None]).last_hidden_state for window in mel.to(self.model.device)]
+        return torch.cat(states, 1)[:, : frame_count(waveform.shape[1])]
+
+
+class FeatureEncoder(nn.Module):
+    """A layer of HuBERT, WavLM or wav2vec 2.0, or a Whisper encoder, as a `FeatureTokenizer`."""
+
+    sample_rate = SAMPLE_RATE
+    frame_rate = SAMPLE_RATE / HOP_LENGTH
+
+    def __init__(self, model: SemanticTeacher | WhisperFrames):
+        super().__init__()
+        self.model = model
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, layer: int | str | None = None) -> "FeatureEncoder":
+        """Load a transformers folder or hub name, e.g. facebook/hubert-base-ls960 or openai/whisper-small.
+
+        layer: index into the hidden states, or "avg", their mean (None too); Whisper has its output only.
+        """
+        check_folder(name, ["config.json", "preprocessor_config.json"], "a HuBERT, WavLM, wav2vec 2.0 or Whisper model")
+        if read_pretrained_json(name, "config.json").get("model_type") != "whisper":
+            return cls(SemanticTeacher.from_pretrained(name, "avg" if layer is None else layer))
+        if layer is not None:
+            raise ValueError(
+                f"{name} is a Whisper model: its encoder's output is taken, so leave out the layer {layer}"
+            )
+        return cls(WhisperFrames.from_pretrained(name))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model with its preprocessing, and which layer is meant."""
+        if isinstance(self.model, WhisperFrames):
+            self.model.model.save_pretrained(folder)
+            self.model.extractor.save_pretrained(folder)
+        else:
+            save_hubert(self.model.model, Path(folder), self.model.normalize)
+        write_settings(folder, "features", layer=self.layer)
+
+    @property
+    def layer(self) -> int | str | None:
+        return None if isinstance(self.model, WhisperFrames) else self.model.layer
+
+    @property
+    def width(self) -> int:
+        return self.model.width
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of weights, layer and preprocessing."""
+        return self.model.fingerprint
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.model.device
+
+    @torch.no_grad()
+    def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> Features:
+        """Waveforms float [B, N] at 16 kHz -> ceil(n / 320) frames for an utterance of n samples.
+
+        Each utterance by itself: what is normalised over time must not hear the padding of a batch.
+        """
+        frames = [self.model(samples[None])[0].cpu() for samples in split_utterances(waveform, lengths)]
+        sizes = torch.tensor([len(x) for x in frames])
+        return Features(nn.utils.rnn.pad_sequence(frames, batch_first=True), sizes)

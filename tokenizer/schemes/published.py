@@ -1,0 +1,123 @@
+"""Published codecs of transformers behind the interface of ours: EnCodec, Mimi and DAC."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizer.audio import pad_waveforms
+from tokenizer.frames import split_utterances
+from tokenizer.interface import Codes
+from tokenizer.pretrained import load_complete, module_fingerprint
+
+PUBLISHED = ("encodec", "mimi", "dac")  # model types of transformers
+
+
+class PublishedCodec(nn.Module):
+    """A transformers EncodecModel, MimiModel or DacModel as a `Codec`, with all of its codebooks.
+
+    Every utterance goes through the model by itself, since Mimi's codes depend on the padding of a batch; DAC gets its
+    zeros up to a whole frame, as its feature extractor adds them; EnCodec works at its largest bandwidth.
+    """
+
+    def __init__(self, model: Any):
+        """Raises ValueError for another model, or an EnCodec whose codes are not all there is (loudness, stereo)."""
+        super().__init__()
+        config = model.config
+        if config.model_type not in PUBLISHED:
+            raise ValueError(f"expected a model of {', '.join(PUBLISHED)}, got {config.model_type}")
+        if config.model_type == "encodec" and (config.audio_channels > 1 or config.normalize or config.chunk_length_s):
+            raise ValueError("this EnCodec is stereo or keeps loudness beside its codes: use one like encodec_24khz")
+        self.model = model.eval().requires_grad_(False)
+        self.hop_length = config.frame_size if config.model_type == "mimi" else config.hop_length
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> "PublishedCodec":
+        """Load a transformers folder or hub name, e.g. kyutai/mimi."""
+        from transformers import AutoModel
+
+        return cls(load_complete(AutoModel, name))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the transformers folder."""
+        self.model.save_pretrained(folder)
+
+    @property
+    def sample_rate(self) -> int:
+        return self.model.config.sampling_rate
+
+    @property
+    def frame_rate(self) -> float:
+        return self.sample_rate / self.hop_length
+
+    @property
+    def num_codebooks(self) -> int:
+        return len(self._codebooks())
+
+    @property
+    def codebook_size(self) -> int:
+        return self.model.config.codebook_size
+
+    @property
+    def codebooks(self) -> Tensor:
+        """Float [Q, K, D]; DAC's are those of its small search space, before the projection to the latents."""
+        return torch.stack(self._codebooks())
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def fingerprint(self) -> str:
+        return module_fingerprint(self.model, {"model": self.model.config.model_type, "sample_rate": self.sample_rate})
+
+    @torch.no_grad()
+    def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
+        """Waveforms float [B, N] -> codes, T = ceil(n / hop) frames for an utterance of n samples."""
+        if layers is not None and not 1 <= layers <= self.num_codebooks:
+            raise ValueError(f"layers must be 1..{self.num_codebooks}, got {layers}")
+        utterances = split_utterances(waveform, lengths)
+        codes = [self._encode(samples[None, None])[0, :layers] for samples in utterances]
+        return Codes.from_utterances(codes, samples=torch.tensor([len(samples) for samples in utterances]))
+
+    @torch.no_grad()
+    def decode(self, codes: Codes) -> Tensor:
+        """Codes with Q' <= Q layers -> waveforms float [B, N], zeros behind the shorter ones.
+
+        As many samples as were encoded; DAC, which gives a few less, is filled up with zeros.
+        """
+        samples = codes.samples if codes.samples is not None else codes.lengths * self.hop_length
+        waveforms = []
+        for index, size in enumerate(samples.tolist()):
+            speech = self._decode(codes.utterance(index)[None].to(self.device)).flatten()[:size]
+            waveforms.append(F.pad(speech, (0, size - len(speech))))
+        return pad_waveforms(waveforms)[0]
+
+    def _codebooks(self) -> list[Tensor]:
+        quantizer = self.model.quantizer
+        match self.model.config.model_type:
+            case "encodec":
+                return [layer.codebook.embed for layer in quantizer.layers[: self.model.config.num_quantizers]]
+            case "mimi":
+                parts = (quantizer.semantic_residual_vector_quantizer, quantizer.acoustic_residual_vector_quantizer)
+                return [layer.codebook.embed for part in parts for layer in part.layers]
+            case _:
+                return [layer.codebook.weight for layer in quantizer.quantizers]
+
+    def _encode(self, x: Tensor) -> Tensor:
+        """One utterance float [1, 1, N] -> codes long [1, Q, T]."""
+        match self.model.config.model_type:
+            case "encodec":
+                return self.model.encode(x, bandwidth=max(self.model.config.target_bandwidths)).audio_codes[0]
+            case "mimi":
+                return self.model.encode(x).audio_codes
+            case _:
+                return self.model.encode(F.pad(x, (0, -x.shape[2] % self.hop_length))).audio_codes
+
+    def _decode(self, ids: Tensor) -> Tensor:
+        """The codes of one utterance long [1, Q', T] -> speech float [1, ..., N]."""
+        if self.model.config.model_type == "encodec":
+            return self.model.decode(ids[None], [None]).audio_values
+        return self.model.decode(audio_codes=ids).audio_values

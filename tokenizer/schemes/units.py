@@ -1,0 +1,92 @@
+"""Speech units: the frames of a self-supervised model, each named by its nearest centroid (HuBERT, GSLM)."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tokenizer.interface import Codes
+from tokenizer.pretrained import SETTINGS_FILE, find_file, module_fingerprint, read_pretrained_json, write_settings
+from tokenizer.schemes.features import FeatureEncoder
+
+CENTROIDS_FILE = "centroids_{}.safetensors"  # named by its content: two k-means in one folder cannot be mistaken
+
+
+class UnitTokenizer(nn.Module):
+    """A `DiscreteTokenizer` of one codebook: k-means over the features of an encoder (Lakhotia et al., 2102.01192).
+
+    deduplicate: merge repeats of a unit, as GSLM does; then codes have no fixed rate, and `frame_rate` is the largest.
+    """
+
+    num_codebooks = 1
+    centroids: Tensor
+
+    def __init__(self, encoder: FeatureEncoder, centroids: Tensor, deduplicate: bool = False):
+        """centroids: float [K, C], C the encoder's width."""
+        super().__init__()
+        if centroids.ndim != 2 or centroids.shape[1] != encoder.width:
+            raise ValueError(f"expected centroids float [K, {encoder.width}], got shape {tuple(centroids.shape)}")
+        self.encoder, self.deduplicate = encoder, deduplicate
+        self.register_buffer("centroids", centroids)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> "UnitTokenizer":
+        """Load what `save_pretrained` wrote, folder or hub name."""
+        settings = read_pretrained_json(name, SETTINGS_FILE)
+        centroids = find_file(name, CENTROIDS_FILE.format(settings.get("fingerprint")))
+        if settings.get("kind") != "units" or centroids is None:
+            raise FileNotFoundError(f"{name} holds no units: expected a folder that recipes/fit_units.py has written")
+        encoder = FeatureEncoder.from_pretrained(name, settings["layer"])
+        return cls(encoder, load_file(centroids)["centroids"], settings["deduplicate"])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the encoder with its preprocessing, the centroids and the settings."""
+        self.encoder.save_pretrained(folder)
+        fingerprint = self.fingerprint
+        file = Path(folder) / CENTROIDS_FILE.format(fingerprint)
+        save_file({"centroids": self.centroids.cpu().contiguous()}, file)
+        settings = {"layer": self.encoder.layer, "deduplicate": self.deduplicate, "fingerprint": fingerprint}
+        write_settings(folder, "units", **settings)
+
+    @property
+    def sample_rate(self) -> int:
+        return self.encoder.sample_rate
+
+    @property
+    def frame_rate(self) -> float:
+        return self.encoder.frame_rate
+
+    @property
+    def codebook_size(self) -> int:
+        return len(self.centroids)
+
+    @property
+    def codebooks(self) -> Tensor:
+        """The centroids, float [1, K, C]."""
+        return self.centroids[None]
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of centroids, encoder and settings."""
+        settings = {"encoder": self.encoder.fingerprint, "deduplicate": self.deduplicate}
+        return module_fingerprint(nn.ParameterDict({"centroids": self.centroids}), settings)
+
+    @torch.no_grad()
+    def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
+        """Waveforms float [B, N] at 16 kHz -> units long [B, 1, T]; one per 320 samples, or less when deduplicated."""
+        if layers not in (None, 1):
+            raise ValueError(f"units have 1 layer, got layers {layers}")
+        features = self.encoder.encode(waveform, lengths)
+        units = [self.nearest(features.utterance(index)) for index in range(len(features.lengths))]
+        if self.deduplicate:
+            units = [row.unique_consecutive() for row in units]
+        return Codes.from_utterances([row[None] for row in units])
+
+    def nearest(self, frames: Tensor) -> Tensor:
+        """The nearest centroid of every frame, float [T, C] -> long [T]."""
+        return torch.cdist(frames.to(self.centroids), self.centroids).argmin(1)

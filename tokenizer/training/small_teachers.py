@@ -1,0 +1,159 @@
+"""Small teachers trained here, in the formats of the published ones, for machines that cannot fetch those."""
+
+import copy
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from tokenizer.frames import frame_count
+from tokenizer.rates import HOP_LENGTH
+from tokenizer.training.teachers import pad_for_frames, receptive_field
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and encoding speech does not need it
+    from transformers import HubertModel
+
+
+GABOR_BANDS = 40
+
+
+def small_hubert(hidden_size: int = 128, layers: int = 3) -> "HubertModel":
+    """A HuBERT of about a million parameters: raw 16 kHz waveform in, 50 frames of `hidden_size` a second out.
+
+    Its first convolution starts as a mel-spaced Gabor filterbank (four phases a band, so that rectified outputs add
+    up to an envelope) instead of noise; minutes of training on two cores are not enough to find one from noise.
+    """
+    from transformers import HubertConfig, HubertModel
+
+    model = HubertModel(
+        HubertConfig(
+            hidden_size=hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            intermediate_size=2 * hidden_size,
+            conv_dim=(4 * GABOR_BANDS, hidden_size, hidden_size),
+            conv_kernel=(400, 3, 3),
+            conv_stride=(160, 1, 2),
+            num_conv_pos_embeddings=31,
+            num_conv_pos_embedding_groups=8,
+            feat_extract_norm="layer",
+            do_stable_layer_norm=True,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            activation_dropout=0.0,
+            feat_proj_dropout=0.0,
+            layerdrop=0.0,
+            apply_spec_augment=False,
+            vocab_size=32,
+        )
+    )
+    with torch.no_grad():
+        model.feature_extractor.conv_layers[0].conv.weight.copy_(gabor_filters(GABOR_BANDS, 400)[:, None])
+    return model
+
+
+def gabor_filters(bands: int, kernel: int, sample_rate: int = 16_000) -> Tensor:
+    """Windowed sinusoids at mel-spaced frequencies, phases 0, 90, 180, 270 degrees: float [4 * bands, kernel].
+
+    Their gain rises with frequency, against the fall of speech's spectrum.
+    """
+    mel = torch.linspace(_mel(80.0), _mel(7600.0), bands)
+    frequency = 700 * (10 ** (mel / 2595) - 1)
+    time = (torch.arange(kernel) - kernel / 2) / sample_rate
+    phase = torch.arange(4) * math.pi / 2
+    waves = torch.cos(2 * math.pi * frequency[:, None, None] * time + phase[None, :, None])
+    gain = (frequency / 500).clamp(min=0.5)[:, None, None]
+    return (waves * gain * torch.hann_window(kernel) * 8 / kernel).flatten(0, 1)
+
+
+def _mel(frequency: float) -> float:
+    return 2595 * math.log10(1 + frequency / 700)
+
+
+class FrameClassifier(nn.Module):
+    """A HuBERT with one linear layer of label scores per frame, for training by CTC or by frame labels."""
+
+    def __init__(self, hubert: "HubertModel", labels: int, normalize: bool = True):
+        super().__init__()
+        self.hubert, self.normalize = hubert, normalize
+        if (mask := getattr(hubert, "masked_spec_embed", None)) is not None:
+            mask.requires_grad_(False)  # nothing is masked here, and several processes wait for every gradient
+        self.head = nn.Linear(hubert.config.hidden_size, labels)
+        self.margin = receptive_field(hubert.config) - math.prod(hubert.config.conv_stride)
+
+    def forward(self, waveform: Tensor, lengths: Tensor) -> Tensor:
+        """waveform float [B, N], zero behind its lengths long [B] in samples -> scores float [B, T, labels]."""
+        x = pad_for_frames(waveform, self.margin, self.normalize, lengths)
+        seen = frame_count(lengths) * HOP_LENGTH + self.margin  # by the frames that hold speech
+        mask = torch.arange(x.shape[1], device=x.device) < seen[:, None]
+        return self.head(self.hubert(x, attention_mask=mask.long()).last_hidden_state)
+
+
+def save_hubert(hubert: "HubertModel", folder: Path, normalize: bool = True) -> None:
+    """Write a transformers folder with the preprocessing that `SemanticTeacher` reads."""
+    from transformers import Wav2Vec2FeatureExtractor
+
+    hubert.save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=normalize).save_pretrained(folder)
+
+
+def save_recognizer(classifier: FrameClassifier, characters: Sequence[str], folder: Path) -> None:
+    """Write a HuBERT trained by CTC as the whole recogniser transformers knows, with its preprocessing and vocabulary.
+
+    characters: those of labels 1, 2, ...; label 0 is the blank and "|" stands between words. `SemanticTeacher` finds
+    its HuBERT in the same folder.
+    """
+    from transformers import AutoModelForCTC, Wav2Vec2CTCTokenizer
+
+    config = copy.deepcopy(classifier.hubert.config)
+    config.vocab_size, config.pad_token_id = len(characters) + 1, 0
+    model = AutoModelForCTC.from_config(config)
+    setattr(model, model.base_model_prefix, classifier.hubert)
+    model.lm_head = classifier.head
+    save_hubert(model, folder, classifier.normalize)
+    vocabulary = folder / "vocab.json"
+    vocabulary.write_text(json.dumps({"<pad>": 0} | {character: i for i, character in enumerate(characters, 1)}))
+    Wav2Vec2CTCTokenizer(vocabulary, bos_token=None, eos_token=None, unk_token="<pad>").save_pretrained(folder)
+
+
+def save_ecapa(ecapa: nn.Module, settings: dict[str, object], mels: int, speakers: list[str], folder: Path) -> None:
+    """Write a SpeechBrain folder: hyperparams.yaml like the published one, and the embedding model's checkpoint.
+
+    settings: keyword arguments the ECAPA_TDNN was made with.
+    """
+    torch.save(ecapa.state_dict(), folder / "embedding_model.ckpt")
+    (folder / "speakers.json").write_text(json.dumps(speakers), encoding="utf-8")
+    arguments = yaml.safe_dump({"input_size": mels, **settings}, default_flow_style=None)
+    text = f"""\
+# ECAPA-TDNN trained by recipes/train_teacher.py; the layout of speechbrain/spkrec-ecapa-voxceleb
+pretrained_path: .
+compute_features: !new:speechbrain.lobes.features.Fbank
+    n_mels: {mels}
+mean_var_norm: !new:speechbrain.processing.features.InputNormalization
+    norm_type: sentence
+    std_norm: False
+embedding_model: !new:speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN
+{_indent(arguments)}
+classifier: !new:torch.nn.Identity
+modules:
+    compute_features: !ref <compute_features>
+    mean_var_norm: !ref <mean_var_norm>
+    embedding_model: !ref <embedding_model>
+    classifier: !ref <classifier>
+label_encoder: !new:speechbrain.dataio.encoder.CategoricalEncoder
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    loadables:
+        embedding_model: !ref <embedding_model>
+    paths:
+        embedding_model: !ref <pretrained_path>/embedding_model.ckpt
+"""
+    (folder / "hyperparams.yaml").write_text(text, encoding="utf-8")
+
+
+def _indent(text: str) -> str:
+    return "\n".join("    " + line for line in text.rstrip().splitlines())

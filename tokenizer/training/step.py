@@ -1,0 +1,129 @@
+"""One training step of the codec: reconstruction, and lessons for single layers weighed at the latents (eq. 7)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from tokenizer.codec.speech_codec import SpeechCodec
+from tokenizer.frames import frame_mask
+from tokenizer.training.crops import Crops
+from tokenizer.training.losses import ReconstructionLoss, gradient_ratio
+
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """An auxiliary loss on one layer: student(layer [B, D, T], teacher(waveform [B, N], lengths [B]), mask [B, T]).
+
+    Its share in the codec's gradient is fixed by one of the two:
+    gradient_ratio: norm of its gradient at z0 relative to the reconstruction's, the same at every step. With the
+        gradient of the layers above the first corrected (see `ResidualVectorQuantizer`), eq. 5 can reshape z0; from a
+        ratio of about one on it destroys the code, whatever that takes as a weight.
+    weight: lambda of eq. 7, taken where gradient_ratio is None.
+    """
+
+    name: str
+    layer: int
+    teacher: nn.Module
+    student: nn.Module
+    gradient_ratio: float | None = None
+    weight: float = 0.5
+
+
+def codec_backward(
+    codec: SpeechCodec,
+    batch: Mapping[str, Tensor],
+    criterion: ReconstructionLoss,
+    distillations: Sequence[DistillationLoss] = (),
+    num_layers: Tensor | None = None,
+    window: int | None = None,
+) -> dict[str, Tensor]:
+    """Forward and backward pass of one batch; leaves gradients on all parameters and returns the losses, detached.
+
+    batch: "waveform" float [B, N], "length" long [B] in samples, and by a distillation's name what its teacher gives,
+    where that is known already (see `Crops`). num_layers long [B]: codebooks each utterance is decoded from (all when
+    None);
+    window: frames to decode, at a random place of each utterance's speech (all when None).
+
+    The graph is cut twice, at the reconstruction and at the latents z0. Gradients meet at the cuts, are weighed by
+    their norms and go on together, once: weighing costs nothing, although every loss is seen with its own gradient.
+    The criterion's adversary, if any, learns from the same reconstruction before it judges it.
+    """
+    waveform, lengths = batch["waveform"], batch["length"]
+    z = codec.latents(waveform)
+    z0 = z.detach().float().requires_grad_()
+    frames, hop = z.shape[2], codec.hop_length
+    mask = frame_mask(lengths, frames, hop)
+    quantized = codec.quantizer(z0, mask, num_layers)
+
+    window = frames if window is None else min(window, frames)
+    starts = draw_starts(mask.sum(1), window)
+    latents = torch.stack([x[:, start : start + window] for x, start in zip(quantized.output, starts, strict=True)])
+    reconstruction = codec.decoder(latents)[:, 0].float()
+    padded = F.pad(waveform, (0, frames * hop - waveform.shape[1]))
+    original = torch.stack([x[s * hop : (s + window) * hop] for x, s in zip(padded, starts, strict=True)])
+
+    metrics: dict[str, Tensor] = {}
+    if criterion.adversary is not None:
+        metrics["discriminator"] = criterion.adversary.learn(original, reconstruction)
+    at_waveform, losses = criterion.gradient(reconstruction, original)
+    commitment = criterion.weights.get("commitment", 1.0) * quantized.commitment
+    torch.autograd.backward([reconstruction, commitment], [at_waveform, None], retain_graph=bool(distillations))
+    metrics |= losses | {"commitment": quantized.commitment.detach()}
+    assert z0.grad is not None
+    gradient, reference = z0.grad.clone(), z0.grad
+    for distillation in distillations:
+        target = batch[distillation.name] if distillation.name in batch else distillation.teacher(waveform, lengths)
+        loss = distillation.student(quantized.layers[distillation.layer], target, mask)
+        own = list(distillation.student.parameters())
+        # the weight is the student's, too, as eq. 7 has it; the factor that makes a ratio can be huge and is not
+        weight = distillation.weight if distillation.gradient_ratio is None else 1.0
+        at_z0, *own_gradients = torch.autograd.grad(weight * loss, [z0, *own], retain_graph=True)
+        ratio = gradient_ratio(at_z0, reference)
+        factor = 1.0 if distillation.gradient_ratio is None else distillation.gradient_ratio / ratio.clamp(min=1e-12)
+        gradient += factor * at_z0
+        for parameter, value in zip(own, own_gradients, strict=True):
+            parameter.grad = value
+        metrics |= {distillation.name: loss.detach(), f"{distillation.name}_gradient": factor * ratio}
+    z.backward(gradient.to(z.dtype))
+    return metrics
+
+
+def draw_starts(frames: Tensor, window: int) -> list[int]:
+    """A random first frame for each utterance of `frames` long [B] frames: no padding in the window of a longer one."""
+    room = (frames - window).clamp(min=0).cpu()
+    return (torch.rand(len(room)) * (room + 1)).long().tolist()
+
+
+def draw_layers(choices: Sequence[int] | None, batch: int, device: torch.device) -> Tensor | None:
+    """Quantiser dropout: how many codebooks each utterance is decoded from, long [B]; None without choices."""
+    if not choices:
+        return None
+    return torch.tensor(choices, device=device)[torch.randint(len(choices), (batch,), device=device)]
+
+
+@torch.no_grad()
+def initialize_codebooks(codec: SpeechCodec, crops: Crops, batch_size: int, seed: int = 0) -> None:
+    """Place the codebooks by k-means on the latents of as many crops as it takes, the same ones in every process."""
+    codec.train()
+    device = codec.codebooks.device
+    latents: list[Tensor] = []
+    first = 0
+    while sum(map(len, latents)) < 20 * codec.codebook_size:
+        items = [crops[first + i] for i in range(batch_size)]
+        first += batch_size
+        z = codec.latents(torch.stack([item["waveform"] for item in items]).to(device))
+        lengths = torch.tensor([item["length"] for item in items], device=device)
+        mask = frame_mask(lengths, z.shape[2], codec.hop_length)
+        latents.append(z.transpose(1, 2)[mask])
+    codec.quantizer.initialize(torch.cat(latents), seed)
+
+
+def average_weights(codec: SpeechCodec, decay: float | None) -> AveragedModel | None:
+    """Moving average of all weights and codebooks, which gives cleaner speech than any one step; None without decay."""
+    if decay is None:
+        return None
+    return AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
