@@ -46,9 +46,56 @@ def noise() -> Callable[..., Tensor]:
     return _noise
 
 
+def _assert_same_codes(
+    codebooks: Tensor, latents: Tensor, ids: Tensor, expected: Tensor, roundings: int = 16
+) -> None:
+    """Two searches gave the same codes, long [B, Q', T], wherever rounding cannot decide.
+
+    codebooks: float [Q, K, D]. latents: float [B, D, T], what was searched for.
+    Other numbers of rows, chunks, threads and processors add in another order. A frame is settled in a layer when what
+    is left of it lies further from the border of its two nearest codes than so many roundings of float32; behind a
+    layer in which it is not, two searches may have left over something different. Most frames must be settled.
+    """
+    assert ids.dtype == expected.dtype == torch.long and ids.shape == expected.shape
+    assert expected.shape[::2] == latents.shape[::2]
+    residual = latents.detach().double().transpose(1, 2)
+    settled = torch.ones(residual.shape[:2], dtype=torch.bool)
+    unsettled = []
+    for layer, codebook in enumerate(codebooks[: expected.shape[1]].double()):
+        # half the squared distances, as far as they differ between codes
+        scores = residual @ codebook.T - codebook.square().sum(1) / 2
+        best, second = scores.topk(2).values.unbind(-1)
+        size = codebook.norm(dim=1).max()
+        rounding = torch.finfo(torch.float32).eps * size * (latents.double().norm(dim=1) + size)
+        settled &= best - second > roundings * rounding
+        assert torch.equal(ids[:, layer][settled], expected[:, layer][settled]), f"layer {layer}: other codes"
+        assert torch.equal(expected[:, layer][settled], scores.argmax(-1)[settled]), f"layer {layer}: not the nearest"
+        residual = residual - codebook[expected[:, layer]]
+        unsettled.append(int((~settled).sum()))
+    assert max(unsettled) <= max(1, settled.numel() // 5), f"of {settled.numel()} frames too close: {unsettled}"
+
+
+@pytest.fixture(scope="session")
+def assert_same_codes() -> Callable[..., None]:
+    """For codes that two computations find; where it is one and the same computation, `torch.equal` is right."""
+    return _assert_same_codes
+
+
+def _standardize(last: torch.nn.Conv1d, latents: Tensor) -> None:
+    """Change the last convolution so that its latents float [D, T] get a mean of 0 and a deviation of 1."""
+    deviation, mean = torch.std_mean(latents, 1)
+    last.bias.copy_((last.bias - mean) / deviation)
+    weighted = last.parametrizations.weight.original0 if hasattr(last, "parametrizations") else last.weight
+    weighted.div_(deviation[:, None, None])
+
+
 @pytest.fixture(scope="session")
 def make_codec() -> Callable[..., SpeechCodec]:
-    """Tiny codecs in eval mode: 3 codebooks of 8, placed on the latents of noise so that several codes are in use."""
+    """Tiny codecs in eval mode: 3 codebooks of 8, placed on the latents of noise so that several codes are in use.
+
+    These latents are standardised: untrained ones are a constant plus a thirtieth of signal, and codes so close to each
+    other leave one frame in ten to rounding.
+    """
 
     def make(**settings: object) -> SpeechCodec:
         tiny = {"n_filters": 4, "dimension": 8, "num_codebooks": 3, "codebook_size": 8}
@@ -56,7 +103,9 @@ def make_codec() -> Callable[..., SpeechCodec]:
             torch.manual_seed(0)
             codec = SpeechCodec(SpeechCodecConfig(**{**tiny, **settings})).eval()
             with torch.no_grad():
-                latents = codec.latents(_noise(codec.hop_length * 20 * codec.codebook_size))[0].T
+                sound = _noise(codec.hop_length * 20 * codec.codebook_size)
+                _standardize(codec.encoder.layers[-1].conv, codec.latents(sound)[0])
+                latents = codec.latents(sound)[0].T
         codec.quantizer.initialize(latents)
         return codec
 
