@@ -3,9 +3,14 @@
 import functools
 import importlib.util
 import inspect
+import itertools
+import json
 import os
+import signal
 import socket
+import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -215,3 +220,89 @@ def recipe() -> Callable[[str], types.ModuleType]:
 def config_class(recipe: Callable[[str], types.ModuleType]) -> Callable[[str], type]:
     """The configuration class of a recipe: what its `main` takes."""
     return lambda name: inspect.signature(recipe(name).main).parameters["config"].annotation
+
+
+class Started:
+    """Processes of one recipe, forked by the server; used like a `subprocess.Popen`."""
+
+    def __init__(self, ask: Callable[[dict], int | None], requests: list[dict]):
+        self.ask, self.requests = ask, requests
+        self.returncode: int | None = None
+        self.codes: dict[int, int | None] = {ask(request): None for request in requests}
+
+    def poll(self) -> int | None:
+        """The exit code once all have ended, the first that is not zero."""
+        for process, code in self.codes.items():
+            self.codes[process] = self.ask({"poll": process}) if code is None else code
+        if None not in self.codes.values():
+            self.returncode = next((code for code in self.codes.values() if code), 0)
+        elif any(self.codes.values()):
+            self.kill()  # the others would wait for it
+        return self.returncode
+
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
+        """What they wrote, once they have ended."""
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise subprocess.TimeoutExpired(self.requests[0]["command"], timeout)
+            time.sleep(0.005)
+        return tuple("".join(Path(r[key]).read_text() for r in self.requests) for key in ("output", "errors"))
+
+    def kill(self) -> None:
+        for process, code in self.codes.items():
+            if code is None:
+                os.kill(process, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def start_recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Started]]:
+    """Start `python recipes/<name> words` in a folder, one thread a process, without the seconds of importing.
+
+    With processes > 1 they find each other as those of torch.distributed.run do.
+    """
+    root, logs, number = Path(__file__).resolve().parents[1], tmp_path_factory.mktemp("started"), itertools.count()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # equal to the last bit is a promise for one machine and one kind of processor
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    pipe, server = subprocess.PIPE, Path(__file__).with_name("fork_server.py")
+    command = [sys.executable, str(server)]
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as serving:
+
+        def ask(request: dict) -> int | None:
+            serving.stdin.write(json.dumps(request) + "\n")
+            serving.stdin.flush()
+            return json.loads(serving.stdout.readline())
+
+        def start(name: str, words: str, folder: Path, processes: int = 1) -> Started:
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{_free_port()}"} if processes > 1 else {}
+            requests = []
+            for rank in range(processes):
+                log, place = logs / f"{next(number)}", {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+                size = {"WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE": f"{processes}"}
+                requests.append(
+                    {
+                        "command": [str(root / "recipes" / name), *words.split()],
+                        "folder": str(folder),
+                        "output": f"{log}.out",
+                        "errors": f"{log}.err",
+                        "environment": {**meeting, **place, **size} if meeting else {},
+                    }
+                )
+            return Started(ask, requests)
+
+        yield start
+        serving.stdin.close()

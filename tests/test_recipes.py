@@ -94,26 +94,19 @@ def write_corpus(folder: Path) -> None:
 class Work:
     """A folder in which recipes are run; every run is checked to end well."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def start(self, name: str, words: str, processes: int = 1) -> subprocess.Popen:
-        # not `accelerate launch --cpu --num_processes 2`, which starts one process only
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "recipes" / name), *words.split()]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=self.folder, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
+    def __init__(self, folder: Path, start: Callable):
+        self.folder, self.start = folder, start
 
     def run(self, name: str, words: str, processes: int = 1) -> str:
         """What it printed."""
-        process = self.start(name, words, processes)
+        process = self.start(name, words, self.folder, processes)
         output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
         return output
 
     def kill(self, name: str, words: str, run: Path) -> None:
         """Start it, and kill it as soon as there is a checkpoint."""
-        process = self.start(name, words)
+        process = self.start(name, words, self.folder)
         while not list((run / "checkpoints").glob("step_*.pt")):
             assert process.poll() is None, process.communicate()[1][-3000:]
             time.sleep(0.005)
@@ -132,9 +125,9 @@ class Work:
 
 
 @pytest.fixture(scope="session")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+def work(tmp_path_factory: pytest.TempPathFactory, start_recipe: Callable) -> Work:
     """The whole chain, once."""
-    work = Work(tmp_path_factory.mktemp("work"))
+    work = Work(tmp_path_factory.mktemp("work"), start_recipe)
     write_corpus(work.folder / "corpus")
     small = "hidden_size=16 layers=1"
     work.run("train_teacher.py", f"kind=semantic objective=ctc output=ctc {small} {TEACHER}")
