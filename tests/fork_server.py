@@ -5,10 +5,13 @@ It reads one JSON object a line and answers with one. {"command": [file, word, .
 answers its exit code, or null while it runs. Start it with OMP_NUM_THREADS=1: threads do not survive a fork.
 """
 
+import atexit
+import gc
 import json
 import os
 import runpy
 import sys
+import traceback
 
 import accelerate
 import datasets
@@ -41,15 +44,31 @@ def serve() -> dict | None:
     return None
 
 
-def run(command: list[str], folder: str, output: str, errors: str, environment: dict[str, str]) -> None:
+def run(command: list[str], folder: str, output: str, errors: str, environment: dict[str, str]) -> int:
+    """The exit code."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, file in ((1, output), (2, errors)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv, sys.path[0] = command, os.path.dirname(command[0])
-    runpy.run_path(command[0], run_name="__main__")
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
+gc.collect()
+gc.freeze()  # a collection or the end of the interpreter would touch, and so copy, every page of the server's memory
 if request := serve():
-    run(**request)
+    code = run(**request)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
