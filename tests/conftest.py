@@ -1,5 +1,6 @@
 """What tests share. Fixtures here build tiny models and recordings in process; nothing may reach the network."""
 
+import copy
 import functools
 import importlib.util
 import inspect
@@ -51,9 +52,7 @@ def noise() -> Callable[..., Tensor]:
     return _noise
 
 
-def _assert_same_codes(
-    codebooks: Tensor, latents: Tensor, ids: Tensor, expected: Tensor, roundings: int = 16
-) -> None:
+def _assert_same_codes(codebooks: Tensor, latents: Tensor, ids: Tensor, expected: Tensor, roundings: int = 16) -> None:
     """Two searches gave the same codes, long [B, Q', T], wherever rounding cannot decide.
 
     codebooks: float [Q, K, D]. latents: float [B, D, T], what was searched for.
@@ -183,6 +182,55 @@ def make_qwen2() -> Callable[..., object]:
             return Qwen2ForCausalLM(config).eval()
 
     return make
+
+
+LANGUAGE_MODELS = ("Llama", "Mistral", "Gemma", "Phi", "SmolLM3", "Qwen3", "Granite")  # names in transformers
+
+
+@functools.cache
+def _language_model_config(family: str, words: int, end_id: int, pad_id: int) -> object:
+    """The family's own settings (tied or not, biases, norms, rotary parts) in a tiny shape."""
+    import transformers
+
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if family in ("Gemma", "Qwen3", "Mistral"):
+        shape["head_dim"] = 8  # theirs does not follow from the others
+    if family == "Granite":  # the multipliers it is published with, or they would do nothing
+        shape |= {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1}
+        shape |= {"logits_scaling": 8.0}
+    return getattr(transformers, f"{family}Config")(
+        vocab_size=words,
+        num_key_value_heads=2 if family == "Phi" else 1,
+        bos_token_id=None,
+        eos_token_id=end_id,
+        pad_token_id=pad_id,
+        initializer_range=0.5,
+        **shape,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_language_model() -> Callable[..., object]:
+    """A family of LANGUAGE_MODELS in width 16 for a text tokenizer, in eval mode with large random weights."""
+
+    def make(family: str, text_tokenizer: object, seed: int = 0) -> object:
+        import transformers
+
+        ends = text_tokenizer.eos_token_id, text_tokenizer.pad_token_id
+        config = copy.deepcopy(_language_model_config(family, len(text_tokenizer), *ends))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+    return make
+
+
+@pytest.fixture(params=LANGUAGE_MODELS)
+def language_model(
+    request: pytest.FixtureRequest, make_language_model: Callable[..., object], text_tokenizer: object
+) -> object:
+    """One model of each family, for `text_tokenizer`."""
+    return make_language_model(request.param, text_tokenizer)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import os
 import runpy
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,15 +33,6 @@ from speechllm import (
 ROOT = Path(__file__).resolve().parents[1]
 RATE = 16_000
 UTTERANCES, FRAMES = 24, 25  # of half a second
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": str(ROOT),
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",  # equal to the last bit is a promise for one machine and one kind of processor
-    "ACCELERATE_USE_CPU": "true",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 TEACHER = "data=corpus splits=[train] dev_splits=[dev] steps=6 batch_size=4 warmup=2 save_every=100"
 TOKENIZER = (
     "data=corpus splits=[train] codec.n_filters=4 codec.dimension=8 codec.num_codebooks=2 codec.codebook_size=16 "
