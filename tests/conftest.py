@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub library is imported: a wrong name fails at once, not after retries
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: tiny models lose more by sharing work than they gain
 
 import pytest
 import torch

@@ -12,6 +12,8 @@ from transformers import BertConfig, BertModel, EncodecConfig, EncodecModel
 
 from tokenizer import AudioTokenizer, Codec, Codes, SpeechCodec, SpeechCodecConfig
 
+pytestmark = pytest.mark.numeric
+
 MakeCodec = Callable[..., SpeechCodec]
 Noise = Callable[..., Tensor]
 Same = Callable[..., None]

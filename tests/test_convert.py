@@ -18,6 +18,8 @@ from transformers import EncodecConfig, EncodecModel, MimiConfig
 
 from tokenizer import SpeechCodec, convert_encodec, convert_speechtokenizer, load_tokenizer
 
+pytestmark = pytest.mark.numeric
+
 Noise = Callable[..., Tensor]
 HOP = 40
 LENGTHS = [1, 2, 7, HOP - 1, HOP, HOP + 1, 12 * HOP, 50 * HOP + 17]

@@ -26,6 +26,8 @@ from speechllm import (
 )
 from speechllm.decoding import _NoRepeats, runaway_reason
 
+pytestmark = pytest.mark.numeric
+
 MakeSpeechLLM = Callable[..., SpeechLLM]
 LENGTHS = (30, 4, 55, 0, 11, 30, 1)
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from tokenizer import AcousticDistillation, MultiScaleMelLoss, SemanticDistillation
 from tokenizer.quantizer import ResidualVectorQuantizer
 
+pytestmark = pytest.mark.numeric
+
 B, D, T, C = 2, 8, 12, 6
 
 

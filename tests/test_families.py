@@ -15,6 +15,8 @@ from speechllm import (
     transcription_example,
 )
 
+pytestmark = pytest.mark.numeric
+
 SENTENCE = "TURN ON THE RED LAMP"
 
 

@@ -25,6 +25,8 @@ from speechllm import (
 )
 from speechllm.vocabulary import text_token_ids
 
+pytestmark = pytest.mark.numeric
+
 MakeSpeechLLM = Callable[..., SpeechLLM]
 
 

@@ -20,6 +20,8 @@ from speechllm import (
 )
 from speechllm.packing import PACKED
 
+pytestmark = pytest.mark.numeric
+
 MakeSpeechLLM = Callable[..., SpeechLLM]
 
 

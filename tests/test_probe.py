@@ -21,6 +21,8 @@ from speechllm import (
     speech_of,
 )
 
+pytestmark = pytest.mark.numeric
+
 WORDS = ("ab", "cab", "bed", "dada", "ace")
 SPLITS = {"train_splits": ["train"], "test_splits": ["test"]}
 

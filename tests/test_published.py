@@ -23,6 +23,8 @@ from transformers import (
 
 from tokenizer import Codec, Codes, PublishedCodec
 
+pytestmark = pytest.mark.numeric
+
 Noise = Callable[..., Tensor]
 RATE = 16_000
 ENCODEC = {

@@ -13,6 +13,8 @@ from torchaudio.functional import melscale_fbanks, resample
 
 from tokenizer import Quality, QualityError, SpeechCodec, layer_counts, reconstruct, speech_quality
 
+pytestmark = pytest.mark.numeric
+
 pesq = pytest.importorskip("pesq")
 pystoi = pytest.importorskip("pystoi")
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tokenizer.quantizer import ResidualVectorQuantizer
 
+pytestmark = pytest.mark.numeric
+
 D, Q, K = 8, 4, 16
 
 

@@ -46,6 +46,8 @@ from tokenizer import (
     small_hubert,
 )
 
+pytestmark = pytest.mark.numeric
+
 ROOT = Path(__file__).resolve().parents[1]
 Noise = Callable[..., Tensor]
 Answer = Codes | Features | Transcripts

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from tokenizer import SpeechCodec, StreamingDecoder, StreamingEncoder
 
+pytestmark = pytest.mark.numeric
+
 MakeCodec = Callable[..., SpeechCodec]
 Noise = Callable[..., Tensor]
 Same = Callable[..., None]

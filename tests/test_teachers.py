@@ -24,6 +24,8 @@ from transformers import (
 
 from tokenizer import FrameClassifier, SemanticTeacher, SpeakerTeacher, save_ecapa, save_hubert, small_hubert
 
+pytestmark = pytest.mark.numeric
+
 Noise = Callable[..., Tensor]
 FAMILY = {
     "hubert": (HubertConfig, HubertModel),

@@ -16,6 +16,8 @@ from speechllm import load_config, read_jsonl
 from tokenizer import FeatureEncoder, SemanticTeacher, UnitTokenizer, load_tokenizer, save_hubert, small_hubert
 from tokenizer.codec import module_fingerprint
 
+pytestmark = pytest.mark.numeric
+
 Noise = Callable[..., Tensor]
 CLUSTERS, WIDTH = 12, 16
 
