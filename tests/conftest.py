@@ -1,16 +1,23 @@
 """What tests share. Fixtures here build tiny models and recordings in process; nothing may reach the network."""
 
+import copy
 import functools
 import importlib.util
 import inspect
+import itertools
+import json
 import os
+import signal
 import socket
+import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub library is imported: a wrong name fails at once, not after retries
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: tiny models lose more by sharing work than they gain
 
 import pytest
 import torch
@@ -46,9 +53,54 @@ def noise() -> Callable[..., Tensor]:
     return _noise
 
 
+def _assert_same_codes(codebooks: Tensor, latents: Tensor, ids: Tensor, expected: Tensor, roundings: int = 16) -> None:
+    """Two searches gave the same codes, long [B, Q', T], wherever rounding cannot decide.
+
+    codebooks: float [Q, K, D]. latents: float [B, D, T], what was searched for.
+    Other numbers of rows, chunks, threads and processors add in another order. A frame is settled in a layer when what
+    is left of it lies further from the border of its two nearest codes than so many roundings of float32; behind a
+    layer in which it is not, two searches may have left over something different. Most frames must be settled.
+    """
+    assert ids.dtype == expected.dtype == torch.long and ids.shape == expected.shape
+    assert expected.shape[::2] == latents.shape[::2]
+    residual = latents.detach().double().transpose(1, 2)
+    settled = torch.ones(residual.shape[:2], dtype=torch.bool)
+    unsettled = []
+    for layer, codebook in enumerate(codebooks[: expected.shape[1]].double()):
+        # half the squared distances, as far as they differ between codes
+        scores = residual @ codebook.T - codebook.square().sum(1) / 2
+        best, second = scores.topk(2).values.unbind(-1)
+        size = codebook.norm(dim=1).max()
+        rounding = torch.finfo(torch.float32).eps * size * (latents.double().norm(dim=1) + size)
+        settled &= best - second > roundings * rounding
+        assert torch.equal(ids[:, layer][settled], expected[:, layer][settled]), f"layer {layer}: other codes"
+        assert torch.equal(expected[:, layer][settled], scores.argmax(-1)[settled]), f"layer {layer}: not the nearest"
+        residual = residual - codebook[expected[:, layer]]
+        unsettled.append(int((~settled).sum()))
+    assert max(unsettled) <= max(1, settled.numel() // 5), f"of {settled.numel()} frames too close: {unsettled}"
+
+
+@pytest.fixture(scope="session")
+def assert_same_codes() -> Callable[..., None]:
+    """For codes that two computations find; where it is one and the same computation, `torch.equal` is right."""
+    return _assert_same_codes
+
+
+def _standardize(last: torch.nn.Conv1d, latents: Tensor) -> None:
+    """Change the last convolution so that its latents float [D, T] get a mean of 0 and a deviation of 1."""
+    deviation, mean = torch.std_mean(latents, 1)
+    last.bias.copy_((last.bias - mean) / deviation)
+    weighted = last.parametrizations.weight.original0 if hasattr(last, "parametrizations") else last.weight
+    weighted.div_(deviation[:, None, None])
+
+
 @pytest.fixture(scope="session")
 def make_codec() -> Callable[..., SpeechCodec]:
-    """Tiny codecs in eval mode: 3 codebooks of 8, placed on the latents of noise so that several codes are in use."""
+    """Tiny codecs in eval mode: 3 codebooks of 8, placed on the latents of noise so that several codes are in use.
+
+    These latents are standardised: untrained ones are a constant plus a thirtieth of signal, and codes so close to each
+    other leave one frame in ten to rounding.
+    """
 
     def make(**settings: object) -> SpeechCodec:
         tiny = {"n_filters": 4, "dimension": 8, "num_codebooks": 3, "codebook_size": 8}
@@ -56,7 +108,9 @@ def make_codec() -> Callable[..., SpeechCodec]:
             torch.manual_seed(0)
             codec = SpeechCodec(SpeechCodecConfig(**{**tiny, **settings})).eval()
             with torch.no_grad():
-                latents = codec.latents(_noise(codec.hop_length * 20 * codec.codebook_size))[0].T
+                sound = _noise(codec.hop_length * 20 * codec.codebook_size)
+                _standardize(codec.encoder.layers[-1].conv, codec.latents(sound)[0])
+                latents = codec.latents(sound)[0].T
         codec.quantizer.initialize(latents)
         return codec
 
@@ -131,6 +185,55 @@ def make_qwen2() -> Callable[..., object]:
     return make
 
 
+LANGUAGE_MODELS = ("Llama", "Mistral", "Gemma", "Phi", "SmolLM3", "Qwen3", "Granite")  # names in transformers
+
+
+@functools.cache
+def _language_model_config(family: str, words: int, end_id: int, pad_id: int) -> object:
+    """The family's own settings (tied or not, biases, norms, rotary parts) in a tiny shape."""
+    import transformers
+
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if family in ("Gemma", "Qwen3", "Mistral"):
+        shape["head_dim"] = 8  # theirs does not follow from the others
+    if family == "Granite":  # the multipliers it is published with, or they would do nothing
+        shape |= {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1}
+        shape |= {"logits_scaling": 8.0}
+    return getattr(transformers, f"{family}Config")(
+        vocab_size=words,
+        num_key_value_heads=2 if family == "Phi" else 1,
+        bos_token_id=None,
+        eos_token_id=end_id,
+        pad_token_id=pad_id,
+        initializer_range=0.5,
+        **shape,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_language_model() -> Callable[..., object]:
+    """A family of LANGUAGE_MODELS in width 16 for a text tokenizer, in eval mode with large random weights."""
+
+    def make(family: str, text_tokenizer: object, seed: int = 0) -> object:
+        import transformers
+
+        ends = text_tokenizer.eos_token_id, text_tokenizer.pad_token_id
+        config = copy.deepcopy(_language_model_config(family, len(text_tokenizer), *ends))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+    return make
+
+
+@pytest.fixture(params=LANGUAGE_MODELS)
+def language_model(
+    request: pytest.FixtureRequest, make_language_model: Callable[..., object], text_tokenizer: object
+) -> object:
+    """One model of each family, for `text_tokenizer`."""
+    return make_language_model(request.param, text_tokenizer)
+
+
 @pytest.fixture
 def make_speech_llm(
     make_qwen2: Callable[..., object], text_tokenizer: object, small_codec: SpeechCodec
@@ -166,3 +269,89 @@ def recipe() -> Callable[[str], types.ModuleType]:
 def config_class(recipe: Callable[[str], types.ModuleType]) -> Callable[[str], type]:
     """The configuration class of a recipe: what its `main` takes."""
     return lambda name: inspect.signature(recipe(name).main).parameters["config"].annotation
+
+
+class Started:
+    """Processes of one recipe, forked by the server; used like a `subprocess.Popen`."""
+
+    def __init__(self, ask: Callable[[dict], int | None], requests: list[dict]):
+        self.ask, self.requests = ask, requests
+        self.returncode: int | None = None
+        self.codes: dict[int, int | None] = {ask(request): None for request in requests}
+
+    def poll(self) -> int | None:
+        """The exit code once all have ended, the first that is not zero."""
+        for process, code in self.codes.items():
+            self.codes[process] = self.ask({"poll": process}) if code is None else code
+        if None not in self.codes.values():
+            self.returncode = next((code for code in self.codes.values() if code), 0)
+        elif any(self.codes.values()):
+            self.kill()  # the others would wait for it
+        return self.returncode
+
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
+        """What they wrote, once they have ended."""
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise subprocess.TimeoutExpired(self.requests[0]["command"], timeout)
+            time.sleep(0.005)
+        return tuple("".join(Path(r[key]).read_text() for r in self.requests) for key in ("output", "errors"))
+
+    def kill(self) -> None:
+        for process, code in self.codes.items():
+            if code is None:
+                os.kill(process, signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def start_recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Started]]:
+    """Start `python recipes/<name> words` in a folder, one thread a process, without the seconds of importing.
+
+    With processes > 1 they find each other as those of torch.distributed.run do.
+    """
+    root, logs, number = Path(__file__).resolve().parents[1], tmp_path_factory.mktemp("started"), itertools.count()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # equal to the last bit is a promise for one machine and one kind of processor
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    pipe, server = subprocess.PIPE, Path(__file__).with_name("fork_server.py")
+    command = [sys.executable, str(server)]
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as serving:
+
+        def ask(request: dict) -> int | None:
+            serving.stdin.write(json.dumps(request) + "\n")
+            serving.stdin.flush()
+            return json.loads(serving.stdout.readline())
+
+        def start(name: str, words: str, folder: Path, processes: int = 1) -> Started:
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{_free_port()}"} if processes > 1 else {}
+            requests = []
+            for rank in range(processes):
+                log, place = logs / f"{next(number)}", {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+                size = {"WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE": f"{processes}"}
+                requests.append(
+                    {
+                        "command": [str(root / "recipes" / name), *words.split()],
+                        "folder": str(folder),
+                        "output": f"{log}.out",
+                        "errors": f"{log}.err",
+                        "environment": {**meeting, **place, **size} if meeting else {},
+                    }
+                )
+            return Started(ask, requests)
+
+        yield start
+        serving.stdin.close()

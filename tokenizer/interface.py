@@ -89,7 +89,7 @@ class AudioTokenizer(Protocol):
     def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> Codes | Features | Transcripts:
         """waveform float [B, N] in [-1, 1]; lengths long [B] in samples (all of N when None).
 
-        An utterance gets the same in any batch.
+        An utterance gets exactly the same in any batch: each runs by itself.
         """
 
     def to(self, device: torch.device | str, /) -> Self:

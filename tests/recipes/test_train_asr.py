@@ -80,24 +80,17 @@ TEXTS = ["ON", "RED LAMP", "TURN ON THE RED LAMP", "LAMP", "THE RED"]
 class Work:
     """A folder with codes, their codec and a language model; every run in it is checked to end well."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def start(self, words: str, processes: int = 1) -> subprocess.Popen:
-        # not `accelerate launch --cpu --num_processes 2`, which starts one process only
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *(launcher if processes > 1 else []), RECIPE, *words.split()]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=self.folder, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
+    def __init__(self, folder: Path, start: Callable):
+        self.folder, self.start = folder, start
 
     def run(self, words: str, processes: int = 1) -> None:
-        process = self.start(words, processes)
+        process = self.start("train_asr.py", words, self.folder, processes)
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors[-3000:]
 
     def kill(self, words: str, run: str) -> None:
         """Start it, and kill it as soon as there are two checkpoints: then it is past the first validation."""
-        process = self.start(words)
+        process = self.start("train_asr.py", words, self.folder)
         while len(list((self.folder / run / "checkpoints").glob("step_*.pt"))) < 2:
             assert process.poll() is None, process.communicate()[1][-3000:]
             time.sleep(0.005)
@@ -117,7 +110,7 @@ class Work:
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory, small_codec: SpeechCodec) -> Work:
+def work(tmp_path_factory: pytest.TempPathFactory, small_codec: SpeechCodec, start_recipe: Callable) -> Work:
     folder = tmp_path_factory.mktemp("asr")
     draw = np.random.default_rng(0)
     utterances = []
@@ -135,7 +128,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, small_codec: SpeechCodec) -> 
         torch.manual_seed(0)
         small_qwen2(text_tokenizer, **SIZES, initializer_range=0.5).save_pretrained(folder / "base")
     text_tokenizer.save_pretrained(folder / "base")
-    work = Work(folder)
+    work = Work(folder, start_recipe)
     work.run(f"{EVERYTHING} output=whole")
     return work
 

@@ -23,6 +23,8 @@ from speechllm import (
 )
 from speechllm.decoding import Transcription, _NoRepeats, count_runaways, recognize, runaway_reason
 
+pytestmark = pytest.mark.numeric
+
 MakeSpeechLLM = Callable[..., SpeechLLM]
 LENGTHS = (30, 4, 55, 0, 11, 30, 1)
 

@@ -25,6 +25,8 @@ from speechllm.prompt import text_example
 from speechllm.small_model import small_text_tokenizer
 from speechllm.vocabulary import text_token_ids
 
+pytestmark = pytest.mark.numeric
+
 MakeSpeechLLM = Callable[..., SpeechLLM]
 
 

@@ -73,13 +73,19 @@ class ResidualVectorQuantizer(nn.Module):
                 dist.broadcast(buffer, src=0)
 
     def nearest(self, vectors: Tensor, layer: int) -> Tensor:
-        """Ids long [M] of the code vectors closest to `vectors` float [M, D]."""
+        """Ids long [M] of the code vectors closest to `vectors` float [M, D].
+
+        Where two are equally far within the rounding of float32, M, the threads and the processor decide between them.
+        """
         codebook = self.codebooks[layer]
         # |x - e|^2 = |x|^2 - 2 (x.e - |e|^2 / 2): the first term is the same for every code and is skipped
         return torch.addmm(-0.5 * codebook.square().sum(1), vectors, codebook.T).argmax(1)
 
     def encode(self, z: Tensor, layers: int | None = None) -> Tensor:
-        """Latents float [B, D, T] -> ids long [B, layers, T]; only as many layers are searched as are asked for."""
+        """Latents float [B, D, T] -> ids long [B, layers, T]; only as many layers are searched as are asked for.
+
+        They are those of `forward`, but for vectors between two codes: see `nearest`.
+        """
         batch, _, frames = z.shape
         residual = z.float().transpose(1, 2).flatten(0, 1)
         ids = []

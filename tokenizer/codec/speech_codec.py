@@ -98,8 +98,10 @@ class SpeechCodec(
     def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
         """Waveforms float [B, N] -> codes, T = ceil(n / hop) frames for an utterance of n samples.
 
-        Each utterance runs through the encoder by itself, so its codes never depend on the batch it came in, and no
-        work is done for padding. Only the first `layers` codebooks are searched (all when None).
+        Each utterance runs through the encoder by itself, so on one machine and with one number of threads its codes
+        are exactly the same in any batch, and no work is done for padding. Where these differ, and in a stream, the
+        latents are equal up to rounding, and so are the codes of frames that do not lie between two codes within it.
+        Only the first `layers` codebooks are searched (all when None): their codes are those of all layers.
         Raises ValueError for another shape, non-finite samples, or a codec in training mode.
         """
         self._check(layers)
@@ -112,6 +114,7 @@ class SpeechCodec(
         """Codes with Q' <= Q layers -> waveforms float [B, N].
 
         N is the longest of `codes.samples`, or the longest number of frames times the hop; zeros behind the shorter.
+        Each utterance is decoded by itself, too.
         """
         samples = codes.samples if codes.samples is not None else codes.lengths * self.hop_length
         waveform = self.codebooks.new_zeros(len(codes), int(samples.max()))

@@ -140,11 +140,13 @@ def _check(codec: StreamableCodec) -> None:
 
 
 class StreamingEncoder(_Stream):
-    """Encodes one utterance while it comes in; all codes together are those of `codec.encode`.
+    """Encodes one utterance while it comes in; all codes together are those of `codec.encode` up to rounding.
 
     A frame comes as soon as its samples are there; with pad_mode reflect the first seven come together, because the
-    beginning is mirrored. Only the first `layers` codebooks are searched (all when None). Equal means up to rounding:
-    torch's kernels round short chunks otherwise, and a frame just between two codes may then, rarely, take the other.
+    beginning is mirrored. Only the first `layers` codebooks are searched (all when None). The latents are equal but
+    for the last bits, because torch's kernels add in another order when there are fewer frames; so the codes are equal
+    too, except in a frame that lies between two codes within that rounding: there, and in its later layers, they may
+    be others that are as near.
     Raises ValueError for a codec that is not causal or in training mode.
 
     >>> encoder = StreamingEncoder(codec)
@@ -181,7 +183,7 @@ class StreamingEncoder(_Stream):
 
 
 class StreamingDecoder(_Stream):
-    """Speaks one utterance while its codes come in; all samples together are those of `codec.decode`.
+    """Speaks one utterance while its codes come in; all samples together are those of `codec.decode` up to rounding.
 
     A frame gives its samples at once; with pad_mode reflect the first seven wait for each other.
     Raises ValueError for a codec that is not causal or in training mode.
@@ -214,7 +216,8 @@ class StreamingDecoder(_Stream):
 def in_chunks(stream: StreamingEncoder | StreamingDecoder, x: Tensor, frames: int, hop: int = 1) -> Tensor:
     """All of x through a new stream, at most `frames` frames of `hop` elements at a time; what comes out, in one piece.
 
-    The chunks are whole frames and of about one length: torch's kernels round short and odd ones differently.
+    The chunks are whole frames and of about one length: torch's kernels round short and odd ones differently. What
+    comes out is equal to that of one piece up to rounding, see `StreamingEncoder`.
     """
     total = math.ceil(x.shape[-1] / hop)
     length = math.ceil(total / math.ceil(total / frames)) * hop

@@ -10,15 +10,7 @@ import torch
 from torch import Tensor
 
 import speechllm
-from speechllm import (
-    SpeechCodec,
-    codebook_usage,
-    load_audio,
-    paired_bootstrap,
-    reconstruct,
-    save_audio,
-    transcribe,
-)
+from speechllm import SpeechCodec, codebook_usage, load_audio, paired_bootstrap, reconstruct, save_audio, transcribe
 from speechllm.cli.main import main
 from speechllm.reports import plots
 

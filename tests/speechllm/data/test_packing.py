@@ -13,6 +13,8 @@ from speechllm.data import packing
 from speechllm.data.packing import PACKED, micro_batches, pack
 from speechllm.prompt import text_example
 
+pytestmark = pytest.mark.numeric
+
 MakeSpeechLLM = Callable[..., SpeechLLM]
 
 

@@ -1,6 +1,7 @@
 """Residual vector quantisation: gradients, ids, and codebooks that follow the data."""
 
 import copy
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenizer.codec.quantizer import ResidualVectorQuantizer
+
+pytestmark = pytest.mark.numeric
 
 D, Q, K = 8, 4, 16
 
@@ -88,12 +91,13 @@ def test_codebooks_take_no_gradient(quantizer: ResidualVectorQuantizer) -> None:
     assert set(quantizer.state_dict()) == {"codebooks", "usage", "sums"}
 
 
-def test_every_layer_takes_the_nearest_code_of_what_is_left(quantizer: ResidualVectorQuantizer) -> None:
+def test_every_layer_takes_the_nearest_code_of_what_is_left(
+    quantizer: ResidualVectorQuantizer, assert_same_codes: Callable[..., None]
+) -> None:
     z = latents()
     quantized = quantizer.eval()(z)
     ids, distances = quantized_by_hand(quantizer, z)
-    assert torch.equal(quantized.ids, ids)
-    assert quantized.ids.dtype == torch.long
+    assert_same_codes(quantizer.codebooks, z, quantized.ids, ids)
     assert float(quantized.commitment) == pytest.approx(float(distances.mean()) / D, rel=1e-5)
 
 
@@ -106,10 +110,34 @@ def test_layers_and_output_hold_the_code_vectors(quantizer: ResidualVectorQuanti
     torch.testing.assert_close(quantized.output, summed(quantizer, quantized.ids), atol=1e-5, rtol=0)
 
 
-def test_encode_gives_the_ids_of_forward(quantizer: ResidualVectorQuantizer) -> None:
+def test_encode_gives_the_ids_of_forward(
+    quantizer: ResidualVectorQuantizer, assert_same_codes: Callable[..., None]
+) -> None:
     z = latents()
-    assert torch.equal(quantizer.eval().encode(z), quantizer(z).ids)
+    assert_same_codes(quantizer.codebooks, z, quantizer.eval().encode(z), quantizer(z).ids)
     assert len(quantizer.encode(z).unique()) > K // 2
+
+
+def test_codes_count_as_the_same_where_rounding_decides_only(
+    quantizer: ResidualVectorQuantizer, assert_same_codes: Callable[..., None]
+) -> None:
+    z = latents()
+    border = quantizer.codebooks[0, :2].mean(0)
+    z[0, :, 3] = border
+    quantizer.codebooks[0, 2:] += 5  # nothing else comes near the border
+    ids = quantizer.encode(z)
+    tied = ids.clone()
+    tied[0, 0, 3] = 1 - ids[0, 0, 3]
+    tied[0, 1:, 3] = (ids[0, 1:, 3] + 1) % K  # what the other of the two leaves over is something else
+    assert_same_codes(quantizer.codebooks, z, tied, ids)
+    for layer in range(Q):
+        wrong = ids.clone()
+        wrong[1, layer, 5] = (wrong[1, layer, 5] + 1) % K
+        for pair in ((wrong, ids), (ids, wrong), (wrong, wrong)):
+            with pytest.raises(AssertionError, match=f"layer {layer}: "):
+                assert_same_codes(quantizer.codebooks, z, *pair)
+    with pytest.raises(AssertionError, match="60 frames too close"):
+        assert_same_codes(quantizer.codebooks, border[None, :, None].expand(2, D, 30), ids, ids)
 
 
 @pytest.mark.parametrize("layers", range(1, Q + 1))

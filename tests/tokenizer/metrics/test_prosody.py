@@ -19,6 +19,8 @@ from tokenizer.metrics.prosody import (
     voice_frames,
 )
 
+pytestmark = pytest.mark.numeric
+
 pytest.importorskip("pyworld")
 
 RATE = 16_000

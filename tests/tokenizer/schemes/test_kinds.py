@@ -39,6 +39,8 @@ from speechllm.decoding import recognize
 from speechllm.prompt import text_example
 from speechllm.training.optimization import keep_row_gradients, make_optimizer
 
+pytestmark = pytest.mark.numeric
+
 RATE, HOP, WIDTH, STACK = 16_000, 320, 4, 3
 
 

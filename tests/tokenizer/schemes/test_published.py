@@ -24,6 +24,8 @@ from transformers import (
 from speechllm import Codec, Codes
 from tokenizer.schemes.published import PublishedCodec
 
+pytestmark = pytest.mark.numeric
+
 Noise = Callable[..., Tensor]
 RATE = 16_000
 ENCODEC = {

@@ -43,6 +43,8 @@ from tokenizer.schemes.units import UnitTokenizer
 from tokenizer.training.small_teachers import FrameClassifier, save_hubert, save_recognizer, small_hubert
 from tokenizer.training.teachers import SemanticTeacher
 
+pytestmark = pytest.mark.numeric
+
 ROOT = Path(__file__).resolve().parents[3]
 Noise = Callable[..., Tensor]
 Answer = Codes | Features | Transcripts

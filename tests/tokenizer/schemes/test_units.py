@@ -21,6 +21,8 @@ from tokenizer.schemes.units import UnitTokenizer
 from tokenizer.training.small_teachers import save_hubert, small_hubert
 from tokenizer.training.teachers import SemanticTeacher
 
+pytestmark = pytest.mark.numeric
+
 Noise = Callable[..., Tensor]
 CLUSTERS, WIDTH = 12, 16
 
@@ -50,14 +52,16 @@ def units(encoder: FeatureEncoder, kmeans: KMeans) -> UnitTokenizer:
 
 
 def test_units_are_the_nearest_centroids_of_the_layer(
-    hubert_folder: Path, units: UnitTokenizer, kmeans: KMeans, noise: Noise
+    hubert_folder: Path, units: UnitTokenizer, kmeans: KMeans, noise: Noise, assert_same_codes: Callable[..., None]
 ) -> None:
     waveform = noise(32_000)
-    frames = SemanticTeacher.from_pretrained(hubert_folder, 1)(waveform)[0].double().numpy()
-    squares = ((frames[:, None] - kmeans.cluster_centers_.astype(np.float64)) ** 2).sum(2)
-    found = units.encode(waveform).ids[0, 0].numpy()
-    assert found.tolist() == squares.argmin(1).tolist() == kmeans.predict(frames.astype(np.float32)).tolist()
-    assert len(set(found.tolist())) > CLUSTERS // 2
+    frames = SemanticTeacher.from_pretrained(hubert_folder, 1)(waveform)
+    squares = ((frames[0].double().numpy()[:, None] - kmeans.cluster_centers_.astype(np.float64)) ** 2).sum(2)
+    found = units.encode(waveform).ids
+    for expected in (squares.argmin(1), kmeans.predict(frames[0].numpy())):
+        expected = torch.from_numpy(expected).long()[None, None]
+        assert_same_codes(units.codebooks, frames.transpose(1, 2), found, expected)
+    assert len(found.unique()) > CLUSTERS // 2
 
 
 def test_merged_repeats_are_those_of_the_plain_units(units: UnitTokenizer, noise: Noise) -> None:

@@ -1,0 +1,76 @@
+"""A process that has imported what recipes import, and forks one process a recipe: starting one takes no seconds.
+
+It reads one JSON object a line and answers with one. {"command": [file, word, ...], "folder", "output", "errors",
+"environment"} starts the file as `python file word ...` does in the folder and answers its number; {"poll": number}
+answers its exit code, or null while it runs. Start it with OMP_NUM_THREADS=1: threads do not survive a fork.
+"""
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import sys
+import traceback
+
+import accelerate
+import datasets
+import peft
+import sklearn.cluster
+import torch
+import transformers
+
+import speechllm
+import tokenizer
+
+IMPORTED = accelerate, datasets, peft, sklearn, torch, transformers.Qwen2ForCausalLM, transformers.HubertForCTC
+for package in (speechllm, tokenizer):  # every file of them, which are imported when first used
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+
+
+def serve() -> dict | None:
+    """In the server None, at the end of its input; in a forked process what it was asked for."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "poll" in request:
+            process, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if process else None
+        else:
+            answer = os.fork()
+            if not answer:
+                return request
+        print(json.dumps(answer), flush=True)
+    return None
+
+
+def run(command: list[str], folder: str, output: str, errors: str, environment: dict[str, str]) -> int:
+    """The exit code."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, file in ((1, output), (2, errors)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv, sys.path[0] = command, os.path.dirname(command[0])
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+gc.collect()
+gc.freeze()  # a collection or the end of the interpreter would touch, and so copy, every page of the server's memory
+if request := serve():
+    code = run(**request)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

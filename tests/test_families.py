@@ -1,0 +1,73 @@
+"""Language models of other families than Qwen2: what a SpeechLLM needs of each."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from speechllm import (
+    LabelledLoss,
+    SpeechCodec,
+    SpeechLLM,
+    extend_vocabulary,
+    load_speech_llm,
+    transcribe_codes,
+    transcription_example,
+)
+
+pytestmark = pytest.mark.numeric
+
+SENTENCE = "TURN ON THE RED LAMP"
+
+
+@pytest.fixture
+def speech_llm(language_model, text_tokenizer, small_codec: SpeechCodec) -> SpeechLLM:
+    vocabulary = extend_vocabulary(language_model, text_tokenizer, small_codec, 2)
+    return SpeechLLM(language_model, text_tokenizer, vocabulary, small_codec)
+
+
+def random_codes(frames: int) -> torch.Tensor:
+    return torch.randint(16, (2, frames), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_what_the_model_says_about_text_stays(language_model, text_tokenizer, small_codec: SpeechCodec) -> None:
+    texts = len(text_tokenizer)
+    ids = torch.tensor([text_tokenizer(SENTENCE)["input_ids"]])
+    before = language_model(ids).logits
+    vocabulary = extend_vocabulary(language_model, text_tokenizer, small_codec, 2)
+    after = language_model(ids).logits
+    assert before.shape[-1] == texts and before.std() > 1e-2
+    assert after.shape[-1] == vocabulary.size == language_model.config.vocab_size == texts + 34
+    torch.testing.assert_close(after[..., :texts], before, rtol=1e-5, atol=1e-5)
+
+
+def test_its_rows_stay_tied_or_untied_as_they_were(speech_llm: SpeechLLM) -> None:
+    first, second = speech_llm.model.get_input_embeddings().weight, speech_llm.model.get_output_embeddings().weight
+    assert (first is second) is speech_llm.model.config.tie_word_embeddings
+    assert first.shape == second.shape == (speech_llm.vocabulary.size, 16)
+
+
+def test_a_saved_model_is_loaded_equal(speech_llm: SpeechLLM, tmp_path: Path) -> None:
+    speech_llm.save(tmp_path)
+    loaded = load_speech_llm(tmp_path)
+    assert type(loaded.model) is type(speech_llm.model) and not loaded.model.training
+    assert loaded.vocabulary == speech_llm.vocabulary
+    prompt = transcription_example(random_codes(9), SENTENCE, speech_llm.vocabulary, speech_llm.text_tokenizer)
+    with torch.no_grad():
+        expected = speech_llm.model(prompt.input_ids[None]).logits
+        assert torch.equal(loaded.model(prompt.input_ids[None]).logits, expected)
+    (text,) = transcribe_codes([random_codes(9)], speech_llm)
+    assert transcribe_codes([random_codes(9)], loaded) == [text]
+
+
+def test_a_labelled_example_teaches_the_new_rows(speech_llm: SpeechLLM) -> None:
+    vocabulary = speech_llm.vocabulary
+    example = transcription_example(random_codes(9), SENTENCE, vocabulary, speech_llm.text_tokenizer)
+    loss = LabelledLoss(speech_llm.model, vocabulary)([example])
+    assert loss.isfinite().all() and loss[0] > 0
+    loss.sum().backward()
+    gradient = speech_llm.model.get_input_embeddings().weight.grad
+    heard = example.input_ids[vocabulary.is_code(example.input_ids)].unique()
+    assert len(heard) > 10 and gradient.isfinite().all()
+    assert (gradient[heard] != 0).any(1).all()
