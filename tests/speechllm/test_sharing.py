@@ -28,7 +28,7 @@ FOREIGN = "speechbrain sklearn transformers datasets accelerate peft matplotlib 
 def run(program: str, *arguments: object) -> str:
     """What a Python program of its own process prints."""
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return process.stdout

@@ -53,9 +53,11 @@ def make(kind: str) -> PreTrainedModel:
         quantizer = {"vector_quantization_hidden_dimension": 6, "num_quantizers": 4, "sampling_rate": RATE}
         rates = {"upsampling_ratios": [8, 5, 4, 2], "upsample_groups": 8}
         model = MimiModel(MimiConfig(**tiny, **shape, **quantizer, **rates, sliding_window=20)).eval()
+        encoded = model.encoder(sound)
+        latents = getattr(encoded, "latents", encoded)  # older versions of transformers give the tensor itself
         for name in ("semantic", "acoustic"):
             part = getattr(model.quantizer, f"{name}_residual_vector_quantizer")
-            place([layer.codebook.embed_sum for layer in part.layers], part.input_proj(model.encoder(sound).latents))
+            place([layer.codebook.embed_sum for layer in part.layers], part.input_proj(latents))
             for layer in part.layers:
                 layer.codebook.cluster_usage.fill_(2.0)  # vectors are sums divided by how often they were used
                 layer.codebook.embed_sum.mul_(2.0)
