@@ -27,8 +27,6 @@ from tokenizer import (
     small_hubert,
 )
 
-pytestmark = pytest.mark.numeric
-
 RATE, HOP = 16_000, 320
 SECONDS = (0.9, 0.4, 0.33, 0.9)
 ECAPA = {

@@ -10,8 +10,6 @@ from torch import Tensor
 from tokenizer import AcousticDistillation, MultiScaleMelLoss, SemanticDistillation
 from tokenizer.quantizer import ResidualVectorQuantizer
 
-pytestmark = pytest.mark.numeric
-
 B, D, T, C = 2, 8, 12, 6
 
 

@@ -40,8 +40,6 @@ from speechllm import (
     transcription_prompt,
 )
 
-pytestmark = pytest.mark.numeric
-
 RATE, HOP, WIDTH, STACK = 16_000, 320, 4, 3
 
 

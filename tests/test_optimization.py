@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from speechllm import SpeechLLM, keep_row_gradients, make_optimizer, prepare_adapter
 
-pytestmark = pytest.mark.numeric
-
 MakeSpeechLLM = Callable[..., SpeechLLM]
 STEPS = 5
 

@@ -21,8 +21,6 @@ from speechllm import (
     speech_of,
 )
 
-pytestmark = pytest.mark.numeric
-
 WORDS = ("ab", "cab", "bed", "dada", "ace")
 SPLITS = {"train_splits": ["train"], "test_splits": ["test"]}
 

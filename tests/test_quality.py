@@ -13,8 +13,6 @@ from torchaudio.functional import melscale_fbanks, resample
 
 from tokenizer import Quality, QualityError, SpeechCodec, layer_counts, reconstruct, speech_quality
 
-pytestmark = pytest.mark.numeric
-
 pesq = pytest.importorskip("pesq")
 pystoi = pytest.importorskip("pystoi")
 

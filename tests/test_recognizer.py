@@ -14,8 +14,6 @@ from transformers import AutoModelForCTC, AutoProcessor, HubertForCTC, pipeline
 
 from tokenizer import FrameClassifier, Recognizer, SemanticTeacher, load_tokenizer, save_recognizer, small_hubert
 
-pytestmark = pytest.mark.numeric
-
 Noise = Callable[..., Tensor]
 CHARACTERS = ["'", "A", "B", "L", "O", "|"]
 

@@ -19,8 +19,6 @@ from tokenizer import (
     codec_backward,
 )
 
-pytestmark = pytest.mark.numeric
-
 B, N, D, P = 3, 6_400, 8, 6
 LENGTHS = torch.tensor([6_400, 5_000, 6_400])
 
