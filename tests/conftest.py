@@ -311,47 +311,56 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
-def start_recipe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Started]]:
-    """Start `python recipes/<name> words` in a folder, one thread a process, without the seconds of importing.
-
-    With processes > 1 they find each other as those of torch.distributed.run do.
-    """
-    root, logs, number = Path(__file__).resolve().parents[1], tmp_path_factory.mktemp("started"), itertools.count()
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen | None]:
+    """Started before the first test where any test needs it: it imports while the others run."""
+    if not any("start_recipe" in getattr(test, "fixturenames", ()) for test in request.session.items):
+        yield None
+        return
+    file = Path(__file__).with_name("fork_server.py")
     environment = {
         **os.environ,
-        "PYTHONPATH": str(root),
+        "PYTHONPATH": str(file.parents[1]),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",  # equal to the last bit is a promise for one machine and one kind of processor
         "ACCELERATE_USE_CPU": "true",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    pipe, server = subprocess.PIPE, Path(__file__).with_name("fork_server.py")
-    command = [sys.executable, str(server)]
-    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as serving:
+    command, pipe = [sys.executable, str(file)], subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as server:
+        yield server
+        server.stdin.close()
 
-        def ask(request: dict) -> int | None:
-            serving.stdin.write(json.dumps(request) + "\n")
-            serving.stdin.flush()
-            return json.loads(serving.stdout.readline())
 
-        def start(name: str, words: str, folder: Path, processes: int = 1) -> Started:
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{_free_port()}"} if processes > 1 else {}
-            requests = []
-            for rank in range(processes):
-                log, place = logs / f"{next(number)}", {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
-                size = {"WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE": f"{processes}"}
-                requests.append(
-                    {
-                        "command": [str(root / "recipes" / name), *words.split()],
-                        "folder": str(folder),
-                        "output": f"{log}.out",
-                        "errors": f"{log}.err",
-                        "environment": {**meeting, **place, **size} if meeting else {},
-                    }
-                )
-            return Started(ask, requests)
+@pytest.fixture(scope="session")
+def start_recipe(_fork_server: subprocess.Popen, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Started]:
+    """Start `python recipes/<name> words` in a folder, one thread a process, without the seconds of importing.
 
-        yield start
-        serving.stdin.close()
+    With processes > 1 they find each other as those of torch.distributed.run do.
+    """
+    root, logs, number = Path(__file__).resolve().parents[1], tmp_path_factory.mktemp("started"), itertools.count()
+
+    def ask(request: dict) -> int | None:
+        _fork_server.stdin.write(json.dumps(request) + "\n")
+        _fork_server.stdin.flush()
+        return json.loads(_fork_server.stdout.readline())
+
+    def start(name: str, words: str, folder: Path, processes: int = 1) -> Started:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{_free_port()}"} if processes > 1 else {}
+        requests = []
+        for rank in range(processes):
+            log, place = logs / f"{next(number)}", {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
+            size = {"WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE": f"{processes}"}
+            requests.append(
+                {
+                    "command": [str(root / "recipes" / name), *words.split()],
+                    "folder": str(folder),
+                    "output": f"{log}.out",
+                    "errors": f"{log}.err",
+                    "environment": {**meeting, **place, **size} if meeting else {},
+                }
+            )
+        return Started(ask, requests)
+
+    return start

@@ -15,8 +15,6 @@ from speechllm import (
     transcription_example,
 )
 
-pytestmark = pytest.mark.numeric
-
 SENTENCE = "TURN ON THE RED LAMP"
 
 

@@ -1,9 +1,7 @@
 """Forced alignment, judged by speech whose maker knows where each phone is."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +13,24 @@ from tokenizer.corpus import frame_phones
 
 pytest.importorskip("pocketsphinx", reason="needs the align extra")
 pytest.importorskip("espeakng_loader", reason="needs the demo extra")
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def run(recipe: str, *words: object) -> str:
-    command = [sys.executable, str(ROOT / "recipes" / recipe), *map(str, words)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(start_recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Run a recipe as a command; what it printed."""
+    folder = tmp_path_factory.mktemp("started_in")
+
+    def run(recipe: str, *words: object) -> str:
+        process = start_recipe(recipe, " ".join(map(str, words)), folder)
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors[-2000:]
+        return output
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def corpus(run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six synthetic sentences with the synthesiser's own phone times, one without a text and one broken file."""
     folder = tmp_path_factory.mktemp("corpus")
     run("synthesize_speech.py", folder, "--train=4", "--dev=1", "--test=1")
@@ -41,7 +44,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def aligned(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Utterance], str]:
+def aligned(
+    run: Callable[..., str], corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Utterance], str]:
     folder = tmp_path_factory.mktemp("aligned")
     said = run("align_speech.py", f"data={corpus}", f"output={folder}")
     return read_corpus(folder), said
@@ -81,7 +86,7 @@ def test_the_phones_are_where_the_synthesiser_put_them(corpus: Path, aligned: tu
     assert np.mean(agreements) > 0.75  # by chance about a half
 
 
-def test_a_corpus_of_silence_gives_no_phones(tmp_path: Path) -> None:
+def test_a_corpus_of_silence_gives_no_phones(run: Callable[..., str], tmp_path: Path) -> None:
     soundfile.write(tmp_path / "quiet.wav", np.zeros(16_000, np.float32), 16_000)
     row = {"path": "quiet.wav", "duration_s": 1.0, "text": "hello there"}
     (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")

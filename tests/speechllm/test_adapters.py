@@ -26,8 +26,6 @@ from speechllm import (
 )
 from speechllm.adapters import base_fingerprint
 
-pytestmark = pytest.mark.numeric
-
 WIDTH = 16  # of the tiny Qwen2
 LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 RANK = 4

@@ -24,8 +24,6 @@ from speechllm import (
 )
 from speechllm.vocabulary import text_token_ids
 
-pytestmark = pytest.mark.numeric
-
 K = 16  # of small_codec
 UNTOUCHED = 777.0  # put into spare rows: whatever still holds it was not initialised
 MODELS = [

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from speechllm import SpeechLLM, prepare_adapter
 from speechllm.training.optimization import keep_row_gradients, make_optimizer
 
-pytestmark = pytest.mark.numeric
-
 MakeSpeechLLM = Callable[..., SpeechLLM]
 STEPS = 5
 

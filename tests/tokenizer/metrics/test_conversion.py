@@ -10,8 +10,6 @@ from torch import Tensor
 from speechllm import Codes, SpeechCodec, convert_voice, load_audio, load_codec, save_audio, swap_layers
 from speechllm.cli.main import main
 
-pytestmark = pytest.mark.numeric
-
 RATE = 16_000
 BOOKS = torch.tensor([[0.0], [1.0], [3.0], [10.0]]).expand(3, 4, 1)  # code vectors of one dimension
 SOURCE = [[0, 1, 2, 3, 1], [10, 11, 12, 13, 14], [20, 21, 22, 23, 24]]

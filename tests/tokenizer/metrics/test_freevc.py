@@ -19,8 +19,6 @@ from transformers import HubertConfig, HubertModel, WavLMConfig, WavLMModel
 
 from tokenizer.metrics.freevc import FreeVC
 
-pytestmark = pytest.mark.numeric
-
 Conv = Callable[[str, Tensor], Tensor]
 Noise = Callable[..., Tensor]
 FEATURES, WIDTH, DIMENSION, CHANNELS = 16, 6, 4, 16

@@ -14,8 +14,6 @@ from torch import Tensor
 from speechllm import DataError, SpeechCodec, encode_shards, load_codes, read_corpus, speech_of
 from tokenizer.metrics.probe import ctc_probe
 
-pytestmark = pytest.mark.numeric
-
 WORDS = ("ab", "cab", "bed", "dada", "ace")
 SPLITS = {"train_splits": ["train"], "test_splits": ["test"]}
 

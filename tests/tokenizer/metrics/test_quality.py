@@ -14,8 +14,6 @@ from torchaudio.functional import melscale_fbanks, resample
 from speechllm import Quality, QualityError, SpeechCodec, reconstruct, speech_quality
 from tokenizer.metrics.quality import layer_counts
 
-pytestmark = pytest.mark.numeric
-
 pesq = pytest.importorskip("pesq")
 pystoi = pytest.importorskip("pystoi")
 

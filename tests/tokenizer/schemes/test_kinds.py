@@ -39,8 +39,6 @@ from speechllm.decoding import recognize
 from speechllm.prompt import text_example
 from speechllm.training.optimization import keep_row_gradients, make_optimizer
 
-pytestmark = pytest.mark.numeric
-
 RATE, HOP, WIDTH, STACK = 16_000, 320, 4, 3
 
 

@@ -17,8 +17,6 @@ from tokenizer.schemes.recognizer import Recognizer
 from tokenizer.training.small_teachers import FrameClassifier, save_recognizer, small_hubert
 from tokenizer.training.teachers import SemanticTeacher
 
-pytestmark = pytest.mark.numeric
-
 Noise = Callable[..., Tensor]
 CHARACTERS = ["'", "A", "B", "L", "O", "|"]
 

@@ -18,8 +18,6 @@ from tokenizer.training.discriminators import (
     feature_matching_loss,
 )
 
-pytestmark = pytest.mark.numeric
-
 B, N = 2, 1_001
 WINDOWS = (128, 64)
 KINDS = ["hinge", "least_squares"]

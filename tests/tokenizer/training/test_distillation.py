@@ -11,8 +11,6 @@ from tokenizer.codec.quantizer import ResidualVectorQuantizer
 from tokenizer.training.distillation import AcousticDistillation, SemanticDistillation
 from tokenizer.training.losses import MultiScaleMelLoss
 
-pytestmark = pytest.mark.numeric
-
 B, D, T, C = 2, 8, 12, 6
 
 

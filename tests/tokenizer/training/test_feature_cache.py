@@ -21,8 +21,6 @@ from tokenizer.training.feature_cache import FeatureCache
 from tokenizer.training.small_teachers import save_ecapa, small_hubert
 from tokenizer.training.teachers import SemanticTeacher, SpeakerTeacher
 
-pytestmark = pytest.mark.numeric
-
 RATE, HOP = 16_000, 320
 SECONDS = (0.9, 0.4, 0.33, 0.9)
 ECAPA = {

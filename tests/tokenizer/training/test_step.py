@@ -12,8 +12,6 @@ from tokenizer.training.discriminators import Adversary, MultiScaleSTFTDiscrimin
 from tokenizer.training.losses import Balancer, MultiScaleMelLoss, ReconstructionLoss
 from tokenizer.training.step import DistillationLoss, codec_backward
 
-pytestmark = pytest.mark.numeric
-
 B, N, D, P = 3, 6_400, 8, 6
 LENGTHS = torch.tensor([6_400, 5_000, 6_400])
 
