@@ -32,7 +32,7 @@ def check_folder(name: str | Path, files: Iterable[str], what: str) -> None:
         if missing:
             raise FileNotFoundError(f"{folder} is not the folder of {what}: it lacks {', '.join(missing)}")
     elif str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        raise FileNotFoundError(f"{folder}: no such folder (expected one of {what}, or a hub name like owner/model)")
+        raise FileNotFoundError(f"{folder}: no such folder (expected {what}, or a hub name like owner/model)")
 
 
 SETTINGS_FILE = "audio_tokenizer.json"

@@ -186,7 +186,7 @@ def test_a_step_of_the_discriminators_leaves_no_gradient_on_the_reconstruction(
     fake = pair[1] * generator
     fake.retain_grad()
     before = [p.clone() for p in adversary.parameters()]
-    adversary.learn(pair[0], fake)
+    adversary.train_step(pair[0], fake)
     assert generator.grad is None and fake.grad is None
     assert all(not torch.equal(old, new) for old, new in zip(before, adversary.parameters(), strict=True))
 
@@ -199,7 +199,7 @@ def test_a_step_of_the_discriminators_follows_the_mean_gradient_of_all_processes
         "tokenizer.training.discriminators.average_gradients", lambda own: [p.grad.zero_() for p in own]
     )
     before = [p.clone() for p in adversary.parameters()]
-    adversary.learn(*pair)
+    adversary.train_step(*pair)
     assert all(torch.equal(old, new) for old, new in zip(before, adversary.parameters(), strict=True))
 
 
@@ -225,7 +225,7 @@ def test_the_adversary_uses_the_losses_it_was_asked_for(kind: str, relative: boo
     losses = adversary.losses(*pair)
     assert losses["adversarial"].item() == adversarial_loss(fake, kind).item()
     assert losses["feature_matching"].item() == feature_matching_loss(real, fake, relative).item()
-    assert adversary.learn(*pair).item() == discriminator_loss(real, fake, kind).item()
+    assert adversary.train_step(*pair).item() == discriminator_loss(real, fake, kind).item()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -235,7 +235,7 @@ def test_each_discriminator_learns_to_tell_a_fixed_pair_apart(
 ) -> None:
     torch.manual_seed(0)
     adversary = Adversary(tiny()[index : index + 1], kind, 5e-3)
-    losses = [adversary.learn(*pair).item() for _ in range(40)]
+    losses = [adversary.train_step(*pair).item() for _ in range(40)]
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -243,7 +243,7 @@ def test_the_generators_losses_lead_to_real_speech(adversary: Adversary, pair: t
     """Steps down the gradient make the reconstruction score higher and its features more like those of real speech."""
     real, fake = pair[0], pair[1].requires_grad_()
     for _ in range(20):
-        adversary.learn(real, fake)
+        adversary.train_step(real, fake)
     optimizer = torch.optim.Adam([fake], 1e-2)
     history = []
     for _ in range(10):
@@ -259,7 +259,7 @@ def test_both_sides_can_share_one_autocast(adversary: Adversary, pair: tuple[Ten
     """autocast keeps bf16 copies of parameters that learn: after a step they are old and must not be used."""
     real, fake = pair[0], pair[1].requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        adversary.learn(real, fake)
+        adversary.train_step(real, fake)
         found = adversary.losses(real, fake)
     with torch.autocast("cpu", torch.bfloat16):
         expected = adversary.losses(real, fake)
@@ -269,16 +269,16 @@ def test_both_sides_can_share_one_autocast(adversary: Adversary, pair: tuple[Ten
 
 def test_a_resumed_adversary_goes_on_bit_by_bit(adversary: Adversary, pair: tuple[Tensor, Tensor]) -> None:
     for _ in range(3):
-        adversary.learn(*pair)
+        adversary.train_step(*pair)
     adversary.optimizer.param_groups[0]["lr"] = 5e-4
     file = io.BytesIO()
     torch.save(adversary.state_dict(), file)
-    expected = [adversary.learn(*pair) for _ in range(3)]
+    expected = [adversary.train_step(*pair) for _ in range(3)]
 
     torch.manual_seed(1)
     other = Adversary(tiny(), "least_squares", 1e-3)
     file.seek(0)
     other.load_state_dict(torch.load(file, weights_only=True))
-    assert [other.learn(*pair) for _ in range(3)] == expected
+    assert [other.train_step(*pair) for _ in range(3)] == expected
     for a, b in zip(adversary.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)

@@ -172,7 +172,7 @@ def test_losses_without_a_weight_do_not_count(mel: MultiScaleMelLoss, waveform: 
 
 
 def test_speech_features_of_the_reconstruction_are_matched(mel: MultiScaleMelLoss, waveform: Tensor) -> None:
-    criterion = ReconstructionLoss({"speech_features": 2.0}, mel, listener=Teacher())
+    criterion = ReconstructionLoss({"speech_features": 2.0}, mel, perceptual_model=Teacher())
     reconstruction = waveform.flip(1)
     gradient, losses = criterion.gradient(reconstruction, waveform)
     leaf = reconstruction.clone().requires_grad_()
