@@ -74,7 +74,7 @@ class ContentEncoder(nn.Module):
 
 
 class InverseCoupling(nn.Module):
-    """Inverse coupling layer of the flow: z float [B, D, T] -> z whose second half is shifted depending on the first."""
+    """Inverse coupling layer of the flow: shifts the second half of z float [B, D, T] depending on the first."""
 
     def __init__(self, dimension: int, width: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The codec's adversaries: their sizes and shapes, the losses of both sides, and one step of the game."""
+"""Discriminators: sizes and shapes, the losses of both sides, and one training step."""
 
 import io
 from collections.abc import Callable
@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tokenizer.errors import InputError
 from tokenizer.training.discriminators import (
     Adversary,
     DiscriminatorOutput,
@@ -103,7 +104,7 @@ def test_a_network_of_period_p_sees_every_pth_sample_only(noise: Callable[..., T
 
 
 def test_the_stft_discriminator_sees_phase(noise: Callable[..., Tensor]) -> None:
-    """A sign change moves no magnitude and still the scores."""
+    """A sign change changes the scores, but no magnitude."""
     discriminator, waveform = MultiScaleSTFTDiscriminator(2, WINDOWS), noise(N)
     assert not torch.allclose(discriminator(waveform)[0].scores, discriminator(-waveform)[0].scores)
 
@@ -111,7 +112,7 @@ def test_the_stft_discriminator_sees_phase(noise: Callable[..., Tensor]) -> None
 def test_waveforms_too_short_for_the_largest_window_are_refused(noise: Callable[..., Tensor]) -> None:
     discriminator = MultiScaleSTFTDiscriminator(2, WINDOWS)
     assert len(discriminator(noise(65))) == 2
-    with pytest.raises(ValueError, match="64 samples are too short .* at least 65"):
+    with pytest.raises(InputError, match="64 samples are too short .* at least 65"):
         discriminator(noise(64))
 
 
@@ -194,7 +195,7 @@ def test_a_step_of_the_discriminators_leaves_no_gradient_on_the_reconstruction(
 def test_a_step_of_the_discriminators_follows_the_mean_gradient_of_all_processes(
     adversary: Adversary, pair: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Processes whose gradients cancel do not move."""
+    """Gradients that cancel between processes change no parameter."""
     monkeypatch.setattr(
         "tokenizer.training.discriminators.average_gradients", lambda own: [p.grad.zero_() for p in own]
     )
@@ -218,7 +219,7 @@ def test_the_generators_losses_leave_no_gradient_on_the_discriminators(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("relative", [True, False])
-def test_the_adversary_uses_the_losses_it_was_asked_for(kind: str, relative: bool, pair: tuple[Tensor, Tensor]) -> None:
+def test_the_adversary_uses_the_configured_losses(kind: str, relative: bool, pair: tuple[Tensor, Tensor]) -> None:
     adversary = Adversary(tiny(), kind, 1e-3, relative_features=relative)
     real, fake = adversary.discriminate(pair[0]), adversary.discriminate(pair[1])
     assert len(real) == len(fake) == 6
@@ -230,7 +231,7 @@ def test_the_adversary_uses_the_losses_it_was_asked_for(kind: str, relative: boo
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("index", range(3))
-def test_each_discriminator_learns_to_tell_a_fixed_pair_apart(
+def test_each_discriminator_learns_to_distinguish_a_fixed_pair(
     kind: str, index: int, pair: tuple[Tensor, Tensor]
 ) -> None:
     torch.manual_seed(0)
@@ -256,7 +257,7 @@ def test_the_generators_losses_lead_to_real_speech(adversary: Adversary, pair: t
 
 
 def test_both_sides_can_share_one_autocast(adversary: Adversary, pair: tuple[Tensor, Tensor]) -> None:
-    """autocast keeps bf16 copies of parameters that learn: after a step they are old and must not be used."""
+    """autocast caches bf16 copies of trainable parameters, which are outdated after a step and must not be used."""
     real, fake = pair[0], pair[1].requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         adversary.train_step(real, fake)
@@ -267,7 +268,7 @@ def test_both_sides_can_share_one_autocast(adversary: Adversary, pair: tuple[Ten
     assert all(p.grad is not None and p.grad.any() for p in adversary.parameters())
 
 
-def test_a_resumed_adversary_goes_on_bit_by_bit(adversary: Adversary, pair: tuple[Tensor, Tensor]) -> None:
+def test_a_resumed_adversary_continues_bit_by_bit(adversary: Adversary, pair: tuple[Tensor, Tensor]) -> None:
     for _ in range(3):
         adversary.train_step(*pair)
     adversary.optimizer.param_groups[0]["lr"] = 5e-4
