@@ -1,4 +1,4 @@
-"""Speech to codes and back; knows nothing of language models.
+"""Speech to codes and back, independent of language models.
 
 The modules at this level are shared by all subpackages (`interface`, `audio`, `frames`, `corpus`, files and pretrained
 models), except `loading`, which loads any audio tokenizer by its name. `codec` is the network, `training` trains it,

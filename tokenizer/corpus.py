@@ -111,7 +111,7 @@ def _read_chapter(transcript: Path) -> list[Utterance]:
         try:
             duration_s = _flac_duration(path)
         except FileNotFoundError as error:
-            raise CorpusError(f"{transcript} names {path.name}, which is not beside it") from error
+            raise CorpusError(f"{transcript} names {path.name}, which is not in the same folder") from error
         except soundfile.LibsndfileError as error:
             raise CorpusError(f"{path}: not a readable FLAC file ({error}): fetch it again") from error
         utterances.append(Utterance(name, str(path), duration_s, split, text, speaker))

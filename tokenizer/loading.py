@@ -55,7 +55,7 @@ def load_codec(name: str | Path) -> Codec:
     """As `load_tokenizer`, but raises TokenizerError for a tokenizer that cannot decode its codes to speech."""
     codec = load_tokenizer(name)
     if not isinstance(codec, Codec):
-        raise TokenizerError(f"{name} cannot turn its tokens into speech again: give a codec")
+        raise TokenizerError(f"{name} cannot turn its tokens into speech again: choose a codec")
     return codec
 
 

@@ -146,7 +146,7 @@ def test_a_transcript_without_its_recording_is_named(tmp_path: Path) -> None:
     chapter = tmp_path / "dev/84/121"
     chapter.mkdir(parents=True)
     (chapter / "84-121.trans.txt").write_text("84-121-0000 GO\n", encoding="utf-8")
-    with pytest.raises(CorpusError, match=r"84-121\.trans\.txt names 84-121-0000\.flac, which is not beside it"):
+    with pytest.raises(CorpusError, match=r"84-121\.trans\.txt names 84-121-0000\.flac, which is not in the same"):
         read_corpus(tmp_path)
 
 

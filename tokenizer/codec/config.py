@@ -12,7 +12,7 @@ from tokenizer.rates import HOP_LENGTH
 class SpeechCodecConfig:
     """Configuration of a codec; the defaults are the paper's: 16 kHz, hop 320 (50 frames/s), 8 codebooks of 1024.
 
-    Raises InputError that lists all problems.
+    Raises InputError listing all problems.
     """
 
     sample_rate: int = 16_000  # Hz

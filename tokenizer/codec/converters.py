@@ -57,7 +57,7 @@ def convert_encodec(name: str | Path) -> SpeechCodec:
     """Convert a transformers EncodecModel, folder or hub name, to a codec in eval mode.
 
     It has the codebooks of the highest bandwidth; `codec.encode(waveform, layers=...)` gives the lower ones.
-    Raises InputError that lists all settings our modules do not support, or the parameters that do not fit.
+    Raises InputError listing all settings our modules do not support, or the parameters that do not fit.
     """
     from transformers import AutoConfig, EncodecModel  # imported here because using a codec needs no transformers
 
@@ -84,7 +84,7 @@ def convert_speechtokenizer(name: str | Path) -> SpeechCodec:
     """Convert SpeechTokenizer's config.json and SpeechTokenizer.pt, folder or hub name, to a codec in eval mode.
 
     The published models are in subfolders of one hub repository: download one of these.
-    Raises FileNotFoundError if a file is missing, InputError that lists all settings our modules do not support, or
+    Raises FileNotFoundError if a file is missing, InputError listing all settings our modules do not support, or
     the parameters that do not fit.
     """
     check_folder(name, ["config.json", "SpeechTokenizer.pt"], "SpeechTokenizer")
@@ -105,7 +105,7 @@ def convert_speechtokenizer(name: str | Path) -> SpeechCodec:
 
 
 def _check_settings(source: str | Path, config: Mapping[str, Any], settings: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raise InputError that lists all settings of the original which our modules do not support."""
+    """Raise InputError listing all settings of the original which our modules do not support."""
     differences = [
         f"{name} is {config.get(name)!r}, not {' or '.join(map(repr, ours))}"
         for name, ours in settings.items()

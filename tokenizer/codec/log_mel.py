@@ -1,4 +1,4 @@
-"""A log-mel front end for the codec's encoder, which trains in minutes on two CPU cores where SEANet needs hours.
+"""A log-mel front end for the codec's encoder, trained on minutes of speech where SEANet needs hours (on two CPUs).
 
 Selected by `front_end: log_mel` in `SpeechCodecConfig`; the rest of the codec stays the same.
 """

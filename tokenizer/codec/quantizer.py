@@ -163,8 +163,8 @@ class ResidualVectorQuantizer(nn.Module):
         if not dead.any():
             return
         pool = vectors if len(vectors) else self.codebooks[layer]
-        places = pool[torch.randint(len(pool), (int(dead.sum()),), device=pool.device)]
+        replacements = pool[torch.randint(len(pool), (int(dead.sum()),), device=pool.device)]
         if dist.is_initialized():
-            dist.broadcast(places, src=0)
+            dist.broadcast(replacements, src=0)
         self.usage[layer, dead] = 1.0
-        self.sums[layer, dead] = places
+        self.sums[layer, dead] = replacements

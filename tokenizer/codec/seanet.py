@@ -16,7 +16,7 @@ RESIDUAL_KERNEL = 3
 
 @dataclass(frozen=True)
 class ConvStyle:
-    """Settings shared by all convolutions: norm weight_norm, batch_norm or none; pad_mode reflect or constant."""
+    """Settings shared by all convolutions: weight_norm, batch_norm or none; causal or not; reflect or constant."""
 
     norm: str = "weight_norm"
     causal: bool = False
@@ -42,7 +42,10 @@ class Conv1d(nn.Module):
         self.conv = _normalized(nn.Conv1d(in_channels, out_channels, kernel, stride), style.norm)
         if style.norm == "batch_norm":
             self.norm = nn.BatchNorm1d(out_channels)
-        self.kernel, self.stride, self.out_channels, self.style = kernel, stride, out_channels, style
+        self.kernel = kernel
+        self.stride = stride
+        self.out_channels = out_channels
+        self.style = style
 
     def forward(self, x: Tensor) -> Tensor:
         total = self.kernel - self.stride
@@ -77,7 +80,9 @@ class ConvTranspose1d(nn.Module):
         self.conv = _normalized(nn.ConvTranspose1d(in_channels, out_channels, kernel, stride), style.norm)
         if style.norm == "batch_norm":
             self.norm = nn.BatchNorm1d(out_channels)
-        self.kernel, self.stride, self.out_channels = kernel, stride, out_channels
+        self.kernel = kernel
+        self.stride = stride
+        self.out_channels = out_channels
         total = kernel - stride
         self.right = total if style.causal else total // 2
         self.left = total - self.right
@@ -99,7 +104,7 @@ class LSTM(nn.Module):
         return self.advance(x)[0]
 
     def advance(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The output, and the state to pass in with the next frames; None for the first ones."""
+        """The output, and the state to pass with the next frames; for the first ones `state` is None."""
         x = x.permute(2, 0, 1)
         out, state = self.lstm(x, state)
         return (out + (x.repeat(1, 1, 2) if self.lstm.bidirectional else x)).permute(1, 2, 0), state

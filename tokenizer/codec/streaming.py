@@ -64,8 +64,11 @@ class _Windowed:
     def __init__(
         self, layer: nn.Module, memory: int, out_channels: int, reflect: bool, down: int = 1, up: int = 1
     ) -> None:
-        self.layer, self.memory, self.out_channels = layer, memory, out_channels
-        self.down, self.up = down, up  # inputs per output, outputs per input
+        self.layer = layer
+        self.memory = memory
+        self.out_channels = out_channels
+        self.down = down  # inputs per output
+        self.up = up  # outputs per input
         self.begin = memory + 1 if reflect else 1  # inputs needed for the first output: the left padding mirrors them
         self.inputs: Tensor | None = None  # past inputs, then those not yet used
         self.past = 0

@@ -202,7 +202,9 @@ class FreeVC(nn.Module):
 
     def __init__(self, synthesizer: Synthesizer, speaker_encoder: SpeakerEncoder, wavlm: Any):
         super().__init__()
-        self.synthesizer, self.speaker_encoder, self.wavlm = synthesizer, speaker_encoder, wavlm
+        self.synthesizer = synthesizer
+        self.speaker_encoder = speaker_encoder
+        self.wavlm = wavlm
         self.eval().requires_grad_(False)
 
     @classmethod
@@ -210,7 +212,7 @@ class FreeVC(nn.Module):
         """Load the published freevc.json, freevc.pth and pretrained_bak_5805000.pt from one folder.
 
         wavlm: hub name or transformers folder of WavLM-Large.
-        Raises FileNotFoundError that lists missing files, InputError if a file belongs to another model.
+        Raises FileNotFoundError listing missing files, InputError if a file belongs to another model.
         """
         from transformers import AutoModel
 
@@ -265,9 +267,9 @@ def _trimmed(waveform: Tensor) -> Tensor:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise FileNotFoundError that lists the missing published files and the contents of the folder."""
+    """Raise FileNotFoundError listing the missing published files and the contents of the folder."""
     found = sorted(path.name for path in folder.glob("*"))
-    if missing := [f"{name} (from {place})" for name, place in FILES.items() if name not in found]:
+    if missing := [f"{name} (from {subfolder})" for name, subfolder in FILES.items() if name not in found]:
         raise FileNotFoundError(
             f"{folder} is not the folder of FreeVC: it lacks {', '.join(missing)} of OlaWod/FreeVC, "
             f"and holds {', '.join(found) or 'nothing'}"

@@ -61,10 +61,10 @@ def mel_cepstra(power: np.ndarray) -> np.ndarray:
     bins = power.shape[1]
     warped = np.linspace(0, np.pi, bins)
     plain = warped - 2 * np.arctan(ALPHA * np.sin(warped) / (1 + ALPHA * np.cos(warped)))
-    place = plain / np.pi * (bins - 1)
-    below = np.minimum(place.astype(int), bins - 2)
+    position = plain / np.pi * (bins - 1)
+    below = np.minimum(position.astype(int), bins - 2)
     log = np.log(power)
-    between = log[:, below] + (place - below) * (log[:, below + 1] - log[:, below])
+    between = log[:, below] + (position - below) * (log[:, below + 1] - log[:, below])
     return np.fft.irfft(between)[:, 1 : ORDER + 1]
 
 

@@ -32,7 +32,9 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path, teacher_key: str, hop: int):
         """teacher_key: the `fingerprint` of the teacher; hop: samples per frame."""
-        self.folder, self.teacher_key, self.hop = Path(folder), teacher_key, hop
+        self.folder = Path(folder)
+        self.teacher_key = teacher_key
+        self.hop = hop
 
     @torch.no_grad()
     def fill(

@@ -70,9 +70,8 @@ class Balancer:
         for name, gradient in gradients.items():
             norm = mean_over_processes(gradient.norm(dim=1).mean())
             self.updates[name] = self.updates.get(name, 0) + 1
-            before = self.norms.get(name, torch.zeros_like(norm)).to(
-                norm.device
-            )  # after loading, the norm is on the CPU
+            before = self.norms.get(name, torch.zeros_like(norm))
+            before = before.to(norm.device)  # a norm from a checkpoint is on the CPU
             self.norms[name] = torch.lerp(before, norm, 1 - self.decay)
             average = self.norms[name] / (1 - self.decay ** self.updates[name])  # without the bias of the initial zero
             combined += self.weights[name] / total / len(gradient) * gradient / average.clamp(min=1e-12)

@@ -42,7 +42,9 @@ class SemanticTeacher(nn.Module):
         if layer != "avg" and not (isinstance(layer, int) and -depth - 1 <= layer <= depth):
             raise InputError(f'layer must be "avg" or an index up to {depth} into the hidden states, got {layer!r}')
         self.model = model.eval().requires_grad_(False)
-        self.layer, self.normalize, self.margin = layer, normalize, field - HOP_LENGTH
+        self.layer = layer
+        self.normalize = normalize
+        self.margin = field - HOP_LENGTH
 
     @property
     def width(self) -> int:
