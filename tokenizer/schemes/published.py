@@ -24,7 +24,7 @@ class PublishedCodec(nn.Module):
     """
 
     def __init__(self, model: Any):
-        """Raises InputError for another model, or an EnCodec with stereo or loudness besides its codes."""
+        """Raises InputError for another model, or an EnCodec that is stereo or stores loudness besides its codes."""
         super().__init__()
         config = model.config
         if config.model_type not in PUBLISHED:
@@ -87,7 +87,7 @@ class PublishedCodec(nn.Module):
     def decode(self, codes: Codes) -> Tensor:
         """Codes with Q' <= Q layers -> waveforms float [B, N]; shorter ones are zero-padded.
 
-        Returns as many samples as were encoded; DAC decodes a few less, which are filled with zeros.
+        Returns as many samples as were encoded; DAC decodes slightly fewer, followed by zeros.
         """
         samples = codes.samples if codes.samples is not None else codes.lengths * self.hop_length
         waveforms = []
