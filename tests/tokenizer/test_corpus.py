@@ -10,7 +10,7 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
-from speechllm import CorpusError, Utterance, load_audio, read_corpus
+from speechllm import CorpusError, InputError, Utterance, load_audio, read_corpus
 from speechllm.runs.machine import available_cpus
 from tokenizer.corpus import frame_phones, load_usable
 from tokenizer.training.crops import Crops, StepSampler
@@ -347,7 +347,7 @@ def test_a_resumed_run_sees_the_batches_that_were_left(utterances: list[Utteranc
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size 7 cannot be shared equally by 2 processes"):
+    with pytest.raises(InputError, match="batch_size 7 must be a multiple of the number of processes, 2"):
         StepSampler(7, 0, 1, 0, 2)
 
 

@@ -174,19 +174,19 @@ def test_a_saved_codec_is_the_same(original: PreTrainedModel, noise: Noise, tmp_
 
 @pytest.mark.parametrize("layers", [0, 5])
 def test_layers_there_are_not_are_refused(original: PreTrainedModel, noise: Noise, layers: int) -> None:
-    with pytest.raises(ValueError, match=rf"layers must be 1\.\.[34], got {layers}"):
+    with pytest.raises(InputError, match=rf"layers must be 1\.\.[34], got {layers}"):
         PublishedCodec(original).encode(noise(640), layers=layers)
 
 
 @pytest.mark.parametrize("setting", [{"audio_channels": 2}, {"normalize": True}, {"chunk_length_s": 1.0}])
 def test_an_encodec_that_keeps_more_than_codes_is_refused(setting: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="is stereo or keeps loudness beside its codes"):
+    with pytest.raises(InputError, match="is stereo or stores loudness besides its codes"):
         PublishedCodec(EncodecModel(EncodecConfig(**ENCODEC, **setting)))
 
 
 def test_another_model_is_refused() -> None:
     tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
-    with pytest.raises(ValueError, match="expected a model of encodec, mimi, dac, got bert"):
+    with pytest.raises(InputError, match="expected a model of encodec, mimi, dac, got bert"):
         PublishedCodec(BertModel(tiny))
 
 
