@@ -276,7 +276,7 @@ WRONG = [
     ("units:hubert", "unknown kind 'units'; an audio tokenizer is FOLDER_OR_HUB_NAME"),
     ("features:hubert#last", "expected a number or avg after #, got 'last'"),
     ("features:hubert#3", 'layer must be "avg" or an index up to 2'),
-    ("features:whisper#1", "is a Whisper model: .* omit the layer 1"),
+    ("features:whisper#1", "is a Whisper model, .* omit the layer 1"),
     ("features:bert", "is a bert model: expected HuBERT, WavLM or wav2vec 2.0"),
     ("recognizer:bert", "a model of type bert is no speech recogniser"),
     ("recognizer:hubert", "not trained to recognise speech: .* lacks 2 weights of a HubertForCTC, lm_head.bias first"),
