@@ -1,7 +1,7 @@
-"""Speech to codes and back; knows nothing of language models.
+"""Speech to codes and back, independent of language models.
 
-Waveforms come in, codes go out, and back. The ground floor holds what every room stands on (`interface`, `audio`,
-`frames`, `corpus`, files and pretrained models) and the door to all tokenizers (`loading`); `codec` is the network,
-`training` what teaches it, `schemes` the other ways to turn speech into tokens, `metrics` what measures them.
+The modules at this level are shared by all subpackages (`interface`, `audio`, `frames`, `corpus`, files and pretrained
+models), except `loading`, which loads any audio tokenizer by its name. `codec` is the network, `training` trains it,
+`schemes` holds the other ways to turn speech into tokens, and `metrics` evaluates them all.
 Users import from `speechllm`.
 """

@@ -1,4 +1,4 @@
-"""Reading and writing speech: files in, float waveforms out, one clear error for everything that cannot be used."""
+"""Reading and writing audio files as float waveforms, with one clear error for every file that cannot be used."""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ SILENCE_PEAK = 1e-6  # below this peak a recording holds digital silence: nothin
 
 
 class AudioError(InputError):
-    """A recording that cannot be used; `reason` is one word or two, for counting skips."""
+    """A recording that cannot be used; `reason` is one or two words, for counting skipped recordings."""
 
     def __init__(self, path: str | Path, reason: str, detail: str):
         super().__init__(f"{path}: {detail}")
@@ -32,8 +32,8 @@ def load_audio(
 ) -> Tensor:
     """Read a recording as a mono waveform, float32 [N] in [-1, 1], at `sample_rate` Hz.
 
-    Every format of soundfile is read (FLAC, WAV, Ogg Vorbis and Opus, MP3); channels are averaged; other rates are
-    resampled. `start_s` and `duration_s` read a part only.
+    Reads every format that soundfile supports (FLAC, WAV, Ogg Vorbis and Opus, MP3), averages the channels and
+    resamples where the rate differs. `start_s` and `duration_s` select a part of the recording.
     Raises `AudioError` (reasons: missing, unreadable, empty, too long, non-finite, silent).
     """
     if not Path(path).is_file():
@@ -62,7 +62,7 @@ def load_audio(
 
 
 def save_audio(path: str | Path, waveform: Tensor, sample_rate: int = 16_000) -> None:
-    """Write a waveform float [N] as 16-bit audio, format by the file name's ending; the file appears whole or not."""
+    """Write a waveform float [N] as 16-bit audio, atomically; the file extension selects the format."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.part{path.suffix}")
@@ -75,6 +75,6 @@ def save_audio(path: str | Path, waveform: Tensor, sample_rate: int = 16_000) ->
 
 
 def pad_waveforms(waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack waveforms float [N_i] to float [B, N] (zeros behind) and their lengths long [B] in samples."""
+    """Stack waveforms float [N_i] into float [B, N], zero-padded at the end, with lengths long [B] in samples."""
     lengths = torch.tensor([waveform.shape[0] for waveform in waveforms])
     return torch.nn.utils.rnn.pad_sequence(list(waveforms), batch_first=True), lengths

@@ -1,4 +1,4 @@
-"""Speech on disk: a folder with a manifest or in LibriSpeech's layout becomes a list of utterances."""
+"""Reading speech corpora: a folder with a manifest, or in LibriSpeech's or RAVDESS's layout, as utterances."""
 
 import csv
 import json
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import soundfile
@@ -17,11 +17,7 @@ from tokenizer.audio import AudioError, load_audio
 from tokenizer.errors import InputError
 from tokenizer.ravdess import parse_ravdess
 
-if TYPE_CHECKING:
-    pass
-
-
-READERS = 16  # threads that read LibriSpeech's folders: on a network disk every file is a wait
+READERS = 16  # threads that read the headers of audio files: on a network disk each read has to wait
 
 T = TypeVar("T")
 
@@ -32,7 +28,7 @@ class CorpusError(InputError):
 
 @dataclass(frozen=True)
 class Utterance:
-    """One recording. `phones`: (symbol, end in s) in time order, for corpora that come with an alignment."""
+    """One recording. `phones`: (symbol, end in s) in time order, if the corpus has an alignment."""
 
     id: str
     path: str
@@ -44,24 +40,24 @@ class Utterance:
 
 
 def read_corpus(folder: str | Path, splits: Sequence[str] | None = None) -> list[Utterance]:
-    """Utterances of a corpus folder, in a fixed order; of the named splits only, where given.
+    """Utterances of a corpus folder in a fixed order, of the given splits only (all when None).
 
-    A folder with a `manifest.jsonl` has one JSON object a line: path (relative to the folder) and duration_s, and as
-    far as known id, text, speaker, split (default "train"), phones; one with a `manifest.csv` has columns of these
-    names, but no phones. Otherwise LibriSpeech's layout is expected:
-    <split>/<speaker>/<chapter>/<speaker>-<chapter>-<n>.flac beside <speaker>-<chapter>.trans.txt; or RAVDESS's, whose
-    file names tell text and speaker (`parse_ravdess`): Actor_01/03-01-05-01-02-02-01.wav; all of it is split "train".
-    Raises CorpusError for a missing folder, an unreadable row, or splits the corpus does not have.
+    A `manifest.jsonl` has one JSON object per line: path (relative to the folder) and duration_s, optionally id, text,
+    speaker, split (default "train") and phones; a `manifest.csv` has columns of these names except phones. Without a
+    manifest, the folder has LibriSpeech's layout,
+    <split>/<speaker>/<chapter>/<speaker>-<chapter>-<n>.flac with <speaker>-<chapter>.trans.txt, or RAVDESS's, whose
+    file names contain text and speaker (`parse_ravdess`), Actor_01/03-01-05-01-02-02-01.wav, all in split "train".
+    Raises CorpusError for a missing folder, an unreadable row, or splits that the corpus does not have.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CorpusError(f"{folder}: no such corpus folder (import_speech makes one of a data set of the hub)")
+        raise CorpusError(f"{folder}: no such corpus folder (recipes/import_speech.py makes one from a hub data set)")
     manifests = [folder / name for name in ("manifest.jsonl", "manifest.csv") if (folder / name).is_file()]
     utterances = _read_manifest(manifests[0]) if manifests else _read_librispeech(folder) or _read_ravdess(folder)
     if not utterances:
         raise CorpusError(
             f"{folder} holds neither a manifest.jsonl or manifest.csv with utterances nor LibriSpeech's *.trans.txt "
-            "files nor RAVDESS's 03-01-*.wav; recipes/import_speech.py makes a manifest of Parquet files"
+            "files nor RAVDESS's 03-01-*.wav; recipes/import_speech.py makes a corpus folder from Parquet files"
         )
     if splits is None:
         return utterances
@@ -74,7 +70,7 @@ def read_corpus(folder: str | Path, splits: Sequence[str] | None = None) -> list
 
 def _read_manifest(manifest: Path) -> list[Utterance]:
     utterances: list[Utterance] = []
-    with manifest.open(encoding="utf-8-sig", newline="") as file:  # some spreadsheets begin with a byte order mark
+    with manifest.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets may write a byte order mark first
         rows = csv.DictReader(file) if manifest.suffix == ".csv" else map(json.loads, file)
         try:
             for row in rows:
@@ -115,7 +111,7 @@ def _read_chapter(transcript: Path) -> list[Utterance]:
         try:
             duration_s = _flac_duration(path)
         except FileNotFoundError as error:
-            raise CorpusError(f"{transcript} names {path.name}, which is not beside it") from error
+            raise CorpusError(f"{transcript} names {path.name}, which is not in the same folder") from error
         except soundfile.LibsndfileError as error:
             raise CorpusError(f"{path}: not a readable FLAC file ({error}): fetch it again") from error
         utterances.append(Utterance(name, str(path), duration_s, split, text, speaker))
@@ -140,13 +136,13 @@ def _wav_duration(path: Path) -> float:
 
 
 def _flac_duration(path: Path) -> float:
-    """Seconds, from the STREAMINFO block that opens a FLAC file (RFC 9639, 8.2), which is much faster than libsndfile.
+    """Duration in s from the STREAMINFO block of a FLAC file (RFC 9639, 8.2), much faster than with libsndfile.
 
-    Libsndfile is asked where another tag comes first or the number of samples is not said.
+    Falls back to libsndfile if the file starts with a tag or does not state the number of samples.
     """
     with path.open("rb", buffering=0) as file:
         head = file.read(26)
-    fields = int.from_bytes(head[18:], "big")  # 20 bits sample rate, 8 of the format, 36 number of samples
+    fields = int.from_bytes(head[18:], "big")  # 20 bits sample rate, 8 bits format, 36 bits number of samples
     rate, samples = fields >> 44, fields & (1 << 36) - 1
     if head[:5] == b"fLaC\0" and len(head) == 26 and rate and samples:
         return samples / rate
@@ -155,23 +151,24 @@ def _flac_duration(path: Path) -> float:
 
 
 def frame_phones(utterance: Utterance, frames: int, frame_rate: float = 50.0) -> list[str]:
-    """The phone at the centre of every frame, from the corpus's own alignment."""
-    assert utterance.phones is not None, f"{utterance.id} comes without an alignment"
+    """The phone at the centre of every frame, from the alignment of the corpus."""
+    assert utterance.phones is not None, f"{utterance.id} has no alignment"
     ends = np.array([end for _, end in utterance.phones])
     centres = (np.arange(frames) + 0.5) / frame_rate
     return [utterance.phones[i][0] for i in np.minimum(np.searchsorted(ends, centres), len(ends) - 1)]
 
 
 def spread(items: Sequence[T], most: int | None) -> list[T]:
-    """At most `most` of them in equal steps, all when None: the first ones are often of a few speakers only."""
-    count = min(len(items), len(items) if most is None else most)
-    return [items[i * len(items) // count] for i in range(count)]
+    """At most `most` items at equal steps (all when None), because the first ones are often from few speakers."""
+    if most is None or most >= len(items):
+        return list(items)
+    return [items[i * len(items) // most] for i in range(most)]
 
 
 def load_usable(
     utterances: Iterable[Utterance], sample_rate: int = 16_000, skipped: str | Path | None = None
 ) -> Iterator[tuple[Utterance, Tensor]]:
-    """Utterances with their waveforms float [N]; a recording that cannot be used is skipped as by `Crops`."""
+    """Utterances with their waveforms float [N]; recordings that cannot be used are skipped with a warning."""
     for utterance in utterances:
         try:
             waveform = load_audio(utterance.path, sample_rate)
@@ -182,12 +179,13 @@ def load_usable(
 
 
 def record_skip(utterance: Utterance, error: AudioError, file: str | Path | None) -> None:
+    """Warn that a recording is skipped, and append a `skipped_row` to the file, if one is given."""
     warnings.warn(f"skipped: {error}", stacklevel=3)
-    if file is not None:  # short lines that are appended stay whole, whichever process writes them
+    if file is not None:  # appending a short line is atomic, so several processes can write to one file
         with Path(file).open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(skipped_row(utterance, error)) + "\n")
 
 
 def skipped_row(utterance: Utterance, error: AudioError) -> dict[str, str]:
-    """A recording that cannot be used, and why."""
+    """JSON object for a recording that cannot be used: which one and why."""
     return {"id": utterance.id, "path": str(utterance.path), "reason": error.reason, "detail": str(error)}

@@ -1,5 +1,5 @@
-"""What goes wrong because of what a user gave, free of torch: recipes and commands print it as one line."""
+"""Errors caused by user input, which recipes and commands print as one line. Does not import torch."""
 
 
 class InputError(ValueError):
-    """Something given cannot be used; the message says what was found, what was expected and how to mend it."""
+    """User input that cannot be used; the message says what was found, what was expected and how to fix it."""

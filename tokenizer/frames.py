@@ -1,4 +1,4 @@
-"""Samples and frames: how many frames an utterance has, and which of a batch hold speech."""
+"""Samples and frames: how many frames an utterance has, and which frames of a batch hold speech."""
 
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ Count = TypeVar("Count", int, Tensor)
 
 
 def frame_count(samples: Count, hop_length: int = HOP_LENGTH) -> Count:
-    """Frames that hold `samples` samples, the last one perhaps in part: ceil(N / hop_length)."""
+    """Number of frames that cover `samples` samples, the last one possibly in part: ceil(N / hop_length)."""
     return -(-samples // hop_length)
 
 
@@ -21,10 +21,10 @@ def frame_mask(lengths: Tensor, frames: int, hop_length: int = HOP_LENGTH) -> Te
 
 
 def split_utterances(waveform: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
-    """Waveforms float [B, N] of `lengths` [B] samples, all of N when None -> each without its padding, float [N_i].
+    """Waveforms float [B, N] of `lengths` [B] samples (all N when None) -> each without its padding, float [N_i].
 
-    A model that hears one utterance at a time cannot make an answer depend on the batch.
-    Raises ValueError for another shape, impossible lengths or samples that are not finite.
+    A model that receives one utterance at a time returns the same for it in every batch.
+    Raises ValueError if the shape is not [B, N], for lengths out of range, and for NaN or infinite samples.
     """
     if waveform.ndim != 2 or waveform.shape[1] == 0:
         raise ValueError(f"expected waveforms float [B, N] with N > 0, got shape {tuple(waveform.shape)}")
@@ -33,5 +33,5 @@ def split_utterances(waveform: Tensor, lengths: Tensor | None = None) -> list[Te
         raise ValueError(f"lengths must be 1..{waveform.shape[1]} for {len(waveform)} waveforms, got {sizes}")
     utterances = [row[:size] for row, size in zip(waveform, sizes, strict=True)]
     if not all(torch.isfinite(samples).all() for samples in utterances):
-        raise ValueError("the waveform holds NaN or infinite samples")
+        raise ValueError("the waveform contains NaN or infinite samples")
     return utterances

@@ -1,4 +1,4 @@
-"""What every audio tokenizer takes and returns: one interface for all the ways to turn speech into tokens."""
+"""The interface of all audio tokenizers: what they take and what they return."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ class Codes:
     """Discrete tokens of a batch of utterances.
 
     ids: long [B, Q, T], zero beyond an utterance's length; layer 0 is the first codebook.
-    lengths: long [B], frames.
-    samples: long [B], the number of samples that were encoded, where it is known: `decode` returns exactly as many.
+    lengths: long [B], in frames.
+    samples: long [B], the number of encoded samples where known; `decode` returns exactly as many.
     """
 
     ids: Tensor
@@ -30,12 +30,12 @@ class Codes:
         return self.ids[index, :, : int(self.lengths[index])]
 
     def first(self, layers: int) -> "Codes":
-        """Only the first `layers` codebooks."""
+        """The codes of the first `layers` codebooks only."""
         return Codes(self.ids[:, :layers], self.lengths, self.samples)
 
     @staticmethod
     def from_utterances(utterances: Sequence[Tensor], samples: Tensor | None = None) -> "Codes":
-        """Pad utterances long [Q, T_i] to one batch."""
+        """Pad utterances long [Q, T_i] into one batch."""
         lengths = torch.tensor([codes.shape[1] for codes in utterances])
         ids = torch.zeros(len(utterances), utterances[0].shape[0], int(lengths.max()), dtype=torch.long)
         for row, codes in zip(ids, utterances, strict=True):
@@ -45,7 +45,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class Features:
-    """Continuous "soft" tokens: values float [B, T, C], zero beyond an utterance's length; lengths long [B], frames."""
+    """Continuous features: values float [B, T, C], zero beyond an utterance's length; lengths long [B], in frames."""
 
     values: Tensor
     lengths: Tensor
@@ -57,7 +57,7 @@ class Features:
 
 @dataclass(frozen=True)
 class Transcripts:
-    """What a recogniser heard: one text per utterance."""
+    """The output of a speech recogniser: one text per utterance."""
 
     texts: list[str]
 
@@ -68,38 +68,38 @@ class Transcripts:
 
 @runtime_checkable
 class AudioTokenizer(Protocol):
-    """Anything that turns waveforms into something a language model can read; `load_tokenizer` finds it by name."""
+    """Anything that turns waveforms into input for a language model; `load_tokenizer` loads one by its name."""
 
     @property
     def sample_rate(self) -> int:
-        """Samples per second of the waveforms `encode` takes, Hz."""
+        """Sample rate of the waveforms that `encode` takes, in Hz."""
 
     @property
     def frame_rate(self) -> float:
-        """Frames per second of what `encode` returns; 0 where it returns text."""
+        """Frames per second that `encode` returns; 0 if it returns text."""
 
     @property
     def fingerprint(self) -> str:
-        """Identity of weights and configuration: what two fingerprints encoded must never be mixed."""
+        """Hash of weights and configuration; output of tokenizers with different fingerprints must not be mixed."""
 
     @property
     def device(self) -> torch.device:
-        """Where the waveforms for `encode` must be."""
+        """The device on which `encode` expects its waveforms."""
 
     def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> Codes | Features | Transcripts:
-        """waveform float [B, N] in [-1, 1]; lengths long [B] in samples (all of N when None).
+        """waveform float [B, N] in [-1, 1]; lengths long [B] in samples (all N when None).
 
-        An utterance gets exactly the same in any batch: each runs by itself.
+        The result for an utterance does not depend on the batch: each one is encoded separately.
         """
 
     def to(self, device: torch.device | str, /) -> Self:
-        """Move the weights, as of any torch module."""
+        """Move the weights, as `nn.Module.to` does."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The weights, as of any torch module."""
+        """The weights, as `nn.Module.parameters` returns them."""
 
     def save_pretrained(self, folder: str | Path, /) -> object:
-        """Write everything `load_tokenizer(folder)` needs."""
+        """Write everything that `load_tokenizer(folder)` needs."""
 
 
 @runtime_checkable
@@ -117,7 +117,7 @@ class DiscreteTokenizer(AudioTokenizer, Protocol):
         """Code vectors, float [Q, K, D]."""
 
     def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
-        """As `AudioTokenizer.encode`; only the first `layers` codebooks where given."""
+        """As `AudioTokenizer.encode`, with the first `layers` codebooks only (all when None)."""
 
 
 @runtime_checkable
@@ -126,12 +126,12 @@ class FeatureTokenizer(AudioTokenizer, Protocol):
 
     @property
     def width(self) -> int:
-        """C, dimensions of a feature."""
+        """C, the dimension of the features."""
 
 
 @runtime_checkable
 class Codec(DiscreteTokenizer, Protocol):
-    """A discrete tokenizer that can speak its codes again."""
+    """A discrete tokenizer that can decode its codes to speech."""
 
     def decode(self, codes: Codes) -> Tensor:
         """Waveforms float [B, N]."""

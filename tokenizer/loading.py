@@ -1,4 +1,4 @@
-"""Every audio tokenizer by its name: what a folder or a model of the hub is, is told by its files."""
+"""Loading any audio tokenizer by its name; the files of a folder or hub model determine its kind."""
 
 import runpy
 from pathlib import Path
@@ -22,17 +22,17 @@ SPELLINGS = (
 
 
 class TokenizerError(InputError):
-    """A name that is no audio tokenizer; the message says what was found and how names are spelt."""
+    """A name that is no audio tokenizer; the message says what was found and which names are accepted."""
 
 
 def load_tokenizer(name: str | Path) -> AudioTokenizer:
     """Load an audio tokenizer of any kind, in eval mode, from a folder or a hub name.
 
     FOLDER_OR_HUB_NAME                  a codec or units, or whatever `save_pretrained` wrote
-    features:FOLDER_OR_HUB_NAME#LAYER   hidden states; their mean without #LAYER, Whisper's encoder output has none
-    recognizer:FOLDER_OR_HUB_NAME       the text a recogniser hears
-    FILE.py:CLASS                       your own, made by calling the class without arguments
-    Raises FileNotFoundError for a missing folder, TokenizerError for one that is something else.
+    features:FOLDER_OR_HUB_NAME#LAYER   hidden states, their mean without #LAYER; for Whisper its encoder's output
+    recognizer:FOLDER_OR_HUB_NAME       the text that a speech recogniser returns
+    FILE.py:CLASS                       your own, an instance of the class made without arguments
+    Raises FileNotFoundError for a missing folder, TokenizerError for a folder or model of another kind.
     """
     name = str(name)
     if ".py:" in name:
@@ -52,19 +52,19 @@ def load_tokenizer(name: str | Path) -> AudioTokenizer:
 
 
 def load_codec(name: str | Path) -> Codec:
-    """As `load_tokenizer`, for what can also speak its codes; raises TokenizerError for the others."""
+    """As `load_tokenizer`, but raises TokenizerError for a tokenizer that cannot decode its codes to speech."""
     codec = load_tokenizer(name)
     if not isinstance(codec, Codec):
-        raise TokenizerError(f"{name} cannot turn its tokens into speech again: give a codec")
+        raise TokenizerError(f"{name} cannot turn its tokens into speech again: choose a codec")
     return codec
 
 
 def load_discrete(name: str | Path) -> DiscreteTokenizer:
-    """As `load_tokenizer`, for what gives codes, if it decodes them or not; raises TokenizerError for the others."""
-    found = load_tokenizer(name)
-    if not isinstance(found, DiscreteTokenizer):
+    """As `load_tokenizer`, but raises TokenizerError for a tokenizer without codes."""
+    discrete = load_tokenizer(name)
+    if not isinstance(discrete, DiscreteTokenizer):
         raise TokenizerError(f"{name} gives no codes: choose a codec or units")
-    return found
+    return discrete
 
 
 def _from_file(file: str, name: str) -> AudioTokenizer:
@@ -73,15 +73,15 @@ def _from_file(file: str, name: str) -> AudioTokenizer:
     module = runpy.run_path(file)
     if name not in module:
         raise TokenizerError(f"{file} has no class {name}")
-    made = module[name]()
-    if not isinstance(made, AudioTokenizer):
-        missing = sorted(part for part in _parts(AudioTokenizer) if not hasattr(made, part))
+    audio_tokenizer = module[name]()
+    if not isinstance(audio_tokenizer, AudioTokenizer):
+        missing = sorted(member for member in _members(AudioTokenizer) if not hasattr(audio_tokenizer, member))
         raise TokenizerError(f"{name} of {file} is no audio tokenizer yet, it lacks {', '.join(missing)}")
-    return made
+    return audio_tokenizer
 
 
-def _parts(protocol: type) -> set[str]:
-    return {part for part in vars(protocol) if not part.startswith("_")}
+def _members(protocol: type) -> set[str]:
+    return {member for member in vars(protocol) if not member.startswith("_")}
 
 
 def _layer(text: str) -> int | str | None:
@@ -90,7 +90,7 @@ def _layer(text: str) -> int | str | None:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"expected a number or avg behind #, got {text!r}") from None
+        raise ValueError(f"expected a number or avg after #, got {text!r}") from None
 
 
 def _by_files(name: str) -> AudioTokenizer:
@@ -105,13 +105,13 @@ def _by_files(name: str) -> AudioTokenizer:
             return Recognizer.from_pretrained(name)
     config = read_pretrained_json(name, "config.json")
     if not config and not Path(name).is_dir():
-        raise FileNotFoundError(f"{name}: no such folder, and no model of the hub that can be reached; {SPELLINGS}")
+        raise FileNotFoundError(f"{name}: no such folder, and no hub model that can be reached; {SPELLINGS}")
     model_type = config.get("model_type")
     if model_type in PUBLISHED:
         return PublishedCodec.from_pretrained(name)
     if model_type == "whisper" or "conv_stride" in config:
         raise ValueError(
-            f"it is a {model_type} model: write features:{name} for its frames, recognizer:{name} for text"
+            f"it is a {model_type} model: write features:{name} for its features, recognizer:{name} for text"
         )
     if "num_codebooks" in config and not model_type:
         return SpeechCodec.from_pretrained(name)
@@ -122,8 +122,8 @@ def _by_files(name: str) -> AudioTokenizer:
 
 
 def load_recognizer(name: str) -> AudioTokenizer:
-    """A recogniser as the judge of words, `recognizer:NAME` for `load_tokenizer`; ValueError for what gives no text."""
-    judge = load_tokenizer(name)
-    if judge.frame_rate:
-        raise ValueError(f"{name} gives no text: a judge of words is a recogniser, recognizer:FOLDER_OR_HUB_NAME")
-    return judge
+    """As `load_tokenizer`, but raises TokenizerError for a tokenizer that does not return text."""
+    recognizer = load_tokenizer(name)
+    if recognizer.frame_rate:
+        raise TokenizerError(f"{name} gives no text: choose a speech recogniser, recognizer:FOLDER_OR_HUB_NAME")
+    return recognizer

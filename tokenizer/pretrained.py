@@ -1,4 +1,4 @@
-"""Pretrained models: the files of a folder or of the hub, complete weights, and their identity."""
+"""Pretrained models: files from a folder or the hub, complete weights, and fingerprints."""
 
 import hashlib
 import json
@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokenizer.errors import InputError
+
 
 def module_fingerprint(module: nn.Module, settings: dict[str, Any]) -> str:
-    """SHA-256 over the settings (JSON) and every weight of a module, 16 hexadecimal digits."""
+    """SHA-256 over the settings (as JSON) and all weights of a module: 16 hexadecimal digits."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -20,9 +22,9 @@ def module_fingerprint(module: nn.Module, settings: dict[str, Any]) -> str:
 
 
 def check_folder(name: str | Path, files: Iterable[str], what: str) -> None:
-    """Raise FileNotFoundError where `name` is plainly meant as a folder but lacks the files of `what`.
+    """Raise FileNotFoundError if `name` is clearly meant as a folder but does not hold the files of `what`.
 
-    Hub libraries answer a mistyped path with a message about repository ids, twenty seconds later without a network.
+    Hub libraries answer a mistyped path with a message about repository ids, after twenty seconds without a network.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -30,20 +32,20 @@ def check_folder(name: str | Path, files: Iterable[str], what: str) -> None:
         if missing:
             raise FileNotFoundError(f"{folder} is not the folder of {what}: it lacks {', '.join(missing)}")
     elif str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        raise FileNotFoundError(f"{folder}: no such folder (expected one of {what}, or a hub name like owner/model)")
+        raise FileNotFoundError(f"{folder}: no such folder (expected {what}, or a hub name like owner/model)")
 
 
 SETTINGS_FILE = "audio_tokenizer.json"
 
 
 def write_settings(folder: str | Path, kind: str, **settings: Any) -> None:
-    """Write what `load_tokenizer` must know beside the model's own files."""
+    """Write what `load_tokenizer` needs besides the model's own files."""
     text = json.dumps({"kind": kind, **settings}, indent=2)
     (Path(folder) / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def find_file(name: str | Path, file: str) -> Path | None:
-    """A file of a folder or of a model of the hub, None where there is none."""
+    """The path of a file in a folder or a hub model, or None if there is no such file."""
     if Path(name).is_dir():
         path = Path(name) / file
         return path if path.is_file() else None
@@ -57,20 +59,20 @@ def find_file(name: str | Path, file: str) -> Path | None:
 
 
 def read_pretrained_json(name: str | Path, file: str) -> dict[str, Any]:
-    """The contents of a JSON file of a folder or of a model of the hub, nothing where there is no such file."""
+    """The contents of a JSON file in a folder or a hub model, or an empty dict if there is no such file."""
     path = find_file(name, file)
     return json.loads(path.read_text(encoding="utf-8")) if path else {}
 
 
 def load_complete(model_class: Any, name: str | Path) -> Any:
-    """A frozen transformers model in float32 whose weights all come from the checkpoint.
+    """Load a frozen transformers model in float32, all of whose weights come from the checkpoint.
 
-    transformers fills what a checkpoint lacks with random numbers; here that is a ValueError.
+    transformers initialises missing weights randomly; here they raise InputError.
     """
     model, report = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    masks = {key for key in report["missing_keys"] if key.endswith("masked_spec_embed")}  # of training only
+    masks = {key for key in report["missing_keys"] if key.endswith("masked_spec_embed")}  # used in training only
     for key in masks:
-        nn.init.zeros_(model.get_parameter(key))  # but part of every fingerprint
+        nn.init.zeros_(model.get_parameter(key))  # but included in every fingerprint
     if missing := sorted(set(report["missing_keys"]) - masks):
-        raise ValueError(f"{name} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} first")
+        raise InputError(f"{name} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} first")
     return model.eval().requires_grad_(False)

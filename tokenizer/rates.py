@@ -1,4 +1,4 @@
-"""The rates that everything here shares, free of torch: 16 kHz speech in 50 frames a second."""
+"""The rates shared by the whole package: 16 kHz speech, 50 frames a second. Does not import torch."""
 
 SAMPLE_RATE = 16_000  # Hz
 HOP_LENGTH = 320  # samples per codec frame

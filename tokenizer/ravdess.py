@@ -1,4 +1,4 @@
-"""What the file names of RAVDESS say (Livingstone and Russo 2018, PLOS ONE 13(5)): emotion, statement, actor."""
+"""The labels in RAVDESS file names (Livingstone and Russo 2018, PLOS ONE 13(5)): emotion, statement, actor."""
 
 import re
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ NAME = re.compile(r"(?:^|\D)03-01-0([1-8])-0[12]-0([12])-0[12]-(\d\d)$")
 
 @dataclass(frozen=True)
 class RavdessName:
-    """emotion: one of eight; text: the statement; actor: 1 to 24, men have odd numbers."""
+    """emotion: one of `EMOTIONS`; text: the statement; actor: 1 to 24, odd numbers are men."""
 
     emotion: str
     text: str
@@ -19,9 +19,9 @@ class RavdessName:
 
 
 def parse_ravdess(name: str) -> RavdessName | None:
-    """What the name of a spoken RAVDESS recording says, such as 03-01-05-01-02-02-16; None for any other name.
+    """The labels in the name of a spoken RAVDESS recording, such as 03-01-05-01-02-02-16; None for any other name.
 
-    The name may have something before it, but no file ending.
+    The name may have a prefix, but no file extension.
     """
     match = NAME.search(name)
     if match is None:

@@ -1,4 +1,4 @@
-"""Reading and writing recordings: what comes in is what was recorded, and what cannot be used says why."""
+"""Reading and writing recordings: exact samples, and an error with the reason for unusable files."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def test_a_part_behind_the_end_is_empty(recording: Path) -> None:
     assert reason_for(recording, start_s=50.0) == "empty"
 
 
-def test_a_file_above_the_limit_is_too_long_and_says_both_durations(recording: Path) -> None:
+def test_a_file_above_the_limit_is_too_long_and_both_durations_are_reported(recording: Path) -> None:
     assert reason_for(recording, max_duration_s=0.9) == "too long"
     with pytest.raises(AudioError, match=r"1\.0 s long, at most 0\.9 s"):
         load_audio(recording, max_duration_s=0.9)

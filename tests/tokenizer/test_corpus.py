@@ -1,4 +1,4 @@
-"""Speech on disk, random crops of it, and who reads which."""
+"""Speech corpora on disk, random crops of them, and which process reads which crops."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
-from speechllm import CorpusError, Utterance, load_audio, read_corpus
+from speechllm import CorpusError, InputError, Utterance, load_audio, read_corpus
 from speechllm.runs.machine import available_cpus
 from tokenizer.corpus import frame_phones, load_usable
 from tokenizer.training.crops import Crops, StepSampler
@@ -20,7 +20,7 @@ SECONDS = (1.5, 0.25, 2.0, 0.5, 1.0)
 
 
 def write_ramp(path: Path, seconds: float) -> None:
-    """A recording whose sample n has the value (n + 1) / 32768, so that a crop tells where it was cut."""
+    """A recording whose sample n has the value (n + 1) / 32768, which identifies the start of a crop."""
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, np.arange(1, round(seconds * RATE) + 1, dtype="int16"), RATE)
 
@@ -82,7 +82,7 @@ def test_a_bad_row_names_file_and_row(tmp_path: Path, line: str) -> None:
 
 
 def test_a_text_may_hold_any_character(tmp_path: Path) -> None:
-    text = "a\u2028b\u0085c"  # line ends to some, but not to JSON
+    text = "a\u2028b\u0085c"  # line ends for str.splitlines, but not for JSON
     row = json.dumps({"path": "a.wav", "duration_s": 1, "text": text}, ensure_ascii=False)
     write_manifest(tmp_path, row)
     assert [utterance.text for utterance in read_corpus(tmp_path)] == [text]
@@ -146,7 +146,7 @@ def test_a_transcript_without_its_recording_is_named(tmp_path: Path) -> None:
     chapter = tmp_path / "dev/84/121"
     chapter.mkdir(parents=True)
     (chapter / "84-121.trans.txt").write_text("84-121-0000 GO\n", encoding="utf-8")
-    with pytest.raises(CorpusError, match=r"84-121\.trans\.txt names 84-121-0000\.flac, which is not beside it"):
+    with pytest.raises(CorpusError, match=r"84-121\.trans\.txt names 84-121-0000\.flac, which is not in the same"):
         read_corpus(tmp_path)
 
 
@@ -162,7 +162,7 @@ def test_a_duration_is_the_one_libsndfile_finds(tmp_path: Path, rate: int, chann
     tag = b"ID3\x04\0\0\0\0\0\x0a" + bytes(10)
     file.write_bytes(tag + plain)
     assert read_corpus(tmp_path)[0].duration_s == samples / rate
-    plain[21] &= 0xF0  # the number of samples is not said
+    plain[21] &= 0xF0  # the number of samples is unknown
     plain[22:26] = bytes(4)
     file.write_bytes(plain)
     assert read_corpus(tmp_path)[0].duration_s == soundfile.info(file).duration
@@ -195,7 +195,7 @@ def test_the_phone_of_a_frame_is_the_one_at_its_centre() -> None:
     utterance = Utterance("u", "u.wav", 0.12, "train", phones=(("a", 0.025), ("b", 0.051), ("c", 0.1)))
     assert frame_phones(utterance, 5) == ["a", "b", "b", "c", "c"]  # centres 0.01, 0.03, 0.05, 0.07, 0.09 s
     assert frame_phones(utterance, 2, frame_rate=10) == ["b", "c"]
-    assert frame_phones(utterance, 9)[5:] == ["c"] * 4  # behind the end the last one goes on
+    assert frame_phones(utterance, 9)[5:] == ["c"] * 4  # after the end the last one continues
 
 
 def crop_start(item: dict[str, object]) -> int:
@@ -244,7 +244,7 @@ def test_crops_move_over_the_whole_recording(utterances: list[Utterance]) -> Non
 
 
 class Silence:
-    """A cache whose features say nothing."""
+    """A cache whose features are zero."""
 
     hop = 320
 
@@ -347,7 +347,7 @@ def test_a_resumed_run_sees_the_batches_that_were_left(utterances: list[Utteranc
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size 7 cannot be shared equally by 2 processes"):
+    with pytest.raises(InputError, match="batch_size 7 must be a multiple of the number of processes, 2"):
         StepSampler(7, 0, 1, 0, 2)
 
 

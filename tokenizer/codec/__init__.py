@@ -1,4 +1,4 @@
-"""The speech codec: a waveform float [B, N] comes in, codes long [B, Q, T] go out, and the other way round.
+"""The speech codec: encodes waveforms float [B, N] to codes long [B, Q, T] and decodes them.
 
 SEANet or log-mel front end, residual quantiser, streaming, and converters of published checkpoints.
 """

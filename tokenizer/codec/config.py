@@ -1,24 +1,25 @@
-"""The shape of a codec. Free of torch, so that a configuration can be checked before anything heavy is imported."""
+"""The configuration of a codec. Does not import torch, so that a configuration can be checked quickly."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from tokenizer.errors import InputError
 from tokenizer.rates import HOP_LENGTH
 
 
 @dataclass
 class SpeechCodecConfig:
-    """Shape of a codec; the defaults are the paper's: 16 kHz, hop 320 (50 frames/s), 8 codebooks of 1024.
+    """Configuration of a codec; the defaults are the paper's: 16 kHz, hop 320 (50 frames/s), 8 codebooks of 1024.
 
-    Raises ValueError, naming every problem at once.
+    Raises InputError listing all problems.
     """
 
     sample_rate: int = 16_000  # Hz
     front_end: Literal["seanet", "log_mel"] = "seanet"  # log_mel: a cheaper encoder for small runs
-    dimension: int = 128  # D, width of the latents and the codebooks (EnCodec 128, SpeechTokenizer 1024)
+    dimension: int = 128  # D, dimension of the latents and the codebooks (EnCodec 128, SpeechTokenizer 1024)
     n_filters: int = 32  # width of the first layer (EnCodec 32, SpeechTokenizer 64)
-    strides: tuple[int, ...] = (2, 4, 5, 8)  # in the encoder's order; their product is the hop in samples
+    strides: tuple[int, ...] = (2, 4, 5, 8)  # in the order of the encoder; their product is the hop in samples
     lstm: Literal["none", "forward", "bidirectional"] = "forward"  # of the encoder
     causal: bool = False
     norm: Literal["weight_norm", "batch_norm"] = "weight_norm"  # batch_norm also standardises the latents
@@ -43,7 +44,7 @@ class SpeechCodecConfig:
         if self.causal and self.lstm == "bidirectional":
             problems.append("a causal codec cannot have a bidirectional lstm: choose forward or none")
         if problems:
-            raise ValueError("SpeechCodecConfig: " + "; ".join(problems))
+            raise InputError("SpeechCodecConfig: " + "; ".join(problems))
 
     @property
     def hop_length(self) -> int:

@@ -1,7 +1,7 @@
-"""EnCodec and SpeechTokenizer checkpoints as our codec: the same codes and the same audio.
+"""Converts EnCodec and SpeechTokenizer checkpoints to our codec, with the same codes and the same audio.
 
-Both are the SEANet and the residual quantiser of this package under other names, so a conversion only renames
-parameters. What the originals can do beyond our modules is refused. The weights keep their licence.
+Both consist of the SEANet and the residual quantiser of this package under other names, so a conversion only renames
+parameters. Settings that our modules do not support are refused. The weights keep their licence.
 """
 
 import re
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tokenizer.codec.config import SpeechCodecConfig
 from tokenizer.codec.speech_codec import SpeechCodec
+from tokenizer.errors import InputError
 from tokenizer.pretrained import check_folder, find_file, read_pretrained_json
 
-# What our modules have in the place of an original's setting.
+# The values of each original setting that our modules support.
 ENCODEC_SETTINGS: dict[str, tuple[Any, ...]] = {
     "model_type": ("encodec",),
     "audio_channels": (1,),
@@ -40,7 +41,7 @@ SPEECHTOKENIZER_SETTINGS: dict[str, tuple[Any, ...]] = {
     "lstm_layers": (2,),
     "bidirectional": (True, False),
 }
-# An original's parameter names to ours, one after the other.
+# Original parameter names to ours, applied one after the other.
 RENAMES = {
     r"^(encoder|decoder)\.model\.": r"\1.layers.",
     r"\.(conv|convtr)\.\1\.": ".conv.",  # SpeechTokenizer wraps every convolution twice
@@ -48,24 +49,24 @@ RENAMES = {
     r"\.weight_v$": ".parametrizations.weight.original1",
     r"^quantizer\.(?:vq\.)?layers\.(\d+)\._?codebook\.embed$": r"quantizer.codebooks.\1",
 }
-# Running averages of the originals' codebooks, and the layer in front of SpeechTokenizer's teacher.
+# Running averages of the original codebooks, and SpeechTokenizer's projection to its teacher.
 TRAINING_ONLY = re.compile(r"\._?codebook\.(inited|cluster_size|embed_avg)$|^transform\.")
 
 
 def convert_encodec(name: str | Path) -> SpeechCodec:
-    """The codec of a transformers EncodecModel, folder or hub name, in eval mode.
+    """Convert a transformers EncodecModel, folder or hub name, to a codec in eval mode.
 
     It has the codebooks of the highest bandwidth; `codec.encode(waveform, layers=...)` gives the lower ones.
-    Raises ValueError naming every setting our modules do not have, or the parameters that do not fit.
+    Raises InputError listing all settings our modules do not support, or the parameters that do not fit.
     """
-    from transformers import AutoConfig, EncodecModel  # here: using a codec needs no transformers
+    from transformers import AutoConfig, EncodecModel  # imported here because using a codec needs no transformers
 
     check_folder(name, ["config.json"], "an EnCodec model")
     config = AutoConfig.from_pretrained(name)
     _check_settings(name, config.to_dict(), ENCODEC_SETTINGS)
     encodec, report = EncodecModel.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True)
     if problems := {kind: keys for kind, keys in report.items() if keys}:
-        raise ValueError(f"{name}: the parameters are not those of its configuration: {problems}")
+        raise InputError(f"{name}: the parameters are not those of its configuration: {problems}")
     ours = SpeechCodecConfig(
         sample_rate=config.sampling_rate,
         dimension=config.hidden_size,
@@ -80,11 +81,11 @@ def convert_encodec(name: str | Path) -> SpeechCodec:
 
 
 def convert_speechtokenizer(name: str | Path) -> SpeechCodec:
-    """The codec of SpeechTokenizer's config.json and SpeechTokenizer.pt, folder or hub name, in eval mode.
+    """Convert SpeechTokenizer's config.json and SpeechTokenizer.pt, folder or hub name, to a codec in eval mode.
 
-    The published ones lie in subfolders of one repository of the hub: download one of these.
-    Raises FileNotFoundError without these files, ValueError naming every setting our modules do not have, or the
-    parameters that do not fit.
+    The published models are in subfolders of one hub repository: download one of these.
+    Raises FileNotFoundError if a file is missing, InputError listing all settings our modules do not support, or
+    the parameters that do not fit.
     """
     check_folder(name, ["config.json", "SpeechTokenizer.pt"], "SpeechTokenizer")
     config, checkpoint = read_pretrained_json(name, "config.json"), find_file(name, "SpeechTokenizer.pt")
@@ -104,28 +105,28 @@ def convert_speechtokenizer(name: str | Path) -> SpeechCodec:
 
 
 def _check_settings(source: str | Path, config: Mapping[str, Any], settings: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raise ValueError naming every setting of the original's configuration that our modules do not have."""
+    """Raise InputError listing all settings of the original which our modules do not support."""
     differences = [
         f"{name} is {config.get(name)!r}, not {' or '.join(map(repr, ours))}"
         for name, ours in settings.items()
         if config.get(name) not in ours
     ]
     if differences:
-        raise ValueError(f"{source} cannot be converted, it is another architecture: {'; '.join(differences)}")
+        raise InputError(f"{source} cannot be converted, it is another architecture: {'; '.join(differences)}")
 
 
 def _codec(source: str | Path, config: SpeechCodecConfig, parameters: Mapping[str, Tensor]) -> SpeechCodec:
-    """A codec with an original's parameters; every one must have its place, and every place its parameter."""
+    """A codec with the original's parameters, which must match ours one to one."""
     state = {_renamed(name): value for name, value in parameters.items() if not TRAINING_ONLY.search(name)}
     codec = SpeechCodec(config)
     try:
         codebooks = torch.stack([state.pop(f"quantizer.codebooks.{layer}") for layer in range(config.num_codebooks)])
-        # in training the codebooks become sums / usage: this is a start where no code is dead and none moves by itself
+        # training sets codebooks = sums / usage: with these values no code is dead and none moves without data
         state |= {"quantizer.codebooks": codebooks, "quantizer.sums": codebooks.clone()}
         state["quantizer.usage"] = torch.ones(codebooks.shape[:2])
         codec.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{source}: the parameters are not those of its configuration: {error}") from error
+        raise InputError(f"{source}: the parameters are not those of its configuration: {error}") from error
     return codec.eval()
 
 

@@ -1,6 +1,6 @@
-"""A log-mel front end for the codec's encoder: learns from minutes of speech on two CPU cores where SEANet needs hours.
+"""A log-mel front end for the codec's encoder, trained on minutes of speech where SEANet needs hours (on two CPUs).
 
-It is one option of `SpeechCodecConfig` (`front_end: log_mel`); everything behind it is the same codec.
+Selected by `front_end: log_mel` in `SpeechCodecConfig`; the rest of the codec stays the same.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torchaudio.functional import melscale_fbanks
 from tokenizer.codec.seanet import Conv1d, ConvStyle
 from tokenizer.rates import HOP_LENGTH
 
-MEL_HOP = HOP_LENGTH // 2  # samples: two mel frames a codec frame
+MEL_HOP = HOP_LENGTH // 2  # samples: two mel frames per codec frame
 WINDOW = 400  # samples, 25 ms at 16 kHz
 N_FFT = 1024  # zero-padded, so that no mel filter is empty
 BANDS = 80
@@ -39,7 +39,7 @@ class LogMel(nn.Module):
 
 
 class LogMelEncoder(nn.Module):
-    """Waveform float [B, 1, N] -> latents float [B, D, ceil(N / 320)] through log-mel frames and convolutions."""
+    """Waveform float [B, 1, N] -> latents float [B, D, ceil(N / 320)] by log-mel frames and convolutions."""
 
     def __init__(self, dimension: int, channels: int, sample_rate: int, style: ConvStyle = ConvStyle()):
         super().__init__()
@@ -55,7 +55,7 @@ class LogMelEncoder(nn.Module):
         )
 
     def forward(self, waveform: Tensor) -> Tensor:
-        waveform = F.pad(waveform.squeeze(1), (0, -waveform.shape[-1] % (HOP_LENGTH)))
+        waveform = F.pad(waveform.squeeze(1), (0, -waveform.shape[-1] % HOP_LENGTH))
         return self.layers(self.input_norm(self.log_mel(waveform)))
 
 

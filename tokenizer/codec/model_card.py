@@ -1,6 +1,6 @@
-"""The README.md beside a shared codec: what can be read off the codec itself, and no claim about its quality."""
+"""The README.md of a shared codec: the facts known from the codec itself, without any claim about its quality."""
 
-# Jinja2, filled by SpeechCodec.generate_model_card.
+# Jinja2 template, filled in by SpeechCodec.generate_model_card.
 CODEC_CARD = """---
 {{ card_data }}
 ---
@@ -32,11 +32,11 @@ codes = codec.encode(waveform[None])  # codes.ids: long [1, {{ codec.num_codeboo
 speech = codec.decode(codes)  # float [1, samples]
 ```
 
-A language model that was trained with this codec's codes understands no others: compare the fingerprint.
+A language model trained on the codes of this codec cannot be used with those of another: compare the fingerprint.
 
-## What this card does not know
+## What this card does not cover
 
-It was written from the configuration and the weights alone. How well the codec works depends on its training: how
-long, on whose speech, in which language. Measure it on your own recordings before you rely on it. The training data,
-measured results and the licence of the weights are for those who share them to add.
+It was generated from the configuration and the weights alone. How well the codec works depends on its training: how
+long, on which speakers, in which language. Measure it on your own recordings before you rely on it. Whoever shares the
+codec should add its training data, measured results and the licence of the weights.
 """

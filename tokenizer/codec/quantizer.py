@@ -1,4 +1,4 @@
-"""Residual vector quantisation with codebooks learnt by moving averages (paper, eq. 2)."""
+"""Residual vector quantisation with codebooks learnt by exponential moving averages (paper, eq. 2)."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DEAD_USAGE = 0.1  # a code used less than this share of the mean usage is dead and gets a new place
+DEAD_USAGE = 0.1  # a code used less than this fraction of the mean usage is dead and is re-initialised
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What the quantiser returns for latents z [B, D, T].
+    """Output of the quantiser for latents z [B, D, T].
 
     ids: long [B, Q, T].
-    layers: per codebook the quantised residual, float [B, D, T]; its gradient goes to z unchanged for every layer.
-    output: their sum, float [B, D, T]; one straight-through estimator over the sum, so its gradient reaches z once.
+    layers: the quantised residual of each codebook, float [B, D, T]; straight-through, so z receives the gradient of
+        every layer unchanged.
+    output: the sum of the layers, float [B, D, T]; a single straight-through estimator, so z receives its gradient
+        once and not once per layer.
     commitment: scalar, mean over layers of the squared distance between residual and code vector.
     """
 
@@ -27,12 +29,12 @@ class Quantized:
 
 
 class ResidualVectorQuantizer(nn.Module):
-    """A cascade of Q codebooks of K vectors; each quantises what the ones before it left over.
+    """A cascade of Q codebooks of K vectors; each quantises the residual of the ones before it.
 
-    The residual is detached from the code vectors before it, never from z: a loss on layer k reaches the encoder with
-    the same gradient as a loss on layer 0. (Subtracting the straight-through output instead gives every layer but the
-    first a gradient of exactly zero, which silently removes eq. 5 of the paper.)
-    Runs in float32 under autocast: distances between close vectors do not survive bfloat16.
+    The residual is detached from the preceding code vectors, never from z, so that a loss on layer k has the same
+    gradient at the encoder as a loss on layer 0. (Subtracting the straight-through output instead gives every layer but
+    the first a gradient of exactly zero, which silently removes eq. 5 of the paper.)
+    Runs in float32 under autocast, because bfloat16 cannot resolve distances between close vectors.
     """
 
     codebooks: Tensor
@@ -41,17 +43,17 @@ class ResidualVectorQuantizer(nn.Module):
 
     def __init__(self, dimension: int, num_codebooks: int = 8, codebook_size: int = 1024):
         super().__init__()
-        self.decay = 0.99  # of the moving averages, per step; short trainings need faster ones
+        self.decay = 0.99  # of the moving averages, per step; short training runs need a smaller one
         self.register_buffer("codebooks", torch.randn(num_codebooks, codebook_size, dimension))
         self.register_buffer("usage", torch.ones(num_codebooks, codebook_size))
         self.register_buffer("sums", self.codebooks.clone())
 
     @torch.no_grad()
     def initialize(self, latents: Tensor, seed: int = 0) -> None:
-        """Place the codebooks by k-means on latents float [M, D], layer by layer on what is left over.
+        """Initialise the codebooks by k-means on latents float [M, D], each layer on the residual of the one before.
 
-        All processes take the places the first one finds: latents from GPUs need not agree to the last bit.
-        Raises ValueError when M is below 20 vectors a code: fewer leave most centroids on single vectors.
+        All processes take the result of the first, because latents computed on GPUs may differ in the last bits.
+        Raises ValueError for fewer than 20 vectors per code, which would leave most centroids on single vectors.
         """
         from sklearn.cluster import MiniBatchKMeans
 
@@ -75,16 +77,16 @@ class ResidualVectorQuantizer(nn.Module):
     def nearest(self, vectors: Tensor, layer: int) -> Tensor:
         """Ids long [M] of the code vectors closest to `vectors` float [M, D].
 
-        Where two are equally far within the rounding of float32, M, the threads and the processor decide between them.
+        If two are equally close within float32 rounding, the choice may vary with M, number of threads and processor.
         """
         codebook = self.codebooks[layer]
         # |x - e|^2 = |x|^2 - 2 (x.e - |e|^2 / 2): the first term is the same for every code and is skipped
         return torch.addmm(-0.5 * codebook.square().sum(1), vectors, codebook.T).argmax(1)
 
     def encode(self, z: Tensor, layers: int | None = None) -> Tensor:
-        """Latents float [B, D, T] -> ids long [B, layers, T]; only as many layers are searched as are asked for.
+        """Latents float [B, D, T] -> ids long [B, layers, T]; searches the first `layers` codebooks (all when None).
 
-        They are those of `forward`, but for vectors between two codes: see `nearest`.
+        The ids equal those of `forward`, except for vectors between two codes: see `nearest`.
         """
         batch, _, frames = z.shape
         residual = z.float().transpose(1, 2).flatten(0, 1)
@@ -101,9 +103,9 @@ class ResidualVectorQuantizer(nn.Module):
         return torch.stack(vectors).sum(0).transpose(1, 2)
 
     def forward(self, z: Tensor, mask: Tensor | None = None, num_layers: Tensor | None = None) -> Quantized:
-        """Quantise z float [B, D, T] and, in training mode, move the codebooks.
+        """Quantise z float [B, D, T] and, in training mode, update the codebooks.
 
-        mask: bool [B, T], frames that hold speech (all when None); others neither move codes nor count as loss.
+        mask: bool [B, T], frames that hold speech (all when None); the others affect neither codebooks nor loss.
         num_layers: long [B], codebooks summed into `output` per utterance (all when None): quantiser dropout.
         """
         with torch.autocast(z.device.type, enabled=False):
@@ -117,7 +119,7 @@ class ResidualVectorQuantizer(nn.Module):
             num_layers = torch.full((batch,), num_codebooks, device=z.device)
         flat = z.transpose(1, 2).flatten(0, 1)
         valid = mask.flatten()
-        subtracted = torch.zeros_like(flat)  # code vectors of the layers before: a constant for the gradient
+        subtracted = torch.zeros_like(flat)  # sum of the preceding code vectors, constant for the gradient
         output = torch.zeros_like(flat)
         ids, layers, commitment = [], [], z.new_zeros(())
         for layer in range(num_codebooks):
@@ -140,7 +142,7 @@ class ResidualVectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _update(self, layer: int, vectors: Tensor, ids: Tensor) -> None:
-        """Moving averages of usage and sums over all processes, then new places for dead codes."""
+        """Update the moving averages of usage and sums over all processes, then re-initialise dead codes."""
         size, dimension = self.codebooks.shape[1:]
         statistics = vectors.new_zeros(size, dimension + 1)
         statistics.index_add_(0, ids, torch.cat([vectors, torch.ones_like(vectors[:, :1])], 1))
@@ -153,16 +155,16 @@ class ResidualVectorQuantizer(nn.Module):
         self.codebooks[layer] = self.sums[layer] / self.usage[layer, :, None].clamp(min=1e-6)
 
     def _revive(self, layer: int, vectors: Tensor) -> None:
-        """Move dead codes onto vectors of this batch.
+        """Replace dead codes by vectors of this batch.
 
-        Usage and sum are both reset; were only the code vector replaced, the next update would put it back.
+        Resets usage and sum, because the next update would undo a change of the code vector alone.
         """
         dead = self.usage[layer] < DEAD_USAGE * self.usage[layer].mean()
         if not dead.any():
             return
         pool = vectors if len(vectors) else self.codebooks[layer]
-        places = pool[torch.randint(len(pool), (int(dead.sum()),), device=pool.device)]
+        replacements = pool[torch.randint(len(pool), (int(dead.sum()),), device=pool.device)]
         if dist.is_initialized():
-            dist.broadcast(places, src=0)
+            dist.broadcast(replacements, src=0)
         self.usage[layer, dead] = 1.0
-        self.sums[layer, dead] = places
+        self.sums[layer, dead] = replacements

@@ -1,6 +1,6 @@
 """SEANet, the convolutional encoder and decoder of SoundStream and EnCodec (paper, section 2.1).
 
-Module names and order follow transformers' EncodecModel, so that published EnCodec weights load by name.
+Module names and order follow transformers' EncodecModel, so that published EnCodec weights can be loaded by name.
 Shapes: waveform float [B, 1, N], latents float [B, D, T] with T = ceil(N / hop).
 """
 
@@ -16,7 +16,7 @@ RESIDUAL_KERNEL = 3
 
 @dataclass(frozen=True)
 class ConvStyle:
-    """What all convolutions of a model share: weight_norm, batch_norm or none; causal or not; reflect or constant."""
+    """Settings shared by all convolutions: weight_norm, batch_norm or none; causal or not; reflect or constant."""
 
     norm: str = "weight_norm"
     causal: bool = False
@@ -28,7 +28,7 @@ def _normalized(conv: nn.Module, norm: str) -> nn.Module:
 
 
 class Conv1d(nn.Module):
-    """Convolution that gives exactly ceil(N / stride) frames, padded on both sides or (causal) on the left only."""
+    """Convolution that returns exactly ceil(N / stride) frames, padded on both sides or (causal) on the left only."""
 
     def __init__(
         self,
@@ -42,7 +42,10 @@ class Conv1d(nn.Module):
         self.conv = _normalized(nn.Conv1d(in_channels, out_channels, kernel, stride), style.norm)
         if style.norm == "batch_norm":
             self.norm = nn.BatchNorm1d(out_channels)
-        self.kernel, self.stride, self.out_channels, self.style = kernel, stride, out_channels, style
+        self.kernel = kernel
+        self.stride = stride
+        self.out_channels = out_channels
+        self.style = style
 
     def forward(self, x: Tensor) -> Tensor:
         total = self.kernel - self.stride
@@ -53,7 +56,7 @@ class Conv1d(nn.Module):
 
 
 def _pad(x: Tensor, left: int, right: int, mode: str) -> Tensor:
-    """F.pad, but reflecting also works for signals shorter than the padding (zeros are put behind them first)."""
+    """As F.pad, but reflection also works for signals shorter than the padding, which are first padded with zeros."""
     if mode != "reflect":
         return F.pad(x, (left, right), mode)
     short = max(left, right) - x.shape[-1] + 1
@@ -63,7 +66,7 @@ def _pad(x: Tensor, left: int, right: int, mode: str) -> Tensor:
 
 
 class ConvTranspose1d(nn.Module):
-    """Transposed convolution that gives exactly T * stride samples."""
+    """Transposed convolution that returns exactly T * stride samples."""
 
     def __init__(
         self,
@@ -77,7 +80,9 @@ class ConvTranspose1d(nn.Module):
         self.conv = _normalized(nn.ConvTranspose1d(in_channels, out_channels, kernel, stride), style.norm)
         if style.norm == "batch_norm":
             self.norm = nn.BatchNorm1d(out_channels)
-        self.kernel, self.stride, self.out_channels = kernel, stride, out_channels
+        self.kernel = kernel
+        self.stride = stride
+        self.out_channels = out_channels
         total = kernel - stride
         self.right = total if style.causal else total // 2
         self.left = total - self.right
@@ -89,7 +94,7 @@ class ConvTranspose1d(nn.Module):
 
 
 class LSTM(nn.Module):
-    """Two LSTM layers over time with a skip connection, channels first; twice the channels when bidirectional."""
+    """Two LSTM layers over time with a skip connection, channels first; doubles the channels when bidirectional."""
 
     def __init__(self, channels: int, bidirectional: bool = False):
         super().__init__()
@@ -99,14 +104,14 @@ class LSTM(nn.Module):
         return self.advance(x)[0]
 
     def advance(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The output, and the state after it from which the next frames go on; None is the beginning."""
+        """The output, and the state to pass with the next frames; for the first ones `state` is None."""
         x = x.permute(2, 0, 1)
         out, state = self.lstm(x, state)
         return (out + (x.repeat(1, 1, 2) if self.lstm.bidirectional else x)).permute(1, 2, 0), state
 
 
 class ResidualUnit(nn.Module):
-    """Two convolutions through half the channels beside a 1x1 shortcut."""
+    """Two convolutions with half the channels in between, and a 1x1 convolution as shortcut."""
 
     def __init__(self, channels: int, style: ConvStyle = ConvStyle()):
         super().__init__()
@@ -151,9 +156,9 @@ class SEANetEncoder(nn.Module):
 
 
 class SEANetDecoder(nn.Module):
-    """Latents float [B, D, T] -> waveform float [B, 1, T * hop]; the encoder's mirror image.
+    """Latents float [B, D, T] -> waveform float [B, 1, T * hop]; mirrors the encoder.
 
-    Its LSTM runs forward only, also beside a bidirectional encoder (as in SpeechTokenizer).
+    Its LSTM is unidirectional even if the encoder's is bidirectional (as in SpeechTokenizer).
     """
 
     def __init__(
@@ -173,7 +178,7 @@ class SEANetDecoder(nn.Module):
             layers += [nn.ELU(), ConvTranspose1d(channels, channels // 2, 2 * stride, stride, style)]
             channels //= 2
             layers.append(ResidualUnit(channels, style))
-        # batch normalisation would take the waveform's level away
+        # batch normalisation would remove the waveform's level
         last = replace(style, norm="none") if style.norm == "batch_norm" else style
         layers += [nn.ELU(), Conv1d(channels, 1, KERNEL, style=last)]
         self.layers = nn.Sequential(*layers)

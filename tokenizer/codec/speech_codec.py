@@ -16,11 +16,12 @@ from tokenizer.codec.model_card import CODEC_CARD
 from tokenizer.codec.quantizer import ResidualVectorQuantizer
 from tokenizer.codec.seanet import ConvStyle, SEANetDecoder, SEANetEncoder
 from tokenizer.codec.streaming import StreamingDecoder, StreamingEncoder, in_chunks
+from tokenizer.errors import InputError
 from tokenizer.frames import split_utterances
 from tokenizer.interface import Codes
 from tokenizer.pretrained import check_folder, module_fingerprint
 
-CHUNK_S = 10.0  # longer utterances go through a causal codec in chunks of this length: hours fit into memory
+CHUNK_S = 10.0  # a causal codec processes longer utterances in chunks of this length, to bound memory
 
 
 class SpeechCodec(
@@ -30,7 +31,7 @@ class SpeechCodec(
     tags=["audio", "speech", "codec"],
     model_card_template=CODEC_CARD,
 ):
-    """Speech to codes at a fixed frame rate, and back.
+    """Encodes speech to codes at a fixed frame rate and decodes them.
 
     >>> codec = SpeechCodec(SpeechCodecConfig(n_filters=4, dimension=16, codebook_size=32)).eval()
     >>> codes = codec.encode(torch.zeros(1, 16_000))
@@ -48,8 +49,8 @@ class SpeechCodec(
             )
         else:
             self.encoder = LogMelEncoder(config.dimension, 16 * config.n_filters, config.sample_rate, style)
-        # without it a small, briefly trained encoder gives a constant plus a little signal, and k-means finds
-        # a handful of codes; a fixed scale also makes loss weights mean the same from run to run
+        # without it, a small, briefly trained encoder returns a constant plus a little signal, and k-means finds only
+        # a few codes; a fixed scale also makes loss weights comparable between runs
         self.latent_norm = nn.BatchNorm1d(config.dimension, affine=False) if config.norm == "batch_norm" else None
         self.quantizer = ResidualVectorQuantizer(config.dimension, config.num_codebooks, config.codebook_size)
         decoder_lstm = "none" if config.lstm == "none" else "forward"
@@ -86,7 +87,7 @@ class SpeechCodec(
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the configuration and every weight: see `module_fingerprint`."""
+        """Hash of the configuration and all weights: see `module_fingerprint`."""
         return module_fingerprint(self, asdict(self.config))
 
     def latents(self, waveform: Tensor) -> Tensor:
@@ -98,11 +99,12 @@ class SpeechCodec(
     def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
         """Waveforms float [B, N] -> codes, T = ceil(n / hop) frames for an utterance of n samples.
 
-        Each utterance runs through the encoder by itself, so on one machine and with one number of threads its codes
-        are exactly the same in any batch, and no work is done for padding. Where these differ, and in a stream, the
-        latents are equal up to rounding, and so are the codes of frames that do not lie between two codes within it.
-        Only the first `layers` codebooks are searched (all when None): their codes are those of all layers.
-        Raises ValueError for another shape, non-finite samples, or a codec in training mode.
+        Each utterance is encoded separately, so its codes do not depend on the batch and padding costs nothing. On
+        another machine, with another number of threads or in a stream, the latents are equal up to rounding, and so are
+        the codes, except in frames that are equally close to two codes within that rounding.
+        Only the first `layers` codebooks are searched (all when None); their codes do not depend on `layers`.
+        Raises ValueError if the shape is not [B, N], for NaN or infinite samples, and in training mode; InputError for
+        `layers` out of range.
         """
         self._check(layers)
         utterances = split_utterances(waveform, lengths)
@@ -113,8 +115,8 @@ class SpeechCodec(
     def decode(self, codes: Codes) -> Tensor:
         """Codes with Q' <= Q layers -> waveforms float [B, N].
 
-        N is the longest of `codes.samples`, or the longest number of frames times the hop; zeros behind the shorter.
-        Each utterance is decoded by itself, too.
+        N is the largest of `codes.samples`, or of frames times the hop; shorter ones are zero-padded.
+        Each utterance is decoded separately.
         """
         samples = codes.samples if codes.samples is not None else codes.lengths * self.hop_length
         waveform = self.codebooks.new_zeros(len(codes), int(samples.max()))
@@ -140,21 +142,21 @@ class SpeechCodec(
         if self.training:
             raise ValueError("the codec is in training mode: call codec.eval() before encoding")
         if layers is not None and not 1 <= layers <= self.num_codebooks:
-            raise ValueError(f"layers must be 1..{self.num_codebooks}, got {layers}")
+            raise InputError(f"layers must be 1..{self.num_codebooks}, got {layers}")
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The README.md that `save_pretrained` and `push_to_hub` write, where there is none yet."""
+        """The README.md that `save_pretrained` and `push_to_hub` write if there is none yet."""
         bit_rate = self.frame_rate * math.log2(self.codebook_size)  # of one codebook
         parameters = sum(parameter.numel() for parameter in self.parameters())
         return super().generate_model_card(codec=self, bit_rate=bit_rate, parameters=parameters, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SpeechCodec":
-        """Load from a folder or a hub name, in eval mode. Raises FileNotFoundError or ValueError with the remedy."""
+        """Load from a folder or hub name, in eval mode; FileNotFoundError or InputError if it holds no such codec."""
         check_folder(pretrained_model_name_or_path, ["config.json", "model.safetensors"], "a speech codec")
         try:
             with contextlib.redirect_stdout(None):  # the mixin prints where it loads from
                 codec = super().from_pretrained(pretrained_model_name_or_path, strict=True, **kwargs)
         except (RuntimeError, TypeError, KeyError) as error:
-            raise ValueError(f"{pretrained_model_name_or_path} holds no codec of this package: {error}") from error
+            raise InputError(f"{pretrained_model_name_or_path} holds no codec of this package: {error}") from error
         return codec.eval()

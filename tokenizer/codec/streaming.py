@@ -1,6 +1,6 @@
 """Encoding and decoding in chunks with a causal codec: live speech, and hours of speech in bounded memory.
 
-The trained layers run as they are; what they must remember from chunk to chunk is kept here, once per stream.
+The trained layers are used unchanged; each stream keeps the state that they need from one chunk to the next.
 """
 
 import math
@@ -21,12 +21,13 @@ from tokenizer.codec.seanet import (
     SEANetDecoder,
     SEANetEncoder,
 )
+from tokenizer.errors import InputError
 
-Stage = Callable[[Tensor, bool], Tensor]  # the new inputs [1, C, n], and are they the last? -> the new outputs
+Stage = Callable[[Tensor, bool], Tensor]  # new inputs [1, C, n], whether they are the last ones -> new outputs
 
 
 class StreamableCodec(Protocol):
-    """What a stream needs of a `SpeechCodec`, which stands above this file."""
+    """The parts of a `SpeechCodec` that a stream needs; that module imports this one."""
 
     config: SpeechCodecConfig
     training: bool
@@ -54,19 +55,22 @@ class StreamableCodec(Protocol):
 
 
 class _Windowed:
-    """A layer that looks `memory` inputs back, run on these and the new inputs together.
+    """A layer whose outputs depend on `memory` past inputs, run on these together with the new inputs.
 
-    Its padding falls where it does offline. On the left it reaches only outputs of the past, which are dropped, except
-    at the beginning of the stream. On the right there is none before the end: the layer gets whole strides until then.
+    Padding has the same effect as offline. On the left it affects only past outputs, which are dropped, except at the
+    beginning of the stream. On the right there is none before the end, because the layer receives whole strides.
     """
 
     def __init__(
         self, layer: nn.Module, memory: int, out_channels: int, reflect: bool, down: int = 1, up: int = 1
     ) -> None:
-        self.layer, self.memory, self.out_channels = layer, memory, out_channels
-        self.down, self.up = down, up  # inputs an output, outputs an input
-        self.begin = memory + 1 if reflect else 1  # inputs to begin with: the left padding mirrors so many
-        self.inputs: Tensor | None = None  # those of the past, then those that wait
+        self.layer = layer
+        self.memory = memory
+        self.out_channels = out_channels
+        self.down = down  # inputs per output
+        self.up = up  # outputs per input
+        self.begin = memory + 1 if reflect else 1  # inputs needed for the first output: the left padding mirrors them
+        self.inputs: Tensor | None = None  # past inputs, then those not yet used
         self.past = 0
 
     def __call__(self, x: Tensor, last: bool) -> Tensor:
@@ -76,7 +80,7 @@ class _Windowed:
         if end == self.past or (end < self.begin and not last):
             self.inputs = x.clone()  # x may be the caller's buffer
             return x.new_zeros(1, self.out_channels, 0)
-        # contiguous: of a view, torch's ELU rounds some elements otherwise than of the whole utterance
+        # contiguous, because torch's ELU rounds some elements of a view differently
         y = self.layer(x[..., :end])[..., self.past // self.down * self.up :].contiguous()
         self.past = min(end, self.memory)
         self.inputs = x[..., end - self.past :].clone()  # a view would keep the whole chunk in memory
@@ -84,7 +88,7 @@ class _Windowed:
 
 
 class _Recurrent:
-    """An LSTM that goes on from the state it stopped at."""
+    """An LSTM that continues from its last state."""
 
     def __init__(self, layer: LSTM) -> None:
         self.layer = layer
@@ -100,7 +104,7 @@ def _stage(layer: nn.Module, reflect: bool) -> Stage:
     match layer:
         case LSTM():
             return _Recurrent(layer)
-        case Conv1d():  # the kernel is 1, 3 or 7 at stride 1 and else two strides: the memory is whole strides
+        case Conv1d():  # the kernel is 1, 3 or 7 at stride 1, otherwise two strides: the memory is whole strides
             memory = layer.kernel - layer.stride
             return _Windowed(layer, memory, layer.out_channels, reflect, down=layer.stride)
         case ConvTranspose1d():
@@ -108,11 +112,11 @@ def _stage(layer: nn.Module, reflect: bool) -> Stage:
             return _Windowed(layer, memory, layer.out_channels, reflect, up=layer.stride)
         case ResidualUnit():
             return _Windowed(layer, RESIDUAL_KERNEL - 1, layer.shortcut.out_channels, reflect)
-    return lambda x, last: layer(x)  # works on each frame by itself
+    return lambda x, last: layer(x)  # processes each frame separately
 
 
 class _Stream:
-    """A part of a codec as a chain of stages, from the first chunk of one utterance to its last."""
+    """A chain of stages that processes one utterance, from its first chunk to its last."""
 
     def __init__(self, codec: StreamableCodec, layers: list[nn.Module]) -> None:
         self._codec = codec
@@ -131,7 +135,7 @@ class _Stream:
 
 def _check(codec: StreamableCodec) -> None:
     if not codec.config.causal:
-        raise ValueError(
+        raise InputError(
             "this codec looks ahead, so it cannot work on a stream: use codec.encode and codec.decode on whole "
             "utterances, or train a codec with causal: true"
         )
@@ -140,14 +144,13 @@ def _check(codec: StreamableCodec) -> None:
 
 
 class StreamingEncoder(_Stream):
-    """Encodes one utterance while it comes in; all codes together are those of `codec.encode` up to rounding.
+    """Encodes an utterance incrementally; the concatenated codes equal `codec.encode` up to rounding.
 
-    A frame comes as soon as its samples are there; with pad_mode reflect the first seven come together, because the
-    beginning is mirrored. Only the first `layers` codebooks are searched (all when None). The latents are equal but
-    for the last bits, because torch's kernels add in another order when there are fewer frames; so the codes are equal
-    too, except in a frame that lies between two codes within that rounding: there, and in its later layers, they may
-    be others that are as near.
-    Raises ValueError for a codec that is not causal or in training mode.
+    Each frame is returned as soon as its samples are complete; with pad_mode reflect the first seven are returned
+    together, because the beginning is mirrored. Only the first `layers` codebooks are searched (all when None). Latents
+    differ from `codec.encode` in the last bits only, because torch's kernels sum in another order for fewer frames; so
+    the codes differ only in frames that are equally close to two codes within that rounding, and in later layers there.
+    Raises InputError for a codec that is not causal or `layers` out of range, ValueError in training mode.
 
     >>> encoder = StreamingEncoder(codec)
     >>> ids = [encoder.push(samples) for samples in microphone] + [encoder.finish()]
@@ -156,24 +159,27 @@ class StreamingEncoder(_Stream):
     def __init__(self, codec: StreamableCodec, layers: int | None = None) -> None:
         _check(codec)
         if layers is not None and not 1 <= layers <= codec.num_codebooks:
-            raise ValueError(f"layers must be 1..{codec.num_codebooks}, got {layers}")
+            raise InputError(f"layers must be 1..{codec.num_codebooks}, got {layers}")
         assert isinstance(codec.encoder, SEANetEncoder)  # the only causal one
-        super().__init__(codec, [*codec.encoder.layers, *([codec.latent_norm] if codec.latent_norm else [])])
+        stages = list(codec.encoder.layers)
+        if codec.latent_norm is not None:
+            stages.append(codec.latent_norm)
+        super().__init__(codec, stages)
         self._layers = layers
 
     def push(self, samples: Tensor) -> Tensor:
         """The next samples float [n], any n >= 0 -> the frames that are complete now, long [Q, t].
 
-        Raises ValueError for another shape, non-finite samples, or after `finish`.
+        Raises ValueError if the shape is not [n], for NaN or infinite samples, and after `finish`.
         """
         if samples.ndim != 1:
             raise ValueError(f"expected samples float [n] of one utterance, got shape {tuple(samples.shape)}")
         if not torch.isfinite(samples).all():
-            raise ValueError("the samples hold NaN or infinite values")
+            raise ValueError("the samples contain NaN or infinite values")
         return self._step(samples, last=False)
 
     def finish(self) -> Tensor:
-        """The frames that are left, long [Q, t]; the encoder is used up then."""
+        """The remaining frames, long [Q, t]; the encoder cannot be used afterwards."""
         return self._step(self._codec.codebooks.new_zeros(0), last=True)
 
     @torch.no_grad()
@@ -183,10 +189,10 @@ class StreamingEncoder(_Stream):
 
 
 class StreamingDecoder(_Stream):
-    """Speaks one utterance while its codes come in; all samples together are those of `codec.decode` up to rounding.
+    """Decodes an utterance incrementally; the concatenated samples equal `codec.decode` up to rounding.
 
-    A frame gives its samples at once; with pad_mode reflect the first seven wait for each other.
-    Raises ValueError for a codec that is not causal or in training mode.
+    The samples of a frame are returned at once; with pad_mode reflect those of the first seven frames together.
+    Raises InputError for a codec that is not causal, ValueError in training mode.
     """
 
     def __init__(self, codec: StreamableCodec) -> None:
@@ -196,7 +202,7 @@ class StreamingDecoder(_Stream):
     def push(self, ids: Tensor) -> Tensor:
         """The next frames, long [Q', t] with Q' <= Q layers and any t >= 0 -> the samples complete now, float [n].
 
-        Raises ValueError for another shape, or after `finish`.
+        Raises ValueError if the shape is not [Q', t], and after `finish`.
         """
         if ids.ndim != 2 or not 1 <= len(ids) <= self._codec.num_codebooks:
             expected = f"ids long [1..{self._codec.num_codebooks}, t] of one utterance"
@@ -204,7 +210,7 @@ class StreamingDecoder(_Stream):
         return self._step(ids, last=False)
 
     def finish(self) -> Tensor:
-        """The samples that are left, float [n]; the decoder is used up then."""
+        """The remaining samples, float [n]; the decoder cannot be used afterwards."""
         return self._step(torch.zeros(1, 0, dtype=torch.long), last=True)
 
     @torch.no_grad()
@@ -214,12 +220,14 @@ class StreamingDecoder(_Stream):
 
 
 def in_chunks(stream: StreamingEncoder | StreamingDecoder, x: Tensor, frames: int, hop: int = 1) -> Tensor:
-    """All of x through a new stream, at most `frames` frames of `hop` elements at a time; what comes out, in one piece.
+    """Run all of x through a new stream, at most `frames` frames of `hop` elements at a time; the concatenated output.
 
-    The chunks are whole frames and of about one length: torch's kernels round short and odd ones differently. What
-    comes out is equal to that of one piece up to rounding, see `StreamingEncoder`.
+    The chunks are whole frames of about equal length, because torch's kernels round short and odd ones differently. The
+    output equals that of a single pass up to rounding, see `StreamingEncoder`.
     """
     total = math.ceil(x.shape[-1] / hop)
     length = math.ceil(total / math.ceil(total / frames)) * hop
     *chunks, last = x.split(length, -1)
-    return torch.cat([*(stream._step(chunk, last=False) for chunk in chunks), stream._step(last, last=True)], -1)
+    outputs = [stream._step(chunk, last=False) for chunk in chunks]
+    outputs.append(stream._step(last, last=True))
+    return torch.cat(outputs, -1)

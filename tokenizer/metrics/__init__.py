@@ -1,4 +1,4 @@
-"""How good codes and decoded speech are: waveforms or codes come in, figures with a stated definition go out.
+"""Metrics of codes and decoded speech, each with a stated definition.
 
-Speech quality, prosody, use and content of codes, and voice conversion with its baseline.
+Speech quality, prosody, usage and content of codes, and voice conversion with its baseline.
 """

@@ -1,4 +1,4 @@
-"""What the codes of a trained tokenizer hold: codebook use, phones, voices."""
+"""What the codes of a trained tokenizer contain: codebook usage, phone and speaker information."""
 
 from collections.abc import Sequence
 
@@ -11,22 +11,22 @@ from tokenizer.rates import HOP_LENGTH
 
 
 def codebook_usage(ids: np.ndarray, size: int) -> dict[str, float]:
-    """Use of one codebook over a corpus, ids int [M]: codes used, dead ones, and perplexity exp(entropy)."""
+    """Usage of one codebook over a corpus, ids int [M]: used and dead codes, and perplexity exp(entropy)."""
     return usage_of_counts(np.bincount(ids, minlength=size))
 
 
 def usage_of_counts(counts: np.ndarray) -> dict[str, float]:
-    """As `codebook_usage`, from how often each code was used, int [K]."""
+    """As `codebook_usage`, from the number of uses of each code, int [K]."""
     share = counts[counts > 0] / counts.sum()
     used = int((counts > 0).sum())
     return {"used": used, "dead": len(counts) - used, "perplexity": float(np.exp(-(share * np.log(share)).sum()))}
 
 
 def label_information(ids: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
-    """How much the codes int [M] tell about the label of their frame (HuBERT, arXiv 2106.07447, section IV-C).
+    """Information in the codes int [M] about the labels of their frames (HuBERT, arXiv 2106.07447, section IV-C).
 
-    purity: share of frames whose label is the most frequent one of their code.
-    pnmi: mutual information of codes and labels divided by the labels' entropy; 1 when codes determine labels.
+    purity: fraction of frames whose label is the most frequent one of their code.
+    pnmi: mutual information of codes and labels divided by the entropy of the labels; 1 if codes determine labels.
     """
     names, label_ids = np.unique(np.asarray(labels), return_inverse=True)
     joint = np.zeros((int(ids.max()) + 1, len(names)))
@@ -40,9 +40,9 @@ def label_information(ids: np.ndarray, labels: Sequence[str]) -> dict[str, float
 
 
 def speaker_accuracy(utterances: Sequence[np.ndarray], speakers: Sequence[str], size: int) -> float:
-    """Can one code histogram per utterance tell who speaks? Nearest class mean, every second utterance held out.
+    """Accuracy of classifying speakers by code histograms: nearest class mean, every second utterance held out.
 
-    utterances: codes int [T_i] of one layer; size: K. Chance is one over the number of speakers.
+    utterances: codes int [T_i] of one layer; size: K. Chance level is one over the number of speakers.
     """
     histograms = np.stack([np.sqrt(np.bincount(ids, minlength=size) / len(ids)) for ids in utterances])
     names, labels = np.unique(np.asarray(speakers), return_inverse=True)
@@ -56,7 +56,7 @@ def speaker_accuracy(utterances: Sequence[np.ndarray], speakers: Sequence[str], 
 
 
 def log_mel_features(waveform: Tensor) -> np.ndarray:
-    """Baseline features without any learning: log-mel, two 10 ms frames stacked, normalised over the utterance.
+    """Baseline features without training: log-mel, two 10 ms frames stacked, normalised over the utterance.
 
     waveform float [N] at 16 kHz -> float [ceil(N / 320), 160].
     """

@@ -1,16 +1,16 @@
 """FreeVC, the voice conversion of the paper's Table 2, from its published files and for inference only.
 
 FreeVC (Li, Tu, Xiao 2022, "FreeVC: Towards high-quality text-free one-shot voice conversion", repository
-OlaWod/FreeVC) lets what WavLM hears in the source through a bottleneck and speaks it in the voice that a speaker
-encoder hears in the target. Module and parameter names are those of the published checkpoints.
+OlaWod/FreeVC) passes WavLM features of the source through a bottleneck and decodes them conditioned on a speaker
+embedding of the target. Module and parameter names are those of the published checkpoints.
 
-Not run with the published weights: they could not be had here. With random weights every part has been compared with
-another implementation of FreeVC, and the audio agrees to 1e-6; how the published model sounds is unmeasured.
+Not run with the published weights, which were not available. With random weights every part has been compared with
+another implementation of FreeVC, and the audio agrees to 1e-6; the quality of the published model is unmeasured.
 """
 
 import json
 import math
-from itertools import pairwise, repeat
+from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -20,38 +20,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
+from tokenizer.errors import InputError
 from tokenizer.pretrained import check_folder, load_complete
 from tokenizer.rates import HOP_LENGTH, SAMPLE_RATE
 
 SHORTEST = 1_600  # samples, 0.1 s
-VOICE = 256  # G, width of the speaker encoder and its embeddings
-FILES = {  # and where the repository keeps them
+SPEAKER_WIDTH = 256  # G, width of the speaker encoder and its embeddings
+FILES = {  # file: its folder in the repository
     "freevc.json": "configs/",
     "freevc.pth": "checkpoints/",
     "pretrained_bak_5805000.pt": "speaker_encoder/ckpt/",
 }
 TRAINING_ONLY = (
-    "enc_q.",  # the posterior encoder, which hears the source's spectrogram
+    "enc_q.",  # the posterior encoder, which receives the spectrogram of the source
     "similarity_weight",  # scale and offset in the speaker encoder's loss
     "similarity_bias",
 )
 
 
 class GatedConvolutions(nn.Module):
-    """WaveNet's gated layers without dilation: hidden float [B, H, T], voice float [B, G, 1] -> float [B, H, T]."""
+    """WaveNet's gated layers without dilation: hidden float [B, H, T], speaker float [B, G, 1] -> float [B, H, T]."""
 
-    def __init__(self, width: int, layers: int, voice: int = 0):
-        """voice: G, 0 for none."""
+    def __init__(self, width: int, layers: int, speaker_width: int = 0):
+        """speaker_width: G, or 0 for no conditioning."""
         super().__init__()
-        outputs = [2 * width] * (layers - 1) + [width]  # the last layer has no successor to hand a residual to
+        outputs = [2 * width] * (layers - 1) + [width]  # the last layer has no residual output
         self.in_layers = nn.ModuleList(nn.Conv1d(width, 2 * width, 5, padding=2) for _ in outputs)
         self.res_skip_layers = nn.ModuleList(nn.Conv1d(width, output, 1) for output in outputs)
-        self.cond_layer = nn.Conv1d(voice, 2 * width * layers, 1) if voice else None
+        self.cond_layer = nn.Conv1d(speaker_width, 2 * width * layers, 1) if speaker_width else None
 
-    def forward(self, hidden: Tensor, voice: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, speaker: Tensor | None = None) -> Tensor:
         width, skipped = hidden.shape[1], torch.zeros_like(hidden)
-        biases = repeat(0.0) if self.cond_layer is None else self.cond_layer(voice).chunk(len(self.in_layers), 1)
-        for convolve, mix, bias in zip(self.in_layers, self.res_skip_layers, biases, strict=False):
+        layers = len(self.in_layers)
+        biases = [0.0] * layers if self.cond_layer is None else self.cond_layer(speaker).chunk(layers, 1)
+        for convolve, mix, bias in zip(self.in_layers, self.res_skip_layers, biases, strict=True):
             signal, gate = (convolve(hidden) + bias).chunk(2, 1)
             mixed = mix(signal.tanh() * gate.sigmoid())
             hidden, skipped = hidden + mixed[:, :width], skipped + mixed[:, -width:]
@@ -72,30 +74,30 @@ class ContentEncoder(nn.Module):
 
 
 class InverseCoupling(nn.Module):
-    """One step of the flow backwards: the second half of z float [B, D, T] loses what the first half says of it."""
+    """Inverse coupling layer of the flow: shifts the second half of z float [B, D, T] depending on the first."""
 
     def __init__(self, dimension: int, width: int):
         super().__init__()
         self.pre = nn.Conv1d(dimension // 2, width, 1)
-        self.enc = GatedConvolutions(width, layers=4, voice=VOICE)
+        self.enc = GatedConvolutions(width, layers=4, speaker_width=SPEAKER_WIDTH)
         self.post = nn.Conv1d(width, dimension // 2, 1)
 
-    def forward(self, z: Tensor, voice: Tensor) -> Tensor:
-        kept, moved = z.chunk(2, 1)
-        return torch.cat([kept, moved - self.post(self.enc(self.pre(kept), voice))], 1)
+    def forward(self, z: Tensor, speaker: Tensor) -> Tensor:
+        kept, shifted = z.chunk(2, 1)
+        return torch.cat([kept, shifted - self.post(self.enc(self.pre(kept), speaker))], 1)
 
 
 class InverseFlow(nn.Module):
-    """From the content's z to the z of a voice, float [B, D, T]: four couplings, channels reversed between them."""
+    """Maps the content's z to a speaker's z, float [B, D, T]: four couplings with reversed channels in between."""
 
     def __init__(self, dimension: int, width: int):
         super().__init__()
-        # the published list has a reversal without parameters at every odd place
-        self.flows = nn.ModuleDict({str(place): InverseCoupling(dimension, width) for place in (0, 2, 4, 6)})
+        # the odd indices of the published list are channel reversals without parameters
+        self.flows = nn.ModuleDict({str(index): InverseCoupling(dimension, width) for index in (0, 2, 4, 6)})
 
-    def forward(self, z: Tensor, voice: Tensor) -> Tensor:
-        for coupling in list(self.flows.values())[::-1]:
-            z = coupling(z.flip(1), voice)
+    def forward(self, z: Tensor, speaker: Tensor) -> Tensor:
+        for coupling in reversed(list(self.flows.values())):
+            z = coupling(z.flip(1), speaker)
         return z
 
 
@@ -114,23 +116,28 @@ class ResidualBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """HiFi-GAN (Kong et al. 2020): z float [B, D, T], voice float [B, G, 1] -> waveform float [B, 1, 320 T]."""
+    """HiFi-GAN (Kong et al. 2020): z float [B, D, T], speaker float [B, G, 1] -> waveform float [B, 1, 320 T]."""
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
         width, rates = config["upsample_initial_channel"], config["upsample_rates"]
-        shapes = list(zip(config["resblock_kernel_sizes"], config["resblock_dilation_sizes"], strict=True))
+        blocks = list(zip(config["resblock_kernel_sizes"], config["resblock_dilation_sizes"], strict=True))
         widths = [width // 2**step for step in range(len(rates) + 1)]
         steps = zip(pairwise(widths), config["upsample_kernel_sizes"], rates, strict=True)
         self.conv_pre = nn.Conv1d(config["inter_channels"], width, 7, padding=3)
-        self.cond = nn.Conv1d(VOICE, width, 1)
-        self.ups = nn.ModuleList(nn.ConvTranspose1d(*ab, k, rate, (k - rate) // 2) for ab, k, rate in steps)
-        self.resblocks = nn.ModuleList(ResidualBlock(width, *shape) for width in widths[1:] for shape in shapes)
+        self.cond = nn.Conv1d(SPEAKER_WIDTH, width, 1)
+        self.ups = nn.ModuleList(
+            nn.ConvTranspose1d(wide, narrow, kernel, rate, padding=(kernel - rate) // 2)
+            for (wide, narrow), kernel, rate in steps
+        )
+        self.resblocks = nn.ModuleList(
+            ResidualBlock(width, kernel, dilations) for width in widths[1:] for kernel, dilations in blocks
+        )
         self.conv_post = nn.Conv1d(widths[-1], 1, 7, padding=3, bias=False)
-        self.parallel = len(shapes)
+        self.parallel = len(blocks)
 
-    def forward(self, z: Tensor, voice: Tensor) -> Tensor:
-        hidden = self.conv_pre(z) + self.cond(voice)
+    def forward(self, z: Tensor, speaker: Tensor) -> Tensor:
+        hidden = self.conv_pre(z) + self.cond(speaker)
         for step, up in enumerate(self.ups):
             hidden = up(F.leaky_relu(hidden, 0.1))
             blocks = self.resblocks[step * self.parallel : (step + 1) * self.parallel]
@@ -139,27 +146,27 @@ class Generator(nn.Module):
 
 
 class Synthesizer(nn.Module):
-    """What `freevc.pth` holds: content float [B, C, T], voice float [B, G] -> waveform float [B, 320 T]."""
+    """The network in `freevc.pth`: content float [B, C, T], speaker float [B, G] -> waveform float [B, 320 T]."""
 
     def __init__(self, config: dict[str, Any]):
-        """config: the "model" of freevc.json."""
+        """config: the "model" entry of freevc.json."""
         super().__init__()
         dimension, width = config["inter_channels"], config["hidden_channels"]
         self.enc_p = ContentEncoder(config["ssl_dim"], width, dimension)
         self.flow = InverseFlow(dimension, width)
         self.dec = Generator(config)
 
-    def forward(self, content: Tensor, voice: Tensor, generator: torch.Generator) -> Tensor:
+    def forward(self, content: Tensor, speaker: Tensor, generator: torch.Generator) -> Tensor:
         mean, log_std = self.enc_p(content)
         noise = torch.randn(mean.shape, generator=generator).to(mean)
-        voice = voice[..., None]
-        return self.dec(self.flow(mean + noise * log_std.exp(), voice), voice)[:, 0]
+        speaker = speaker[..., None]
+        return self.dec(self.flow(mean + noise * log_std.exp(), speaker), speaker)[:, 0]
 
 
 class SpeakerEncoder(nn.Module):
-    """The voice of an utterance, waveform float [N] -> unit vector float [1, G] (GE2E, Wan et al. 2018).
+    """Speaker embedding of a waveform float [N] -> unit vector float [1, G] (GE2E, Wan et al. 2018).
 
-    It is the mean over windows of 1.6 s, every 0.77 s, of which the last is at least three quarters speech.
+    The mean over windows of 1.6 s, one every 0.77 s; at least three quarters of the last one lie within the waveform.
     """
 
     filters: Tensor
@@ -167,14 +174,14 @@ class SpeakerEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(40, VOICE, num_layers=3, batch_first=True)
-        self.linear = nn.Linear(VOICE, VOICE)
+        self.lstm = nn.LSTM(40, SPEAKER_WIDTH, num_layers=3, batch_first=True)
+        self.linear = nn.Linear(SPEAKER_WIDTH, SPEAKER_WIDTH)
         filters = melscale_fbanks(201, 0.0, SAMPLE_RATE / 2, 40, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
         self.register_buffer("filters", filters.T, persistent=False)
         self.register_buffer("window", torch.hann_window(400), persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
-        frames, step, hop = 160, 77, 160  # frames a window, between windows, and samples between frames
+        frames, step, hop = 160, 77, 160  # frames per window, frames between windows, samples per frame
         last = max(0, len(waveform) // hop - frames * 3 // 4) // step
         waveform = F.pad(waveform, (0, max(0, (last * step + frames) * hop - len(waveform))))
         spectrum = torch.stft(waveform, 400, hop, window=self.window, return_complex=True)
@@ -185,7 +192,7 @@ class SpeakerEncoder(nn.Module):
 
 
 class FreeVC(nn.Module):
-    """Any voice for any utterance, at 16 kHz.
+    """One-shot voice conversion from any speaker to any other, at 16 kHz.
 
     >>> freevc = FreeVC.from_pretrained("FOLDER")
     >>> converted = freevc.convert(source, target)
@@ -195,7 +202,9 @@ class FreeVC(nn.Module):
 
     def __init__(self, synthesizer: Synthesizer, speaker_encoder: SpeakerEncoder, wavlm: Any):
         super().__init__()
-        self.synthesizer, self.speaker_encoder, self.wavlm = synthesizer, speaker_encoder, wavlm
+        self.synthesizer = synthesizer
+        self.speaker_encoder = speaker_encoder
+        self.wavlm = wavlm
         self.eval().requires_grad_(False)
 
     @classmethod
@@ -203,7 +212,7 @@ class FreeVC(nn.Module):
         """Load the published freevc.json, freevc.pth and pretrained_bak_5805000.pt from one folder.
 
         wavlm: hub name or transformers folder of WavLM-Large.
-        Raises FileNotFoundError naming the missing files, ValueError where a file is another model's.
+        Raises FileNotFoundError listing missing files, InputError if a file belongs to another model.
         """
         from transformers import AutoModel
 
@@ -218,7 +227,7 @@ class FreeVC(nn.Module):
         model = load_complete(AutoModel, wavlm)
         kind, width = model.config.model_type, model.config.hidden_size
         if (kind, width) != ("wavlm", config["ssl_dim"]):
-            raise ValueError(
+            raise InputError(
                 f"{wavlm} is a {kind} model of width {width}: {folder} needs WavLM of width {config['ssl_dim']} "
                 "(microsoft/wavlm-large for the published FreeVC)"
             )
@@ -226,31 +235,30 @@ class FreeVC(nn.Module):
 
     @torch.no_grad()
     def convert(self, source: Tensor, target: Tensor, seed: int = 0) -> Tensor:
-        """What `source` says, in the voice of `target`: both float [N] at 16 kHz, of any lengths from 0.1 s.
+        """Convert `source` to the voice of `target`, both float [N] at 16 kHz, at least 0.1 s, on the model's device.
 
-        Gives float [320 T], T = (N - 80) // 320 frames of WavLM. The seed of z's noise: the same seed, the same audio.
-        Both waveforms on the model's device. Raises ValueError where one is too short, silent, not finite or not [N].
+        Returns float [320 T], T = (N - 80) // 320 frames of WavLM. seed: of the noise in z; fixes the result.
+        Raises InputError if a waveform is too short, silent or not finite, ValueError if its shape is not [N].
         """
-        _check_sound("source", source)
-        _check_sound("target", target)
-        content = self.wavlm(source[None]).last_hidden_state.mT  # no normalisation: FreeVC learnt without
-        voice = self.speaker_encoder(_trimmed(target))
-        return self.synthesizer(content, voice, torch.Generator().manual_seed(seed))[0]
+        _check_waveform("source", source)
+        _check_waveform("target", target)
+        content = self.wavlm(source[None]).last_hidden_state.mT  # not normalised, as in the training of FreeVC
+        speaker = self.speaker_encoder(_trimmed(target))
+        return self.synthesizer(content, speaker, torch.Generator().manual_seed(seed))[0]
 
 
-def _check_sound(name: str, waveform: Tensor) -> None:
-    """Raise ValueError for what is no sound to convert."""
-    if waveform.dim() != 1 or len(waveform) < SHORTEST:
-        raise ValueError(
-            f"the {name} has shape {list(waveform.shape)}: expected one waveform float [N] at 16 kHz "
-            f"with at least {SHORTEST} samples (0.1 s)"
-        )
+def _check_waveform(name: str, waveform: Tensor) -> None:
+    """Raise ValueError for a wrong shape, InputError for a waveform that cannot be converted."""
+    if waveform.dim() != 1:
+        raise ValueError(f"the {name} has shape {list(waveform.shape)}: expected one waveform float [N] at 16 kHz")
+    if len(waveform) < SHORTEST:
+        raise InputError(f"the {name} has {len(waveform)} samples: expected at least {SHORTEST} (0.1 s) at 16 kHz")
     if not 0 < waveform.abs().max() < math.inf:
-        raise ValueError(f"the {name} is silent or not finite: expected speech")
+        raise InputError(f"the {name} is silent or not finite: expected speech")
 
 
 def _trimmed(waveform: Tensor) -> Tensor:
-    """Without the ends that are 20 dB below the loudest window of 2048 samples, in steps of 512 (librosa's trim)."""
+    """Remove ends more than 20 dB below the loudest window of 2048 samples, in steps of 512 (as librosa's trim)."""
     step = 512
     windows = F.pad(waveform[None], (1024, 1024), "reflect")[0].unfold(0, 2048, step)
     power = windows.square().mean(1)
@@ -259,9 +267,9 @@ def _trimmed(waveform: Tensor) -> Tensor:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise FileNotFoundError naming which published files are missing and what the folder holds."""
+    """Raise FileNotFoundError listing the missing published files and the contents of the folder."""
     found = sorted(path.name for path in folder.glob("*"))
-    if missing := [f"{name} (from {place})" for name, place in FILES.items() if name not in found]:
+    if missing := [f"{name} (from {subfolder})" for name, subfolder in FILES.items() if name not in found]:
         raise FileNotFoundError(
             f"{folder} is not the folder of FreeVC: it lacks {', '.join(missing)} of OlaWod/FreeVC, "
             f"and holds {', '.join(found) or 'nothing'}"
@@ -269,27 +277,27 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
-    """Raise ValueError for a sister of FreeVC that the modules above are not: freevc-s, freevc-24."""
-    expected = {"use_spk": True, "resblock": "1", "gin_channels": VOICE}
+    """Raise InputError for variants of FreeVC with another architecture: freevc-s, freevc-24."""
+    expected = {"use_spk": True, "resblock": "1", "gin_channels": SPEAKER_WIDTH}
     differences = {name: config.get(name) for name, value in expected.items() if config.get(name) != value}
     problems = [f"{name} is {value!r}, not {expected[name]!r}" for name, value in differences.items()]
     if math.prod(rates := config.get("upsample_rates", [])) != HOP_LENGTH:
         problems.append(f"upsample_rates is {rates}, not of product {HOP_LENGTH}")
     if problems:
-        raise ValueError(f"{folder / 'freevc.json'} is not the configuration of FreeVC: {'; '.join(problems)}")
+        raise InputError(f"{folder / 'freevc.json'} is not the configuration of FreeVC: {'; '.join(problems)}")
 
 
 def _load(module: nn.Module, file: Path, key: str) -> None:
-    """Give a module a checkpoint's parameters; every one must have its place, and every place its parameter."""
+    """Load the parameters of a checkpoint, which must match those of the module one to one."""
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)[key]
-        module.load_state_dict(_plain(weights))
+        module.load_state_dict(_inference_weights(weights))
     except (KeyError, RuntimeError, UnpicklingError) as error:
-        raise ValueError(f"{file} is not the published one, or not of this freevc.json: {error}") from error
+        raise InputError(f"{file} is not the published one, or not of this freevc.json: {error}") from error
 
 
-def _plain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published parameters with weight normalisation worked out, w = g v / |v|, and without those of training."""
+def _inference_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published parameters with weight normalisation applied, w = g v / |v|, without those used in training only."""
     plain = {}
     for name, value in weights.items():
         if name.startswith(TRAINING_ONLY) or name.endswith(".weight_g"):

@@ -1,4 +1,4 @@
-"""How much text the codes hold: what a small recogniser of fixed size reads from them, trained on nothing else."""
+"""How much text the codes contain: a small recogniser of fixed size, trained on the codes alone."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.corpus import CorpusError
+
 BATCH, WIDTH, PEAK_RATE = 32, 128, 3e-3
 
 
 class _Recogniser(nn.Module):
-    """Codes to scores of characters, label 0 the blank of CTC. What it says does not depend on the batch."""
+    """Codes to scores of characters; label 0 is the CTC blank. The output does not depend on the batch."""
 
     def __init__(self, codebook_size: int, labels: int):
         super().__init__()
@@ -28,7 +30,7 @@ class _Recogniser(nn.Module):
         lengths = torch.tensor([len(row) for row in codes])
         frames = torch.arange(padded.shape[1])
         speech = frames < lengths[:, None]
-        # a bidirectional LSTM of packed sequences would be this, but its gradient takes fifteen times as long on a CPU
+        # equals a bidirectional LSTM over packed sequences, whose gradient takes fifteen times as long on a CPU
         mirror = torch.where(speech, lengths[:, None] - 1 - frames, frames)[..., None].expand(-1, -1, WIDTH)
         x = self.dropout(self.embedding(padded)).transpose(1, 2)
         for convolution in self.convolutions:
@@ -42,17 +44,18 @@ class _Recogniser(nn.Module):
 def ctc_probe(
     train: Sequence[tuple[Tensor, str]], test: Sequence[Tensor], codebook_size: int, steps: int, seed: int = 0
 ) -> list[str]:
-    """What a small recogniser reads in the test's codes after `steps` steps on the training codes and their texts.
+    """Train a small recogniser for `steps` steps on codes and their texts; returns its texts for the test codes.
 
-    Codes are long [T], of one layer. The protocol is fixed, so that error rates of two kinds of codes can be compared:
+    Codes are long [T], of one layer. The protocol is fixed, so that error rates of different codes can be compared:
     embedding of 128, two convolutions over 5 frames, a bidirectional LSTM of 128, dropout 0.2; CTC (Graves et al.,
     2006) over the characters of the training texts; AdamW, one cycle up to 3e-3, gradients clipped at norm 1; batches
-    of 32 drawn in a new order every pass; greedy decoding. On the CPU, where the seed decides everything.
-    The idea is DASB's (arXiv 2406.14294): codes that a probe cannot read, no language model will.
+    of 32 in a new order every epoch; greedy decoding. Runs on the CPU, so that the seed determines the result.
+    The idea is DASB's (arXiv 2406.14294): a language model will not recognise what a probe cannot.
+    Raises CorpusError if there are no training texts.
     """
     characters = sorted({character for _, text in train for character in text})
     if not characters:
-        raise ValueError("the probe learns from texts, and the training utterances have none")
+        raise CorpusError("the probe is trained on texts, but the training utterances have none")
     labels = {character: label for label, character in enumerate(characters, 1)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -78,7 +81,7 @@ def ctc_probe(
 
 @torch.no_grad()
 def _read(model: _Recogniser, test: Sequence[Tensor], characters: list[str]) -> list[str]:
-    """Greedy decoding: the best label of every frame, repetitions and blanks skipped."""
+    """Greedy decoding: the best label of every frame, without repetitions and blanks."""
     texts = []
     for first in range(0, len(test), BATCH):
         scores, lengths = model(test[first : first + BATCH])

@@ -1,4 +1,4 @@
-"""How close reconstructed speech comes to the original: PESQ, STOI, SI-SDR and a mel distance, one definition each."""
+"""Quality of reconstructed speech compared to the original: PESQ, STOI, SI-SDR and a mel distance."""
 
 import functools
 import warnings
@@ -15,23 +15,23 @@ from torchaudio.transforms import MelSpectrogram
 from tokenizer.audio import SILENCE_PEAK
 from tokenizer.errors import InputError
 from tokenizer.interface import Codec
-from tokenizer.rates import SAMPLE_RATE  # at which all is measured: wide-band PESQ is defined for no other
+from tokenizer.rates import SAMPLE_RATE  # of all metrics, because wide-band PESQ is defined for no other
 
 SHORTEST_S = 0.25  # PESQ's own limit
-MAX_SCORED_S = 40.0  # PESQ has room for 50 pieces of speech; with more it overwrites memory: wrong scores, then a crash
-LENGTH_TOLERANCE_S = 0.1  # a codec may add or lose a frame, not more
+MAX_SCORED_S = 40.0  # PESQ's buffers hold 50 speech segments; more corrupt memory: wrong scores, then a crash
+LENGTH_TOLERANCE_S = 0.1  # a codec may add or drop a frame, not more
 
 
 @dataclass(frozen=True)
 class Quality:
-    """One reconstruction measured against its original, both at 16 kHz.
+    """Scores of one reconstruction against its original, both at 16 kHz.
 
     pesq_wb: wide-band PESQ, 1.0 to 4.64, MOS-LQO of ITU-T P.862.2; the one most codec papers report.
     pesq_nb: narrow-band PESQ, 1.0 to 4.55, ITU-T P.862 with the mapping of P.862.1; not comparable with pesq_wb.
     stoi: short-time objective intelligibility, up to 1 (Taal et al. 2011; computed at 10 kHz, not the extended one).
     si_sdr: scale-invariant signal-to-distortion ratio in dB, means removed (Le Roux et al. 2019), within +-156 dB.
     mel_distance: mean absolute difference of log10 mel magnitudes (80 HTK bands up to 8 kHz, Hann window and FFT of
-        1024, hop 256, floor 1e-5); 0 for equal signals, the only one of which less is better.
+        1024, hop 256, floor 1e-5); 0 for equal signals. The only metric for which lower is better.
     """
 
     pesq_wb: float
@@ -42,10 +42,10 @@ class Quality:
 
 
 class QualityError(InputError):
-    """A pair that cannot be scored; `reason` is a word or two, for counting."""
+    """A pair that cannot be scored; `reason` is one or two words, for counting such pairs."""
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)  # both, so that the error survives the way from one process to another
+        super().__init__(reason, detail)  # both, so that the error can be pickled
         self.reason, self.detail = reason, detail
 
     def __str__(self) -> str:
@@ -55,35 +55,41 @@ class QualityError(InputError):
 def speech_quality(original: Tensor | np.ndarray, reconstruction: Tensor | np.ndarray, sample_rate: int) -> Quality:
     """Score a reconstruction float [N] against its original float [N] at `sample_rate` Hz.
 
-    Both are resampled to 16 kHz where need be and cut to the shorter; nothing is aligned and no level is changed.
-    Raises QualityError (reasons: non-finite, lengths differ, too short, too long, silent, pesq failed) for a pair
-    without scores, and ImportError where pesq or pystoi is not installed.
+    Both are resampled to 16 kHz if necessary and cut to the shorter one, but neither aligned nor changed in level.
+    Raises QualityError (reasons: non-finite, lengths differ, too short, too long, silent, pesq failed) for a pair that
+    cannot be scored, and ImportError if pesq or pystoi is not installed.
     """
     pesq, pystoi = _packages()
     a, b = _pair_resampled(original, reconstruction, sample_rate)
-    pair = a.numpy(), b.numpy()
-    try:  # asked not to raise, pesq returns negative numbers that spoil an average
-        wide, narrow = (float(pesq.pesq(SAMPLE_RATE, *pair, mode)) for mode in ("wb", "nb"))
+    clean, degraded = a.numpy(), b.numpy()
+    try:  # let pesq raise, because otherwise it returns negative numbers, which would distort averages
+        wide, narrow = (float(pesq.pesq(SAMPLE_RATE, clean, degraded, mode)) for mode in ("wb", "nb"))
     except pesq.PesqError as error:
         raise QualityError("pesq failed", f"PESQ gives no score: {_text(error)}") from error
-    return Quality(wide, narrow, _stoi(pystoi, *pair), _si_sdr(*pair), _mel_distance(a, b))
+    return Quality(
+        pesq_wb=wide,
+        pesq_nb=narrow,
+        stoi=_stoi(pystoi, clean, degraded),
+        si_sdr=_si_sdr(clean, degraded),
+        mel_distance=_mel_distance(a, b),
+    )
 
 
 def layer_counts(codec: Codec, wanted: Sequence[int] | None = None) -> list[int]:
-    """Numbers of codebooks to decode from, rising: the wanted ones, or 1, 2, 4, ... and all of them when None.
+    """Numbers of codebooks to decode from, ascending: the wanted ones, or 1, 2, 4, ... and all when None.
 
-    Raises ValueError for a number of codebooks the codec does not have.
+    Raises InputError for more codebooks than the codec has.
     """
     most = codec.num_codebooks
     if wanted is None:
         return sorted({2**power for power in range(most.bit_length())} | {most})
     if not wanted or not all(1 <= count <= most for count in wanted):
-        raise ValueError(f"layers must be numbers from 1 to {most}, the codebooks of this codec; got {list(wanted)}")
+        raise InputError(f"layers must be numbers from 1 to {most}, the codebooks of this codec; got {list(wanted)}")
     return sorted(set(wanted))
 
 
 def reconstruct(codec: Codec, waveform: Tensor, counts: Sequence[int]) -> dict[int, Tensor]:
-    """Encode a waveform float [N] once, decode it from each number of codebooks: float [N] on the CPU by number."""
+    """Encode a waveform float [N] once and decode it from each number of codebooks: float [N] on the CPU by number."""
     codes = codec.encode(waveform[None].to(codec.device), layers=max(counts))
     return {count: codec.decode(codes.first(count))[0].cpu() for count in counts}
 
@@ -98,9 +104,9 @@ def _packages() -> tuple[Any, Any]:
 
 
 def resample_to_16_khz(waveform: Tensor | np.ndarray, sample_rate: int, name: str = "recording") -> Tensor:
-    """A waveform float [N] that can be measured, as float32 at 16 kHz on the CPU.
+    """Check a waveform float [N] and return it as float32 at 16 kHz on the CPU.
 
-    Raises QualityError (reasons: non-finite, too short, too long, silent); `name` is what its message calls it.
+    Raises QualityError (reasons: non-finite, too short, too long, silent), whose message uses `name`.
     """
     speech = _finite(waveform, name)
     duration_s = len(speech) / sample_rate
@@ -126,7 +132,7 @@ def _finite(waveform: Tensor | np.ndarray, name: str) -> Tensor:
 def _pair_resampled(
     original: Tensor | np.ndarray, reconstruction: Tensor | np.ndarray, sample_rate: int
 ) -> tuple[Tensor, Tensor]:
-    """Both as float32 [N] of one length at 16 kHz, or a QualityError."""
+    """Both as float32 [N] of equal length at 16 kHz; raises QualityError."""
     pair = {
         name: _finite(waveform, name) for name, waveform in (("original", original), ("reconstruction", reconstruction))
     }
@@ -139,23 +145,23 @@ def _pair_resampled(
 
 
 def _text(error: Exception) -> str:
-    """What pesq says, which is bytes."""
-    said = error.args[0] if error.args else type(error).__name__
-    return said.decode() if isinstance(said, bytes) else str(said)
+    """The message of an error of pesq, which may be bytes."""
+    message = error.args[0] if error.args else type(error).__name__
+    return message.decode() if isinstance(message, bytes) else str(message)
 
 
 def _stoi(pystoi: Any, original: np.ndarray, reconstruction: np.ndarray) -> float:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)  # too little speech: it warns and returns 1e-5
+        warnings.simplefilter("error", RuntimeWarning)  # for too little speech it only warns and returns 1e-5
         try:
             return float(pystoi.stoi(original, reconstruction, SAMPLE_RATE))
         except RuntimeWarning as error:
-            detail = "STOI needs about 0.4 s of speech (frames within 40 dB of the loudest), this holds less"
+            detail = "STOI needs about 0.4 s of speech (frames within 40 dB of the loudest), this recording has less"
             raise QualityError("too short", detail) from error
 
 
 def _si_sdr(original: np.ndarray, reconstruction: np.ndarray) -> float:
-    """With c the cosine between the two: the part along the original has energy c^2, the rest 1 - c^2."""
+    """SI-SDR in dB from the cosine c of the two: the part along the original has energy c^2, the rest 1 - c^2."""
     a, b = (x - x.mean() for x in (original.astype(np.float64), reconstruction.astype(np.float64)))
     limits = np.finfo(np.float64)
     share = np.clip((a @ b) ** 2 / max((a @ a) * (b @ b), limits.tiny), limits.eps, 1 - limits.eps)

@@ -1,4 +1,4 @@
-"""The other ways to turn speech into tokens, behind the codec's interface: waveforms come in, tokens go out.
+"""The other ways to turn speech into tokens, with the same interface as the codec.
 
-Published codecs give codes, k-means units codes of one layer, encoders continuous features, recognisers text.
+Published codecs return codes, k-means units codes of one layer, encoders continuous features, recognisers text.
 """

@@ -1,4 +1,4 @@
-"""Continuous "soft" tokens: the frames of a frozen speech encoder, 50 a second."""
+"""Continuous features: the frames of a frozen speech encoder, 50 per second."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenizer.errors import InputError
 from tokenizer.frames import frame_count, split_utterances
 from tokenizer.interface import Features
 from tokenizer.pretrained import check_folder, load_complete, module_fingerprint, read_pretrained_json, write_settings
@@ -15,7 +16,7 @@ from tokenizer.training.teachers import SemanticTeacher
 
 
 class WhisperFrames(nn.Module):
-    """Output of a Whisper encoder, one frame per 320 samples; longer speech in windows of 30 s, one after the other."""
+    """Output of a Whisper encoder, one frame per 320 samples; longer speech in consecutive windows of 30 s."""
 
     def __init__(self, encoder: Any, extractor: Any):
         """encoder: transformers' WhisperEncoder; extractor: its WhisperFeatureExtractor."""
@@ -32,7 +33,7 @@ class WhisperFrames(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "WhisperFrames":
-        """Load the encoder of a transformers Whisper folder or hub name; the decoder is skipped."""
+        """Load the encoder of a transformers Whisper folder or hub name; without the decoder."""
         from transformers import AutoFeatureExtractor, WhisperModel
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -42,7 +43,7 @@ class WhisperFrames(nn.Module):
 
     @torch.no_grad()
     def forward(self, waveform: Tensor) -> Tensor:
-        """One utterance float [1, N] at 16 kHz -> float [1, ceil(N / 320), C]. Whisper hears silence behind it."""
+        """One utterance float [1, N] at 16 kHz -> float [1, ceil(N / 320), C]; padded with silence to 30 s."""
         windows = [window.cpu().numpy() for window in waveform[0].split(self.extractor.n_samples)]
         mel = self.extractor(windows, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
         states = [self.model(window[None]).last_hidden_state for window in mel.to(self.model.device)]
@@ -63,19 +64,20 @@ class FeatureEncoder(nn.Module):
     def from_pretrained(cls, name: str | Path, layer: int | str | None = None) -> "FeatureEncoder":
         """Load a transformers folder or hub name, e.g. facebook/hubert-base-ls960 or openai/whisper-small.
 
-        layer: index into the hidden states, or "avg", their mean (None too); Whisper has its output only.
+        layer: index into the hidden states, or "avg" (also None), their mean; must be None for Whisper.
+        Raises InputError for another kind of model, or a layer that it does not have.
         """
         check_folder(name, ["config.json", "preprocessor_config.json"], "a HuBERT, WavLM, wav2vec 2.0 or Whisper model")
         if read_pretrained_json(name, "config.json").get("model_type") != "whisper":
             return cls(SemanticTeacher.from_pretrained(name, "avg" if layer is None else layer))
         if layer is not None:
-            raise ValueError(
-                f"{name} is a Whisper model: its encoder's output is taken, so leave out the layer {layer}"
+            raise InputError(
+                f"{name} is a Whisper model, of which only the encoder's output is available: omit the layer {layer}"
             )
         return cls(WhisperFrames.from_pretrained(name))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model with its preprocessing, and which layer is meant."""
+        """Write the model, its preprocessor settings and the layer."""
         if isinstance(self.model, WhisperFrames):
             self.model.model.save_pretrained(folder)
             self.model.extractor.save_pretrained(folder)
@@ -93,7 +95,7 @@ class FeatureEncoder(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Identity of weights, layer and preprocessing."""
+        """Hash of weights, layer and preprocessing."""
         return self.model.fingerprint
 
     @property
@@ -104,7 +106,7 @@ class FeatureEncoder(nn.Module):
     def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> Features:
         """Waveforms float [B, N] at 16 kHz -> ceil(n / 320) frames for an utterance of n samples.
 
-        Each utterance by itself: what is normalised over time must not hear the padding of a batch.
+        Each utterance is encoded separately, because normalisation over time must not include padding.
         """
         frames = [self.model(samples[None])[0].cpu() for samples in split_utterances(waveform, lengths)]
         sizes = torch.tensor([len(x) for x in frames])

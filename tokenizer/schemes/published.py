@@ -1,4 +1,4 @@
-"""Published codecs of transformers behind the interface of ours: EnCodec, Mimi and DAC."""
+"""Published codecs of transformers with the interface of ours: EnCodec, Mimi and DAC."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.audio import pad_waveforms
+from tokenizer.errors import InputError
 from tokenizer.frames import split_utterances
 from tokenizer.interface import Codes
 from tokenizer.pretrained import load_complete, module_fingerprint
@@ -18,18 +19,18 @@ PUBLISHED = ("encodec", "mimi", "dac")  # model types of transformers
 class PublishedCodec(nn.Module):
     """A transformers EncodecModel, MimiModel or DacModel as a `Codec`, with all of its codebooks.
 
-    Every utterance goes through the model by itself, since Mimi's codes depend on the padding of a batch; DAC gets its
-    zeros up to a whole frame, as its feature extractor adds them; EnCodec works at its largest bandwidth.
+    Every utterance is encoded separately, because Mimi's codes depend on padding. DAC's input is zero-padded to whole
+    frames, as by its feature extractor. EnCodec uses its largest bandwidth.
     """
 
     def __init__(self, model: Any):
-        """Raises ValueError for another model, or an EnCodec whose codes are not all there is (loudness, stereo)."""
+        """Raises InputError for another model, or an EnCodec that is stereo or stores loudness besides its codes."""
         super().__init__()
         config = model.config
         if config.model_type not in PUBLISHED:
-            raise ValueError(f"expected a model of {', '.join(PUBLISHED)}, got {config.model_type}")
+            raise InputError(f"expected a model of {', '.join(PUBLISHED)}, got {config.model_type}")
         if config.model_type == "encodec" and (config.audio_channels > 1 or config.normalize or config.chunk_length_s):
-            raise ValueError("this EnCodec is stereo or keeps loudness beside its codes: use one like encodec_24khz")
+            raise InputError("this EnCodec is stereo or stores loudness besides its codes: use one like encodec_24khz")
         self.model = model.eval().requires_grad_(False)
         self.hop_length = config.frame_size if config.model_type == "mimi" else config.hop_length
 
@@ -62,7 +63,7 @@ class PublishedCodec(nn.Module):
 
     @property
     def codebooks(self) -> Tensor:
-        """Float [Q, K, D]; DAC's are those of its small search space, before the projection to the latents."""
+        """Float [Q, K, D]; for DAC in the low-dimensional space of its search, before the projection to the latents."""
         return torch.stack(self._codebooks())
 
     @property
@@ -77,16 +78,16 @@ class PublishedCodec(nn.Module):
     def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
         """Waveforms float [B, N] -> codes, T = ceil(n / hop) frames for an utterance of n samples."""
         if layers is not None and not 1 <= layers <= self.num_codebooks:
-            raise ValueError(f"layers must be 1..{self.num_codebooks}, got {layers}")
+            raise InputError(f"layers must be 1..{self.num_codebooks}, got {layers}")
         utterances = split_utterances(waveform, lengths)
         codes = [self._encode(samples[None, None])[0, :layers] for samples in utterances]
         return Codes.from_utterances(codes, samples=torch.tensor([len(samples) for samples in utterances]))
 
     @torch.no_grad()
     def decode(self, codes: Codes) -> Tensor:
-        """Codes with Q' <= Q layers -> waveforms float [B, N], zeros behind the shorter ones.
+        """Codes with Q' <= Q layers -> waveforms float [B, N]; shorter ones are zero-padded.
 
-        As many samples as were encoded; DAC, which gives a few less, is filled up with zeros.
+        Returns as many samples as were encoded; DAC decodes slightly fewer, followed by zeros.
         """
         samples = codes.samples if codes.samples is not None else codes.lengths * self.hop_length
         waveforms = []

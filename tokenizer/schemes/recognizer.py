@@ -1,4 +1,4 @@
-"""The cascade's ear: any speech recogniser of transformers as an audio tokenizer whose tokens are text."""
+"""Speech recognisers of transformers as audio tokenizers that return text, for cascades."""
 
 from pathlib import Path
 from typing import Any
@@ -7,33 +7,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.errors import InputError
 from tokenizer.frames import split_utterances
 from tokenizer.interface import Transcripts
 from tokenizer.pretrained import check_folder, load_complete, module_fingerprint, read_pretrained_json, write_settings
 
-SHORTEST_S = 0.1  # shorter recordings get silence behind them: convolutions need a few hundred samples
+SHORTEST_S = 0.1  # shorter recordings are padded with silence, because convolutions need a few hundred samples
 
 
 class Recognizer(nn.Module):
     """A CTC model (wav2vec 2.0, HuBERT, ...) or a sequence-to-sequence model (Whisper, ...), decoded greedily.
 
-    A vocabulary of capitals alone knows no case: what it spells is given in lower case, as language models read it.
+    If the vocabulary has no lower-case letters, the text is lower-cased, as language models expect.
     """
 
     frame_rate = 0.0
 
     def __init__(self, model: Any, processor: Any):
-        """processor: transformers' processor of the model, its feature extractor and its vocabulary."""
+        """processor: transformers' processor of the model, with its feature extractor and its tokenizer."""
         super().__init__()
         self.model, self.processor = model.eval().requires_grad_(False), processor
-        specials = processor.tokenizer.all_special_tokens
-        self.capitals = not any(c.islower() for w in processor.tokenizer.get_vocab() if w not in specials for c in w)
+        letters = "".join(set(processor.tokenizer.get_vocab()) - set(processor.tokenizer.all_special_tokens))
+        self.capitals_only = not any(letter.islower() for letter in letters)
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "Recognizer":
         """Load a transformers folder or hub name, e.g. facebook/wav2vec2-base-960h or openai/whisper-small.
 
-        Raises ValueError for a model that was not trained to recognise speech.
+        Raises InputError for a model that was not trained to recognise speech.
         """
         from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor
         from transformers.models.auto import modeling_auto as known
@@ -45,15 +46,15 @@ class Recognizer(nn.Module):
         elif model_type in known.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
             auto_class = AutoModelForSpeechSeq2Seq
         else:
-            raise ValueError(f"a model of type {model_type} is no speech recogniser of transformers")
+            raise InputError(f"a model of type {model_type} is no speech recogniser of transformers")
         try:
             model = load_complete(auto_class, name)
         except ValueError as error:
-            raise ValueError(f"not trained to recognise speech: {error}") from error
+            raise InputError(f"not trained to recognise speech: {error}") from error
         return cls(model, AutoProcessor.from_pretrained(name))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model, its preprocessing and its vocabulary."""
+        """Write the model, its preprocessor settings and its vocabulary."""
         self.model.save_pretrained(folder)
         self.processor.feature_extractor.save_pretrained(folder)
         self.processor.tokenizer.save_pretrained(folder)
@@ -69,28 +70,30 @@ class Recognizer(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        spelling = {"lowered": True} if self.capitals else {}
+        spelling = {"lowered": True} if self.capitals_only else {}
         return module_fingerprint(self.model, {"vocabulary": self.processor.tokenizer.get_vocab(), **spelling})
 
     @torch.no_grad()
     def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> Transcripts:
-        """Waveforms float [B, N] -> what is said; each utterance by itself."""
-        return Transcripts([self._hear(samples) for samples in split_utterances(waveform, lengths)])
+        """Waveforms float [B, N] -> their texts; each utterance is recognised separately."""
+        return Transcripts([self._transcribe(samples) for samples in split_utterances(waveform, lengths)])
 
-    def _hear(self, samples: Tensor) -> str:
+    def _transcribe(self, samples: Tensor) -> str:
+        """The text of one utterance float [N]."""
         extractor, generates = self.processor.feature_extractor, self.model.can_generate()
         samples = F.pad(samples, (0, max(0, round(SHORTEST_S * self.sample_rate) - len(samples))))
-        how, timestamps = {}, {}
+        extractor_options, generate_options = {}, {}
         if self.model.config.model_type == "whisper" and len(samples) > extractor.n_samples:
-            # Whisper finds its way through more than 30 s by the timestamps it writes
-            how = {"truncation": False, "padding": "longest", "return_attention_mask": True}
-            timestamps = {"return_timestamps": True}
-        inputs = extractor(samples.cpu().numpy(), sampling_rate=self.sample_rate, return_tensors="pt", **how)
-        inputs = inputs.to(self.device)
+            # beyond 30 s Whisper moves its window by the timestamps that it generates
+            extractor_options = {"truncation": False, "padding": "longest", "return_attention_mask": True}
+            generate_options = {"return_timestamps": True}
+        inputs = extractor(
+            samples.cpu().numpy(), sampling_rate=self.sample_rate, return_tensors="pt", **extractor_options
+        ).to(self.device)
         if generates:
-            ids = self.model.generate(**inputs, do_sample=False, num_beams=1, **timestamps)
+            ids = self.model.generate(**inputs, do_sample=False, num_beams=1, **generate_options)
         else:
             ids = self.model(**inputs).logits.argmax(-1)
-        # a CTC vocabulary needs its blanks to tell a double letter from a long one
+        # CTC needs its blanks to distinguish a double letter from a long one
         text = self.processor.batch_decode(ids, skip_special_tokens=generates)[0].strip()
-        return text.lower() if self.capitals else text
+        return text.lower() if self.capitals_only else text

@@ -1,4 +1,4 @@
-"""Speech units: the frames of a self-supervised model, each named by its nearest centroid (HuBERT, GSLM)."""
+"""Speech units: the frames of a self-supervised model, quantised to their nearest centroids (HuBERT, GSLM)."""
 
 from pathlib import Path
 
@@ -6,24 +6,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tokenizer.errors import InputError
 from tokenizer.interface import Codes
 from tokenizer.pretrained import SETTINGS_FILE, find_file, module_fingerprint, read_pretrained_json, write_settings
 from tokenizer.schemes.features import FeatureEncoder
 
-CENTROIDS_FILE = "centroids_{}.safetensors"  # named by its content: two k-means in one folder cannot be mistaken
+CENTROIDS_FILE = "centroids_{}.safetensors"  # with the fingerprint, so that the file always matches the settings
 
 
 class UnitTokenizer(nn.Module):
     """A `DiscreteTokenizer` of one codebook: k-means over the features of an encoder (Lakhotia et al., 2102.01192).
 
-    deduplicate: merge repeats of a unit, as GSLM does; then codes have no fixed rate, and `frame_rate` is the largest.
+    deduplicate: merge repeated units, as in GSLM; then the rate of the codes varies, and `frame_rate` is its maximum.
     """
 
     num_codebooks = 1
     centroids: Tensor
 
     def __init__(self, encoder: FeatureEncoder, centroids: Tensor, deduplicate: bool = False):
-        """centroids: float [K, C], C the encoder's width."""
+        """centroids: float [K, C], C the width of the encoder."""
         super().__init__()
         if centroids.ndim != 2 or centroids.shape[1] != encoder.width:
             raise ValueError(f"expected centroids float [K, {encoder.width}], got shape {tuple(centroids.shape)}")
@@ -32,7 +33,7 @@ class UnitTokenizer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "UnitTokenizer":
-        """Load what `save_pretrained` wrote, folder or hub name."""
+        """Load units from a folder or hub name; raises FileNotFoundError if it holds none."""
         settings = read_pretrained_json(name, SETTINGS_FILE)
         centroids = find_file(name, CENTROIDS_FILE.format(settings.get("fingerprint")))
         if settings.get("kind") != "units" or centroids is None:
@@ -41,7 +42,7 @@ class UnitTokenizer(nn.Module):
         return cls(encoder, load_file(centroids)["centroids"], settings["deduplicate"])
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the encoder with its preprocessing, the centroids and the settings."""
+        """Write the encoder, its preprocessor settings, the centroids and the settings."""
         self.encoder.save_pretrained(folder)
         fingerprint = self.fingerprint
         file = Path(folder) / CENTROIDS_FILE.format(fingerprint)
@@ -72,15 +73,15 @@ class UnitTokenizer(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Identity of centroids, encoder and settings."""
+        """Hash of centroids, encoder and settings."""
         settings = {"encoder": self.encoder.fingerprint, "deduplicate": self.deduplicate}
         return module_fingerprint(nn.ParameterDict({"centroids": self.centroids}), settings)
 
     @torch.no_grad()
     def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
-        """Waveforms float [B, N] at 16 kHz -> units long [B, 1, T]; one per 320 samples, or less when deduplicated."""
+        """Waveforms float [B, N] at 16 kHz -> units long [B, 1, T]; one per 320 samples, or fewer when deduplicated."""
         if layers not in (None, 1):
-            raise ValueError(f"units have 1 layer, got layers {layers}")
+            raise InputError(f"units have 1 layer, got layers {layers}")
         features = self.encoder.encode(waveform, lengths)
         units = [self.nearest(features.utterance(index)) for index in range(len(features.lengths))]
         if self.deduplicate:
@@ -88,5 +89,5 @@ class UnitTokenizer(nn.Module):
         return Codes.from_utterances([row[None] for row in units])
 
     def nearest(self, frames: Tensor) -> Tensor:
-        """The nearest centroid of every frame, float [T, C] -> long [T]."""
+        """The index of the nearest centroid of each frame, float [T, C] -> long [T]."""
         return torch.cdist(frames.to(self.centroids), self.centroids).argmin(1)

@@ -1,4 +1,4 @@
-"""How a codec learns: crops of a corpus and frozen teachers come in, gradients and validation figures go out.
+"""Training of the codec, from crops of a corpus and frozen teachers to gradients and validation metrics.
 
-Reconstruction and adversarial losses, distillation, the training step, and small teachers for machines without network.
+Reconstruction and adversarial losses, distillation, the training step, and small teachers for use without a network.
 """

@@ -1,4 +1,4 @@
-"""Random crops of a corpus for training, each a pure function of its number."""
+"""Random crops of a corpus for training, each a pure function of its index."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from tokenizer.audio import AudioError, load_audio
+from tokenizer.errors import InputError
 from tokenizer.frames import frame_count
 from tokenizer.rates import HOP_LENGTH
 
@@ -22,15 +23,15 @@ ATTEMPTS = 10  # recordings tried for one crop before giving up
 class Crops(Dataset):
     """Endless random crops for training: item i is a pure function of (utterances, seed, i).
 
-    So nothing about the position in the data needs to be saved: a resumed run asks for the items after the last one.
-    Every epoch visits each utterance once, in a new order. Shorter utterances are padded with zeros.
+    So no position in the data has to be saved: a resumed run continues with the next index. Every epoch visits each
+    utterance once, in a new order. Shorter utterances are zero-padded.
     A recording that cannot be used is skipped with a warning and replaced by the next one; its path and the reason are
-    added to the file `skipped`, a line of JSON each time.
-    Crops start anywhere, so that speech meets the frames as it happens to; with cached features on whole codec frames
-    (320 samples), since the utterance's frames are then those of the crop.
-    Items: dict of waveform float [N], its length in samples and the utterance's index, both int, and by the name of
-    each cache the features float [ceil(N / hop), P] of the crop, zero behind the utterance. A speaker teacher heard on
-    the crop itself gives one frame more, which is centred on the end.
+    appended to the file `skipped`, one JSON object per line.
+    Crops start at any sample, so that frame boundaries vary; with cached features at whole codec frames (320 samples),
+    so that the frames of the crop are frames of the utterance.
+    Items: dict with "waveform" float [N], "length" in samples and "utterance" index, both int, and under the name of
+    each cache the features float [ceil(N / hop), P] of the crop, zero after the end of the utterance. (Applied to the
+    crop itself, a speaker teacher returns one frame more, which is centred on the end.)
     """
 
     def __init__(
@@ -44,16 +45,22 @@ class Crops(Dataset):
     ):
         if not utterances:
             raise CorpusError("no utterances to train on")
-        self.utterances, self.crop_s, self.sample_rate, self.seed = list(utterances), crop_s, sample_rate, seed
-        self.caches, self.skipped = dict(caches or {}), skipped
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
+        self.utterances = list(utterances)
+        self.crop_s = crop_s
+        self.sample_rate = sample_rate
+        self.seed = seed
+        self.caches = dict(caches or {})
+        self.skipped = skipped
+        self._epoch = -1
+        self._order = np.empty(0, int)  # of the utterances in this epoch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         epoch, position = divmod(index, len(self.utterances))
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.utterances)))
-        for attempt in range(ATTEMPTS):  # a broken file must not end a long training: the next one takes its place
-            number = int(self._order[1][(position + attempt) % len(self.utterances)])
+        if self._epoch != epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.utterances))
+        for attempt in range(ATTEMPTS):  # a broken file must not end a long training run: the next one replaces it
+            number = int(self._order[(position + attempt) % len(self.utterances)])
             try:
                 return {**self._crop(self.utterances[number], index), "utterance": number}
             except AudioError as error:
@@ -71,7 +78,10 @@ class Crops(Dataset):
         waveform = torch.zeros(size)
         length = min(size, len(crop))
         waveform[:length] = crop[:length]
-        features = {n: c.crop(utterance, start // c.hop, frame_count(size, c.hop)) for n, c in self.caches.items()}
+        features = {
+            name: cache.crop(utterance, start // cache.hop, frame_count(size, cache.hop))
+            for name, cache in self.caches.items()
+        }
         return {"waveform": waveform, "length": length, **features}
 
     def __len__(self) -> int:
@@ -79,13 +89,16 @@ class Crops(Dataset):
 
 
 class StepSampler:
-    """Batch sampler: indices of the steps start..stop-1 for one of `processes` equal shares of every batch."""
+    """Batch sampler of the steps start..stop-1: the indices of one of `processes` equal shares of every batch."""
 
     def __init__(self, batch_size: int, start: int, stop: int, process: int = 0, processes: int = 1):
         if batch_size % processes:
-            raise ValueError(f"batch_size {batch_size} cannot be shared equally by {processes} processes")
-        self.batch_size, self.start, self.stop = batch_size, start, stop
-        self.share, self.process = batch_size // processes, process
+            raise InputError(f"batch_size {batch_size} must be a multiple of the number of processes, {processes}")
+        self.batch_size = batch_size
+        self.start = start
+        self.stop = stop
+        self.share = batch_size // processes
+        self.process = process
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start, self.stop):

@@ -1,4 +1,4 @@
-"""The codec's adversaries: networks that tell speech from its reconstruction, and the losses of both sides (eqs. 6, 7).
+"""Discriminators, networks that distinguish speech from its reconstruction, and the adversarial losses (eqs. 6, 7).
 
 The multi-scale STFT discriminator is EnCodec's (arXiv 2210.13438), the other two are HiFi-GAN's (arXiv 2010.05646).
 """
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchaudio.transforms import Spectrogram
 
+from tokenizer.errors import InputError
 from tokenizer.training.distributed import average_gradients
 
 Kind = Literal["hinge", "least_squares"]
@@ -21,14 +22,14 @@ Kind = Literal["hinge", "least_squares"]
 
 @dataclass(frozen=True)
 class DiscriminatorOutput:
-    """What one network made of a batch: scores float [B, ...], high for real speech; hidden activations in order."""
+    """Output of one network for a batch: scores float [B, ...], high for real speech, and its hidden activations."""
 
     scores: Tensor
     features: list[Tensor]
 
 
 class _SubDiscriminator(nn.Module):
-    """Weight-normalised convolutions with leaky ReLUs in between; the last one gives the scores, on one channel."""
+    """Weight-normalised convolutions with leaky ReLUs in between; the last one returns scores on one channel."""
 
     def __init__(self, convolutions: Sequence[nn.Module], slope: float):
         super().__init__()
@@ -45,11 +46,11 @@ class _SubDiscriminator(nn.Module):
 
 
 class MultiScaleSTFTDiscriminator(nn.Module):
-    """Looks at complex spectrograms of several windows, each with a network of its own (EnCodec, section 3.4).
+    """Processes complex spectrograms with several window sizes, each by its own network (EnCodec, section 3.4).
 
-    Real and imaginary part are two channels over time and frequency; the hop is a quarter of the window. The edges of
-    the waveform are mirrored. Waveform float [B, N] -> one judgement a window. Raises ValueError when N does not
-    exceed half the largest window.
+    Real and imaginary parts are two channels over time and frequency; the hop is a quarter of the window. The edges of
+    the waveform are mirrored. Waveform float [B, N] -> one output per window. Raises InputError unless N exceeds half
+    the largest window.
     """
 
     def __init__(self, filters: int = 32, windows: tuple[int, ...] = (1024, 2048, 512, 256, 128)):
@@ -72,9 +73,9 @@ class MultiScaleSTFTDiscriminator(nn.Module):
 
     def forward(self, waveform: Tensor) -> list[DiscriminatorOutput]:
         if waveform.shape[1] < self.shortest:
-            raise ValueError(
-                f"waveforms of {waveform.shape[1]} samples are too short for the STFT discriminator: give at least "
-                f"{self.shortest} or choose smaller windows"
+            raise InputError(
+                f"waveforms of {waveform.shape[1]} samples are too short for the STFT discriminator: decode at least "
+                f"{self.shortest} samples or choose smaller windows"
             )
         with torch.autocast(waveform.device.type, enabled=False):
             spectra = [torch.view_as_real(stft(waveform.float())) for stft in self.stfts]  # [B, frequency, time, 2]
@@ -82,9 +83,9 @@ class MultiScaleSTFTDiscriminator(nn.Module):
 
 
 class MultiPeriodDiscriminator(nn.Module):
-    """Looks at every p-th sample, for several periods p: the waveform folded to [N / p, p] (HiFi-GAN, section 2.3).
+    """Processes every p-th sample, for several periods p: the waveform folded to [N / p, p] (HiFi-GAN, section 2.3).
 
-    Waveform float [B, N] -> one judgement a period. N must be at least the largest period.
+    Waveform float [B, N] -> one output per period. N must be at least the largest period.
     """
 
     def __init__(self, channels: int = 32, periods: tuple[int, ...] = (2, 3, 5, 7, 11)):
@@ -110,10 +111,10 @@ class MultiPeriodDiscriminator(nn.Module):
 
 
 class MultiScaleDiscriminator(nn.Module):
-    """Looks at the waveform at falling sampling rates, each half the one before (MelGAN, HiFi-GAN section 2.3).
+    """Processes the waveform at several sample rates, each half the previous one (MelGAN, HiFi-GAN section 2.3).
 
-    Waveform float [B, N] -> one judgement a scale. `channels` is a multiple of 16, the number of convolution groups.
-    All scales have weight normalisation, as in MelGAN; HiFi-GAN has spectral normalisation at the first.
+    Waveform float [B, N] -> one output per scale. `channels` is a multiple of 16, the number of convolution groups.
+    All scales use weight normalisation, as in MelGAN; HiFi-GAN uses spectral normalisation at the first.
     """
 
     def __init__(self, channels: int = 128, scales: int = 3):
@@ -143,14 +144,14 @@ class MultiScaleDiscriminator(nn.Module):
 
 
 def make_discriminators(stft_filters: int = 32, period_channels: int = 0, scale_channels: int = 0) -> nn.ModuleList:
-    """One discriminator of each kind, as wide as asked; none of a kind whose width is 0."""
+    """One discriminator of each kind with the given width; none of a kind whose width is 0."""
     kinds = (MultiScaleSTFTDiscriminator, MultiPeriodDiscriminator, MultiScaleDiscriminator)
     widths = (stft_filters, period_channels, scale_channels)
     return nn.ModuleList(kind(width) for kind, width in zip(kinds, widths, strict=True) if width)
 
 
 def discriminator_loss(real: list[DiscriminatorOutput], fake: list[DiscriminatorOutput], kind: Kind) -> Tensor:
-    """What the discriminators minimise (eq. 6): scores of real speech above, of reconstructions below.
+    """The loss of the discriminators (eq. 6), low if real speech scores high and reconstructions score low.
 
     hinge: E[max(0, 1 - D(x))] + E[max(0, 1 + D(x'))]; least_squares: E[(1 - D(x))^2] + E[D(x')^2]. Mean over
     discriminators (HiFi-GAN sums), scalar.
@@ -165,7 +166,7 @@ def discriminator_loss(real: list[DiscriminatorOutput], fake: list[Discriminator
 
 
 def adversarial_loss(fake: list[DiscriminatorOutput], kind: Kind) -> Tensor:
-    """What the generator minimises: hinge -E[D(x')], least_squares E[(1 - D(x'))^2]; mean over discriminators."""
+    """The loss of the generator: hinge -E[D(x')], least_squares E[(1 - D(x'))^2]; mean over discriminators."""
     losses = [-f.scores.mean() if kind == "hinge" else (1 - f.scores).square().mean() for f in fake]
     return torch.stack(losses).mean()
 
@@ -173,24 +174,24 @@ def adversarial_loss(fake: list[DiscriminatorOutput], kind: Kind) -> Tensor:
 def feature_matching_loss(
     real: list[DiscriminatorOutput], fake: list[DiscriminatorOutput], relative: bool = True
 ) -> Tensor:
-    """L1 distance of hidden activations, mean over all layers of all discriminators; no gradient to `real`.
+    """L1 distance of hidden activations, mean over all layers of all discriminators; no gradient for `real`.
 
-    relative: each distance in units of the layer's mean activation for real speech (EnCodec, eq. 2); without it plain
-    L1 (HiFi-GAN, eq. 4, which sums over layers instead).
+    relative: divide each distance by the layer's mean activation for real speech (EnCodec, eq. 2); otherwise plain L1
+    (HiFi-GAN, eq. 4, which sums over layers instead).
     """
     distances = []
     for r, f in zip(real, fake, strict=True):
-        for wanted, found in zip(r.features, f.features, strict=True):
-            wanted = wanted.detach().float()
-            unit = wanted.abs().mean().clamp(min=1e-5) if relative else 1.0
-            distances.append(F.l1_loss(found.float(), wanted) / unit)
+        for target, reconstructed in zip(r.features, f.features, strict=True):
+            target = target.detach().float()
+            unit = target.abs().mean().clamp(min=1e-5) if relative else 1.0
+            distances.append(F.l1_loss(reconstructed.float(), target) / unit)
     return torch.stack(distances).mean()
 
 
 class Adversary(nn.Module):
-    """Discriminators together with their optimizer (Adam): what the codec plays against.
+    """All discriminators with their optimizer (Adam); the codec is the generator.
 
-    `state_dict` holds the optimizer too, so that a resumed training goes on exactly.
+    `state_dict` includes the optimizer, so that training can be resumed exactly.
     """
 
     def __init__(
@@ -207,13 +208,13 @@ class Adversary(nn.Module):
         self.optimizer = torch.optim.Adam(self.parameters(), learning_rate, betas)
 
     def discriminate(self, waveform: Tensor) -> list[DiscriminatorOutput]:
-        """Waveform float [B, N] -> the judgements of all discriminators."""
-        return [judgement for discriminator in self.discriminators for judgement in discriminator(waveform)]
+        """Waveform float [B, N] -> the outputs of all discriminators."""
+        return [output for discriminator in self.discriminators for output in discriminator(waveform)]
 
-    def learn(self, real: Tensor, fake: Tensor) -> Tensor:
-        """One step of the discriminators on waveforms float [B, N]; returns their loss, detached.
+    def train_step(self, real: Tensor, fake: Tensor) -> Tensor:
+        """One optimizer step of the discriminators on waveforms float [B, N]; returns their loss, detached.
 
-        `fake` gets no gradient; those of the discriminators are averaged over all processes.
+        `fake` receives no gradient; the gradients of the discriminators are averaged over all processes.
         """
         loss = discriminator_loss(self.discriminate(real), self.discriminate(fake.detach()), self.kind)
         self.optimizer.zero_grad()
@@ -223,8 +224,9 @@ class Adversary(nn.Module):
         return loss.detach()
 
     def losses(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
-        """The generator's losses "adversarial" and "feature_matching": scalars with a gradient to `fake` alone."""
-        # frozen before the first look: of parameters that learn, autocast would use the copies it made before the step
+        """The generator's losses "adversarial" and "feature_matching": scalars with a gradient for `fake` only."""
+        # frozen before the first forward pass: for trainable parameters autocast would reuse its copies from before
+        # the step
         self.requires_grad_(False)
         with torch.no_grad():
             of_real = self.discriminate(real)

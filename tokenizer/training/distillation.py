@@ -1,24 +1,24 @@
-"""What layers 0 and 1 are taught: content by a semantic teacher (eq. 4), voice by a speaker teacher (eq. 5)."""
+"""Distillation of content into layer 0 (eq. 4) and of the speaker into layer 1 (eq. 5) from frozen teachers."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FLAT = 0.1  # norm over time below which a student's dimension counts as flat
+FLAT = 0.1  # norm over time below which a dimension of the student counts as constant
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values float [B, T] over frames where mask bool [B, T] is set."""
+    """Mean of values float [B, T] over the frames where mask bool [B, T] is true."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 class SemanticDistillation(nn.Module):
-    """Eq. 4: the time course of every dimension of layer 0 follows the teacher's.
+    """Eq. 4: every dimension of layer 0 follows the teacher's over time.
 
     L = mean over utterances and dimensions d of -log sigmoid(cos_t(W q0[:, d], S(x)[:, d])), the cosine over time
-    ("D-axis": the sum in eq. 4 runs over the P dimensions of the semantic feature). W projects the codec's width to
-    the teacher's. With `center` both are freed of their mean over time first: otherwise a student that outputs
-    nothing but the teacher's constant offsets gets most of the reward. The paper's literal form is `center=False`.
+    ("D-axis": the sum in eq. 4 runs over the P dimensions of the semantic feature). W projects the codec's dimension to
+    the teacher's. `center` subtracts the means over time from both first: otherwise a student that outputs only the
+    teacher's constant offsets already has a low loss. The paper's literal form is `center=False`.
     """
 
     def __init__(self, dimension: int, teacher_width: int, center: bool = True):
@@ -30,12 +30,13 @@ class SemanticDistillation(nn.Module):
         """layer0 float [B, D, T], target float [B, T, P], mask bool [B, T] -> cosine over time, float [B, P]."""
         student = self.projection(layer0.transpose(1, 2)).float()
         weights = mask[..., None].float()
-        pair = [student * weights, target.float() * weights]
+        student, teacher = student * weights, target.float() * weights
         if self.center:
             frames = weights.sum(1, keepdim=True).clamp(min=1)
-            pair = [(x - x.sum(1, keepdim=True) / frames) * weights for x in pair]
-        # a code that does not change over a short crop has no time course: without a floor its gradient is unbounded
-        return (F.normalize(pair[0], dim=1, eps=FLAT) * F.normalize(pair[1], dim=1)).sum(1)
+            student = (student - student.sum(1, keepdim=True) / frames) * weights
+            teacher = (teacher - teacher.sum(1, keepdim=True) / frames) * weights
+        # where a code does not change during a short crop, the gradient is unbounded without a floor
+        return (F.normalize(student, dim=1, eps=FLAT) * F.normalize(teacher, dim=1)).sum(1)
 
     def forward(self, layer0: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         """Scalar loss: 1.31 at cosine -1, 0.69 (ln 2) at 0, 0.31 at 1."""
@@ -43,12 +44,12 @@ class SemanticDistillation(nn.Module):
 
 
 class AcousticDistillation(nn.Module):
-    """Eq. 5: layer 1 as a distribution over its D dimensions follows the align layer's output for the voice.
+    """Eq. 5: layer 1, as a distribution over its D dimensions, follows the align layer's output for the speaker.
 
-    The align layer turns the speaker teacher's frames E [B, T_e, C] into A [B, T, D]: normalisation, projection to
-    `width`, sinusoidal positions, 8-head self-attention over the speech with a skip, average over time to the codec's
-    frame rate, projection to D. Then L = mean over frames of KL(softmax_D(q1) || softmax_D(A)). The teacher is
-    frozen; the align layer learns with the codec and is not needed afterwards.
+    The align layer maps the speaker teacher's frames E [B, T_e, C] to A [B, T, D]: projection to `width`,
+    normalisation, sinusoidal positions, 8-head self-attention over the speech with a skip connection, average pooling
+    to the codec's frame rate, projection to D. L = mean over frames of KL(softmax_D(q1) || softmax_D(A)). The teacher
+    is frozen; the align layer is trained with the codec and not needed afterwards.
     """
 
     def __init__(self, dimension: int, teacher_width: int, width: int = 256, heads: int = 8):
@@ -59,7 +60,7 @@ class AcousticDistillation(nn.Module):
         self.output = nn.Linear(width, dimension)
 
     def align(self, frames: Tensor, mask: Tensor) -> Tensor:
-        """Teacher frames float [B, T_e, C], mask bool [B, T] -> float [B, T, D]; what is masked is not heard."""
+        """Teacher frames float [B, T_e, C], mask bool [B, T] -> float [B, T, D]; ignores masked frames."""
         x = self.norm(self.input(frames))
         x = x + _positions(x.shape[1], x.shape[2], x.device)
         padding = ~mask[:, torch.arange(x.shape[1], device=x.device) * mask.shape[1] // x.shape[1]]

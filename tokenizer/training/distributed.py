@@ -1,4 +1,4 @@
-"""What the processes of one training tell each other. With a single process there is nothing to say."""
+"""Communication between the processes of one training run. With a single process nothing happens."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace the gradients by their mean over all processes, in one message."""
+    """Replace the gradients by their mean over all processes, with one all-reduce."""
     if not dist.is_initialized():
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -1,4 +1,4 @@
-"""Teacher features on disk: computed once for whole utterances, read again for every crop of training."""
+"""Teacher features on disk: computed once for whole utterances, then read for every training crop."""
 
 import functools
 import hashlib
@@ -18,20 +18,23 @@ from tqdm import tqdm
 
 from tokenizer.audio import AudioError, load_audio
 from tokenizer.corpus import Utterance
+from tokenizer.errors import InputError
 from tokenizer.files import atomic_file
 from tokenizer.frames import frame_count
 
 
 class FeatureCache:
-    """Features of whole utterances by one teacher, one file an utterance: float16 [T, P], T = ceil(N / hop).
+    """One teacher's features of whole utterances, one file per utterance: float16 [T, P], T = ceil(N / hop).
 
-    Files are named by the recording's bytes (SHA-256) in a folder named by the teacher. So a corpus may be moved or
-    renamed, while a changed recording or another teacher never meets an old entry. Teachers may share a folder.
+    Files are named by the SHA-256 of the recording, in a folder named by the teacher. So a corpus may be moved or
+    renamed, but a changed recording or another teacher never finds an old entry. Teachers may share a folder.
     """
 
     def __init__(self, folder: str | Path, teacher_key: str, hop: int):
-        """teacher_key: identity of the teacher, its `fingerprint`; hop: samples per frame."""
-        self.folder, self.teacher_key, self.hop = Path(folder), teacher_key, hop
+        """teacher_key: the `fingerprint` of the teacher; hop: samples per frame."""
+        self.folder = Path(folder)
+        self.teacher_key = teacher_key
+        self.hop = hop
 
     @torch.no_grad()
     def fill(
@@ -42,10 +45,10 @@ class FeatureCache:
         process: int = 0,
         processes: int = 1,
     ) -> None:
-        """Compute what is missing of one process's share: teacher(waveform float [1, N]) -> float [1, T or more, P].
+        """Compute the missing features of one process's share: teacher(float [1, N]) -> float [1, T or more, P].
 
-        A killed run goes on where it stopped. Recordings that cannot be used are skipped, with a warning that counts
-        them. Raises ValueError for a teacher with too few frames, or values that float16 cannot hold.
+        An interrupted run continues where it stopped. Recordings that cannot be used are skipped, with a warning that
+        counts them. Raises ValueError for too few frames, InputError for values that float16 cannot represent.
         """
         share = utterances[process::processes]
         hashes = _Hashes(self.folder)
@@ -56,7 +59,7 @@ class FeatureCache:
             unit="utt",
             disable=process > 0,
             dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file needs no animation
+            mininterval=0.5 if sys.stderr.isatty() else 10,  # fewer lines in a log file
         )
         try:
             for utterance in bar:
@@ -74,9 +77,9 @@ class FeatureCache:
             warnings.warn(message, stacklevel=2)
 
     def crop(self, utterance: Utterance, start_frame: int, frames: int) -> Tensor:
-        """Some frames of an utterance, float32 [frames, P], zeros beyond its end; no other frame is read.
+        """Some frames of an utterance, float32 [frames, P], zeros after its end; reads no other frames.
 
-        Raises AudioError (reasons: missing, no features) for a recording that `fill` has not seen as it is now.
+        Raises AudioError (reasons: missing, no features) for a recording that `fill` has not processed as it is now.
         """
         file = self._file(self._hashes[utterance.path])
         if not file.exists():
@@ -87,10 +90,10 @@ class FeatureCache:
 
     @functools.cached_property
     def _hashes(self) -> "_Hashes":
-        return _Hashes(self.folder)  # for crops, which come after all processes have filled their share
+        return _Hashes(self.folder)  # read once, for crops, when all processes have filled their share
 
     def _file(self, content: str) -> Path:
-        return self.folder / self.teacher_key / content[:2] / f"{content}.npy"  # folders of thousands, not of millions
+        return self.folder / self.teacher_key / content[:2] / f"{content}.npy"  # a folder of millions would be slow
 
     def _features(self, utterance: Utterance, teacher: nn.Module, sample_rate: int) -> np.ndarray:
         waveform = load_audio(utterance.path, sample_rate)
@@ -99,29 +102,30 @@ class FeatureCache:
         if len(features) < frames:
             raise ValueError(f"expected {frames} frames for {utterance.path} (hop {self.hop}), got {len(features)}")
         if not torch.isfinite(features).all():
-            raise ValueError(f"features of {utterance.path} are NaN or beyond float16: this teacher cannot be cached")
+            raise InputError(f"features of {utterance.path} are NaN or beyond float16: this teacher cannot be cached")
         return features.cpu().numpy()
 
 
 class _Hashes:
-    """SHA-256 of files by path, remembered on disk while size and time of change stay: reading a corpus takes minutes.
+    """SHA-256 of files by path, stored on disk and valid until a file's size or modification time changes.
 
-    Every process writes a file of its own and reads those of all.
+    Hashing a whole corpus takes minutes. Every process writes its own file and reads those of all processes.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.known: dict[str, list] = {}
+        self.known: dict[str, list] = {}  # path: [size, modification time in ns, SHA-256]
         for file in folder.glob("hashes_*.json"):
             self.known |= _read_json(file)
         self.new: dict[str, list] = {}
 
     def __getitem__(self, path: str) -> str:
-        name, *state = _state(path)
-        *known, content = self.known.get(name, [None])
-        if known != state:
-            content = _hash_content(name, *state)
-            self.new[name] = [*state, content]
+        name, size, changed_ns = _stat(path)
+        known = self.known.get(name)
+        if known is not None and known[:2] == [size, changed_ns]:
+            return known[2]
+        content = _hash_content(name, size, changed_ns)
+        self.new[name] = [size, changed_ns, content]
         return content
 
     def save(self, process: int) -> None:
@@ -131,18 +135,18 @@ class _Hashes:
                 part.write_text(json.dumps(_read_json(file) | self.new), encoding="utf-8")
 
 
-def _state(path: str) -> tuple[str, int, int]:
-    """Path, size and time of change of a file: all that can be told without reading it."""
+def _stat(path: str) -> tuple[str, int, int]:
+    """Absolute path, size in bytes and modification time in ns of a file."""
     try:
-        state = os.stat(path)
+        stat = os.stat(path)
     except OSError as error:
         raise AudioError(path, "missing", f"no such audio file ({error.strerror})") from error
-    return os.path.abspath(path), state.st_size, state.st_mtime_ns
+    return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
 
 
 @functools.cache
 def _hash_content(path: str, size: int, changed_ns: int) -> str:
-    """SHA-256 of a file, read once a process unless it changes."""
+    """SHA-256 of a file; each process reads it once unless it changes."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What the reconstructed waveform is judged by: the L_Encodec of eq. 7, and how its parts are weighed."""
+"""Losses of the reconstructed waveform: L_Encodec of eq. 7, and the weighting of its parts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,11 +13,11 @@ from tokenizer.training.teachers import SemanticTeacher
 
 
 class MultiScaleMelLoss(nn.Module):
-    """Distance of log-mel spectrograms at several window sizes: mean over the scales of L1, plus L2 where wanted.
+    """Distance of log-mel spectrograms at several window sizes (scales): L1, plus L2 if `squared`.
 
     The defaults follow EnCodec's spectral loss (arXiv 2210.13438, section 3.4) on the logarithm of the mel energies.
-    Windows in samples, the hop is a quarter of the window. bands: mel bands per scale; a sixteenth of the window when
-    None, so that no filter is empty. weights: of the scales, one each when None (SpeechTokenizer: 45, 1, 1, 1).
+    Windows in samples; the hop is a quarter of the window. bands: mel bands per scale; a sixteenth of the window when
+    None, so that no filter is empty. weights: per scale; their mean when None (SpeechTokenizer: 45, 1, 1, 1).
     """
 
     def __init__(
@@ -43,16 +43,19 @@ class MultiScaleMelLoss(nn.Module):
             total = original.new_zeros(())
             for mel, weight in zip(self.mels, self.weights, strict=True):
                 a, b = (torch.log(mel(x.float()).clamp(min=1e-5)) for x in (reconstruction, original))
-                total = total + weight * (F.l1_loss(a, b) + (F.mse_loss(a, b).sqrt() if self.squared else 0))
+                distance = F.l1_loss(a, b)
+                if self.squared:
+                    distance = distance + F.mse_loss(a, b).sqrt()
+                total = total + weight * distance
             return total
 
 
 class Balancer:
-    """EnCodec's balancer (arXiv 2210.13438, section 3.4): weights become shares of the gradient at the waveform.
+    """EnCodec's balancer (arXiv 2210.13438, section 3.4): weights are shares of the gradient at the waveform.
 
-    Each loss's gradient is divided by a moving average of its norm per utterance, so that its weight means the same
-    whatever its scale. Divided also by the number of utterances: the sum is that of a mean over the batch, and does not
-    depend on how a batch is shared by processes.
+    The gradient of each loss is divided by a moving average of its norm per utterance, so that weights do not depend on
+    the scales of the losses. It is also divided by the number of utterances, as for a mean over the batch, so that the
+    result does not depend on the number of processes that share a batch.
     """
 
     def __init__(self, weights: Mapping[str, float], decay: float = 0.999):
@@ -67,9 +70,10 @@ class Balancer:
         for name, gradient in gradients.items():
             norm = mean_over_processes(gradient.norm(dim=1).mean())
             self.updates[name] = self.updates.get(name, 0) + 1
-            before = self.norms.get(name, torch.zeros_like(norm)).to(norm.device)  # a restored one is on the CPU
+            before = self.norms.get(name, torch.zeros_like(norm))
+            before = before.to(norm.device)  # a norm from a checkpoint is on the CPU
             self.norms[name] = torch.lerp(before, norm, 1 - self.decay)
-            average = self.norms[name] / (1 - self.decay ** self.updates[name])  # without the zero it started from
+            average = self.norms[name] / (1 - self.decay ** self.updates[name])  # without the bias of the initial zero
             combined += self.weights[name] / total / len(gradient) * gradient / average.clamp(min=1e-12)
         return combined
 
@@ -78,17 +82,17 @@ class Balancer:
         return {"norms": self.norms, "updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, dict]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore the moving averages from a `state_dict`."""
         self.norms, self.updates = dict(state["norms"]), dict(state["updates"])
 
 
 class ReconstructionLoss:
-    """L_Encodec of eq. 7 as a function of the reconstructed waveform: the weighted, or balanced, sum of
+    """L_Encodec of eq. 7 as a function of the reconstructed waveform: the weighted (or balanced) sum of these losses.
 
-    time: L1 of the waveform. mel: `MultiScaleMelLoss`. adversarial and feature_matching: of the `adversary` (eq. 6).
-    speech_features: L1 between what a frozen speech model, `listener`, hears in both waveforms. Losses without a weight
-    do not count. commitment (weight 1 where none is given) is no function of the waveform: `codec_backward` adds it,
-    outside the balancer.
+    time: L1 of the waveform. mel: `MultiScaleMelLoss`. adversarial, feature_matching: from the `adversary` (eq. 6).
+    speech_features: L1 between the features of both waveforms by a frozen speech model, `perceptual_model`. Losses
+    without a weight are omitted. commitment (weight 1 by default) does not depend on the waveform: `codec_backward`
+    adds it, outside the balancer.
     """
 
     def __init__(
@@ -96,19 +100,23 @@ class ReconstructionLoss:
         weights: Mapping[str, float],
         mel: MultiScaleMelLoss,
         adversary: Adversary | None = None,
-        listener: SemanticTeacher | None = None,
+        perceptual_model: SemanticTeacher | None = None,
         balancer: Balancer | None = None,
     ):
-        self.weights, self.mel, self.adversary = dict(weights), mel, adversary
-        self.listener, self.balancer = listener, balancer
+        self.weights = dict(weights)
+        self.mel = mel
+        self.adversary = adversary
+        self.perceptual_model = perceptual_model
+        self.balancer = balancer
 
     def losses(self, reconstruction: Tensor, original: Tensor) -> dict[str, Tensor]:
-        """Waveforms float [B, N] -> scalars by name, of those that have a weight."""
+        """Waveforms float [B, N] -> scalars by name, for the losses that have a weight."""
         losses = {"time": F.l1_loss(reconstruction, original), "mel": self.mel(reconstruction, original)}
         if self.adversary is not None:
             losses |= self.adversary.losses(original, reconstruction)
-        if self.listener is not None:
-            losses["speech_features"] = F.l1_loss(self.listener.features(reconstruction), self.listener(original))
+        if self.perceptual_model is not None:
+            features = self.perceptual_model.features(reconstruction)
+            losses["speech_features"] = F.l1_loss(features, self.perceptual_model(original))
         return {name: loss for name, loss in losses.items() if self.weights.get(name)}
 
     def gradient(self, reconstruction: Tensor, original: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -119,13 +127,13 @@ class ReconstructionLoss:
             total = sum((self.weights[name] * loss for name, loss in losses.items()), leaf.new_zeros(()))
             gradient = torch.autograd.grad(total, leaf)[0]
         else:
-            # two losses share the discriminators' graph
+            # retained because two losses share the discriminators' graph
             each = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0] for name, loss in losses.items()}
             gradient = self.balancer.combine(each)
         return gradient, {name: loss.detach() for name, loss in losses.items()}
 
 
 def gradient_ratio(gradient: Tensor, reference: Tensor) -> Tensor:
-    """Norm of one gradient relative to another's over the whole batch, on all processes: a scalar."""
+    """Ratio of the norms of two gradients over the whole batch on all processes, scalar."""
     squares = mean_over_processes(torch.stack([gradient.square().sum(), reference.square().sum()]))
     return (squares[0] / squares[1].clamp(min=1e-24)).sqrt()

@@ -1,4 +1,4 @@
-"""Small teachers trained here, in the formats of the published ones, for machines that cannot fetch those."""
+"""Small teachers in the formats of the published ones, to train where those cannot be downloaded."""
 
 import copy
 import json
@@ -23,10 +23,10 @@ GABOR_BANDS = 40
 
 
 def small_hubert(hidden_size: int = 128, layers: int = 3) -> "HubertModel":
-    """A HuBERT of about a million parameters: raw 16 kHz waveform in, 50 frames of `hidden_size` a second out.
+    """A HuBERT of about a million parameters: 16 kHz waveform -> 50 frames of `hidden_size` per second.
 
-    Its first convolution starts as a mel-spaced Gabor filterbank (four phases a band, so that rectified outputs add
-    up to an envelope) instead of noise; minutes of training on two cores are not enough to find one from noise.
+    Its first convolution is initialised with a mel-spaced Gabor filterbank (four phases per band, so that rectified
+    outputs add up to an envelope); minutes of training on two cores are not enough to learn one from random weights.
     """
     from transformers import HubertConfig, HubertModel
 
@@ -60,7 +60,7 @@ def small_hubert(hidden_size: int = 128, layers: int = 3) -> "HubertModel":
 def gabor_filters(bands: int, kernel: int, sample_rate: int = 16_000) -> Tensor:
     """Windowed sinusoids at mel-spaced frequencies, phases 0, 90, 180, 270 degrees: float [4 * bands, kernel].
 
-    Their gain rises with frequency, against the fall of speech's spectrum.
+    Their gain increases with frequency to compensate for the spectral tilt of speech.
     """
     mel = torch.linspace(_mel(80.0), _mel(7600.0), bands)
     frequency = 700 * (10 ** (mel / 2595) - 1)
@@ -76,26 +76,26 @@ def _mel(frequency: float) -> float:
 
 
 class FrameClassifier(nn.Module):
-    """A HuBERT with one linear layer of label scores per frame, for training by CTC or by frame labels."""
+    """A HuBERT with a linear layer that scores labels per frame, for training with CTC or frame labels."""
 
     def __init__(self, hubert: "HubertModel", labels: int, normalize: bool = True):
         super().__init__()
         self.hubert, self.normalize = hubert, normalize
         if (mask := getattr(hubert, "masked_spec_embed", None)) is not None:
-            mask.requires_grad_(False)  # nothing is masked here, and several processes wait for every gradient
+            mask.requires_grad_(False)  # unused here, and distributed training waits for every gradient
         self.head = nn.Linear(hubert.config.hidden_size, labels)
         self.margin = receptive_field(hubert.config) - math.prod(hubert.config.conv_stride)
 
     def forward(self, waveform: Tensor, lengths: Tensor) -> Tensor:
-        """waveform float [B, N], zero behind its lengths long [B] in samples -> scores float [B, T, labels]."""
+        """waveform float [B, N], zero after its lengths long [B] in samples -> scores float [B, T, labels]."""
         x = pad_for_frames(waveform, self.margin, self.normalize, lengths)
-        seen = frame_count(lengths) * HOP_LENGTH + self.margin  # by the frames that hold speech
+        seen = frame_count(lengths) * HOP_LENGTH + self.margin  # samples in the receptive fields of the speech frames
         mask = torch.arange(x.shape[1], device=x.device) < seen[:, None]
         return self.head(self.hubert(x, attention_mask=mask.long()).last_hidden_state)
 
 
 def save_hubert(hubert: "HubertModel", folder: Path, normalize: bool = True) -> None:
-    """Write a transformers folder with the preprocessing that `SemanticTeacher` reads."""
+    """Write a transformers folder with the preprocessor settings that `SemanticTeacher` reads."""
     from transformers import Wav2Vec2FeatureExtractor
 
     hubert.save_pretrained(folder)
@@ -103,10 +103,10 @@ def save_hubert(hubert: "HubertModel", folder: Path, normalize: bool = True) -> 
 
 
 def save_recognizer(classifier: FrameClassifier, characters: Sequence[str], folder: Path) -> None:
-    """Write a HuBERT trained by CTC as the whole recogniser transformers knows, with its preprocessing and vocabulary.
+    """Write a HuBERT trained with CTC as a transformers recogniser with preprocessor settings and vocabulary.
 
-    characters: those of labels 1, 2, ...; label 0 is the blank and "|" stands between words. `SemanticTeacher` finds
-    its HuBERT in the same folder.
+    characters: those of labels 1, 2, ...; label 0 is the blank and "|" separates words. `SemanticTeacher` loads its
+    HuBERT from the same folder.
     """
     from transformers import AutoModelForCTC, Wav2Vec2CTCTokenizer
 
@@ -122,9 +122,9 @@ def save_recognizer(classifier: FrameClassifier, characters: Sequence[str], fold
 
 
 def save_ecapa(ecapa: nn.Module, settings: dict[str, object], mels: int, speakers: list[str], folder: Path) -> None:
-    """Write a SpeechBrain folder: hyperparams.yaml like the published one, and the embedding model's checkpoint.
+    """Write a SpeechBrain folder: hyperparams.yaml as in the published one, and the embedding model's checkpoint.
 
-    settings: keyword arguments the ECAPA_TDNN was made with.
+    settings: keyword arguments of the ECAPA_TDNN.
     """
     torch.save(ecapa.state_dict(), folder / "embedding_model.ckpt")
     (folder / "speakers.json").write_text(json.dumps(speakers), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""One training step of the codec: reconstruction, and lessons for single layers weighed at the latents (eq. 7)."""
+"""One training step of the codec: reconstruction and distillation losses, weighted at the latents (eq. 7)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from tokenizer.training.losses import ReconstructionLoss, gradient_ratio
 class DistillationLoss:
     """An auxiliary loss on one layer: student(layer [B, D, T], teacher(waveform [B, N], lengths [B]), mask [B, T]).
 
-    Its share in the codec's gradient is fixed by one of the two:
-    gradient_ratio: norm of its gradient at z0 relative to the reconstruction's, the same at every step. With the
-        gradient of the layers above the first corrected (see `ResidualVectorQuantizer`), eq. 5 can reshape z0; from a
-        ratio of about one on it destroys the code, whatever that takes as a weight.
-    weight: lambda of eq. 7, taken where gradient_ratio is None.
+    One of these determines its share of the codec's gradient:
+    gradient_ratio: norm of its gradient at z0 relative to the reconstruction's, the same at every step. Because the
+        gradients of the layers above the first are not lost (see `ResidualVectorQuantizer`), eq. 5 can reshape z0; at
+        ratios of about one and above it destroys the code, whichever weight that corresponds to.
+    weight: lambda of eq. 7, used if gradient_ratio is None.
     """
 
     name: str
@@ -41,16 +41,15 @@ def codec_backward(
     num_layers: Tensor | None = None,
     window: int | None = None,
 ) -> dict[str, Tensor]:
-    """Forward and backward pass of one batch; leaves gradients on all parameters and returns the losses, detached.
+    """Forward and backward pass of one batch; sets the gradients of all parameters and returns the detached losses.
 
-    batch: "waveform" float [B, N], "length" long [B] in samples, and by a distillation's name what its teacher gives,
-    where that is known already (see `Crops`). num_layers long [B]: codebooks each utterance is decoded from (all when
-    None);
-    window: frames to decode, at a random place of each utterance's speech (all when None).
+    batch: "waveform" float [B, N], "length" long [B] in samples, and optionally, under the name of a distillation, the
+    cached output of its teacher (see `Crops`). num_layers: long [B], codebooks each utterance is decoded from (all when
+    None). window: frames to decode, from a random position in the speech of each utterance (all when None).
 
-    The graph is cut twice, at the reconstruction and at the latents z0. Gradients meet at the cuts, are weighed by
-    their norms and go on together, once: weighing costs nothing, although every loss is seen with its own gradient.
-    The criterion's adversary, if any, learns from the same reconstruction before it judges it.
+    The graph is cut at the reconstruction and at the latents z0. At each cut the gradients of all losses are weighted
+    by their norms and summed, so that the decoder and the encoder need one backward pass each.
+    The criterion's adversary, if any, is trained on the same reconstruction before its losses are computed.
     """
     waveform, lengths = batch["waveform"], batch["length"]
     z = codec.latents(waveform)
@@ -68,7 +67,7 @@ def codec_backward(
 
     metrics: dict[str, Tensor] = {}
     if criterion.adversary is not None:
-        metrics["discriminator"] = criterion.adversary.learn(original, reconstruction)
+        metrics["discriminator"] = criterion.adversary.train_step(original, reconstruction)
     at_waveform, losses = criterion.gradient(reconstruction, original)
     commitment = criterion.weights.get("commitment", 1.0) * quantized.commitment
     torch.autograd.backward([reconstruction, commitment], [at_waveform, None], retain_graph=bool(distillations))
@@ -79,7 +78,8 @@ def codec_backward(
         target = batch[distillation.name] if distillation.name in batch else distillation.teacher(waveform, lengths)
         loss = distillation.student(quantized.layers[distillation.layer], target, mask)
         own = list(distillation.student.parameters())
-        # the weight is the student's, too, as eq. 7 has it; the factor that makes a ratio can be huge and is not
+        # as in eq. 7 the weight also applies to the student's gradient, but the factor of a ratio, which can be huge,
+        # does not
         weight = distillation.weight if distillation.gradient_ratio is None else 1.0
         at_z0, *own_gradients = torch.autograd.grad(weight * loss, [z0, *own], retain_graph=True)
         ratio = gradient_ratio(at_z0, reference)
@@ -93,13 +93,13 @@ def codec_backward(
 
 
 def draw_starts(frames: Tensor, window: int) -> list[int]:
-    """A random first frame for each utterance of `frames` long [B] frames: no padding in the window of a longer one."""
+    """Random first frames of windows in utterances of `frames` long [B] frames; no padding in longer ones."""
     room = (frames - window).clamp(min=0).cpu()
     return (torch.rand(len(room)) * (room + 1)).long().tolist()
 
 
 def draw_layers(choices: Sequence[int] | None, batch: int, device: torch.device) -> Tensor | None:
-    """Quantiser dropout: how many codebooks each utterance is decoded from, long [B]; None without choices."""
+    """Quantiser dropout: number of codebooks to decode each utterance from, long [B]; None without choices."""
     if not choices:
         return None
     return torch.tensor(choices, device=device)[torch.randint(len(choices), (batch,), device=device)]
@@ -107,7 +107,7 @@ def draw_layers(choices: Sequence[int] | None, batch: int, device: torch.device)
 
 @torch.no_grad()
 def initialize_codebooks(codec: SpeechCodec, crops: Crops, batch_size: int, seed: int = 0) -> None:
-    """Place the codebooks by k-means on the latents of as many crops as it takes, the same ones in every process."""
+    """Initialise the codebooks by k-means on the latents of as many crops as necessary, the same in every process."""
     codec.train()
     device = codec.codebooks.device
     latents: list[Tensor] = []
@@ -123,7 +123,7 @@ def initialize_codebooks(codec: SpeechCodec, crops: Crops, batch_size: int, seed
 
 
 def average_weights(codec: SpeechCodec, decay: float | None) -> AveragedModel | None:
-    """Moving average of all weights and codebooks, which gives cleaner speech than any one step; None without decay."""
+    """Moving average of all weights and codebooks, which sounds cleaner than any single step; None without decay."""
     if decay is None:
         return None
     return AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

@@ -1,6 +1,6 @@
-"""The frozen teachers behind one door: any HuBERT-family model of transformers, any ECAPA-TDNN of SpeechBrain.
+"""Frozen teachers: HuBERT, WavLM or wav2vec 2.0 models of transformers, and ECAPA-TDNN models of SpeechBrain.
 
-Both load from a local folder or a hub name; the small ones `recipes/train_teacher.py` makes have the same formats.
+Both are loaded from a folder or hub name; `recipes/train_teacher.py` trains small ones in the same formats.
 """
 
 import math
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.errors import InputError
 from tokenizer.pretrained import check_folder, load_complete, module_fingerprint
 from tokenizer.rates import HOP_LENGTH
 
@@ -20,72 +21,78 @@ class SemanticTeacher(nn.Module):
     """S(x) of eq. 4: hidden states of a HuBERT, WavLM or wav2vec 2.0 model, one per codec frame.
 
     The waveform is padded so that every teacher frame is centred on its codec frame (published HuBERT: 40 samples on
-    both sides, which also gives 50 frames a second where the unpadded model gives 49).
+    both sides, which also gives 50 frames per second of speech instead of 49).
     """
 
     hop = HOP_LENGTH
 
     def __init__(self, model: Any, layer: int | str = "avg", normalize: bool = True):
-        """layer: index into the hidden states (0 is the input of the transformer), or "avg" over all of them."""
+        """layer: index into the hidden states (0 is the transformer's input), or "avg", the mean of all of them.
+
+        Raises InputError for a model with another frame rate, or a layer that it does not have.
+        """
         super().__init__()
         stride, field = math.prod(model.config.conv_stride), receptive_field(model.config)
         if stride != HOP_LENGTH:
-            raise ValueError(
-                f"the semantic teacher must give one frame per {HOP_LENGTH} samples, this one per {stride}"
+            raise InputError(
+                f"the semantic teacher must have one frame per {HOP_LENGTH} samples, this one per {stride}: "
+                "choose another HuBERT, WavLM or wav2vec 2.0 model"
             )
         depth = model.config.num_hidden_layers
         if layer != "avg" and not (isinstance(layer, int) and -depth - 1 <= layer <= depth):
-            raise ValueError(f'layer must be "avg" or an index up to {depth} into the hidden states, got {layer!r}')
+            raise InputError(f'layer must be "avg" or an index up to {depth} into the hidden states, got {layer!r}')
         self.model = model.eval().requires_grad_(False)
-        self.layer, self.normalize, self.margin = layer, normalize, field - HOP_LENGTH
+        self.layer = layer
+        self.normalize = normalize
+        self.margin = field - HOP_LENGTH
 
     @property
     def width(self) -> int:
-        """P, dimensions of the semantic feature."""
+        """P, the dimension of the semantic features."""
         return self.model.config.hidden_size
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the features: weights, layer and normalisation, 16 hexadecimal digits."""
+        """Hash of weights, layer and normalisation, 16 hexadecimal digits."""
         return module_fingerprint(self.model, {"layer": self.layer, "normalize": self.normalize})
 
     @classmethod
     def from_pretrained(cls, name: str | Path, layer: int | str = "avg") -> "SemanticTeacher":
         """Load a transformers folder or hub name, e.g. facebook/hubert-base-ls960, in float32.
 
-        Raises ValueError for another kind of model, or one whose checkpoint lacks weights.
+        Raises InputError for another kind of model, or a checkpoint that lacks weights.
         """
         from transformers import AutoFeatureExtractor, AutoModel
 
         check_folder(name, ["config.json", "preprocessor_config.json"], "a HuBERT, WavLM or wav2vec 2.0 model")
         model = load_complete(AutoModel, name)
         if not hasattr(model.config, "conv_stride"):
-            raise ValueError(f"{name} is a {model.config.model_type} model: expected HuBERT, WavLM or wav2vec 2.0")
+            raise InputError(f"{name} is a {model.config.model_type} model: expected HuBERT, WavLM or wav2vec 2.0")
         return cls(model, layer, AutoFeatureExtractor.from_pretrained(name).do_normalize)
 
     def train(self, mode: bool = True) -> "SemanticTeacher":
-        """Stay in eval mode: a teacher never changes."""
+        """Stay in eval mode, because a teacher is never trained."""
         return super().train(False)
 
     def features(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """As `forward`, with a gradient for the waveform and none for the weights: for losses on reconstructions."""
+        """As `forward`, but with a gradient for the waveform (not for the weights), for losses on reconstructions."""
         padded = pad_for_frames(waveform, self.margin, self.normalize, lengths)
         states = self.model(padded, output_hidden_states=True).hidden_states
         return torch.stack(states).mean(0) if self.layer == "avg" else states[self.layer]
 
     @torch.no_grad()
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """waveform float [B, N] at 16 kHz, zero behind its lengths long [B] in samples -> float [B, ceil(N / 320), P].
+        """waveform float [B, N] at 16 kHz, zero after its lengths long [B] in samples (all N when None).
 
-        Waveforms of all N samples where no lengths are given. Frames of the padding hear silence.
+        Returns float [B, ceil(N / 320), P]; frames of the padding encode silence.
         """
         return self.features(waveform, lengths)
 
 
 def pad_for_frames(waveform: Tensor, margin: int, normalize: bool, lengths: Tensor | None = None) -> Tensor:
-    """Waveforms float [B, N] -> what a HuBERT-family model needs to give exactly ceil(N / 320) centred frames.
+    """Pad waveforms float [B, N] so that a HuBERT-like model returns exactly ceil(N / 320) centred frames.
 
-    lengths long [B]: samples that are speech, all when None; only they are normalised, and the rest is zero.
+    lengths: long [B], samples of speech (all N when None); only these are normalised, the others stay zero.
     """
     if normalize:
         size = waveform.shape[1]
@@ -99,7 +106,7 @@ def pad_for_frames(waveform: Tensor, margin: int, normalize: bool, lengths: Tens
 
 
 def receptive_field(config: Any) -> int:
-    """Samples that one output frame of the convolutions sees."""
+    """Samples in the receptive field of one output frame of the convolutions."""
     field = 1
     for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
         field = (field - 1) * stride + kernel
@@ -107,16 +114,16 @@ def receptive_field(config: Any) -> int:
 
 
 class SpeakerTeacher(nn.Module):
-    """The voice of eq. 5: ECAPA-TDNN frames before pooling (output of its `mfa` layer), about 100 a second."""
+    """The speaker features of eq. 5: ECAPA-TDNN frames before pooling (output of its `mfa` layer), 100 per second."""
 
     hop = 160
 
     def __init__(self, classifier: Any):
-        """classifier: a SpeechBrain EncoderClassifier whose embedding model is an ECAPA_TDNN."""
+        """classifier: a SpeechBrain EncoderClassifier; InputError unless its embedding model is an ECAPA_TDNN."""
         super().__init__()
         modules = classifier.mods
         if not hasattr(modules.embedding_model, "mfa"):
-            raise ValueError(f"expected an ECAPA_TDNN embedding model, got {type(modules.embedding_model).__name__}")
+            raise InputError(f"expected an ECAPA_TDNN embedding model, got {type(modules.embedding_model).__name__}")
         self.features, self.normalization = modules.compute_features, modules.mean_var_norm
         self.ecapa = modules.embedding_model.eval().requires_grad_(False)
 
@@ -127,7 +134,7 @@ class SpeakerTeacher(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the frames: every weight, 16 hexadecimal digits."""
+        """Hash of all weights, 16 hexadecimal digits."""
         return module_fingerprint(self, {})
 
     @classmethod
@@ -140,10 +147,10 @@ class SpeakerTeacher(nn.Module):
         overrides = {}
         if (folder := Path(name)).is_dir():
             name = str(folder.resolve())
-            # the published file names the hub as the place of its weights, also after it was downloaded
+            # the published file refers to the hub for its weights, even after it has been downloaded
             if "pretrained_path:" in (folder / "hyperparams.yaml").read_text(encoding="utf-8"):
                 overrides["pretrained_path"] = name
-        with tempfile.TemporaryDirectory() as cache:  # SpeechBrain collects files somewhere, even with none to fetch
+        with tempfile.TemporaryDirectory() as cache:  # SpeechBrain needs a folder for downloads, even without any
             return cls(
                 EncoderClassifier.from_hparams(
                     source=str(name), savedir=cache, overrides=overrides, local_strategy=LocalStrategy.NO_LINK
@@ -151,14 +158,14 @@ class SpeakerTeacher(nn.Module):
             )
 
     def train(self, mode: bool = True) -> "SpeakerTeacher":
-        """Stay in eval mode: its batch normalisation must not follow the student's data."""
+        """Stay in eval mode, because its batch normalisation must not adapt to the training data."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """waveform float [B, N] at 16 kHz with lengths long [B] in samples -> frames float [B, N / 160 + 1, C].
 
-        All N samples where no lengths are given. The means over time are those of the speech, without its padding.
+        All N samples when lengths is None. The means over time exclude the padding.
         """
         frames: list[Tensor] = []
         hook = self.ecapa.mfa.register_forward_hook(lambda module, inputs, output: frames.append(output))
@@ -170,9 +177,9 @@ class SpeakerTeacher(nn.Module):
 
     @torch.no_grad()
     def embedding(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The voice as a whole, ECAPA's own pooled embedding: waveforms as for `forward` -> float [B, E].
+        """The speaker embedding, pooled by ECAPA itself: waveforms as for `forward` -> float [B, E].
 
-        The cosine between two embeddings tells how alike the voices are.
+        The cosine of two embeddings measures the similarity of the speakers.
         """
         share = waveform.new_ones(len(waveform)) if lengths is None else lengths / waveform.shape[1]
         return self.ecapa(self.normalization(self.features(waveform), share), share)[:, 0]

@@ -1,4 +1,4 @@
-"""How good a codec is while it learns: one pass over a few utterances gives every figure."""
+"""Validation of a codec during training: all metrics in one pass over a few utterances."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from tokenizer.training.step import DistillationLoss
 
 @dataclass(frozen=True)
 class Validation:
-    """metrics: by name, means over the utterances; counts: int [Q, K], how often each code was used."""
+    """metrics: by name, means over the utterances; counts: int [Q, K], the number of uses of each code."""
 
     metrics: dict[str, float]
     counts: np.ndarray
@@ -31,19 +31,19 @@ def validate_codec(
     mel: MultiScaleMelLoss,
     distillations: Sequence[DistillationLoss] = (),
 ) -> Validation:
-    """Waveforms float [N] -> quality of their reconstruction from all codebooks, codebook use, teachers' approval.
+    """Waveforms float [N] -> quality of the reconstruction from all codebooks, distillation losses, codebook usage.
 
-    dev_mel: distance of `mel`. dev_pesq_wb, dev_stoi: where the packages are installed and utterances can be scored.
-    dev_<lesson>: the lesson's loss; dev_semantic_cosine: mean cosine of eq. 4. dev_perplexity_<layer> and
-    dev_dead_<layer>: use of the codebooks. The codec is left in the mode it was in.
+    dev_mel: `mel` loss. dev_pesq_wb, dev_stoi: if the packages are installed and the utterances can be scored.
+    dev_<distillation>: the loss of that name; dev_semantic_cosine: mean cosine of eq. 4. dev_perplexity_<layer>,
+    dev_dead_<layer>: codebook usage. Restores the mode (training or eval) of the codec.
     """
     training = codec.training
     codec.eval()
     device = codec.codebooks.device
     figures: dict[str, list[float]] = {}
     counts = np.zeros((codec.num_codebooks, codec.codebook_size), int)
+    shortest = codec.sample_rate // 4  # the largest mel window must fit
     for waveform in waveforms:
-        shortest = codec.sample_rate // 4  # the largest mel window must fit
         waveform = F.pad(waveform, (0, max(0, shortest - len(waveform))))[None].to(device)
         quantized = codec.quantizer(codec.latents(waveform))
         reconstruction = codec.decoder(quantized.output)[:, 0, : waveform.shape[1]]
@@ -66,7 +66,7 @@ def validate_codec(
 def _quality(original: Tensor, reconstruction: Tensor, sample_rate: int) -> dict[str, float]:
     try:
         quality = speech_quality(original.cpu(), reconstruction.cpu(), sample_rate)
-    except (QualityError, ImportError):  # silence, or the extra `eval` is not installed: the other figures remain
+    except (QualityError, ImportError):  # silence, or the extra `eval` is not installed: the other metrics remain
         return {}
     return {"pesq_wb": quality.pesq_wb, "stoi": quality.stoi}
 

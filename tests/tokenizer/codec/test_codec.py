@@ -1,4 +1,4 @@
-"""The codec: shapes, sameness across batches, files and processes, and EnCodec as an independent reference."""
+"""The codec: shapes, equality across batches, files and processes, and EnCodec as an independent reference."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, EncodecConfig, EncodecModel
 
-from speechllm import AudioTokenizer, Codec, Codes, SpeechCodec, SpeechCodecConfig
+from speechllm import AudioTokenizer, Codec, Codes, InputError, SpeechCodec, SpeechCodecConfig
 
 pytestmark = pytest.mark.numeric
 
@@ -116,7 +116,7 @@ def test_an_utterance_has_the_same_codes_and_speech_in_any_batch(
 ) -> None:
     codec = kinds_of_codec[kind]
     lengths = [2_000, 700, 3_111, 1]
-    waveform = noise(3_200, batch=4)  # behind the lengths: not zeros
+    waveform = noise(3_200, batch=4)  # not zero after the lengths
     batch = codec.encode(waveform, torch.tensor(lengths))
     speech = codec.decode(batch)
     assert speech.shape == (4, 3_111)
@@ -148,7 +148,7 @@ def test_codes_of_unknown_length_decode_to_whole_frames(codec: SpeechCodec) -> N
 
 
 @torch.no_grad()
-def sees_the_future(codec: SpeechCodec, noise: Noise, frame: int) -> tuple[bool, bool]:
+def depends_on_the_future(codec: SpeechCodec, noise: Noise, frame: int) -> tuple[bool, bool]:
     """Do latents and decoded speech before `frame` change with what comes from it on?"""
     waveforms = noise(5_120, batch=2)  # 16 frames
     waveforms[1, : 320 * frame] = waveforms[0, : 320 * frame]
@@ -169,8 +169,8 @@ def sees_the_future(codec: SpeechCodec, noise: Noise, frame: int) -> tuple[bool,
 def test_a_causal_codec_never_looks_ahead(
     make_codec: MakeCodec, noise: Noise, settings: dict[str, str], frame: int
 ) -> None:
-    assert sees_the_future(make_codec(causal=True, **settings), noise, frame) == (False, False)
-    assert sees_the_future(make_codec(causal=False, **settings), noise, frame) == (True, True)
+    assert depends_on_the_future(make_codec(causal=True, **settings), noise, frame) == (False, False)
+    assert depends_on_the_future(make_codec(causal=False, **settings), noise, frame) == (True, True)
 
 
 @kinds
@@ -225,7 +225,7 @@ def test_a_codec_in_training_mode_does_not_encode(make_codec: MakeCodec, noise: 
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_samples_without_a_value_are_refused(codec: SpeechCodec, noise: Noise, value: float) -> None:
+def test_samples_that_are_not_finite_are_refused(codec: SpeechCodec, noise: Noise, value: float) -> None:
     waveform = noise(640)
     waveform[0, 5] = value
     with pytest.raises(ValueError, match="NaN or infinite"):
@@ -241,7 +241,7 @@ def test_another_shape_is_refused_and_named(codec: SpeechCodec, shape: tuple[int
 
 @pytest.mark.parametrize("layers", [0, 4, -1])
 def test_layers_out_of_range_are_refused(codec: SpeechCodec, noise: Noise, layers: int) -> None:
-    with pytest.raises(ValueError, match=rf"layers must be 1\.\.3, got {layers}"):
+    with pytest.raises(InputError, match=rf"layers must be 1\.\.3, got {layers}"):
         codec.encode(noise(640), layers=layers)
 
 
@@ -268,7 +268,7 @@ def test_a_folder_that_lacks_files_names_them(tmp_path: Path, codec_folder: Path
 def test_the_folder_of_another_model_is_refused(tmp_path: Path) -> None:
     config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
     BertModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds no codec of this package"):
+    with pytest.raises(InputError, match="holds no codec of this package"):
         SpeechCodec.from_pretrained(tmp_path)
 
 
@@ -276,12 +276,12 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path, codec: SpeechCodec
     codec.save_pretrained(tmp_path)
     config = json.loads((codec_folder / "config.json").read_text()) | {"dimension": 16}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="holds no codec of this package"):
+    with pytest.raises(InputError, match="holds no codec of this package"):
         SpeechCodec.from_pretrained(tmp_path)
 
 
 def test_all_problems_of_a_configuration_are_named_at_once() -> None:
-    with pytest.raises(ValueError, match="SpeechCodecConfig") as caught:
+    with pytest.raises(InputError, match="SpeechCodecConfig") as caught:
         SpeechCodecConfig(
             sample_rate=0,
             dimension=-1,
@@ -305,14 +305,14 @@ def test_all_problems_of_a_configuration_are_named_at_once() -> None:
 
 
 def test_a_log_mel_front_end_needs_its_hop() -> None:
-    with pytest.raises(ValueError, match="strides with a product of 320"):
+    with pytest.raises(InputError, match="strides with a product of 320"):
         SpeechCodecConfig(front_end="log_mel", strides=(2, 4, 5, 4))
     assert SpeechCodecConfig(front_end="log_mel", strides=(4, 4, 4, 5)).strides == (4, 4, 4, 5)
 
 
 @pytest.mark.parametrize("name", ["front_end", "lstm", "norm", "pad_mode"])
 def test_an_unknown_choice_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(InputError, match=name):
         SpeechCodecConfig(**{name: "nonesuch"})
 
 
@@ -334,7 +334,7 @@ def test_strides_set_the_hop(make_codec: MakeCodec, noise: Noise) -> None:
     assert codec.decode(codes).shape == (1, 401)
 
 
-def test_a_codec_is_an_audio_tokenizer_that_can_speak(codec: SpeechCodec) -> None:
+def test_a_codec_is_an_audio_tokenizer_that_can_decode(codec: SpeechCodec) -> None:
     assert isinstance(codec, AudioTokenizer)
     assert isinstance(codec, Codec)
 

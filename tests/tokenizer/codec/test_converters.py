@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EncodecConfig, EncodecModel, MimiConfig
 
-from speechllm import SpeechCodec, convert_encodec, convert_speechtokenizer, load_tokenizer
+from speechllm import InputError, SpeechCodec, convert_encodec, convert_speechtokenizer, load_tokenizer
 
 pytestmark = pytest.mark.numeric
 
@@ -160,7 +160,7 @@ def test_a_converted_codec_is_saved_and_loaded_like_any_other(original: Original
 
 
 @torch.no_grad()
-def test_training_goes_on_from_the_converted_codebooks(original: Original, noise: Noise) -> None:
+def test_training_continues_from_the_converted_codebooks(original: Original, noise: Noise) -> None:
     codec = original.converted()
     before = codec.codebooks.clone()
     ids = codec.train().quantizer(codec.latents(noise(1_000))).ids
@@ -172,7 +172,7 @@ def test_training_goes_on_from_the_converted_codebooks(original: Original, noise
     assert (codec.codebooks - before).abs().max() < 0.5 * before.abs().max()
 
 
-def test_both_names_of_weight_normalisation_are_understood(original: Original, tmp_path: Path) -> None:
+def test_both_names_of_weight_normalisation_are_supported(original: Original, tmp_path: Path) -> None:
     names = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
     if not original.is_encodec:  # the package itself uses the older one
         names = {old: new for new, old in names.items()}
@@ -189,7 +189,7 @@ def test_both_names_of_weight_normalisation_are_understood(original: Original, t
 @pytest.mark.parametrize("original", ["encodec", "speechtokenizer"], indirect=True)
 @pytest.mark.parametrize("part", [r"encoder.*bias", r"decoder.*bias", r"codebook\.embed"])
 @pytest.mark.parametrize("change", ["one more", "one less", "another shape"])
-def test_a_parameter_without_its_place_is_refused(original: Original, tmp_path: Path, change: str, part: str) -> None:
+def test_parameters_that_do_not_match_are_refused(original: Original, tmp_path: Path, change: str, part: str) -> None:
     def spoiled(state: dict[str, Tensor]) -> dict[str, Tensor]:
         name = next(name for name in state if re.search(part, name))
         if change == "one more":
@@ -197,7 +197,7 @@ def test_a_parameter_without_its_place_is_refused(original: Original, tmp_path: 
         value = state.pop(name)
         return state if change == "one less" else state | {name: value[:2].clone()}
 
-    with pytest.raises(ValueError, match="the parameters are not those of its configuration"):
+    with pytest.raises(InputError, match="the parameters are not those of its configuration"):
         original.copied(tmp_path, spoiled).converted()
 
 
@@ -233,7 +233,7 @@ def test_every_setting_of_encodec_that_is_not_ours_is_named_at_once(tmp_path: Pa
         "trim_right_ratio": 0.5,
     }
     EncodecConfig(**settings).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="cannot be converted") as caught:
+    with pytest.raises(InputError, match="cannot be converted") as caught:
         convert_encodec(tmp_path)
     for name, value in settings.items():
         assert f"{name} is {value!r}, not " in str(caught.value)
@@ -243,7 +243,7 @@ def test_every_setting_of_speechtokenizer_that_is_not_ours_is_named_at_once(tmp_
     settings = {"activation": "Snake", "residual_kernel_size": 5, "n_residual_layers": 3, "lstm_layers": 0}
     (tmp_path / "config.json").write_text(json.dumps(SPEECHTOKENIZER | settings))
     torch.save({}, tmp_path / "SpeechTokenizer.pt")
-    with pytest.raises(ValueError, match="cannot be converted") as caught:
+    with pytest.raises(InputError, match="cannot be converted") as caught:
         convert_speechtokenizer(tmp_path)
     for name, value in settings.items():
         assert f"{name} is {value!r}, not " in str(caught.value)
@@ -251,7 +251,7 @@ def test_every_setting_of_speechtokenizer_that_is_not_ours_is_named_at_once(tmp_
 
 def test_another_model_of_transformers_is_refused(tmp_path: Path) -> None:
     MimiConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model_type is 'mimi', not 'encodec'"):
+    with pytest.raises(InputError, match="model_type is 'mimi', not 'encodec'"):
         convert_encodec(tmp_path)
 
 

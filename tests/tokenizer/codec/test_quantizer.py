@@ -124,7 +124,7 @@ def test_codes_count_as_the_same_where_rounding_decides_only(
     z = latents()
     border = quantizer.codebooks[0, :2].mean(0)
     z[0, :, 3] = border
-    quantizer.codebooks[0, 2:] += 5  # nothing else comes near the border
+    quantizer.codebooks[0, 2:] += 5  # no other code is near the boundary
     ids = quantizer.encode(z)
     tied = ids.clone()
     tied[0, 0, 3] = 1 - ids[0, 0, 3]
@@ -219,7 +219,7 @@ def test_a_dead_code_is_revived_and_stays(quantizer: ResidualVectorQuantizer, la
 
 
 def test_codes_in_use_are_left_where_they_are(quantizer: ResidualVectorQuantizer) -> None:
-    """The only dead code of one layer is replaced; no other code feels it."""
+    """The only dead code of one layer is replaced; no other code changes."""
     z, other = latents(frames=200), copy.deepcopy(quantizer)
     for changed in (quantizer, other):
         changed.codebooks[0, 3] = 1_000.0
@@ -255,7 +255,7 @@ def test_k_means_gives_a_low_error_at_once(quantizer: ResidualVectorQuantizer) -
 
 
 def test_k_means_sets_averages_that_agree_with_the_codebooks(quantizer: ResidualVectorQuantizer) -> None:
-    """Otherwise the first training step would throw the codes about."""
+    """Otherwise the first training step would move the codes away."""
     z = torch.randn(1, D, 40 * K)
     quantizer.initialize(z[0].T)
     torch.testing.assert_close(quantizer.sums / quantizer.usage[..., None], quantizer.codebooks)
@@ -334,7 +334,7 @@ def test_the_gradient_reaches_the_latents_once_for_any_number_of_layers(quantize
 
 
 def close_codes() -> tuple[ResidualVectorQuantizer, Tensor]:
-    """Codes closer to each other than bfloat16 can tell."""
+    """Codes too close to each other for bfloat16."""
     torch.manual_seed(0)
     quantizer = ResidualVectorQuantizer(D, 2, K).eval()
     quantizer.codebooks[:] = 10 + 0.02 * torch.randn(2, K, D)
@@ -413,7 +413,7 @@ def test_two_processes_learn_what_one_learns_from_the_joined_batch(
 def test_two_processes_begin_with_the_same_codebooks(
     two_processes: tuple[ResidualVectorQuantizer, list[dict]],
 ) -> None:
-    """Their latents may differ, on GPUs in the last bits: k-means makes much of it."""
+    """Their latents may differ in the last bits on GPUs, which k-means amplifies."""
     start, (first, second) = two_processes
     alone = copy.deepcopy(start)
     alone.initialize(latents(frames=10 * K, seed=0).transpose(1, 2).flatten(0, 1))

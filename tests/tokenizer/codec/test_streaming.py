@@ -1,6 +1,6 @@
-"""Streams: the codes and samples of the whole utterance from any chunks of it, in memory that does not grow.
+"""Streams: the codes and samples of the whole utterance from any chunks of it, in bounded memory.
 
-Codes are compared where a frame does not lie between two of them: the sums of other chunks are rounded otherwise.
+Codes are compared except in frames that lie between two of them, because other chunks change the rounding.
 """
 
 import itertools
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from speechllm import SpeechCodec, StreamingDecoder, StreamingEncoder
+from speechllm import InputError, SpeechCodec, StreamingDecoder, StreamingEncoder
 
 pytestmark = pytest.mark.numeric
 
@@ -71,7 +71,7 @@ def through(stream: StreamingEncoder | StreamingDecoder, chunks: list[Tensor]) -
 
 @torch.no_grad()
 def streamed_latents(codec: SpeechCodec, chunks: Iterable[Tensor]) -> Tensor:
-    """What the codes are chosen from: it differs already where no code does."""
+    """The latents, which may differ even where the codes do not."""
     encoder, end = StreamingEncoder(codec), torch.zeros(0).double()
     parts = [encoder._run(chunk[None, None], last=False) for chunk in chunks]
     return torch.cat([*parts, encoder._run(end[None, None], last=True)], -1)
@@ -119,7 +119,7 @@ def test_sample_by_sample(causal: SpeechCodec, noise: Noise, assert_streams_equa
 
 def test_samples_go_to_where_the_codec_is(make_codec: MakeCodec) -> None:
     codec = make_codec(causal=True).to("meta")
-    codec.quantizer.encode = lambda z, layers: z  # autocast does not know this device
+    codec.quantizer.encode = lambda z, layers: z  # autocast does not support this device
     z = StreamingEncoder(codec).push(torch.zeros(3_200))
     assert z.device.type == "meta" and z.shape == (8, 10)
 
@@ -143,13 +143,13 @@ def test_other_strides(
 def test_a_frame_comes_with_its_last_sample_and_its_speech_with_the_frame(causal: SpeechCodec, noise: Noise) -> None:
     first = FIRST_FRAMES[causal.config.pad_mode]
     encoder, decoder = StreamingEncoder(causal), StreamingDecoder(causal)
-    pushed = frames = spoken = 0
+    pushed = frames = decoded = 0
     for chunk in noise(320 * 12)[0].split(160):
         ids = encoder.push(chunk)
         pushed, frames = pushed + len(chunk), frames + ids.shape[1]
-        spoken += len(decoder.push(ids))
+        decoded += len(decoder.push(ids))
         assert frames == (pushed // 320 if pushed >= 320 * first else 0)
-        assert spoken == 320 * frames
+        assert decoded == 320 * frames
     assert encoder.finish().shape == (3, 0)
     assert decoder.finish().shape == (0,)
 
@@ -171,7 +171,7 @@ def test_fewer_layers(make_causal: MakeCodec, noise: Noise, assert_same_codes: S
     torch.testing.assert_close(speech[:5_000], codec.decode(codes.first(layers))[0], atol=1e-5, rtol=0)
 
 
-def test_two_streams_of_one_codec_do_not_meet(make_causal: MakeCodec, noise: Noise, assert_same_codes: Same) -> None:
+def test_two_streams_of_a_codec_are_independent(make_causal: MakeCodec, noise: Noise, assert_same_codes: Same) -> None:
     codec = make_causal()
     weights = {name: value.clone() for name, value in codec.state_dict().items()}
     utterances = noise(6_400, batch=2)
@@ -187,8 +187,8 @@ def test_two_streams_of_one_codec_do_not_meet(make_causal: MakeCodec, noise: Noi
         speech[index] += [decoders[index].push(ids[index][-1]), decoders[index].finish()]
         expected, streamed = offline(codec, samples)[0], torch.cat(ids[index], -1)
         assert_same_codes(codec.codebooks, codec.latents(samples[None]), streamed[None], expected[None])
-        spoken = codec.decoder(codec.quantizer.decode(streamed[None]))[0, 0]
-        torch.testing.assert_close(torch.cat(speech[index]), spoken, atol=1e-5, rtol=0)
+        decoded = codec.decoder(codec.quantizer.decode(streamed[None]))[0, 0]
+        torch.testing.assert_close(torch.cat(speech[index]), decoded, atol=1e-5, rtol=0)
     assert all(torch.equal(value, weights[name]) for name, value in codec.state_dict().items())
 
 
@@ -245,7 +245,7 @@ def test_memory_does_not_grow_with_the_utterance(
     assert longest_input(codec, lambda: codec.decode(codes[1])) <= allowed
 
 
-def test_a_stream_remembers_a_few_inputs_a_layer_only(make_causal: MakeCodec, noise: Noise) -> None:
+def test_a_stream_keeps_only_a_few_inputs_per_layer(make_causal: MakeCodec, noise: Noise) -> None:
     codec = make_causal()
     encoder, decoder = StreamingEncoder(codec), StreamingDecoder(codec)
     for chunk in noise(320 * 100)[0].split(320 * 50 + 1):
@@ -260,7 +260,7 @@ def test_a_stream_remembers_a_few_inputs_a_layer_only(make_causal: MakeCodec, no
 @pytest.mark.parametrize("kind", [StreamingEncoder, StreamingDecoder])
 @pytest.mark.parametrize("settings", [{}, {"front_end": "log_mel", "norm": "batch_norm"}])
 def test_a_codec_that_looks_ahead_is_refused(make_codec: MakeCodec, settings: dict[str, str], kind: type) -> None:
-    with pytest.raises(ValueError, match=r"looks ahead.*use codec\.encode and codec\.decode.*causal: true"):
+    with pytest.raises(InputError, match=r"looks ahead.*use codec\.encode and codec\.decode.*causal: true"):
         kind(make_codec(**settings))
 
 
@@ -271,7 +271,7 @@ def test_a_codec_in_training_mode_is_refused(make_codec: MakeCodec, kind: type) 
 
 
 @pytest.mark.parametrize("kind", [StreamingEncoder, StreamingDecoder])
-def test_a_finished_stream_is_used_up(make_codec: MakeCodec, kind: type) -> None:
+def test_a_finished_stream_cannot_be_used_again(make_codec: MakeCodec, kind: type) -> None:
     stream = kind(make_codec(causal=True))
     x = torch.zeros(640) if kind is StreamingEncoder else torch.zeros(3, 2, dtype=torch.long)
     stream.push(x)
@@ -287,7 +287,7 @@ def test_bad_input_is_refused_and_leaves_the_stream_as_it_was(
     codec, samples = make_causal(), noise(3_000)[0]
     ids, speech = offline(codec, samples)
     encoder, decoder = StreamingEncoder(codec), StreamingDecoder(codec)
-    received, spoken = [encoder.push(samples[:2_000])], [decoder.push(ids[:, :5])]
+    received, decoded = [encoder.push(samples[:2_000])], [decoder.push(ids[:, :5])]
     with pytest.raises(ValueError, match=r"expected samples float \[n\].*got shape \(1, 1000\)"):
         encoder.push(samples[None, 2_000:])
     with pytest.raises(ValueError, match="NaN or infinite"):
@@ -296,12 +296,12 @@ def test_bad_input_is_refused_and_leaves_the_stream_as_it_was(
         with pytest.raises(ValueError, match=r"expected ids long \[1\.\.3, t\].*got shape"):
             decoder.push(wrong)
     received += [encoder.push(samples[2_000:]), encoder.finish()]
-    spoken += [decoder.push(ids[:, 5:]), decoder.finish()]
+    decoded += [decoder.push(ids[:, 5:]), decoder.finish()]
     assert_same_codes(codec.codebooks, codec.latents(samples[None]), torch.cat(received, -1)[None], ids[None])
-    torch.testing.assert_close(torch.cat(spoken), speech, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(decoded), speech, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("layers", [0, 4])
 def test_layers_out_of_range_are_refused(make_codec: MakeCodec, layers: int) -> None:
-    with pytest.raises(ValueError, match=rf"layers must be 1\.\.3, got {layers}"):
+    with pytest.raises(InputError, match=rf"layers must be 1\.\.3, got {layers}"):
         StreamingEncoder(make_codec(causal=True), layers)

@@ -1,4 +1,4 @@
-"""Measures of what codes hold, against cases whose value is known and against scikit-learn."""
+"""Metrics of codes, against cases of known value and against scikit-learn."""
 
 from collections.abc import Callable
 
@@ -38,14 +38,14 @@ def test_codes_that_determine_their_label_are_pure_and_fully_informed(random: np
     assert label_information(ids, labels) == {"purity": pytest.approx(1), "pnmi": pytest.approx(1)}
 
 
-def test_codes_independent_of_labels_know_nothing() -> None:
+def test_codes_independent_of_labels_have_no_information() -> None:
     codes, labels = np.meshgrid(np.arange(6), ["a", "a", "b", "c"])  # every pair equally often
     found = label_information(codes.ravel(), labels.ravel().tolist())
     assert found["purity"] == pytest.approx(0.5)  # the share of "a"
     assert found["pnmi"] == pytest.approx(0, abs=1e-12)
 
 
-def test_one_label_has_nothing_to_know() -> None:
+def test_a_single_label_has_no_information() -> None:
     assert label_information(np.array([0, 1, 2]), ["a", "a", "a"]) == {"purity": pytest.approx(1), "pnmi": 0.0}
 
 
@@ -70,7 +70,7 @@ def utterances_of(
     return [speech_of(int(name[1:])) for name in names], names
 
 
-def test_speakers_with_codes_of_their_own_are_told_apart(random: np.random.Generator) -> None:
+def test_speakers_with_codes_of_their_own_are_classified(random: np.random.Generator) -> None:
     utterances, names = utterances_of(4, 6, lambda speaker: random.integers(8 * speaker, 8 * speaker + 8, 40))
     order = random.permutation(len(names))  # speakers need not come one after the other
     assert speaker_accuracy([utterances[i] for i in order], [names[i] for i in order], 32) == 1.0
@@ -81,7 +81,7 @@ def test_speakers_with_the_same_codes_are_guessed_at_chance(random: np.random.Ge
     assert speaker_accuracy(utterances, names, 32) == pytest.approx(0.25, abs=0.1)  # 3 standard errors
 
 
-def test_the_length_of_an_utterance_does_not_tell_the_speaker(random: np.random.Generator) -> None:
+def test_the_length_of_an_utterance_does_not_reveal_the_speaker(random: np.random.Generator) -> None:
     utterances, names = utterances_of(2, 200, lambda speaker: np.tile(random.integers(0, 8, 10), 1 + 9 * speaker))
     assert speaker_accuracy(utterances, names, 8) == pytest.approx(0.5, abs=0.12)
 

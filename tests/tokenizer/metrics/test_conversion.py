@@ -1,4 +1,4 @@
-"""Swapping layers between the codes of two speakers: which codes come from where, by hand and through a codec."""
+"""Swapping layers between the codes of two speakers: the origin of each code, by hand and with a codec."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from speechllm import Codes, SpeechCodec, convert_voice, load_audio, load_codec, save_audio, swap_layers
+from speechllm import Codes, InputError, SpeechCodec, convert_voice, load_audio, load_codec, save_audio, swap_layers
 from speechllm.cli.main import main
 
 RATE = 16_000
@@ -71,12 +71,12 @@ def test_every_utterance_of_a_batch_gets_what_it_gets_alone(matching: str) -> No
 
 @pytest.mark.parametrize("layers", [[], [3], [-1], [0, 3]])
 def test_layers_that_are_not_there_are_refused(layers: list[int]) -> None:
-    with pytest.raises(ValueError, match="layers must be numbers from 0 to 2"):
+    with pytest.raises(InputError, match="layers must be numbers from 0 to 2"):
         swapped(layers, "position")
 
 
 def test_other_mistakes_are_named() -> None:
-    with pytest.raises(ValueError, match="unknown matching 'time': choose one of position, content"):
+    with pytest.raises(InputError, match="unknown matching 'time': choose one of position, content"):
         swapped([1], "time")
     with pytest.raises(ValueError, match="2 sources but 1 targets"):
         swap_layers(codes(SOURCE, SOURCE), codes(TARGET), [1], "position", BOOKS)

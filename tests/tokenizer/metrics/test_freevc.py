@@ -1,4 +1,4 @@
-"""FreeVC from files in the published format: the audio, the voice's windows, and what is refused.
+"""FreeVC from files in the published format: the audio, the windows of the speaker encoder, and what is refused.
 
 The files here have random weights and small widths under the published names, which the references use too.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from torchaudio.transforms import MelSpectrogram
 from transformers import HubertConfig, HubertModel, WavLMConfig, WavLMModel
 
+from tokenizer.errors import InputError
 from tokenizer.metrics.freevc import FreeVC
 
 Conv = Callable[[str, Tensor], Tensor]
@@ -46,18 +47,18 @@ SMALL = {
 }
 
 
-def gated_shapes(name: str, layers: int, voice: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    if voice:
-        yield f"{name}.cond_layer.weight_v", (2 * WIDTH * layers, voice, 1)
+def gated_shapes(name: str, layers: int, speaker: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if speaker:
+        yield f"{name}.cond_layer.weight_v", (2 * WIDTH * layers, speaker, 1)
     for layer in range(layers):
         yield f"{name}.in_layers.{layer}.weight_v", (2 * WIDTH, WIDTH, 5)
         yield f"{name}.res_skip_layers.{layer}.weight_v", ((1 if layer == layers - 1 else 2) * WIDTH, WIDTH, 1)
 
 
-def encoder_shapes(name: str, features: int, voice: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def encoder_shapes(name: str, features: int, speaker: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.pre.weight", (WIDTH, features, 1)
     yield f"{name}.proj.weight", (2 * DIMENSION, WIDTH, 1)
-    yield from gated_shapes(f"{name}.enc", 16, voice)
+    yield from gated_shapes(f"{name}.enc", 16, speaker)
 
 
 def published_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -114,7 +115,7 @@ def published(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFacto
     (folder / "freevc.json").write_text(json.dumps({"train": {}, "data": {}, "model": MODEL}))
     torch.manual_seed(0)
     lstm, linear = torch.nn.LSTM(40, 256, 3), torch.nn.Linear(256, 256)
-    lstm.weight_ih_l0.data *= 30  # of such small spectra: voices that differ
+    lstm.weight_ih_l0.data *= 30  # so that embeddings of such small spectra differ
     speaker = {f"lstm.{name}": value for name, value in lstm.state_dict().items()}
     speaker |= {f"linear.{name}": value for name, value in linear.state_dict().items()}
     speaker |= {"similarity_weight": torch.tensor([10.0]), "similarity_bias": torch.tensor([-5.0])}
@@ -130,7 +131,7 @@ def freevc(published: Path, wavlm: Path) -> FreeVC:
 
 @pytest.fixture
 def folder(published: Path, tmp_path: Path) -> Path:
-    """The published files to change."""
+    """A copy of the published files, to be changed."""
     return shutil.copytree(published, tmp_path / "freevc")
 
 
@@ -138,12 +139,12 @@ def save(folder: Path, weights: dict[str, Tensor]) -> None:
     torch.save({"model": weights, "iteration": 1, "optimizer": {}, "learning_rate": 1e-4}, folder / "freevc.pth")
 
 
-def reference_gates(name: str, conv: Conv, hidden: Tensor, layers: int, voice: Tensor | None) -> Tensor:
+def reference_gates(name: str, conv: Conv, hidden: Tensor, layers: int, speaker: Tensor | None) -> Tensor:
     skipped = 0
     for layer in range(layers):
         gates = conv(f"{name}.in_layers.{layer}", hidden)
-        if voice is not None:
-            gates = gates + conv(f"{name}.cond_layer", voice)[:, 2 * WIDTH * layer : 2 * WIDTH * (layer + 1)]
+        if speaker is not None:
+            gates = gates + conv(f"{name}.cond_layer", speaker)[:, 2 * WIDTH * layer : 2 * WIDTH * (layer + 1)]
         mixed = conv(f"{name}.res_skip_layers.{layer}", gates[:, :WIDTH].tanh() * gates[:, WIDTH:].sigmoid())
         if layer == layers - 1:
             return skipped + mixed
@@ -151,8 +152,8 @@ def reference_gates(name: str, conv: Conv, hidden: Tensor, layers: int, voice: T
     raise AssertionError("no layers")
 
 
-def reference(weights: dict[str, Tensor], content: Tensor, voice: Tensor, noise: Tensor) -> Tensor:
-    """The published network, written down once more by its parameters' names: float [1, C, T] -> float [N]."""
+def reference(weights: dict[str, Tensor], content: Tensor, speaker: Tensor, noise: Tensor) -> Tensor:
+    """Independent implementation of the published network, by parameter names: float [1, C, T] -> float [N]."""
 
     def weight(name: str) -> Tensor:
         if f"{name}.weight" in weights:
@@ -168,9 +169,9 @@ def reference(weights: dict[str, Tensor], content: Tensor, voice: Tensor, noise:
     for place in (6, 4, 2, 0):
         name = f"flow.flows.{place}"
         first, second = z.flip(1).split(DIMENSION // 2, 1)
-        shift = conv(f"{name}.post", reference_gates(f"{name}.enc", conv, conv(f"{name}.pre", first), 4, voice))
+        shift = conv(f"{name}.post", reference_gates(f"{name}.enc", conv, conv(f"{name}.pre", first), 4, speaker))
         z = torch.cat([first, second - shift], 1)
-    hidden = conv("dec.conv_pre", z) + conv("dec.cond", voice)
+    hidden = conv("dec.conv_pre", z) + conv("dec.cond", speaker)
     for step, rate in enumerate(MODEL["upsample_rates"]):
         name = f"dec.ups.{step}"
         padding = (weight(name).shape[-1] - rate) // 2
@@ -209,7 +210,7 @@ def test_every_wavlm_frame_becomes_320_samples(freevc: FreeVC, noise: Noise, sam
     assert converted.dtype == torch.float32
 
 
-def test_wavlm_in_half_precision_is_heard_in_single(published: Path, tmp_path: Path, noise: Noise) -> None:
+def test_wavlm_in_half_precision_runs_in_single(published: Path, tmp_path: Path, noise: Noise) -> None:
     WavLMModel(WavLMConfig(**SMALL)).half().save_pretrained(tmp_path)
     freevc = FreeVC.from_pretrained(published, tmp_path)
     assert {parameter.dtype for parameter in freevc.parameters()} == {torch.float32}
@@ -222,11 +223,11 @@ def test_a_wavlm_that_lacks_weights_is_refused(published: Path, tmp_path: Path) 
     model.save_pretrained(
         tmp_path, state_dict={name: whole[name] for name in whole if "layers.0.attention" not in name}
     )
-    with pytest.raises(ValueError, match=r"lacks \d+ weights of a WavLMModel"):
+    with pytest.raises(InputError, match=r"lacks \d+ weights of a WavLMModel"):
         FreeVC.from_pretrained(published, tmp_path)
 
 
-def test_the_seed_decides_and_the_target_counts(freevc: FreeVC, noise: Noise) -> None:
+def test_the_result_depends_on_source_target_and_seed_only(freevc: FreeVC, noise: Noise) -> None:
     source, target, other = (noise(26_000, seed=seed)[0] for seed in range(3))
     source, different = source[:4_000], source[-4_000:]
     converted = freevc.convert(source, target)
@@ -247,7 +248,7 @@ def test_silence_around_the_target_does_not_matter(freevc: FreeVC, noise: Noise)
 
 
 @pytest.mark.parametrize("samples", [1_600, 25_600, 31_519, 31_520, 43_839, 43_840])
-def test_the_voice_is_the_mean_over_windows(freevc: FreeVC, noise: Noise, samples: int) -> None:
+def test_the_speaker_embedding_is_the_mean_over_windows(freevc: FreeVC, noise: Noise, samples: int) -> None:
     waveform, encoder = noise(samples)[0], freevc.speaker_encoder
     # as Resemble's encoder cuts: a window every 16000 / 1.3 samples, the last one only where 75 % of it are speech
     frames, step = math.ceil((samples + 1) / 160), round(16_000 / 1.3 / 160)
@@ -274,10 +275,10 @@ def test_only_the_posterior_encoder_may_be_absent(
     save(folder, {name: value for name, value in weights.items() if not name.startswith("enc_q.")})
     assert torch.equal(FreeVC.from_pretrained(folder, wavlm).convert(source, target), converted)
     save(folder, {name: value for name, value in weights.items() if name != "flow.flows.2.enc.cond_layer.weight_g"})
-    with pytest.raises(ValueError, match=r"freevc\.pth is not the published one.*flow\.flows\.2\.enc\.cond_layer"):
+    with pytest.raises(InputError, match=r"freevc\.pth is not the published one.*flow\.flows\.2\.enc\.cond_layer"):
         FreeVC.from_pretrained(folder, wavlm)
     save(folder, weights | {"enc_spk.linear.weight": torch.zeros(2, 2)})
-    with pytest.raises(ValueError, match=r"enc_spk\.linear\.weight"):
+    with pytest.raises(InputError, match=r"enc_spk\.linear\.weight"):
         FreeVC.from_pretrained(folder, wavlm)
 
 
@@ -293,12 +294,12 @@ def test_missing_files_are_named_with_what_was_found(folder: Path, wavlm: Path, 
 
 def test_other_models_are_refused(folder: Path, wavlm: Path, tmp_path: Path) -> None:
     torch.save({"other": {}}, folder / "freevc.pth")
-    with pytest.raises(ValueError, match=r"freevc\.pth is not the published one.*model"):
+    with pytest.raises(InputError, match=r"freevc\.pth is not the published one.*model"):
         FreeVC.from_pretrained(folder, wavlm)
     (folder / "freevc.json").write_text(
         json.dumps({"model": MODEL | {"use_spk": False, "upsample_rates": [10, 6, 4, 2]}})
     )
-    with pytest.raises(ValueError, match=r"use_spk is False, not True; upsample_rates is \[10, 6, 4, 2\]"):
+    with pytest.raises(InputError, match=r"use_spk is False, not True; upsample_rates is \[10, 6, 4, 2\]"):
         FreeVC.from_pretrained(folder, wavlm)
     with pytest.raises(FileNotFoundError, match="a WavLM model"):
         FreeVC.from_pretrained(folder, tmp_path / "nowhere")
@@ -308,14 +309,14 @@ def test_other_models_are_refused(folder: Path, wavlm: Path, tmp_path: Path) -> 
 def test_features_of_another_kind_or_width_are_refused(folder: Path, tmp_path: Path, kind: str, width: int) -> None:
     config, model = {"hubert": (HubertConfig, HubertModel), "wavlm": (WavLMConfig, WavLMModel)}[kind]
     model(config(**SMALL | {"hidden_size": width})).save_pretrained(tmp_path / "features")
-    with pytest.raises(ValueError, match=rf"is a {kind} model of width {width}: .* needs WavLM of width {FEATURES}"):
+    with pytest.raises(InputError, match=rf"is a {kind} model of width {width}: .* needs WavLM of width {FEATURES}"):
         FreeVC.from_pretrained(folder, tmp_path / "features")
 
 
 @pytest.mark.parametrize(
-    "sound, message",
+    "waveform, message",
     [
-        (torch.zeros(1_599), r"shape \[1599\]: .* at least 1600 samples \(0.1 s\)"),
+        (torch.zeros(1_599), r"has 1599 samples: expected at least 1600 \(0.1 s\)"),
         (torch.zeros(1, 16_000), r"shape \[1, 16000\]: expected one waveform"),
         (torch.zeros(16_000), "is silent or not finite"),
         (torch.full((16_000,), math.nan), "is silent or not finite"),
@@ -323,9 +324,9 @@ def test_features_of_another_kind_or_width_are_refused(folder: Path, tmp_path: P
     ],
     ids=["short", "batch", "silent", "nan", "infinite"],
 )
-def test_what_is_no_sound_is_refused(freevc: FreeVC, noise: Noise, sound: Tensor, message: str) -> None:
+def test_unusable_waveforms_are_refused(freevc: FreeVC, noise: Noise, waveform: Tensor, message: str) -> None:
     speech = noise(2_000)[0]
     with pytest.raises(ValueError, match=f"the source .*{message}"):
-        freevc.convert(sound, speech)
+        freevc.convert(waveform, speech)
     with pytest.raises(ValueError, match=f"the target .*{message}"):
-        freevc.convert(speech, sound)
+        freevc.convert(speech, waveform)

@@ -1,4 +1,4 @@
-"""The CTC probe: it reads codes that spell their text, cannot read those that do not, and is set beside a baseline."""
+"""The CTC probe: it recognises codes that spell their text, no others, and is compared with a baseline."""
 
 import json
 import types
@@ -11,7 +11,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from speechllm import DataError, SpeechCodec, encode_shards, load_codes, read_corpus, speech_of
+from speechllm import DataError, InputError, SpeechCodec, encode_shards, load_codes, read_corpus, speech_of
 from tokenizer.metrics.probe import ctc_probe
 
 WORDS = ("ab", "cab", "bed", "dada", "ace")
@@ -34,9 +34,9 @@ def test_codes_that_spell_their_text_are_read() -> None:
     assert read == test
 
 
-def test_the_seed_decides_everything_and_nothing_outside_is_touched() -> None:
+def test_the_seed_determines_the_result_and_no_global_state_changes() -> None:
     train = [(spelling(text), text) for text in WORDS]
-    # nonsense, of which every model reads something else
+    # random codes, for which every model returns another text
     test = list(torch.randint(32, (8, 40), generator=torch.Generator().manual_seed(0)))
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -62,7 +62,7 @@ def test_what_is_read_does_not_depend_on_the_other_utterances() -> None:
 
 
 def test_texts_are_needed() -> None:
-    with pytest.raises(ValueError, match="the training utterances have none"):
+    with pytest.raises(InputError, match="the training utterances have none"):
         ctc_probe([(spelling("a"), "")], [], 32, steps=1)
 
 

@@ -114,7 +114,7 @@ def test_distortion_is_that_of_the_formula() -> None:
     assert pytest.approx(6.14185, abs=1e-5) == DB
 
 
-def test_aligned_voices_say_the_same_at_the_same_time() -> None:
+def test_aligned_frames_have_the_same_content() -> None:
     slow, fast = frames([0, 0, 1, 2, 2], np.arange(5.0)), frames([0, 1, 1, 1, 2], np.arange(5.0))
     a, b = align_voices(slow, fast)
     assert a.cepstra[:, 0].tolist() == b.cepstra[:, 0].tolist() == [0, 0, 1, 1, 1, 2, 2]
@@ -195,7 +195,7 @@ def test_noise_has_no_pitch(voice: VoiceFrames, noise: Callable[..., Tensor]) ->
     assert caught.value.reason == "unvoiced"
 
 
-def test_a_pitch_that_does_not_move_has_no_correlation() -> None:
+def test_a_constant_pitch_has_no_correlation() -> None:
     flat, moving = frames(list(range(50)), np.full(50, 100.0)), frames(list(range(50)), np.arange(50) + 100.0)
     with pytest.raises(QualityError) as caught:
         correlation(flat, moving)

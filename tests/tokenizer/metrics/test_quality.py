@@ -1,4 +1,4 @@
-"""Measures of reconstructed speech: against the packages called directly, by hand, and where there is no score."""
+"""Metrics of reconstructed speech: against direct calls of the packages, by hand, and pairs without a score."""
 
 import pickle
 import sys
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchaudio.functional import melscale_fbanks, resample
 
-from speechllm import Quality, QualityError, SpeechCodec, reconstruct, speech_quality
+from speechllm import InputError, Quality, QualityError, SpeechCodec, reconstruct, speech_quality
 from tokenizer.metrics.quality import layer_counts
 
 pesq = pytest.importorskip("pesq")
@@ -164,7 +164,7 @@ def test_a_batch_is_refused(original: Tensor) -> None:
         speech_quality(original[None], original[None], RATE)
 
 
-def test_the_error_survives_the_way_between_processes() -> None:
+def test_the_error_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(QualityError("silent", "the original holds digital silence only")))
     assert (error.reason, str(error)) == ("silent", "the original holds digital silence only")
 
@@ -191,7 +191,7 @@ def test_powers_of_two_and_all_codebooks_are_compared(
 def test_wanted_numbers_of_codebooks_are_sorted_and_checked(codec: SpeechCodec) -> None:
     assert layer_counts(codec, [3, 1, 3]) == [1, 3]
     for wanted in ([], [0], [1, 4], [-1]):
-        with pytest.raises(ValueError, match="layers must be numbers from 1 to 3"):
+        with pytest.raises(InputError, match="layers must be numbers from 1 to 3"):
             layer_counts(codec, wanted)
 
 

@@ -1,4 +1,4 @@
-"""EnCodec, Mimi and DAC of transformers behind our interface: their own codes, their own audio, not a sample more."""
+"""EnCodec, Mimi and DAC of transformers with our interface: the codes, audio and lengths of the originals."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from speechllm import Codec, Codes
+from speechllm import Codec, Codes, InputError
 from tokenizer.schemes.published import PublishedCodec
 
 pytestmark = pytest.mark.numeric
@@ -82,7 +82,7 @@ def original(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 def encode(original: PreTrainedModel, waveform: Tensor, **settings: object) -> Tensor:
-    """What the original's own preprocessing and its `encode` make of one waveform float [N]: codes long [Q, T]."""
+    """Codes long [Q, T] of a waveform float [N] by the original's own preprocessing and `encode`."""
     kind, x = original.config.model_type, waveform[None, None]
     if kind == "encodec":
         extractor = EncodecFeatureExtractor(sampling_rate=RATE)
@@ -154,7 +154,7 @@ def test_codes_of_unknown_length_are_whole_frames(original: PreTrainedModel) -> 
 
 @torch.no_grad()
 def test_the_code_vectors_are_what_is_summed(noise: Noise) -> None:
-    """EnCodec: the decoder hears the sum over the layers of `codebooks`."""
+    """EnCodec: the decoder receives the sum over the layers of `codebooks`."""
     original = make("encodec")
     codec = PublishedCodec(original)
     ids = codec.encode(noise(3_200)).ids[0]
@@ -176,24 +176,24 @@ def test_a_saved_codec_is_the_same(original: PreTrainedModel, noise: Noise, tmp_
 
 @pytest.mark.parametrize("layers", [0, 5])
 def test_layers_there_are_not_are_refused(original: PreTrainedModel, noise: Noise, layers: int) -> None:
-    with pytest.raises(ValueError, match=rf"layers must be 1\.\.[34], got {layers}"):
+    with pytest.raises(InputError, match=rf"layers must be 1\.\.[34], got {layers}"):
         PublishedCodec(original).encode(noise(640), layers=layers)
 
 
 @pytest.mark.parametrize("setting", [{"audio_channels": 2}, {"normalize": True}, {"chunk_length_s": 1.0}])
 def test_an_encodec_that_keeps_more_than_codes_is_refused(setting: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="is stereo or keeps loudness beside its codes"):
+    with pytest.raises(InputError, match="is stereo or stores loudness besides its codes"):
         PublishedCodec(EncodecModel(EncodecConfig(**ENCODEC, **setting)))
 
 
 def test_another_model_is_refused() -> None:
     tiny = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
-    with pytest.raises(ValueError, match="expected a model of encodec, mimi, dac, got bert"):
+    with pytest.raises(InputError, match="expected a model of encodec, mimi, dac, got bert"):
         PublishedCodec(BertModel(tiny))
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(original: PreTrainedModel, tmp_path: Path) -> None:
     state = {name: value for name, value in original.state_dict().items() if not name.startswith("decoder.")}
     original.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match=r"lacks \d+ weights of a \w+Model, decoder\."):
+    with pytest.raises(InputError, match=r"lacks \d+ weights of a \w+Model, decoder\."):
         PublishedCodec.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The cascade's recogniser: a folder train_teacher saves by CTC is read as an independent collapse reads its scores."""
+"""Recognisers trained with CTC by train_teacher: their texts equal an independent greedy decoding."""
 
 import json
 from collections.abc import Callable
@@ -42,8 +42,8 @@ def collapse(labels: list[int]) -> str:
     return " ".join(text.replace("|", " ").split())
 
 
-def heard(folder: Path, waveform: Tensor) -> str:
-    """A waveform float [N] through transformers' model alone, normalised by hand."""
+def greedy_text(folder: Path, waveform: Tensor) -> str:
+    """Greedy decoding of a waveform float [N] with transformers' model alone, normalised by hand."""
     x = (waveform - waveform.mean()) / (waveform.var(correction=0) + 1e-7).sqrt()
     with torch.no_grad():
         return collapse(HubertForCTC.from_pretrained(folder).eval()(x[None]).logits[0].argmax(-1).tolist())
@@ -52,17 +52,17 @@ def heard(folder: Path, waveform: Tensor) -> str:
 def test_the_text_is_the_collapse_of_the_best_labels(folder: Path, noise: Noise) -> None:
     waveform = noise(48_000, batch=2)
     texts = Recognizer.from_pretrained(folder).encode(waveform).texts
-    assert [" ".join(text.split()) for text in texts] == [heard(folder, row).lower() for row in waveform]
+    assert [" ".join(text.split()) for text in texts] == [greedy_text(folder, row).lower() for row in waveform]
     assert all(len(text) > 10 and " " in text for text in texts)
 
 
-def test_a_double_letter_is_told_from_a_long_one(folder: Path) -> None:
+def test_a_double_letter_is_distinguished_from_a_long_one(folder: Path) -> None:
     made = Recognizer.from_pretrained(folder)
     labels = [2, 4, 4, 0, 4, 6, 6, 3, 0, 0, 5, 5, 1]
     assert made.processor.batch_decode(torch.tensor([labels]))[0] == collapse(labels) == "ALL BO'"
 
 
-def test_transformers_own_pipeline_reads_the_same(folder: Path, noise: Noise) -> None:
+def test_the_pipeline_of_transformers_returns_the_same_text(folder: Path, noise: Noise) -> None:
     waveform = noise(32_000)
     ours = Recognizer.from_pretrained(folder).encode(waveform).texts[0]
     assert (
@@ -71,7 +71,7 @@ def test_transformers_own_pipeline_reads_the_same(folder: Path, noise: Noise) ->
 
 
 def test_the_scores_are_those_of_the_training(folder: Path, classifier: FrameClassifier, noise: Noise) -> None:
-    """Transformers pads nothing: its frames are those of training, but for the edges."""
+    """Transformers does not pad, so its frames equal those of training except at the edges."""
     waveform = noise(32_000)
     with torch.no_grad():
         trained = classifier(waveform, torch.tensor([32_000]))[0]
@@ -139,7 +139,7 @@ def test_the_recipe_saves_the_whole_recogniser(train: Callable[..., Path], corpu
     assert json.loads((run / "done.json").read_text(encoding="utf-8"))["dev_cer"] >= 0
 
 
-def test_training_goes_on_from_another_teacher(train: Callable[..., Path], noise: Noise) -> None:
+def test_training_continues_from_another_teacher(train: Callable[..., Path], noise: Noise) -> None:
     """After one step with no learning rate to speak of, the features are those of the teacher it began with."""
     first = train("first", layers=2)
     second = train("second", init=str(first / "model"), steps=1, learning_rate=1e-12, hidden_size=64)

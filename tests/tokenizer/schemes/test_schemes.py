@@ -1,4 +1,4 @@
-"""All kinds of audio tokenizers by name: one interface, the same answer in any batch, and after saving and loading."""
+"""All kinds of audio tokenizers by name: one interface, the same result in any batch and after saving and loading."""
 
 import json
 import math
@@ -65,7 +65,7 @@ SCHEMES = {
 
 
 def save_wav2vec2(folder: Path) -> None:
-    """The published kernels, and normalisation over time in the first layer: every frame hears every sample."""
+    """The published kernels, and normalisation over time in the first layer: every frame depends on every sample."""
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     small = {"conv_dim": (8,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
     Wav2Vec2Model(Wav2Vec2Config(**shape, **small, feat_extract_norm="group")).save_pretrained(folder)
@@ -103,7 +103,7 @@ def home(codec_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_whisper(home / "whisper")
     (home / "ctc").mkdir()
     classifier = FrameClassifier(small_hubert(hidden_size=16, layers=1), labels=5)
-    nn.init.normal_(classifier.head.weight)  # decided opinions: several letters
+    nn.init.normal_(classifier.head.weight)  # confident scores: several letters
     save_recognizer(classifier, ["A", "B", "C", "|"], home / "ctc")
     for name, source, layer in (("units", "hubert", 1), ("whisper_units", "whisper", None)):
         encoder = FeatureEncoder.from_pretrained(home / source, layer)
@@ -126,7 +126,7 @@ def assert_equal(found: object, expected: object) -> None:
     assert found == expected if isinstance(expected, str) else torch.equal(found, expected)
 
 
-def test_every_scheme_keeps_its_promise(scheme: tuple[str, AudioTokenizer], noise: Noise) -> None:
+def test_every_scheme_satisfies_its_protocol(scheme: tuple[str, AudioTokenizer], noise: Noise) -> None:
     name, made = scheme
     protocol = SCHEMES[name]
     assert isinstance(made, protocol) and isinstance(made, AudioTokenizer)
@@ -134,23 +134,25 @@ def test_every_scheme_keeps_its_promise(scheme: tuple[str, AudioTokenizer], nois
     assert not any(isinstance(made, other) for other in others)
     assert made.sample_rate == 16_000 and made.device == torch.device("cpu")
     assert re.fullmatch("[0-9a-f]{16}", made.fingerprint)
-    answer = made.encode(noise(8_000, batch=2))
+    encoded = made.encode(noise(8_000, batch=2))
     if isinstance(made, DiscreteTokenizer):
-        assert isinstance(answer, Codes)
-        assert answer.ids.dtype == torch.long and 0 <= answer.ids.min() <= answer.ids.max() < made.codebook_size
+        assert isinstance(encoded, Codes)
+        assert encoded.ids.dtype == torch.long and 0 <= encoded.ids.min() <= encoded.ids.max() < made.codebook_size
         assert made.codebooks.shape[:2] == (made.num_codebooks, made.codebook_size)
-        assert answer.ids.shape[1] == made.num_codebooks and made.encode(noise(800), layers=1).ids.shape[1] == 1
-        assert len(answer.ids.unique()) > 3
+        assert encoded.ids.shape[1] == made.num_codebooks and made.encode(noise(800), layers=1).ids.shape[1] == 1
+        assert len(encoded.ids.unique()) > 3
     elif isinstance(made, FeatureTokenizer):
-        assert isinstance(answer, Features)
-        assert answer.values.dtype == torch.float32 and answer.values.shape == (2, 25, made.width)
+        assert isinstance(encoded, Features)
+        assert encoded.values.dtype == torch.float32 and encoded.values.shape == (2, 25, made.width)
     else:
-        assert isinstance(answer, Transcripts) and made.frame_rate == 0
-        assert len(answer.texts) == 2 and all(answer.texts)
+        assert isinstance(encoded, Transcripts) and made.frame_rate == 0
+        assert len(encoded.texts) == 2 and all(encoded.texts)
 
 
-def test_an_utterance_gets_the_same_in_any_batch(scheme: tuple[str, AudioTokenizer], noise: Noise) -> None:
-    """Exactly, whatever lies behind it."""
+def test_the_batch_does_not_change_the_result_for_an_utterance(
+    scheme: tuple[str, AudioTokenizer], noise: Noise
+) -> None:
+    """To the last bit, whatever follows the utterance."""
     name, made = scheme
     waveform = noise(21_000, batch=3)
     together = made.encode(waveform, LENGTHS)
@@ -165,11 +167,11 @@ def test_an_utterance_gets_the_same_in_any_batch(scheme: tuple[str, AudioTokeniz
 
 
 def test_beyond_an_utterance_there_is_nothing(scheme: tuple[str, AudioTokenizer], noise: Noise) -> None:
-    answer = scheme[1].encode(noise(21_000, batch=3), LENGTHS)
-    if isinstance(answer, Codes):
-        assert not any(row[:, size:].any() for row, size in zip(answer.ids, answer.lengths, strict=True))
-    if isinstance(answer, Features):
-        assert not any(row[size:].any() for row, size in zip(answer.values, answer.lengths, strict=True))
+    encoded = scheme[1].encode(noise(21_000, batch=3), LENGTHS)
+    if isinstance(encoded, Codes):
+        assert not any(row[:, size:].any() for row, size in zip(encoded.ids, encoded.lengths, strict=True))
+    if isinstance(encoded, Features):
+        assert not any(row[size:].any() for row, size in zip(encoded.values, encoded.lengths, strict=True))
 
 
 def test_a_saved_tokenizer_is_the_same(scheme: tuple[str, AudioTokenizer], noise: Noise, tmp_path: Path) -> None:
@@ -203,7 +205,7 @@ def test_no_two_tokenizers_have_one_fingerprint(home: Path) -> None:
         (torch.zeros(1, 800), torch.tensor([0]), r"lengths must be 1\.\.800"),
     ],
 )
-def test_what_is_no_speech_is_refused(
+def test_invalid_waveforms_and_lengths_are_refused(
     scheme: tuple[str, AudioTokenizer], waveform: Tensor, lengths: Tensor | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -213,7 +215,7 @@ def test_what_is_no_speech_is_refused(
 # ---- features
 
 
-def test_the_layer_is_the_one_behind_the_number_sign(home: Path, noise: Noise) -> None:
+def test_the_layer_is_the_one_after_the_number_sign(home: Path, noise: Noise) -> None:
     waveform = noise(6_400)
     for name, layer in (("features:hubert", "avg"), ("features:hubert#1", 1), ("features:ctc#-1", -1)):
         teacher = SemanticTeacher.from_pretrained(home / name.split(":")[1].split("#")[0], layer)
@@ -221,7 +223,7 @@ def test_the_layer_is_the_one_behind_the_number_sign(home: Path, noise: Noise) -
 
 
 @torch.no_grad()
-def test_whisper_hears_its_windows_one_after_the_other(home: Path, noise: Noise) -> None:
+def test_whisper_encodes_consecutive_windows(home: Path, noise: Noise) -> None:
     whisper = WhisperForConditionalGeneration.from_pretrained(home / "whisper").eval()
     extractor = WhisperFeatureExtractor.from_pretrained(home / "whisper")
     waveform = noise(40_000)
@@ -241,17 +243,17 @@ def test_only_the_encoder_of_whisper_is_kept(home: Path, tmp_path: Path) -> None
 
 
 @torch.no_grad()
-def test_a_recogniser_of_long_speech_says_what_whisper_says_with_timestamps(home: Path, noise: Noise) -> None:
+def test_a_recogniser_of_long_speech_returns_whispers_text_with_timestamps(home: Path, noise: Noise) -> None:
     whisper = WhisperForConditionalGeneration.from_pretrained(home / "whisper").eval()
     extractor = WhisperFeatureExtractor.from_pretrained(home / "whisper")
     text_tokenizer = WhisperTokenizer.from_pretrained(home / "whisper")
     made = load(home, "recognizer:whisper")
-    for samples, how in ((16_000, {}), (40_000, {"truncation": False, "padding": "longest"})):
+    for samples, options in ((16_000, {}), (40_000, {"truncation": False, "padding": "longest"})):
         waveform = noise(samples)
-        mel = extractor(waveform[0].numpy(), sampling_rate=16_000, return_tensors="pt", **how).input_features
+        mel = extractor(waveform[0].numpy(), sampling_rate=16_000, return_tensors="pt", **options).input_features
         assert mel.shape[2] == samples / 160
         mask = torch.ones(mel.shape[::2], dtype=torch.long)
-        ids = whisper.generate(mel, attention_mask=mask, do_sample=False, return_timestamps=bool(how))
+        ids = whisper.generate(mel, attention_mask=mask, do_sample=False, return_timestamps=bool(options))
         text = text_tokenizer.decode(ids[0], skip_special_tokens=True).strip()
         assert made.encode(waveform).texts == [text]
 
@@ -272,13 +274,13 @@ def save_odd(folder: Path) -> None:
 
 WRONG = [
     ("units:hubert", "unknown kind 'units'; an audio tokenizer is FOLDER_OR_HUB_NAME"),
-    ("features:hubert#last", "expected a number or avg behind #, got 'last'"),
+    ("features:hubert#last", "expected a number or avg after #, got 'last'"),
     ("features:hubert#3", 'layer must be "avg" or an index up to 2'),
-    ("features:whisper#1", "is a Whisper model: .* leave out the layer 1"),
+    ("features:whisper#1", "is a Whisper model, .* omit the layer 1"),
     ("features:bert", "is a bert model: expected HuBERT, WavLM or wav2vec 2.0"),
     ("recognizer:bert", "a model of type bert is no speech recogniser"),
     ("recognizer:hubert", "not trained to recognise speech: .* lacks 2 weights of a HubertForCTC, lm_head.bias first"),
-    ("hubert", "it is a hubert model: write features:.*hubert for its frames, recognizer:.*hubert for text"),
+    ("hubert", "it is a hubert model: write features:.*hubert for its features, recognizer:.*hubert for text"),
     ("wav2vec2", "it is a wav2vec2 model: write features:"),
     ("whisper", "it is a whisper model: write features:"),
     ("bert", "found a bert model; an audio tokenizer is"),
@@ -287,7 +289,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("name, message", WRONG)
-def test_a_name_that_is_no_tokenizer_says_what_it_is(home: Path, name: str, message: str) -> None:
+def test_a_name_that_is_no_tokenizer_is_refused_and_identified(home: Path, name: str, message: str) -> None:
     if not (home / "bert").exists():
         save_bert(home / "bert")
         save_odd(home / "odd")
@@ -301,8 +303,8 @@ def test_a_missing_folder_is_not_looked_for_on_the_hub(prefix: str, tmp_path: Pa
         load_tokenizer(f"{prefix}{tmp_path / 'nowhere'}")
 
 
-def test_a_name_the_hub_cannot_give_is_told(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nobody/nothing: no such folder, and no model of the hub"):
+def test_a_name_that_the_hub_does_not_have_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nobody/nothing: no such folder, and no hub model"):
         load_tokenizer("nobody/nothing")
 
 

@@ -1,4 +1,4 @@
-"""Speech units: the nearest centroid by an independent reckoning, merged repeats, and the recipe that finds them."""
+"""Speech units: nearest centroids by independent computation, merged repeats, and the recipe that fits them."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from speechllm import load_tokenizer
+from speechllm import InputError, load_tokenizer
 from speechllm.runs.config import load_config
 from tokenizer.files import read_jsonl
 from tokenizer.pretrained import module_fingerprint
@@ -84,7 +84,7 @@ def test_centroids_of_another_width_are_refused(encoder: FeatureEncoder) -> None
         UnitTokenizer(encoder, torch.zeros(4, 8))
 
 
-def test_the_folder_tells_its_fingerprint(units: UnitTokenizer, tmp_path: Path) -> None:
+def test_the_folder_contains_its_fingerprint(units: UnitTokenizer, tmp_path: Path) -> None:
     units.save_pretrained(tmp_path)
     held = json.loads((tmp_path / "audio_tokenizer.json").read_text(encoding="utf-8"))
     assert held["kind"] == "units" and held["fingerprint"] == units.fingerprint
@@ -114,7 +114,7 @@ def test_a_fingerprint_reads_every_weight_once(units: UnitTokenizer, monkeypatch
 
 
 def test_units_have_one_layer(units: UnitTokenizer, noise: Noise) -> None:
-    with pytest.raises(ValueError, match="units have 1 layer, got layers 2"):
+    with pytest.raises(InputError, match="units have 1 layer, got layers 2"):
         units.encode(noise(640), layers=2)
 
 
@@ -149,7 +149,7 @@ def work(hubert_folder: Path, noise: Noise, recipe: Callable, tmp_path_factory: 
     return work
 
 
-def test_the_recipe_tells_what_it_found_and_what_it_skipped(work: Path, noise: Noise) -> None:
+def test_the_recipe_reports_results_and_skipped_recordings(work: Path, noise: Noise) -> None:
     results = json.loads((work / "run" / "results.json").read_text(encoding="utf-8"))
     units = load_tokenizer(work / "run" / "model")
     assert isinstance(units, UnitTokenizer) and units.deduplicate and units.codebook_size == 10
@@ -170,7 +170,7 @@ def test_the_recipe_tells_what_it_found_and_what_it_skipped(work: Path, noise: N
     assert not list((work / "run").glob("*.part"))
 
 
-def test_the_seed_decides_and_the_frames_are_few_when_asked(
+def test_the_seed_determines_the_result_and_frames_can_be_limited(
     hubert_folder: Path, recipe: Callable, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(work)

@@ -1,4 +1,4 @@
-"""The codec's adversaries: their sizes and shapes, the losses of both sides, and one step of the game."""
+"""Discriminators: sizes and shapes, the losses of both sides, and one training step."""
 
 import io
 from collections.abc import Callable
@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tokenizer.errors import InputError
 from tokenizer.training.discriminators import (
     Adversary,
     DiscriminatorOutput,
@@ -101,7 +102,7 @@ def test_a_network_of_period_p_sees_every_pth_sample_only(noise: Callable[..., T
 
 
 def test_the_stft_discriminator_sees_phase(noise: Callable[..., Tensor]) -> None:
-    """A sign change moves no magnitude and still the scores."""
+    """A sign change changes the scores, but no magnitude."""
     discriminator, waveform = MultiScaleSTFTDiscriminator(2, WINDOWS), noise(N)
     assert not torch.allclose(discriminator(waveform)[0].scores, discriminator(-waveform)[0].scores)
 
@@ -109,7 +110,7 @@ def test_the_stft_discriminator_sees_phase(noise: Callable[..., Tensor]) -> None
 def test_waveforms_too_short_for_the_largest_window_are_refused(noise: Callable[..., Tensor]) -> None:
     discriminator = MultiScaleSTFTDiscriminator(2, WINDOWS)
     assert len(discriminator(noise(65))) == 2
-    with pytest.raises(ValueError, match="64 samples are too short .* at least 65"):
+    with pytest.raises(InputError, match="64 samples are too short .* at least 65"):
         discriminator(noise(64))
 
 
@@ -184,7 +185,7 @@ def test_a_step_of_the_discriminators_leaves_no_gradient_on_the_reconstruction(
     fake = pair[1] * generator
     fake.retain_grad()
     before = [p.clone() for p in adversary.parameters()]
-    adversary.learn(pair[0], fake)
+    adversary.train_step(pair[0], fake)
     assert generator.grad is None and fake.grad is None
     assert all(not torch.equal(old, new) for old, new in zip(before, adversary.parameters(), strict=True))
 
@@ -192,12 +193,12 @@ def test_a_step_of_the_discriminators_leaves_no_gradient_on_the_reconstruction(
 def test_a_step_of_the_discriminators_follows_the_mean_gradient_of_all_processes(
     adversary: Adversary, pair: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Processes whose gradients cancel do not move."""
+    """Gradients that cancel between processes change no parameter."""
     monkeypatch.setattr(
         "tokenizer.training.discriminators.average_gradients", lambda own: [p.grad.zero_() for p in own]
     )
     before = [p.clone() for p in adversary.parameters()]
-    adversary.learn(*pair)
+    adversary.train_step(*pair)
     assert all(torch.equal(old, new) for old, new in zip(before, adversary.parameters(), strict=True))
 
 
@@ -216,24 +217,24 @@ def test_the_generators_losses_leave_no_gradient_on_the_discriminators(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("relative", [True, False])
-def test_the_adversary_uses_the_losses_it_was_asked_for(kind: str, relative: bool, pair: tuple[Tensor, Tensor]) -> None:
+def test_the_adversary_uses_the_configured_losses(kind: str, relative: bool, pair: tuple[Tensor, Tensor]) -> None:
     adversary = Adversary(tiny(), kind, 1e-3, relative_features=relative)
     real, fake = adversary.discriminate(pair[0]), adversary.discriminate(pair[1])
     assert len(real) == len(fake) == 6
     losses = adversary.losses(*pair)
     assert losses["adversarial"].item() == adversarial_loss(fake, kind).item()
     assert losses["feature_matching"].item() == feature_matching_loss(real, fake, relative).item()
-    assert adversary.learn(*pair).item() == discriminator_loss(real, fake, kind).item()
+    assert adversary.train_step(*pair).item() == discriminator_loss(real, fake, kind).item()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("index", range(3))
-def test_each_discriminator_learns_to_tell_a_fixed_pair_apart(
+def test_each_discriminator_learns_to_distinguish_a_fixed_pair(
     kind: str, index: int, pair: tuple[Tensor, Tensor]
 ) -> None:
     torch.manual_seed(0)
     adversary = Adversary(tiny()[index : index + 1], kind, 5e-3)
-    losses = [adversary.learn(*pair).item() for _ in range(40)]
+    losses = [adversary.train_step(*pair).item() for _ in range(40)]
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -241,7 +242,7 @@ def test_the_generators_losses_lead_to_real_speech(adversary: Adversary, pair: t
     """Steps down the gradient make the reconstruction score higher and its features more like those of real speech."""
     real, fake = pair[0], pair[1].requires_grad_()
     for _ in range(20):
-        adversary.learn(real, fake)
+        adversary.train_step(real, fake)
     optimizer = torch.optim.Adam([fake], 1e-2)
     history = []
     for _ in range(10):
@@ -254,10 +255,10 @@ def test_the_generators_losses_lead_to_real_speech(adversary: Adversary, pair: t
 
 
 def test_both_sides_can_share_one_autocast(adversary: Adversary, pair: tuple[Tensor, Tensor]) -> None:
-    """autocast keeps bf16 copies of parameters that learn: after a step they are old and must not be used."""
+    """autocast caches bf16 copies of trainable parameters, which are outdated after a step and must not be used."""
     real, fake = pair[0], pair[1].requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        adversary.learn(real, fake)
+        adversary.train_step(real, fake)
         found = adversary.losses(real, fake)
     with torch.autocast("cpu", torch.bfloat16):
         expected = adversary.losses(real, fake)
@@ -265,18 +266,18 @@ def test_both_sides_can_share_one_autocast(adversary: Adversary, pair: tuple[Ten
     assert all(p.grad is not None and p.grad.any() for p in adversary.parameters())
 
 
-def test_a_resumed_adversary_goes_on_bit_by_bit(adversary: Adversary, pair: tuple[Tensor, Tensor]) -> None:
+def test_a_resumed_adversary_continues_bit_by_bit(adversary: Adversary, pair: tuple[Tensor, Tensor]) -> None:
     for _ in range(3):
-        adversary.learn(*pair)
+        adversary.train_step(*pair)
     adversary.optimizer.param_groups[0]["lr"] = 5e-4
     file = io.BytesIO()
     torch.save(adversary.state_dict(), file)
-    expected = [adversary.learn(*pair) for _ in range(3)]
+    expected = [adversary.train_step(*pair) for _ in range(3)]
 
     torch.manual_seed(1)
     other = Adversary(tiny(), "least_squares", 1e-3)
     file.seek(0)
     other.load_state_dict(torch.load(file, weights_only=True))
-    assert [other.learn(*pair) for _ in range(3)] == expected
+    assert [other.train_step(*pair) for _ in range(3)] == expected
     for a, b in zip(adversary.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)

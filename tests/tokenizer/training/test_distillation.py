@@ -1,4 +1,4 @@
-"""What layers 0 and 1 are taught (eqs. 4 and 5), and the reconstruction losses beside it."""
+"""The distillation losses of layers 0 and 1 (eqs. 4 and 5), and the mel reconstruction loss."""
 
 import math
 
@@ -79,8 +79,8 @@ def test_centring_removes_constant_offsets() -> None:
     assert abs(values[False][0] - values[False][1]) > 0.01
 
 
-def test_a_constant_student_earns_nothing_when_centred() -> None:
-    """It is what the literal form rewards: most of the teacher's values are their offsets."""
+def test_a_constant_student_has_the_loss_of_cosine_zero_when_centred() -> None:
+    """The literal form rewards it, because offsets dominate the teacher's values."""
     teacher = 5 + frames()
     constant = torch.full((B, D, T), 5.0)
     assert identity(center=True)(constant, teacher, everything()).item() == pytest.approx(math.log(2), abs=1e-3)
@@ -100,7 +100,7 @@ def test_masked_frames_have_no_influence_on_eq_4(center: bool) -> None:
     assert (layer0.grad[1, :, :5].abs().sum(0) > 0).all()
 
 
-def test_eq_4_teaches_the_projection_and_layer_0_but_not_the_teacher() -> None:
+def test_minimising_eq_4_trains_the_projection_and_layer_0_but_not_the_teacher() -> None:
     torch.manual_seed(0)
     semantic, target = SemanticDistillation(D, C), frames(C, seed=1)
     layer0 = torch.nn.Parameter(frames().transpose(1, 2))
@@ -113,9 +113,9 @@ def test_eq_4_teaches_the_projection_and_layer_0_but_not_the_teacher() -> None:
     assert value.item() == pytest.approx(0.3133, abs=0.005)
 
 
-def agreeing(acoustic: AcousticDistillation, voice: Tensor) -> Tensor:
+def agreeing(acoustic: AcousticDistillation, speaker: Tensor) -> Tensor:
     """A layer 1 [B, D, T] with the align layer's distribution; a constant added to all logits does not change it."""
-    return (acoustic.align(voice, everything()).detach() + 3.0).transpose(1, 2)
+    return (acoustic.align(speaker, everything()).detach() + 3.0).transpose(1, 2)
 
 
 @pytest.fixture
@@ -125,49 +125,51 @@ def acoustic() -> AcousticDistillation:
 
 
 def test_eq_5_is_zero_when_the_distributions_agree_and_positive_otherwise(acoustic: AcousticDistillation) -> None:
-    voice = frames(C, 2 * T + 1)
-    layer1 = agreeing(acoustic, voice)
-    assert acoustic(layer1, voice, everything()).item() == pytest.approx(0, abs=1e-6)
-    assert acoustic(layer1.flip(1), voice, everything()).item() > 1e-3
+    speaker = frames(C, 2 * T + 1)
+    layer1 = agreeing(acoustic, speaker)
+    assert acoustic(layer1, speaker, everything()).item() == pytest.approx(0, abs=1e-6)
+    assert acoustic(layer1.flip(1), speaker, everything()).item() > 1e-3
 
 
 def test_eq_5_equals_the_divergence_computed_by_hand(acoustic: AcousticDistillation) -> None:
-    voice, layer1, mask = frames(C, 2 * T + 1), 2 * frames(seed=1).transpose(1, 2), some()
+    speaker, layer1, mask = frames(C, 2 * T + 1), 2 * frames(seed=1).transpose(1, 2), some()
 
     def softmax(x: np.ndarray) -> np.ndarray:
         x = np.exp(x - x.max(-1, keepdims=True))
         return x / x.sum(-1, keepdims=True)
 
     p = softmax(layer1.transpose(1, 2).double().numpy())
-    q = softmax(acoustic.align(voice, mask).detach().double().numpy())
+    q = softmax(acoustic.align(speaker, mask).detach().double().numpy())
     divergence = (p * np.log(p / q)).sum(-1)
     expected = divergence[mask.numpy()].mean()
     assert expected > 0.1
-    assert acoustic(layer1, voice, mask).item() == pytest.approx(expected, rel=1e-5)
+    assert acoustic(layer1, speaker, mask).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_masked_frames_of_layer_1_have_no_influence_on_eq_5(acoustic: AcousticDistillation) -> None:
-    voice, layer1, mask = frames(C, 2 * T + 1), frames(seed=1).transpose(1, 2), some()
+    speaker, layer1, mask = frames(C, 2 * T + 1), frames(seed=1).transpose(1, 2), some()
     garbage = torch.where(mask[:, None], layer1, 9 * frames(seed=5).transpose(1, 2))
-    assert acoustic(layer1, voice, mask).item() == acoustic(garbage, voice, mask).item()
+    assert acoustic(layer1, speaker, mask).item() == acoustic(garbage, speaker, mask).item()
 
 
 @pytest.mark.parametrize("extra", [0, 1], ids=["cached features", "features of the crop"])
 def test_an_utterance_in_a_padded_batch_has_the_eq_5_it_has_alone(acoustic: AcousticDistillation, extra: int) -> None:
-    """Whatever the teacher says about the padding: no frame of the speech attends to it."""
-    voice, layer1 = frames(C, 2 * T + extra), frames(seed=1).transpose(1, 2)
-    voice[1, 2 * 5 + extra :] = 50 * frames(C, 2 * T + extra, seed=2)[1, 2 * 5 + extra :]
+    """No frame of the speech attends to the teacher's output for the padding."""
+    speaker, layer1 = frames(C, 2 * T + extra), frames(seed=1).transpose(1, 2)
+    speaker[1, 2 * 5 + extra :] = 50 * frames(C, 2 * T + extra, seed=2)[1, 2 * 5 + extra :]
     alone = [
-        acoustic(layer1[b : b + 1, :, :n], voice[b : b + 1, : 2 * n + extra], torch.ones(1, n, dtype=torch.bool)).item()
+        acoustic(
+            layer1[b : b + 1, :, :n], speaker[b : b + 1, : 2 * n + extra], torch.ones(1, n, dtype=torch.bool)
+        ).item()
         for b, n in enumerate((T, 5))
     ]
     expected = (T * alone[0] + 5 * alone[1]) / (T + 5)
-    assert acoustic(layer1, voice, some()).item() == pytest.approx(expected, rel=1e-5)
+    assert acoustic(layer1, speaker, some()).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_batch_without_frames_has_no_loss(acoustic: AcousticDistillation) -> None:
-    voice, layer1 = frames(C, 2 * T + 1), frames().transpose(1, 2)
-    assert acoustic(layer1, voice, torch.zeros(B, T, dtype=torch.bool)).item() == 0
+    speaker, layer1 = frames(C, 2 * T + 1), frames().transpose(1, 2)
+    assert acoustic(layer1, speaker, torch.zeros(B, T, dtype=torch.bool)).item() == 0
 
 
 def test_the_gradient_of_eq_5_reaches_layer_1_the_align_layer_and_the_latents(acoustic: AcousticDistillation) -> None:
@@ -180,7 +182,7 @@ def test_the_gradient_of_eq_5_reaches_layer_1_the_align_layer_and_the_latents(ac
     assert not layer1.grad[1, :, 5:].any()
     assert torch.equal(z.grad, layer1.grad)
     for name, parameter in acoustic.named_parameters():
-        # a bias of the keys moves all scores alike, and softmax does not see it
+        # a bias of the keys shifts all scores alike, which does not change the softmax
         checked = parameter.grad[:16] if name == "attention.in_proj_bias" else parameter.grad
         assert checked.abs().max() > 0, name
 

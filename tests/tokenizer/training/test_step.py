@@ -87,12 +87,12 @@ def test_the_gradients_are_those_of_the_sum_of_all_losses(
     students = Student(), Student()
     distillations = [
         DistillationLoss("content", 0, Teacher(0), students[0], weight=0.5),
-        DistillationLoss("voice", 1, Teacher(1), students[1], weight=0.7),
+        DistillationLoss("speaker", 1, Teacher(1), students[1], weight=0.7),
     ]
     criterion = ReconstructionLoss({"time": 2.0, "mel": 3.0, "commitment": 0.25}, mel)
     metrics = step(codec, waveform, criterion, *distillations)
     found = gradients(codec)
-    taught = [gradients(student) for student in students]
+    student_gradients = [gradients(student) for student in students]
 
     nn.ModuleList([codec, *students]).zero_grad()
     z = codec.latents(waveform)
@@ -104,19 +104,19 @@ def test_the_gradients_are_those_of_the_sum_of_all_losses(
         "mel": mel(reconstruction, waveform),
         "commitment": quantized.commitment,
         "content": students[0](quantized.layers[0], Teacher(0)(waveform), mask),
-        "voice": students[1](quantized.layers[1], Teacher(1)(waveform), mask),
+        "speaker": students[1](quantized.layers[1], Teacher(1)(waveform), mask),
     }
-    weights = {"time": 2.0, "mel": 3.0, "commitment": 0.25, "content": 0.5, "voice": 0.7}
+    weights = {"time": 2.0, "mel": 3.0, "commitment": 0.25, "content": 0.5, "speaker": 0.7}
     sum(weights[name] * loss for name, loss in parts.items()).backward()
     assert_equal(found, gradients(codec))
     for name, loss in parts.items():
         assert float(metrics[name]) == pytest.approx(loss.item(), rel=1e-5)
-    for student, own in zip(students, taught, strict=True):
+    for student, own in zip(students, student_gradients, strict=True):
         assert_equal(gradients(student), own)
 
 
 @pytest.mark.parametrize("ratio", [0.2, 3.0])
-def test_a_lessons_share_of_the_gradient_at_the_latents_is_as_asked(
+def test_a_distillation_has_the_configured_share_of_the_gradient_at_the_latents(
     codec: SpeechCodec, mel: MultiScaleMelLoss, waveform: Tensor, ratio: float
 ) -> None:
     seen: dict[str, Tensor] = {}
@@ -133,14 +133,14 @@ def test_a_lessons_share_of_the_gradient_at_the_latents_is_as_asked(
     criterion = ReconstructionLoss({"mel": 1.0}, mel)
     codec.latents = watched("alone")
     step(codec, waveform, criterion)
-    codec.latents = watched("taught")
+    codec.latents = watched("distilled")
     student = Student()
     metrics = step(
-        codec, waveform, criterion, DistillationLoss("voice", 1, Teacher(), student, gradient_ratio=ratio, weight=9.0)
+        codec, waveform, criterion, DistillationLoss("speaker", 1, Teacher(), student, gradient_ratio=ratio, weight=9.0)
     )
-    added = seen["taught"] - seen["alone"]
+    added = seen["distilled"] - seen["alone"]
     assert float(added.norm() / seen["alone"].norm()) == pytest.approx(ratio, rel=1e-3)
-    assert float(metrics["voice_gradient"]) == pytest.approx(ratio, rel=1e-4)
+    assert float(metrics["speaker_gradient"]) == pytest.approx(ratio, rel=1e-4)
     # the student itself learns from its loss as it is
     found = gradients(student)
     student.zero_grad()
@@ -151,16 +151,16 @@ def test_a_lessons_share_of_the_gradient_at_the_latents_is_as_asked(
 
 
 def test_known_targets_replace_the_teacher(codec: SpeechCodec, mel: MultiScaleMelLoss, waveform: Tensor) -> None:
-    class Silent(nn.Module):
+    class Unused(nn.Module):
         def forward(self, *arguments: Tensor) -> Tensor:
-            raise AssertionError("asked, although its features were given")
+            raise AssertionError("called, although its features were given")
 
     torch.manual_seed(1)
     student, criterion = Student(), ReconstructionLoss({"mel": 1.0}, mel)
     step(codec, waveform, criterion, DistillationLoss("content", 0, Teacher(), student, 1.0))
     expected = gradients(codec)
     targets = {"content": Teacher()(waveform)}
-    step(codec, waveform, criterion, DistillationLoss("content", 0, Silent(), student, 1.0), targets=targets)
+    step(codec, waveform, criterion, DistillationLoss("content", 0, Unused(), student, 1.0), targets=targets)
     assert_equal(gradients(codec), expected)
 
 
@@ -170,7 +170,7 @@ def test_losses_without_a_weight_do_not_count(mel: MultiScaleMelLoss, waveform: 
 
 
 def test_speech_features_of_the_reconstruction_are_matched(mel: MultiScaleMelLoss, waveform: Tensor) -> None:
-    criterion = ReconstructionLoss({"speech_features": 2.0}, mel, listener=Teacher())
+    criterion = ReconstructionLoss({"speech_features": 2.0}, mel, perceptual_model=Teacher())
     reconstruction = waveform.flip(1)
     gradient, losses = criterion.gradient(reconstruction, waveform)
     leaf = reconstruction.clone().requires_grad_()
@@ -214,7 +214,7 @@ def test_balanced_weights_are_shares_whatever_the_scale_of_a_loss() -> None:
 
 
 def test_the_balancers_average_has_no_bias_and_survives_a_restart() -> None:
-    """The first average is the first norm itself; a restored balancer goes on like the one it was saved from."""
+    """The first average is the first norm itself; a restored balancer continues like the original."""
     gradient = torch.ones(1, 4)
     balancer = Balancer({"a": 1.0})
     torch.testing.assert_close(balancer.combine({"a": gradient}), gradient / 2)

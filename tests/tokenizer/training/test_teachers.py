@@ -1,4 +1,4 @@
-"""The frozen teachers: which frames they give, that they stay frozen, and that they load from local folders."""
+"""The frozen teachers: their frames, that they stay frozen, and that they load from local folders."""
 
 import copy
 import math
@@ -22,6 +22,7 @@ from transformers import (
     WavLMModel,
 )
 
+from tokenizer.errors import InputError
 from tokenizer.training.small_teachers import FrameClassifier, save_ecapa, save_hubert, small_hubert
 from tokenizer.training.teachers import SemanticTeacher, SpeakerTeacher
 
@@ -76,7 +77,7 @@ def hubert_folder(small: HubertModel, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("samples", [320, 321, 3_200, 3_333])
-def test_a_saved_hubert_teaches_one_frame_every_started_hop(hubert_folder: Path, noise: Noise, samples: int) -> None:
+def test_a_saved_hubert_returns_one_frame_per_started_hop(hubert_folder: Path, noise: Noise, samples: int) -> None:
     teacher = SemanticTeacher.from_pretrained(hubert_folder)
     features = teacher(noise(samples, batch=2))
     assert features.shape == (2, math.ceil(samples / 320), 16)
@@ -84,14 +85,14 @@ def test_a_saved_hubert_teaches_one_frame_every_started_hop(hubert_folder: Path,
     assert features.std() > 0
 
 
-def test_a_saved_hubert_teaches_the_same_as_before(small: HubertModel, hubert_folder: Path, noise: Noise) -> None:
+def test_a_saved_hubert_returns_the_same_features(small: HubertModel, hubert_folder: Path, noise: Noise) -> None:
     waveform = noise(3_200)
     before, loaded = SemanticTeacher(small)(waveform), SemanticTeacher.from_pretrained(str(hubert_folder))(waveform)
     torch.testing.assert_close(loaded, before, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-def test_the_whole_family_teaches(kind: str, noise: Noise, tmp_path: Path) -> None:
+def test_every_model_of_the_family_returns_features(kind: str, noise: Noise, tmp_path: Path) -> None:
     published(kind).save_pretrained(tmp_path)
     Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(tmp_path)
     teacher = SemanticTeacher.from_pretrained(tmp_path)
@@ -146,13 +147,13 @@ def test_the_last_layer_is_what_the_model_returns(noise: Noise) -> None:
     torch.testing.assert_close(SemanticTeacher(model, 2, normalize=False)(waveform), expected)
 
 
-def test_a_normalising_teacher_does_not_hear_level_and_offset(noise: Noise) -> None:
+def test_a_normalising_teacher_ignores_level_and_offset(noise: Noise) -> None:
     model, waveform = published(feat_extract_norm="layer"), noise(3_200, batch=2)
     other = torch.tensor([[3.0], [0.5]]) * waveform + 0.1
-    hears = SemanticTeacher(model, normalize=True)
-    torch.testing.assert_close(hears(waveform), hears(other), atol=1e-3, rtol=0)
-    hears = SemanticTeacher(model, normalize=False)
-    assert not torch.allclose(hears(waveform), hears(other), atol=1e-2)
+    teacher = SemanticTeacher(model, normalize=True)
+    torch.testing.assert_close(teacher(waveform), teacher(other), atol=1e-3, rtol=0)
+    teacher = SemanticTeacher(model, normalize=False)
+    assert not torch.allclose(teacher(waveform), teacher(other), atol=1e-2)
 
 
 def test_the_folder_says_whether_to_normalise(hubert_folder: Path) -> None:
@@ -160,20 +161,18 @@ def test_the_folder_says_whether_to_normalise(hubert_folder: Path) -> None:
 
 
 def test_padding_does_not_change_how_speech_is_normalised(noise: Noise) -> None:
-    """Behind the last frame the model hears silence, as it does at the end of an utterance by itself."""
+    """After the last frame the model receives silence, as at the end of a single utterance."""
     waveform = noise(3_200, batch=2) + 0.1
     waveform[1, 1_600:] = 0
     for model in (published(feat_extract_norm="layer"), small_hubert(hidden_size=16, layers=1)):
         teacher = SemanticTeacher(model)
-        heard: list[Tensor] = []
-        hook = model.feature_extractor.register_forward_pre_hook(
-            lambda module, inputs, heard=heard: heard.extend(inputs)
-        )
+        seen: list[Tensor] = []
+        hook = model.feature_extractor.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.extend(inputs))
         teacher(waveform, torch.tensor([3_200, 1_600]))
         for row, length in enumerate((3_200, 1_600)):
             teacher(waveform[row : row + 1, :length])
-            torch.testing.assert_close(heard[0][row, : heard[-1].shape[1]], heard[-1][0], atol=1e-5, rtol=1e-5)
-        assert not heard[0][1, 1_600 + teacher.margin // 2 :].any()
+            torch.testing.assert_close(seen[0][row, : seen[-1].shape[1]], seen[-1][0], atol=1e-5, rtol=1e-5)
+        assert not seen[0][1, 1_600 + teacher.margin // 2 :].any()
         hook.remove()
 
 
@@ -219,13 +218,13 @@ def test_a_fingerprint_is_of_weights_layer_and_normalisation(small: HubertModel,
 
 @pytest.mark.parametrize("layer", [3, -4, "last", 1.0])
 def test_a_layer_there_is_not_is_refused(layer: object) -> None:
-    with pytest.raises(ValueError, match='layer must be "avg" or an index up to 2'):
+    with pytest.raises(InputError, match='layer must be "avg" or an index up to 2'):
         SemanticTeacher(published(), layer)
 
 
 def test_another_frame_rate_is_refused() -> None:
     model = published(conv_stride=(5, 2, 2, 2, 2, 2, 1))
-    with pytest.raises(ValueError, match="one frame per 320 samples, this one per 160"):
+    with pytest.raises(InputError, match="one frame per 320 samples, this one per 160"):
         SemanticTeacher(model)
 
 
@@ -245,21 +244,21 @@ def test_a_text_model_is_refused(tmp_path: Path) -> None:
     config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
     BertModel(config).save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="is a bert model: expected HuBERT, WavLM or wav2vec 2.0"):
+    with pytest.raises(InputError, match="is a bert model: expected HuBERT, WavLM or wav2vec 2.0"):
         SemanticTeacher.from_pretrained(tmp_path)
 
 
 def save_changed(folder: Path, change: Callable[[nn.Module], dict[str, Tensor]]) -> None:
-    """A teacher's folder whose checkpoint holds what `change` makes of the model."""
+    """Save a teacher's folder whose checkpoint is the state dict that `change` returns."""
     model = published(feat_extract_norm="layer")
     model.save_pretrained(folder, state_dict=change(model))
     Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(folder)
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
-    """They would be drawn at random: another teacher in every run."""
+    """They would be initialised randomly, so that every run had another teacher."""
     save_changed(tmp_path, lambda model: {k: v for k, v in model.state_dict().items() if "layers.1.attention" not in k})
-    with pytest.raises(ValueError, match=r"lacks 8 weights of a HubertModel, encoder\.layers\.1\.attention"):
+    with pytest.raises(InputError, match=r"lacks 8 weights of a HubertModel, encoder\.layers\.1\.attention"):
         SemanticTeacher.from_pretrained(tmp_path)
 
 
@@ -268,7 +267,7 @@ def test_what_only_training_needs_may_be_absent_and_changes_no_fingerprint(tmp_p
     assert len({SemanticTeacher.from_pretrained(tmp_path).fingerprint for _ in range(2)}) == 1
 
 
-def test_a_checkpoint_in_half_precision_teaches_in_single(tmp_path: Path, noise: Noise) -> None:
+def test_a_checkpoint_in_half_precision_runs_in_single(tmp_path: Path, noise: Noise) -> None:
     save_changed(tmp_path, lambda model: model.half().state_dict())
     teacher = SemanticTeacher.from_pretrained(tmp_path)
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
@@ -306,9 +305,9 @@ def ecapa_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_saved_ecapa_gives_a_frame_every_10_ms(ecapa_folder: Path, noise: Noise, samples: int) -> None:
     teacher = SpeakerTeacher.from_pretrained(ecapa_folder)
     assert teacher.width == WIDTH  # read from the model, not from its class's default
-    voice = teacher(noise(samples, batch=2))
-    assert voice.shape == (2, samples // 160 + 1, WIDTH)
-    assert voice.std() > 0
+    frames = teacher(noise(samples, batch=2))
+    assert frames.shape == (2, samples // 160 + 1, WIDTH)
+    assert frames.std() > 0
 
 
 def test_a_saved_ecapa_has_the_saved_weights_and_the_output_before_pooling(ecapa_folder: Path, noise: Noise) -> None:
@@ -326,18 +325,18 @@ def test_a_saved_ecapa_has_the_saved_weights_and_the_output_before_pooling(ecapa
             x = block(x)
             outputs.append(x)
         expected = ecapa.mfa(torch.cat(outputs[1:], 1)).transpose(1, 2)
-    voice = SpeakerTeacher.from_pretrained(ecapa_folder)(waveform)
-    torch.testing.assert_close(voice, expected, atol=1e-5, rtol=1e-4)
+    frames = SpeakerTeacher.from_pretrained(ecapa_folder)(waveform)
+    torch.testing.assert_close(frames, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_the_voice_as_a_whole_is_speechbrains_own_embedding(ecapa_folder: Path, noise: Noise) -> None:
+def test_the_speaker_embedding_is_that_of_speechbrain(ecapa_folder: Path, noise: Noise) -> None:
     from speechbrain.inference.classifiers import EncoderClassifier
 
     waveform = noise(3_200, batch=2)
     expected = EncoderClassifier.from_hparams(str(ecapa_folder), savedir=str(ecapa_folder)).encode_batch(waveform)
-    voice = SpeakerTeacher.from_pretrained(ecapa_folder).embedding(waveform)
-    assert voice.shape == (2, ECAPA["lin_neurons"])
-    torch.testing.assert_close(voice, expected[:, 0])
+    embedding = SpeakerTeacher.from_pretrained(ecapa_folder).embedding(waveform)
+    assert embedding.shape == (2, ECAPA["lin_neurons"])
+    torch.testing.assert_close(embedding, expected[:, 0])
 
 
 def test_a_speaker_teacher_does_not_average_over_padding(ecapa_folder: Path, noise: Noise) -> None:
@@ -417,7 +416,7 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
 def test_a_downloaded_folder_is_read_locally_though_it_names_the_hub(
     ecapa_folder: Path, noise: Noise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As fetched from the hub: the file still names the hub. Reaching for it fails here, there is no network."""
+    """As downloaded from the hub, with a file that still refers to it. Accessing it fails here without a network."""
     from speechbrain.dataio.encoder import CategoricalEncoder
     from speechbrain.lobes.models.ECAPA_TDNN import Classifier
     from speechbrain.processing.features import InputNormalization
@@ -439,14 +438,14 @@ def test_a_downloaded_folder_is_read_locally_though_it_names_the_hub(
     teacher = SpeakerTeacher.from_pretrained("teacher")
     waveform = noise(3_200)
     torch.testing.assert_close(teacher(waveform), SpeakerTeacher.from_pretrained(ecapa_folder)(waveform))
-    assert sorted(tmp_path.rglob("*")) == before  # and no cache is left where the user stands
+    assert sorted(tmp_path.rglob("*")) == before  # and no cache is left in the working directory
 
 
 def test_another_embedding_model_is_refused() -> None:
     from types import SimpleNamespace
 
     modules = SimpleNamespace(embedding_model=nn.Linear(2, 2), compute_features=None, mean_var_norm=None)
-    with pytest.raises(ValueError, match="expected an ECAPA_TDNN embedding model, got Linear"):
+    with pytest.raises(InputError, match="expected an ECAPA_TDNN embedding model, got Linear"):
         SpeakerTeacher(SimpleNamespace(mods=modules))
 
 
