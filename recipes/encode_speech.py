@@ -1,6 +1,7 @@
 """Encode a corpus once: Parquet shards of codes, texts and durations that carry the codec's fingerprint.
 
-    accelerate launch recipes/encode_speech.py codec=RUN/model data=CORPUS output=CODES
+    python recipes/encode_speech.py codec=RUN/model data=CORPUS output=CODES
+    speechllm run encode_speech --processes 8 ...    on 8 GPUs
 
 The codec is any audio tokenizer: `features:NAME` stores continuous features (float16; 100 h of 768 dimensions at 50
 frames/s are 28 GB), `recognizer:NAME` what a recogniser hears.

@@ -1,6 +1,7 @@
 """Fine-tune a language model to transcribe: audio tokens in, text out.
 
-    accelerate launch recipes/train_asr.py --config configs/asr/qwen2-1.5b.yaml codes=CODES codec=CODEC output=RUN
+    python recipes/train_asr.py --config configs/asr/qwen2-1.5b.yaml codes=CODES codec=CODEC output=RUN
+    speechllm run train_asr --processes 8 ...        on 8 GPUs
 
 Extends the vocabulary with the codec's codes, then learns "Transcribe this speech" on utterances encoded by
 recipes/encode_speech.py. A killed run started again with the same words goes on from its newest checkpoint and ends

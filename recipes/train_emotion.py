@@ -1,6 +1,7 @@
 """Emotion recognition from audio tokens with a BERT, on speakers it has not heard: the paper's Table 3.
 
     python recipes/train_emotion.py --config configs/emotion/ravdess.yaml codes=CODES codec=CODEC output=RUN
+    speechllm run train_emotion --processes 6 ...      on 6 GPUs
 
 Reads what recipes/encode_speech.py made of RAVDESS (official layout, or its file names as ids). The actors are dealt
 out into folds, and each fold is answered by a classifier trained on the others; a control learns permuted labels and

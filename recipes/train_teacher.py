@@ -1,6 +1,7 @@
 """Train a small teacher where the published ones cannot be had.
 
-    accelerate launch recipes/train_teacher.py --config configs/teacher/semantic_demo.yaml data=FOLDER output=RUN
+    python recipes/train_teacher.py --config configs/teacher/semantic_demo.yaml data=FOLDER output=RUN
+    speechllm run train_teacher --processes 8 ...    on 8 GPUs
 
 kind: semantic  a HuBERT on raw waveforms, saved as a transformers folder. objective ctc learns the characters of the
                 transcripts and is saved as the whole recogniser (`recognizer:RUN/model` is a tokenizer; see

@@ -1,6 +1,7 @@
 """Teach a small Qwen2 a language from text alone: something to fine-tune where Qwen2's own weights cannot be had.
 
-    accelerate launch recipes/train_text.py --config configs/text/small.yaml "text=[TEXT]" output=RUN
+    python recipes/train_text.py --config configs/text/small.yaml "text=[TEXT]" output=RUN
+    speechllm run train_text --processes 8 ...       on 8 GPUs
 
 TEXT: files with a sentence a line, .gz or not. RUN/model is an ordinary folder of transformers, which
 recipes/train_asr.py takes as it takes Qwen/Qwen2-1.5B (model=RUN/model). transformers' own Trainer does the work: a

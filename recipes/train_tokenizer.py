@@ -1,6 +1,7 @@
 """Train the speech tokenizer: reconstruct speech, layer 0 taught content (eq. 4), layer 1 taught voice (eq. 5).
 
-    accelerate launch recipes/train_tokenizer.py --config configs/tokenizer/paper.yaml data=LIBRISPEECH output=RUN
+    python recipes/train_tokenizer.py --config configs/tokenizer/paper.yaml data=LIBRISPEECH output=RUN
+    speechllm run train_tokenizer --processes 8 ...   on 8 GPUs
 
 A killed run started again with the same words goes on from its newest checkpoint and ends as if never interrupted.
 The codec lands in RUN/model; RUN also holds the configuration, log.jsonl, checkpoints and audio samples.
@@ -116,9 +117,8 @@ class TokenizerConfig:
             problems.append("losses.speech_features needs semantic.teacher")
         rate, hop = self.codec.sample_rate, self.codec.hop_length
         if (self.semantic.teacher or self.acoustic.teacher) and rate != SAMPLE_RATE:
-            problems.append(
-                f"teachers take speech at 16000 Hz: set codec.sample_rate to that, not {rate}, or both teachers null"
-            )
+            mend = f"set codec.sample_rate to that, not {rate}, or both teachers null"
+            problems.append(f"teachers take speech at 16000 Hz: {mend}")
         if self.semantic.teacher and hop != HOP_LENGTH:
             problems.append(f"semantic.teacher needs codec.strides with a product of 320, got {hop}: or set it to null")
         if problems:
