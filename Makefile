@@ -33,6 +33,7 @@ lint: $(READY) ## ruff (rules and format) and mypy
 	$(BIN)/python -m mypy
 
 install: $(READY) ## only set up .venv
+	@echo "ready: source $(VENV)/bin/activate, and speechllm, accelerate and python are those of $(VENV)"
 
 # Made once, and again when the dependencies change.
 $(READY): pyproject.toml $(CONSTRAINTS)

@@ -15,14 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from speechllm import AudioError, Utterance, load_audio, read_corpus
-from speechllm.evaluation.normalizers import librispeech_normalizer
-from speechllm.runs.machine import available_cpus
-from speechllm.runs.recipe import run_recipe
-from tokenizer.files import write_jsonl
-from tokenizer.rates import SAMPLE_RATE
+from speechllm.runs.config import parse_config
 
 FRAME_RATE = 100  # of PocketSphinx
 # beams wide enough for accents; and the first pass alone, since the words of the others need not fit the second one
@@ -34,6 +27,19 @@ class AlignConfig:
     data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
     output: str  # folder for manifest.jsonl; the recordings stay where they are
     splits: list[str] | None = None  # all when null
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(AlignConfig)
+
+from tqdm import tqdm
+
+from speechllm import AudioError, Utterance, load_audio, read_corpus
+from speechllm.evaluation.normalizers import librispeech_normalizer
+from speechllm.runs.machine import available_cpus
+from speechllm.runs.recipe import run_recipe
+from tokenizer.files import write_jsonl
+from tokenizer.rates import SAMPLE_RATE
 
 
 def main(config: AlignConfig) -> None:
@@ -93,4 +99,4 @@ def listen(sound: bytes) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, AlignConfig)
+    run_recipe(main, CONFIG)

@@ -17,6 +17,35 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from speechllm.runs.config import parse_config
+
+SHAPES = {  # hidden size, intermediate size, layers, heads, heads of keys and values, rows of the embedding
+    "1.5b": (1536, 8960, 28, 12, 2, 151_936),
+    "small": (192, 512, 4, 4, 2, 1024),
+}
+
+
+@dataclass
+class BenchmarkConfig:
+    codes: str  # folder of encode_speech
+    codec: str  # the audio tokenizer they were made with
+    output: str  # folder for results.json
+    model: str | None = None  # language model, folder or hub name; null: random weights in `shape`
+    shape: Literal["1.5b", "small"] = "1.5b"
+    train: Literal["full", "lora"] = "full"
+    splits: list[str] | None = None  # all when null
+    batch_tokens: int = 24_576  # of an optimizer step
+    micro_batch_tokens: int = 8192  # of what is computed at once; for padded batches padding counts, too
+    precision: Literal["no", "bf16"] = "bf16"
+    gradient_checkpointing: bool = False
+    steps: int = 8  # of each way, after one that is not counted
+    peak_tflops: float | None = None
+    seed: int = 0
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(BenchmarkConfig)
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -42,29 +71,7 @@ from speechllm.training.optimization import make_optimizer
 from speechllm.training.plan import training_flops
 from tokenizer.files import write_json
 
-SHAPES = {  # hidden size, intermediate size, layers, heads, heads of keys and values, rows of the embedding
-    "1.5b": (1536, 8960, 28, 12, 2, 151_936),
-    "small": (192, 512, 4, 4, 2, 1024),
-}
 Step = Callable[[Sequence[Example]], None]
-
-
-@dataclass
-class BenchmarkConfig:
-    codes: str  # folder of encode_speech
-    codec: str  # the audio tokenizer they were made with
-    output: str  # folder for results.json
-    model: str | None = None  # language model, folder or hub name; null: random weights in `shape`
-    shape: Literal["1.5b", "small"] = "1.5b"
-    train: Literal["full", "lora"] = "full"
-    splits: list[str] | None = None  # all when null
-    batch_tokens: int = 24_576  # of an optimizer step
-    micro_batch_tokens: int = 8192  # of what is computed at once; for padded batches padding counts, too
-    precision: Literal["no", "bf16"] = "bf16"
-    gradient_checkpointing: bool = False
-    steps: int = 8  # of each way, after one that is not counted
-    peak_tflops: float | None = None
-    seed: int = 0
 
 
 def main(config: BenchmarkConfig) -> None:
@@ -230,4 +237,4 @@ def table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_recipe(main, BenchmarkConfig)
+    run_recipe(main, CONFIG)

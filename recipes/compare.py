@@ -15,15 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-
-from speechllm.evaluation.comparison import comparison_markdown, pool_emotion, pool_recognition
-from speechllm.reports.comparison_page import write_comparison
-from speechllm.runs.machine import versions
-from speechllm.runs.recipe import run_recipe
-from speechllm.runs.run import read_log
-from speechllm.runs.stages import Stages
-from tokenizer.files import read_json, read_jsonl, write_json, write_text
+from speechllm.runs.config import parse_config
 
 RECIPES = Path(__file__).parent
 Task = Literal["content", "quality", "conversion", "emotion", "asr"]
@@ -122,6 +114,20 @@ def find_problems(config: CompareConfig) -> list[str]:
 def tasks_of(system: SystemConfig, config: CompareConfig) -> list[str]:
     """The tasks of the comparison that this system takes part in."""
     return [task for task in config.tasks if task in (system.able if system.tasks is None else system.tasks)]
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(CompareConfig)
+
+import numpy as np
+
+from speechllm.evaluation.comparison import comparison_markdown, pool_emotion, pool_recognition
+from speechllm.reports.comparison_page import write_comparison
+from speechllm.runs.machine import versions
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import read_log
+from speechllm.runs.stages import Stages
+from tokenizer.files import read_json, read_jsonl, write_json, write_text
 
 
 def main(config: CompareConfig) -> None:
@@ -291,4 +297,4 @@ def collect(system: SystemConfig, config: CompareConfig, run: Path, seconds: dic
 
 
 if __name__ == "__main__":
-    run_recipe(main, CompareConfig)
+    run_recipe(main, CONFIG)

@@ -16,17 +16,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import yaml
-
-from speechllm import CorpusError, Utterance, read_corpus
-from speechllm.reports.pages import write_report
-from speechllm.reports.sounds import read_sounds
-from speechllm.runs.machine import available_cpus, versions
-from speechllm.runs.recipe import run_recipe
-from speechllm.runs.run import read_log
-from speechllm.runs.stages import Stages
-from tokenizer.files import read_jsonl, write_json, write_text
+from speechllm.runs.config import find_config, parse_config
 
 RECIPES = Path(os.path.relpath(Path(__file__).parent))
 
@@ -46,6 +36,22 @@ class DemoConfig:
     synthetic_dev: int = 100
     synthetic_test: int = 200
     notes: list[str] | None = None  # shown in the report
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(DemoConfig)
+
+import numpy as np
+import yaml
+
+from speechllm import CorpusError, Utterance, read_corpus
+from speechllm.reports.pages import write_report
+from speechllm.reports.sounds import read_sounds
+from speechllm.runs.machine import available_cpus, versions
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import read_log
+from speechllm.runs.stages import Stages
+from tokenizer.files import read_jsonl, write_json, write_text
 
 
 def main(config: DemoConfig) -> None:
@@ -98,7 +104,7 @@ def main(config: DemoConfig) -> None:
 
 def training(file: str, config: DemoConfig) -> list[str]:
     """Arguments that start a training with configuration `file`, its steps scaled."""
-    steps = yaml.safe_load(Path(file).read_text(encoding="utf-8"))["steps"]
+    steps = yaml.safe_load(find_config(file).read_text(encoding="utf-8"))["steps"]
     return [f"--config={file}", *([f"steps={max(1, round(config.scale * steps))}"] if config.scale != 1 else [])]
 
 
@@ -228,4 +234,4 @@ def summary(run: Path, results: dict[str, object]) -> str:
 
 
 if __name__ == "__main__":
-    run_recipe(main, DemoConfig)
+    run_recipe(main, CONFIG)

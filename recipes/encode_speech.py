@@ -1,6 +1,7 @@
 """Encode a corpus once: Parquet shards of codes, texts and durations that carry the codec's fingerprint.
 
-    accelerate launch recipes/encode_speech.py codec=RUN/model data=CORPUS output=CODES
+    python recipes/encode_speech.py codec=RUN/model data=CORPUS output=CODES
+    speechllm run encode_speech --processes 8 ...    on 8 GPUs
 
 The codec is any audio tokenizer: `features:NAME` stores continuous features (float16; 100 h of 768 dimensions at 50
 frames/s are 28 GB), `recognizer:NAME` what a recogniser hears.
@@ -13,14 +14,7 @@ models have seldom read LibriSpeech's capitals. recipes/import_speech.py makes a
 from dataclasses import dataclass
 from typing import Literal
 
-from tqdm import tqdm
-
-from speechllm import encode_shards, load_tokenizer, read_corpus
-from speechllm.data.shards import skipped_of_shards, summarize_shards
-from speechllm.runs.machine import make_accelerator
-from speechllm.runs.recipe import run_recipe
-from speechllm.runs.run import report_skipped
-from tokenizer.files import write_json
+from speechllm.runs.config import parse_config
 
 
 @dataclass
@@ -32,6 +26,19 @@ class EncodeConfig:
     layers: int | None = 1  # codebooks to store, all when null
     max_duration_s: float = 60.0  # longer recordings are skipped, and counted
     normalizer: Literal["librispeech", "none"] = "librispeech"  # of the texts; none: as they are
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(EncodeConfig)
+
+from tqdm import tqdm
+
+from speechllm import encode_shards, load_tokenizer, read_corpus
+from speechllm.data.shards import skipped_of_shards, summarize_shards
+from speechllm.runs.machine import make_accelerator
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import report_skipped
+from tokenizer.files import write_json
 
 
 def main(config: EncodeConfig) -> None:
@@ -63,4 +70,4 @@ def main(config: EncodeConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, EncodeConfig)
+    run_recipe(main, CONFIG)

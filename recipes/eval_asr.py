@@ -13,18 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-
-from speechllm import character_error_rate, load_codes, load_speech_llm, merge, speech_of, word_error_rate
-from speechllm.data.shards import summarize_shards
-from speechllm.decoding import count_runaways, recognize
-from speechllm.evaluation.error_rates import speaker_error_rates
-from speechllm.reports.pages import write_recognition_report
-from speechllm.runs.machine import versions
-from speechllm.runs.recipe import run_recipe
-from speechllm.runs.run import read_log
-from tokenizer.files import write_json, write_jsonl
+from speechllm.runs.config import parse_config
 
 
 @dataclass
@@ -45,6 +34,23 @@ class EvalAsrConfig:
     def __post_init__(self) -> None:
         if low := [name for name in ("beams", "batch_size") if getattr(self, name) < 1]:
             raise ValueError(f"{' and '.join(low)} must be at least 1")
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(EvalAsrConfig)
+
+import numpy as np
+import torch
+
+from speechllm import character_error_rate, load_codes, load_speech_llm, merge, speech_of, word_error_rate
+from speechllm.data.shards import summarize_shards
+from speechllm.decoding import count_runaways, recognize
+from speechllm.evaluation.error_rates import speaker_error_rates
+from speechllm.reports.pages import write_recognition_report
+from speechllm.runs.machine import versions
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import read_log
+from tokenizer.files import write_json, write_jsonl
 
 
 def main(config: EvalAsrConfig) -> None:
@@ -140,4 +146,4 @@ def cyclic_shuffle(count: int, seed: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    run_recipe(main, EvalAsrConfig)
+    run_recipe(main, CONFIG)

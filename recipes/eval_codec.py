@@ -21,6 +21,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from speechllm.runs.config import parse_config
+
+ORIGINAL = "original"  # stands where the others have their number of codebooks
+Row = dict[str, Any]
+
+
+@dataclass
+class EvalCodecConfig:
+    codec: str  # name of a codec, as load_tokenizer takes it
+    data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
+    output: str  # folder for results.json and utterances.jsonl
+    splits: list[str] | None = None  # all when null
+    layers: list[int] | None = None  # numbers of codebooks to decode from; 1, 2, 4, ... and all when null
+    max_utterances: int | None = None  # spread evenly over the splits, all when null
+    speaker: str | None = None  # folder or hub name of a SpeechBrain ECAPA-TDNN: measure speaker similarity
+    recognizer: str | None = None  # recognizer:NAME: measure the word error rate
+    seed: int = 0  # of the bootstrap
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(EvalCodecConfig)
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -48,22 +70,6 @@ from tokenizer.loading import load_recognizer
 from tokenizer.metrics.evaluators import recognized_text, speaker_embedding
 from tokenizer.metrics.quality import MAX_SCORED_S, layer_counts
 from tokenizer.training.teachers import SpeakerTeacher
-
-ORIGINAL = "original"  # stands where the others have their number of codebooks
-Row = dict[str, Any]
-
-
-@dataclass
-class EvalCodecConfig:
-    codec: str  # name of a codec, as load_tokenizer takes it
-    data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
-    output: str  # folder for results.json and utterances.jsonl
-    splits: list[str] | None = None  # all when null
-    layers: list[int] | None = None  # numbers of codebooks to decode from; 1, 2, 4, ... and all when null
-    max_utterances: int | None = None  # spread evenly over the splits, all when null
-    speaker: str | None = None  # folder or hub name of a SpeechBrain ECAPA-TDNN: measure speaker similarity
-    recognizer: str | None = None  # recognizer:NAME: measure the word error rate
-    seed: int = 0  # of the bootstrap
 
 
 def main(config: EvalCodecConfig) -> None:
@@ -194,4 +200,4 @@ def means(rows: Sequence[Row], name: int | str, seed: int) -> Row:
 
 
 if __name__ == "__main__":
-    run_recipe(main, EvalCodecConfig)
+    run_recipe(main, CONFIG)

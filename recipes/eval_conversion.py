@@ -27,6 +27,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from speechllm.runs.config import parse_config
+
+MEASURES = ("mcd", "f0_correlation", "speaker_similarity")
+LISTEN = 5  # pairs whose sounds are kept
+Row = dict[str, Any]
+
+
+@dataclass
+class EvalConversionConfig:
+    codec: str  # name of a codec, as load_tokenizer takes it
+    data: str  # corpus folder with speakers: manifest.jsonl or LibriSpeech's layout
+    output: str  # folder for results.json, pairs.jsonl and audio/
+    splits: list[str] | None = None  # all when null
+    pairs: int = 100  # at most; a recording is the source of one pair only
+    layers: list[list[int]] | None = None  # sets of layers to take from the target; [1] and [1, ..., last] when null
+    speaker: str | None = None  # folder or hub name of a SpeechBrain ECAPA-TDNN: measure speaker similarity
+    recognizer: str | None = None  # recognizer:NAME: measure the word error rate
+    freevc: str | None = None  # folder of FreeVC's published files: one method more
+    wavlm: str = "microsoft/wavlm-large"  # folder or hub name, for FreeVC
+    seed: int = 0  # of the pairs and the bootstrap
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(EvalConversionConfig)
+
 import torch
 from torch import Tensor
 from torchaudio.functional import resample
@@ -57,25 +82,6 @@ from tokenizer.metrics.freevc import FreeVC
 from tokenizer.metrics.prosody import align_voices, mel_cepstral_distortion, pitch_correlation, voice_frames
 from tokenizer.metrics.quality import MAX_SCORED_S, resample_to_16_khz
 from tokenizer.training.teachers import SpeakerTeacher
-
-MEASURES = ("mcd", "f0_correlation", "speaker_similarity")
-LISTEN = 5  # pairs whose sounds are kept
-Row = dict[str, Any]
-
-
-@dataclass
-class EvalConversionConfig:
-    codec: str  # name of a codec, as load_tokenizer takes it
-    data: str  # corpus folder with speakers: manifest.jsonl or LibriSpeech's layout
-    output: str  # folder for results.json, pairs.jsonl and audio/
-    splits: list[str] | None = None  # all when null
-    pairs: int = 100  # at most; a recording is the source of one pair only
-    layers: list[list[int]] | None = None  # sets of layers to take from the target; [1] and [1, ..., last] when null
-    speaker: str | None = None  # folder or hub name of a SpeechBrain ECAPA-TDNN: measure speaker similarity
-    recognizer: str | None = None  # recognizer:NAME: measure the word error rate
-    freevc: str | None = None  # folder of FreeVC's published files: one method more
-    wavlm: str = "microsoft/wavlm-large"  # folder or hub name, for FreeVC
-    seed: int = 0  # of the pairs and the bootstrap
 
 
 @dataclass(frozen=True)
@@ -263,4 +269,4 @@ def means(scores: Sequence[Row], seed: int) -> Row:
 
 
 if __name__ == "__main__":
-    run_recipe(main, EvalConversionConfig)
+    run_recipe(main, CONFIG)

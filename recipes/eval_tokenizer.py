@@ -13,6 +13,28 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain
 
+from speechllm.runs.config import parse_config
+
+LOG_MEL_RATE = 50.0  # frames/s of the baseline
+Row = dict[str, object]  # of encoded speech
+
+
+@dataclass
+class EvalTokenizerConfig:
+    codes: str  # folder of encode_speech, with at least two layers for the voice
+    data: str  # the corpus that was encoded
+    output: str  # JSON file
+    train_splits: list[str] | None = None  # for the k-means baseline and the voices, all when null
+    test_splits: list[str] | None = None  # for codebook use and content, all when null
+    baseline: bool = True  # also measure the content of log-mel k-means units
+    kmeans_utterances: int = 400  # training utterances the baseline's clusters are fitted on
+    probe_steps: int = 0  # of the recogniser that reads layer 0, no probe at 0
+    seed: int = 0
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(EvalTokenizerConfig)
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -37,22 +59,7 @@ from tokenizer.files import write_json
 from tokenizer.metrics.code_usage import label_information, log_mel_features, speaker_accuracy
 from tokenizer.metrics.probe import ctc_probe
 
-LOG_MEL_RATE = 50.0  # frames/s of the baseline
-Row = dict[str, object]  # of encoded speech
 UnitsOf = Callable[[Row], torch.Tensor]  # units long [T]
-
-
-@dataclass
-class EvalTokenizerConfig:
-    codes: str  # folder of encode_speech, with at least two layers for the voice
-    data: str  # the corpus that was encoded
-    output: str  # JSON file
-    train_splits: list[str] | None = None  # for the k-means baseline and the voices, all when null
-    test_splits: list[str] | None = None  # for codebook use and content, all when null
-    baseline: bool = True  # also measure the content of log-mel k-means units
-    kmeans_utterances: int = 400  # training utterances the baseline's clusters are fitted on
-    probe_steps: int = 0  # of the recogniser that reads layer 0, no probe at 0
-    seed: int = 0
 
 
 def main(config: EvalTokenizerConfig) -> None:
@@ -186,4 +193,4 @@ def spell(text: str) -> str:
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)
-    run_recipe(main, EvalTokenizerConfig)
+    run_recipe(main, CONFIG)

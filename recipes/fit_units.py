@@ -13,20 +13,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-import torch
-from sklearn.cluster import MiniBatchKMeans
-from tqdm import tqdm
-
-from speechllm import AudioError, Utterance, load_audio, read_corpus
-from speechllm.runs.machine import make_accelerator, versions
-from speechllm.runs.recipe import run_recipe
-from speechllm.runs.run import report_skipped
-from tokenizer.corpus import skipped_row
-from tokenizer.files import atomic_folder, write_json
-from tokenizer.metrics.code_usage import usage_of_counts
-from tokenizer.schemes.features import FeatureEncoder
-from tokenizer.schemes.units import UnitTokenizer
+from speechllm.runs.config import parse_config
 
 
 @dataclass
@@ -45,6 +32,25 @@ class UnitsConfig:
     def __post_init__(self) -> None:
         if not 1 < self.clusters <= min(self.max_frames, 65_536):
             raise ValueError(f"clusters must be 2..65536 and at most max_frames, got {self.clusters}")
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(UnitsConfig)
+
+import numpy as np
+import torch
+from sklearn.cluster import MiniBatchKMeans
+from tqdm import tqdm
+
+from speechllm import AudioError, Utterance, load_audio, read_corpus
+from speechllm.runs.machine import make_accelerator, versions
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import report_skipped
+from tokenizer.corpus import skipped_row
+from tokenizer.files import atomic_folder, write_json
+from tokenizer.metrics.code_usage import usage_of_counts
+from tokenizer.schemes.features import FeatureEncoder
+from tokenizer.schemes.units import UnitTokenizer
 
 
 def main(config: UnitsConfig) -> None:
@@ -97,4 +103,4 @@ def collect(
 
 
 if __name__ == "__main__":
-    run_recipe(main, UnitsConfig)
+    run_recipe(main, CONFIG)

@@ -17,15 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-import soundfile
-from datasets import Audio, Dataset, IterableDataset, load_dataset, load_from_disk
-from tqdm import tqdm
-
-from speechllm import AudioError, DataError
-from speechllm.runs.recipe import run_recipe
-from speechllm.runs.run import Run
-from tokenizer.files import write_jsonl, write_text
+from speechllm.runs.config import parse_config
 
 COLUMNS = {  # of a data set, by our names; the first that it has is taken
     "id": ("id", "file"),
@@ -42,6 +34,20 @@ class ImportConfig:
     splits: list[str] | None = None  # all when null
     text: str | None = None  # column of the transcripts; null: text, sentence, transcription or normalized_text
     streaming: bool = True  # false: through the cache of `datasets`, which keeps a copy of its own
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(ImportConfig)
+
+import fsspec
+import soundfile
+from datasets import Audio, Dataset, IterableDataset, load_dataset, load_from_disk
+from tqdm import tqdm
+
+from speechllm import AudioError, DataError
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import Run
+from tokenizer.files import write_jsonl, write_text
 
 
 def main(config: ImportConfig) -> None:
@@ -179,4 +185,4 @@ def finish(run: Run, rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, ImportConfig)
+    run_recipe(main, CONFIG)

@@ -1,6 +1,7 @@
 """Fine-tune a language model to transcribe: audio tokens in, text out.
 
-    accelerate launch recipes/train_asr.py --config configs/asr/qwen2-1.5b.yaml codes=CODES codec=CODEC output=RUN
+    python recipes/train_asr.py --config configs/asr/qwen2-1.5b.yaml codes=CODES codec=CODEC output=RUN
+    speechllm run train_asr --processes 8 ...        on 8 GPUs
 
 Extends the vocabulary with the codec's codes, then learns "Transcribe this speech" on utterances encoded by
 recipes/encode_speech.py. A killed run started again with the same words goes on from its newest checkpoint and ends
@@ -13,45 +14,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
-from datasets import Dataset
-
-from speechllm import (
-    DataError,
-    Encoding,
-    Example,
-    LabelledLoss,
-    RunError,
-    SpeechLLM,
-    describe_rows,
-    extend_vocabulary,
-    load_codes,
-    load_language_model,
-    load_tokenizer,
-    prepare_adapter,
-    speech_of,
-    transcription_example,
-    word_error_rate,
-)
-from speechllm.data.augmentation import Augmentation
-from speechllm.data.batches import token_batches
 from speechllm.data.config import AugmentationConfig
-from speechllm.data.packing import micro_batches
-from speechllm.decoding import answer_bound, recognize
-from speechllm.prompt import label_counts, text_example
-from speechllm.reports.pages import write_training_report
-from speechllm.runs.machine import make_accelerator
-from speechllm.runs.recipe import run_recipe
-from speechllm.runs.run import Run
-from speechllm.small_model import SmallShape, small_qwen2, small_text_tokenizer
-from speechllm.training.checkpoints import TrainingState, prepare
-from speechllm.training.optimization import keep_row_gradients, make_optimizer
-from speechllm.training.plan import training_plan
-from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
-from tokenizer.corpus import spread
-from tokenizer.files import atomic_folder
+from speechllm.runs.config import parse_config
+from speechllm.small_model import SmallShape
 
 FREE = "micro_batch_tokens gradient_checkpointing trackers log_every save_every".split()  # may change in the middle
 
@@ -131,6 +96,49 @@ class AsrConfig:
             problems.append("patience needs dev_splits to measure a WER on")
         if problems:
             raise ValueError("; ".join(problems))
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(AsrConfig)
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from datasets import Dataset
+
+from speechllm import (
+    DataError,
+    Encoding,
+    Example,
+    LabelledLoss,
+    RunError,
+    SpeechLLM,
+    describe_rows,
+    extend_vocabulary,
+    load_codes,
+    load_language_model,
+    load_tokenizer,
+    prepare_adapter,
+    speech_of,
+    transcription_example,
+    word_error_rate,
+)
+from speechllm.data.augmentation import Augmentation
+from speechllm.data.batches import token_batches
+from speechllm.data.packing import micro_batches
+from speechllm.decoding import answer_bound, recognize
+from speechllm.prompt import label_counts, text_example
+from speechllm.reports.pages import write_training_report
+from speechllm.runs.machine import make_accelerator
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import Run
+from speechllm.small_model import small_qwen2, small_text_tokenizer
+from speechllm.training.checkpoints import TrainingState, prepare
+from speechllm.training.optimization import keep_row_gradients, make_optimizer
+from speechllm.training.plan import training_plan
+from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
+from tokenizer.corpus import spread
+from tokenizer.files import atomic_folder
 
 
 def main(config: AsrConfig) -> None:
@@ -304,4 +312,4 @@ def dev_wer(dev: list[dict[str, object]], encoding: Encoding, speech_llm: Speech
 
 
 if __name__ == "__main__":
-    run_recipe(main, AsrConfig)
+    run_recipe(main, CONFIG)

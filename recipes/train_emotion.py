@@ -1,6 +1,7 @@
 """Emotion recognition from audio tokens with a BERT, on speakers it has not heard: the paper's Table 3.
 
     python recipes/train_emotion.py --config configs/emotion/ravdess.yaml codes=CODES codec=CODEC output=RUN
+    speechllm run train_emotion --processes 6 ...      on 6 GPUs
 
 Reads what recipes/encode_speech.py made of RAVDESS (official layout, or its file names as ids). The actors are dealt
 out into folds, and each fold is answered by a classifier trained on the others; a control learns permuted labels and
@@ -14,32 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from accelerate.utils import set_seed
-from torch import Tensor
-from tqdm import tqdm
-from transformers import BertForSequenceClassification
-
-from speechllm import Codes, DataError, Encoding, load_codes, load_tokenizer
-from speechllm.data.batches import endless_batches
-from speechllm.evaluation.error_rates import mean_and_interval
-from speechllm.reports.pages import write_emotion_report
-from speechllm.reports.plots import confusion_figure, save_figure
-from speechllm.runs.machine import make_accelerator, versions
-from speechllm.runs.recipe import run_recipe
-from speechllm.runs.run import Run
-from speechllm.training.emotion import (
-    EMOTIONS,
-    EmotionalSpeech,
-    EmotionClassifier,
-    actor_folds,
-    emotional_speech,
-    small_bert,
-)
-from speechllm.training.schedule import set_learning_rate, warmup_cosine
-from tokenizer.files import write_json, write_jsonl
+from speechllm.runs.config import parse_config
 
 CONTROL = "shuffled labels"
 
@@ -79,6 +55,37 @@ class EmotionConfig:
             raise ValueError(f"folds must be at least 2, got {self.folds}: one to train on, one to test")
         if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
             raise ValueError(f"layers must be different numbers from 0 on, got {self.layers}")
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(EmotionConfig)
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import set_seed
+from torch import Tensor
+from tqdm import tqdm
+from transformers import BertForSequenceClassification
+
+from speechllm import Codes, DataError, Encoding, load_codes, load_tokenizer
+from speechllm.data.batches import endless_batches
+from speechllm.evaluation.error_rates import mean_and_interval
+from speechllm.reports.pages import write_emotion_report
+from speechllm.reports.plots import confusion_figure, save_figure
+from speechllm.runs.machine import make_accelerator, versions
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import Run
+from speechllm.training.emotion import (
+    EMOTIONS,
+    EmotionalSpeech,
+    EmotionClassifier,
+    actor_folds,
+    emotional_speech,
+    small_bert,
+)
+from speechllm.training.schedule import set_learning_rate, warmup_cosine
+from tokenizer.files import write_json, write_jsonl
 
 
 def main(config: EmotionConfig) -> None:
@@ -246,4 +253,4 @@ def report(
 
 
 if __name__ == "__main__":
-    run_recipe(main, EmotionConfig)
+    run_recipe(main, CONFIG)

@@ -1,6 +1,7 @@
 """Train a small teacher where the published ones cannot be had.
 
-    accelerate launch recipes/train_teacher.py --config configs/teacher/semantic_demo.yaml data=FOLDER output=RUN
+    python recipes/train_teacher.py --config configs/teacher/semantic_demo.yaml data=FOLDER output=RUN
+    speechllm run train_teacher --processes 8 ...    on 8 GPUs
 
 kind: semantic  a HuBERT on raw waveforms, saved as a transformers folder. objective ctc learns the characters of the
                 transcripts and is saved as the whole recogniser (`recognizer:RUN/model` is a tokenizer; see
@@ -17,24 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from accelerate.utils import set_seed
-from torch import Tensor, nn
-
-from speechllm import Utterance, pad_waveforms, read_corpus
-from speechllm.data.batches import endless_batches
-from speechllm.reports.pages import write_training_report
-from speechllm.runs.machine import make_accelerator
-from speechllm.runs.recipe import run_recipe
-from speechllm.runs.run import Run
-from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
-from tokenizer.corpus import frame_phones, load_usable, spread
-from tokenizer.files import atomic_folder
-from tokenizer.frames import frame_count
-from tokenizer.training.crops import Crops
-from tokenizer.training.small_teachers import FrameClassifier, save_ecapa, save_hubert, save_recognizer, small_hubert
-from tokenizer.training.teachers import SemanticTeacher
+from speechllm.runs.config import parse_config
 
 HEAD_RATE = 20  # how much faster a new head learns on a HuBERT that is not new
 WORD_END = "|"  # what transformers' CTC vocabularies have for a space
@@ -66,6 +50,29 @@ class TeacherConfig:
             raise ValueError("steps, batch_size, save_every and warmup must be at least 1")
         if self.init and self.kind != "semantic":
             raise ValueError("init is for kind: semantic, an ECAPA-TDNN always starts anew")
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(TeacherConfig)
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from speechllm import Utterance, pad_waveforms, read_corpus
+from speechllm.data.batches import endless_batches
+from speechllm.reports.pages import write_training_report
+from speechllm.runs.machine import make_accelerator
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import Run
+from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
+from tokenizer.corpus import frame_phones, load_usable, spread
+from tokenizer.files import atomic_folder
+from tokenizer.frames import frame_count
+from tokenizer.training.crops import Crops
+from tokenizer.training.small_teachers import FrameClassifier, save_ecapa, save_hubert, save_recognizer, small_hubert
+from tokenizer.training.teachers import SemanticTeacher
 
 
 def main(config: TeacherConfig) -> None:
@@ -295,4 +302,4 @@ def _equal_error_rate(scores: Tensor, same: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    run_recipe(main, TeacherConfig)
+    run_recipe(main, CONFIG)

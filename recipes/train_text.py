@@ -1,6 +1,7 @@
 """Teach a small Qwen2 a language from text alone: something to fine-tune where Qwen2's own weights cannot be had.
 
-    accelerate launch recipes/train_text.py --config configs/text/small.yaml "text=[TEXT]" output=RUN
+    python recipes/train_text.py --config configs/text/small.yaml "text=[TEXT]" output=RUN
+    speechllm run train_text --processes 8 ...       on 8 GPUs
 
 TEXT: files with a sentence a line, .gz or not. RUN/model is an ordinary folder of transformers, which
 recipes/train_asr.py takes as it takes Qwen/Qwen2-1.5B (model=RUN/model). transformers' own Trainer does the work: a
@@ -13,20 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from accelerate.utils import set_seed
-from datasets import Dataset, load_dataset
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
-
-from speechllm import DataError, RunError
-from speechllm.evaluation.normalizers import librispeech_normalizer
-from speechllm.reports.pages import write_training_report
-from speechllm.runs.machine import make_accelerator
-from speechllm.runs.recipe import run_recipe
-from speechllm.runs.run import Run
-from speechllm.small_model import SmallShape, small_qwen2, small_text_tokenizer
-from tokenizer.files import atomic_folder
+from speechllm.runs.config import parse_config
+from speechllm.small_model import SmallShape
 
 HELD_OUT = 0.01  # share of the sentences, where no file of held-out ones is named
 
@@ -48,6 +37,25 @@ class TextConfig:
     save_every: int = 250  # steps between checkpoints
     log_every: int = 10  # steps
     seed: int = 0
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(TextConfig)
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset, load_dataset
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from speechllm import DataError, RunError
+from speechllm.evaluation.normalizers import librispeech_normalizer
+from speechllm.reports.pages import write_training_report
+from speechllm.runs.machine import make_accelerator
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import Run
+from speechllm.small_model import small_qwen2, small_text_tokenizer
+from tokenizer.files import atomic_folder
 
 
 class RunLog(TrainerCallback):
@@ -157,4 +165,4 @@ def trainer_settings(config: TextConfig, checkpoints: Path, batch_size: int) -> 
 
 
 if __name__ == "__main__":
-    run_recipe(main, TextConfig)
+    run_recipe(main, CONFIG)

@@ -1,6 +1,7 @@
 """Train the speech tokenizer: reconstruct speech, layer 0 taught content (eq. 4), layer 1 taught voice (eq. 5).
 
-    accelerate launch recipes/train_tokenizer.py --config configs/tokenizer/paper.yaml data=LIBRISPEECH output=RUN
+    python recipes/train_tokenizer.py --config configs/tokenizer/paper.yaml data=LIBRISPEECH output=RUN
+    speechllm run train_tokenizer --processes 8 ...   on 8 GPUs
 
 A killed run started again with the same words goes on from its newest checkpoint and ends as if never interrupted.
 The codec lands in RUN/model; RUN also holds the configuration, log.jsonl, checkpoints and audio samples.
@@ -10,31 +11,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import Tensor, nn, optim
-from torch.utils.data import DataLoader
-
-from speechllm import RunError, SpeechCodec, SpeechCodecConfig, Utterance, read_corpus
-from speechllm.reports.pages import write_codec_report
-from speechllm.reports.sounds import Reconstruction, save_sounds
-from speechllm.runs.machine import make_accelerator
-from speechllm.runs.recipe import run_recipe
-from speechllm.runs.run import Run, read_log
-from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
-from tokenizer.corpus import load_usable, spread
-from tokenizer.files import atomic_folder
+from speechllm.runs.config import parse_config
+from tokenizer.codec.config import SpeechCodecConfig
 from tokenizer.rates import HOP_LENGTH, SAMPLE_RATE
-from tokenizer.training.crops import Crops, StepSampler
-from tokenizer.training.discriminators import Adversary, make_discriminators
-from tokenizer.training.distillation import AcousticDistillation, SemanticDistillation
-from tokenizer.training.distributed import average_gradients
-from tokenizer.training.feature_cache import FeatureCache
-from tokenizer.training.losses import Balancer, MultiScaleMelLoss, ReconstructionLoss
-from tokenizer.training.step import DistillationLoss, average_weights, codec_backward, draw_layers, initialize_codebooks
-from tokenizer.training.teachers import SemanticTeacher, SpeakerTeacher
-from tokenizer.training.validation import validate_codec
 
 
 @dataclass
@@ -138,13 +117,41 @@ class TokenizerConfig:
             problems.append("losses.speech_features needs semantic.teacher")
         rate, hop = self.codec.sample_rate, self.codec.hop_length
         if (self.semantic.teacher or self.acoustic.teacher) and rate != SAMPLE_RATE:
-            problems.append(
-                f"teachers take speech at 16000 Hz: set codec.sample_rate to that, not {rate}, or both teachers null"
-            )
+            mend = f"set codec.sample_rate to that, not {rate}, or both teachers null"
+            problems.append(f"teachers take speech at 16000 Hz: {mend}")
         if self.semantic.teacher and hop != HOP_LENGTH:
             problems.append(f"semantic.teacher needs codec.strides with a product of 320, got {hop}: or set it to null")
         if problems:
             raise ValueError("; ".join(problems))
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(TokenizerConfig)
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn, optim
+from torch.utils.data import DataLoader
+
+from speechllm import RunError, SpeechCodec, Utterance, read_corpus
+from speechllm.reports.pages import write_codec_report
+from speechllm.reports.sounds import Reconstruction, save_sounds
+from speechllm.runs.machine import make_accelerator
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import Run, read_log
+from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
+from tokenizer.corpus import load_usable, spread
+from tokenizer.files import atomic_folder
+from tokenizer.training.crops import Crops, StepSampler
+from tokenizer.training.discriminators import Adversary, make_discriminators
+from tokenizer.training.distillation import AcousticDistillation, SemanticDistillation
+from tokenizer.training.distributed import average_gradients
+from tokenizer.training.feature_cache import FeatureCache
+from tokenizer.training.losses import Balancer, MultiScaleMelLoss, ReconstructionLoss
+from tokenizer.training.step import DistillationLoss, average_weights, codec_backward, draw_layers, initialize_codebooks
+from tokenizer.training.teachers import SemanticTeacher, SpeakerTeacher
+from tokenizer.training.validation import validate_codec
 
 
 def main(config: TokenizerConfig) -> None:
@@ -175,8 +182,7 @@ def main(config: TokenizerConfig) -> None:
     accelerator.print(f"tokenizer: {hours:.2f} h, {config.steps} steps of {batch}; {millions:.1f} M parameters")
 
     # 2. go on where a killed run stopped, or place the codebooks where the encoder's latents are
-    start = 0
-    parts = {"codec": codec, "students": students, "optimizer": optimizer}
+    start, parts = 0, {"codec": codec, "students": students, "optimizer": optimizer}
     optional = {"averaged": averaged, "adversary": adversary, "balancer": criterion.balancer}
     parts |= {name: part for name, part in optional.items() if part is not None}
     if state := run.resume():
@@ -195,8 +201,7 @@ def main(config: TokenizerConfig) -> None:
     codec.train()
     for step, batch in zip(bar := run.steps(start, config.steps, "tokenizer"), loader, strict=True):
         seed_step(config.seed, step, accelerator.process_index)
-        factor = warmup_cosine(step, config.steps, config.warmup)
-        set_learning_rate(optimizer, factor)
+        set_learning_rate(optimizer, factor := warmup_cosine(step, config.steps, config.warmup))
         if adversary:
             set_learning_rate(adversary.optimizer, factor)
             criterion.adversary = adversary if step >= config.adversary.start else None
@@ -242,15 +247,13 @@ def make_distillations(config: TokenizerConfig, device: torch.device) -> list[Di
     if (semantic := config.semantic).teacher:
         teacher = SemanticTeacher.from_pretrained(semantic.teacher, semantic.layer).to(device)
         student = SemanticDistillation(config.codec.dimension, teacher.width, semantic.center).to(device)
-        distillations.append(
-            DistillationLoss("semantic", 0, teacher, student, semantic.gradient_ratio, semantic.weight)
-        )
+        loss = DistillationLoss("semantic", 0, teacher, student, semantic.gradient_ratio, semantic.weight)
+        distillations.append(loss)
     if (acoustic := config.acoustic).teacher:
         teacher = SpeakerTeacher.from_pretrained(acoustic.teacher).to(device)
         student = AcousticDistillation(config.codec.dimension, teacher.width).to(device)
-        distillations.append(
-            DistillationLoss("acoustic", 1, teacher, student, acoustic.gradient_ratio, acoustic.weight)
-        )
+        loss = DistillationLoss("acoustic", 1, teacher, student, acoustic.gradient_ratio, acoustic.weight)
+        distillations.append(loss)
     return distillations
 
 
@@ -261,9 +264,8 @@ def make_criterion(
     losses, adversary = config.losses, None
     if losses.adversarial or losses.feature_matching:
         chosen = config.adversary
-        discriminators = make_discriminators(chosen.stft_filters, chosen.period_channels, chosen.scale_channels).to(
-            device
-        )
+        sizes = (chosen.stft_filters, chosen.period_channels, chosen.scale_channels)
+        discriminators = make_discriminators(*sizes).to(device)
         adversary = Adversary(
             discriminators, chosen.kind, chosen.learning_rate, tuple(chosen.betas), chosen.relative_features
         )
@@ -272,8 +274,7 @@ def make_criterion(
     scales = (losses.mel_windows, losses.mel_bands, losses.mel_weights, losses.mel_squared)
     mel = MultiScaleMelLoss(config.codec.sample_rate, *scales).to(device)
     listener = distillations[0].teacher if losses.speech_features else None
-    balancer = Balancer(weights) if losses.balance else None
-    return ReconstructionLoss(weights, mel, adversary, listener, balancer)
+    return ReconstructionLoss(weights, mel, adversary, listener, Balancer(weights) if losses.balance else None)
 
 
 def make_caches(
@@ -304,8 +305,7 @@ def report(
     """Validate, and let the run folder show how far the codec has come: figures, curves, spectrograms, sounds."""
     validation = validate_codec(codec, dev.values(), mel, distillations)
     run.log(step, **validation.metrics)
-    sounds = Reconstruction.of(codec, *next(iter(dev.items())))
-    save_sounds(run.folder / "samples", sounds)
+    save_sounds(run.folder / "samples", sounds := Reconstruction.of(codec, *next(iter(dev.items()))))
     write_codec_report(
         run.folder / "report.html",
         title=f"{run.folder.name}: tokenizer after {step} steps",
@@ -317,4 +317,4 @@ def report(
 
 
 if __name__ == "__main__":
-    run_recipe(main, TokenizerConfig)
+    run_recipe(main, CONFIG)

@@ -1,11 +1,13 @@
 """Small language models and text tokenizers with random weights, for training from nothing."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+if TYPE_CHECKING:  # the shape is a part of configurations, which must not wait for torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def small_text_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerBase:
+def small_text_tokenizer(texts: list[str], size: int) -> "PreTrainedTokenizerBase":
     """A byte-level BPE tokenizer of Qwen2's kind, learnt from `texts`, with up to `size` tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
@@ -34,7 +36,7 @@ class SmallShape:
     num_key_value_heads: int = 2
 
 
-def small_qwen2(text_tokenizer: PreTrainedTokenizerBase, **shape: int) -> PreTrainedModel:
+def small_qwen2(text_tokenizer: "PreTrainedTokenizerBase", **shape: int) -> "PreTrainedModel":
     """A Qwen2 with random weights for `text_tokenizer`; `shape` are Qwen2Config's sizes."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

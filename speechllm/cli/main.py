@@ -1,8 +1,11 @@
-"""The `speechllm` command: transcribe, encode and decode speech, look into a codec, score and compare transcripts."""
+"""The `speechllm` command: run recipes, transcribe, encode and decode speech, look into a codec, score transcripts."""
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # no torch among these: every command imports what it needs itself, so that help and mistakes need not wait
@@ -15,6 +18,8 @@ from speechllm.cli.codec import (
     reconstruct_files,
     usable,
 )
+from speechllm.runs.config import shipped
+from speechllm.runs.launch import find_recipe, recipe_command, recipe_environment
 
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
 BASE = "another place of the language model under an adapter than the recorded one"
@@ -35,7 +40,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="speechllm", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"speechllm {_version()}")
     commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser(
+        "run",
+        parents=[_processes()],
+        usage="speechllm run [-h] [--processes N] recipe [--config FILE] [key=value ...]",
+        help="a recipe: training, encoding, evaluation, the demo",
+        epilog=f"Each recipe is a file in {shipped('recipes')} with a help of its own; --config takes a YAML of yours "
+        f"or one of those in {shipped('configs')}, by the name it has there.",
+    )
+    command.add_argument("recipe", help=", ".join(sorted(path.stem for path in shipped("recipes").glob("*.py"))))
+    command.add_argument("words", nargs=argparse.REMAINDER, help="what the recipe takes, its --help among it")
+    command.set_defaults(run=_run)
 
     command = commands.add_parser("transcribe", help="recordings to text, one line each")
     command.add_argument("files", nargs="+", help="audio files")
@@ -130,6 +148,35 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--base", help=BASE)
     command.set_defaults(run=_export)
     return parser
+
+
+def _processes() -> argparse.ArgumentParser:
+    """The option that may stand before and behind the recipe's name."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--processes", type=int, metavar="N", help="several that share the work, one on each GPU")
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("speechllm")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Become the recipe; of several processes, once the configuration is found to be right."""
+    behind, words = _processes().parse_known_args(arguments.words)
+    processes, file = behind.processes or arguments.processes or 1, find_recipe(arguments.recipe)
+    environment, code = recipe_environment(), 0
+    if {"-h", "--help", "--check"} & set(words):
+        processes = 1
+    if processes > 1:
+        code = subprocess.call([sys.executable, *recipe_command(file, [*words, "--check"])], env=environment)
+    if code == 0:
+        command = [sys.executable, *recipe_command(file, words, processes)]
+        os.execve(command[0], command, environment)  # signals and the exit code are the recipe's own
+    return code
 
 
 def _transcribe(arguments: argparse.Namespace) -> int:

@@ -3,8 +3,12 @@
 import argparse
 import difflib
 import inspect
+import json
+import os
 import re
+import time
 import types
+from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -14,6 +18,14 @@ import yaml
 from tokenizer.errors import InputError
 
 T = TypeVar("T")
+# Names that keys had before: the first of the new ones that a configuration knows is meant.
+RENAMED = {
+    "judge": ("evaluation_recognizer", "recognizer"),
+    "speaker_judge": ("evaluation_speaker",),
+    "judge_speaker": ("evaluation_speaker",),
+}
+PATIENCE_S = 10.0  # that other processes have until the first one has said what is wrong
+PYTHON_WORDS = {"None": "null", "True": "true", "False": "false"}
 
 
 class ConfigError(InputError):
@@ -34,6 +46,29 @@ _Loader.add_implicit_resolver(
 )
 
 
+def shipped(folder: str) -> Path:
+    """The folder `recipes` or `configs`: inside the installed package, or beside it where the sources lie."""
+    package = Path(__file__).parents[1]
+    return package / folder if (package / folder).is_dir() else package.parent / folder
+
+
+def find_config(file: str | Path) -> Path:
+    """A configuration file: as given, or else the shipped one of that name, with or without `configs/` before it.
+
+    Raises ConfigError where there is neither.
+    """
+    file = Path(file)
+    if file.exists():
+        return file
+    name, configs = file.as_posix().removeprefix("configs/"), shipped("configs")
+    if (configs / name).is_file():
+        return configs / name
+    known = [path.relative_to(configs).as_posix() for path in configs.rglob("*.yaml")]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"shipped are those in {configs}"
+    raise ConfigError(f"cannot read the configuration {file}: no such file, here or among the shipped ones; {hint}")
+
+
 def parse_config(cls: type[T], argv: list[str] | None = None) -> T:
     """Read `--config FILE key=value ...` from the command line into `cls`; on a mistake print it and exit with 2."""
     module = inspect.getmodule(cls)
@@ -42,7 +77,8 @@ def parse_config(cls: type[T], argv: list[str] | None = None) -> T:
         epilog="keys:\n" + describe(cls),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the keys below")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the keys below, yours or a shipped one")
+    parser.add_argument("--check", action="store_true", help="only look for mistakes in the configuration")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -52,9 +88,22 @@ def parse_config(cls: type[T], argv: list[str] | None = None) -> T:
     arguments, rest = parser.parse_known_args(argv)  # the rest: flags, and what stands behind one
     overrides = arguments.overrides + [f"{word[2:]}=true" if word.startswith("--") else word for word in rest]
     try:
-        return load_config(cls, arguments.config, overrides)
+        config = load_config(cls, arguments.config, overrides)
     except ConfigError as error:
+        let_first_speak()
         parser.exit(2, f"{error}\n")
+    if arguments.check:
+        parser.exit()
+    return config
+
+
+def let_first_speak() -> None:
+    """Before an error is told: of several processes that find the same, only the first one tells it.
+
+    The launcher ends all when one ends, so the others give it time; what they alone have found they then tell.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(PATIENCE_S)
 
 
 def load_config(cls: type[T], file: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> T:
@@ -62,8 +111,9 @@ def load_config(cls: type[T], file: str | Path | None = None, overrides: list[st
     values: dict[str, Any] = {}
     problems: list[str] = []
     if file is not None:
+        file = find_config(file)
         try:
-            values = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader) or {}
+            values = yaml.load(file.read_text(encoding="utf-8"), _Loader) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"cannot read the configuration {file}: {error}") from error
         if not isinstance(values, dict):
@@ -95,6 +145,9 @@ def _build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -
     hints = get_type_hints(cls)
     before = len(problems)
     for key in values.keys() - hints.keys():
+        if new := [name for name in RENAMED.get(key, ()) if name in hints]:
+            problems.append(f"{prefix}{key} is called {prefix}{new[0]} now")
+            continue
         near = difflib.get_close_matches(str(key), hints, n=1)
         hint = f": did you mean {prefix}{near[0]}?" if near else f"; known keys: {', '.join(hints)}"
         problems.append(f"unknown key {prefix}{key}{hint}")
@@ -115,6 +168,9 @@ def _build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -
 
 def _convert(value: Any, hint: Any, key: str, problems: list[str]) -> Any:
     """`value` as type `hint`, or a problem."""
+    if isinstance(value, str) and value in PYTHON_WORDS:
+        problems.append(f"{key}: {value} is Python's word, write {PYTHON_WORDS[value]}")
+        return None
     origin, arguments = get_origin(hint), get_args(hint)
     if is_dataclass(hint) and isinstance(value, dict):
         return _build(hint, value, f"{key}.", problems)
@@ -136,8 +192,13 @@ def _convert(value: Any, hint: Any, key: str, problems: list[str]) -> Any:
         return float(value)
     elif hint in (int, str, bool) and type(value) is hint:
         return value
-    problems.append(f"{key} must be {_type_name(hint)}, got {value!r}")
+    problems.append(f"{key} must be {_type_name(hint)}, got {_spell(value, repr)}")
     return None
+
+
+def _spell(value: Any, text: Callable[[str], str] = str) -> str:
+    """A value as YAML takes it; `text` spells one that is a word."""
+    return text(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _type_name(hint: Any) -> str:
@@ -163,7 +224,7 @@ def describe(cls: type, prefix: str = "  ") -> str:
             continue
         default = "required"
         if field.default is not MISSING or field.default_factory is not MISSING:
-            default = repr(field.default_factory() if field.default_factory is not MISSING else field.default)
+            default = _spell(field.default_factory() if field.default_factory is not MISSING else field.default)
         comment = f"  {comments[field.name]}" if field.name in comments else ""
         lines.append(f"{prefix}{field.name}: {_type_name(hints[field.name])} [{default}]{comment}")
     return "\n".join(lines)

@@ -6,21 +6,20 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-import torch
-from accelerate import Accelerator
-
-if TYPE_CHECKING:
-    pass
-
+if TYPE_CHECKING:  # who only starts others must not wait for these
+    from accelerate import Accelerator
 
 PACKAGES = ("torch", "torchaudio", "transformers", "peft", "accelerate", "datasets", "jiwer", "speechbrain")
 
 
-def make_accelerator(precision: str = "no") -> Accelerator:
+def make_accelerator(precision: str = "no") -> "Accelerator":
     """Accelerate on whatever this machine has.
 
     Where there is no GPU that must be said: processes started together would each train alone otherwise.
     """
+    import torch
+    from accelerate import Accelerator
+
     return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
 
 

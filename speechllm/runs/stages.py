@@ -1,7 +1,6 @@
 """A job of several recipes, each run once as a command of its own: finished stages are remembered and skipped."""
 
 import functools
-import os
 import runpy
 import subprocess
 import sys
@@ -17,7 +16,8 @@ from typing import Any, get_type_hints
 import torch
 import yaml
 
-from speechllm.runs.config import ConfigError, load_config
+from speechllm.runs.config import ConfigError, find_config, load_config
+from speechllm.runs.launch import recipe_command, recipe_environment
 from speechllm.runs.machine import available_cpus
 from speechllm.runs.run import RunError
 from tokenizer.corpus import CorpusError, read_corpus
@@ -119,10 +119,8 @@ class Stages:
         On CPU these are faster than one process with several threads, which mostly wait for each other in small
         models, and far faster when other programs use the cores too.
         """
-        # accelerate's own launcher starts a single process where there is no GPU
         processes = torch.cuda.device_count() or self.processes
-        words = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
-        words += [f"{self.recipes}/{command[0]}", *command[1:]]
+        words = ["python", *recipe_command(f"{self.recipes}/{command[0]}", command[1:], processes)]
         self.call(name, lambda: self._run([words], processes), [command])
 
     def call(self, name: str, work: Callable[[], None], asked: Sequence[list[str]] = ()) -> None:
@@ -156,16 +154,11 @@ class Stages:
 
     def _run(self, commands: list[list[str]], processes: int = 1) -> None:
         threads = max(1, available_cpus() // (len(commands) * processes))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        # the recipes find the package also when it is not installed
-        paths = [str(self.recipes.resolve().parent), os.environ.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        environment = recipe_environment() | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         running = []
         for command in commands:
             print("$ " + " ".join(command), flush=True)
-            module = ["-m", "torch.distributed.run"] if command[0] == "torchrun" else []
-            words = [sys.executable, *module, *command[1:]]
-            running.append(subprocess.Popen(words, env=environment))
+            running.append(subprocess.Popen([sys.executable, *command[1:]], env=environment))
         try:
             failed = [process for process in running if process.wait() != 0]
         finally:
@@ -179,5 +172,5 @@ def spelt_out(word: str) -> list[str]:
     """A word of a command; for a configuration file the words that would say the same."""
     if not word.startswith(CONFIG):
         return [word]
-    values = yaml.safe_load(Path(word.removeprefix(CONFIG)).read_text(encoding="utf-8")) or {}
+    values = yaml.safe_load(find_config(word.removeprefix(CONFIG)).read_text(encoding="utf-8")) or {}
     return [f"{key}={value}" for key, value in values.items()]

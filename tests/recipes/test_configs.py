@@ -1,5 +1,6 @@
 """Every YAML under configs/ opens with the command that runs it, and that command would be accepted."""
 
+import ast
 import re
 import shlex
 from collections.abc import Callable
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EVERY = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 CONFIGS = [config for config in EVERY if "/accelerate/" not in config]  # those are for Accelerate: test_train_asr.py
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.py"))
-COMMAND = re.compile(r"(?:accelerate launch|python)(?: --\S+)* recipes/(\w+\.py) +([^()]+)")
+COMMAND = re.compile(r"python recipes/(\w+\.py) +([^()]+)")  # one process; several: speechllm run NAME --processes N
 
 
 def header(config: str) -> str:
@@ -94,3 +95,12 @@ def test_every_config_is_named_somewhere() -> None:
     named = {file: config_paths(file.read_text(encoding="utf-8")) for file in files if file.is_file()}
     for config in CONFIGS:
         assert any(config in paths for file, paths in named.items() if file != ROOT / config), f"who uses {config}?"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_opens_with_the_command_that_starts_it(recipe: str) -> None:
+    text = (ROOT / "recipes" / recipe).read_text(encoding="utf-8")
+    document = ast.get_docstring(ast.parse(text))
+    assert f"\n    python recipes/{recipe} " in document and "accelerate launch" not in document
+    shares = "accelerator.num_processes" in text
+    assert (f"\n    speechllm run {recipe.removesuffix('.py')} --processes " in document) is shares

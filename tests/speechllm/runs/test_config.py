@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from speechllm import ConfigError
-from speechllm.runs.config import load_config, parse_config
+from speechllm.runs.config import find_config, load_config, parse_config, shipped
+from speechllm.runs.recipe import run_recipe
 
 
 @dataclass
@@ -136,14 +137,18 @@ def test_an_empty_file_is_no_mistake(tmp_path: Path, text: str) -> None:
     [
         ("steps='3'", "steps must be int, got '3'"),
         ("steps=1.5", "steps must be int, got 1.5"),
-        ("steps=true", "steps must be int, got True"),
-        ("steps=null", "steps must be int, got None"),
+        ("steps=true", "steps must be int, got true"),
+        ("steps=null", "steps must be int, got null"),
         ("rate='1e-3'", "rate must be float, got '1e-3'"),
-        ("rate=true", "rate must be float, got True"),
+        ("rate=true", "rate must be float, got true"),
         ("fresh=1", "fresh must be bool, got 1"),
         ("data=3", "data must be str, got 3"),
         ("splits=train", "splits must be a list of str or null, got 'train'"),
         ("splits=[1]", "splits must be a list of str or null, got [1]"),
+        ("splits=None", "splits: None is Python's word, write null"),
+        ("data=None", "data: None is Python's word, write null"),
+        ("fresh=True", "fresh: True is Python's word, write true"),
+        ("betas=[None]", "betas[0]: None is Python's word, write null"),
         ("layer=max", "layer must be int or one of avg, got 'max'"),
         ("betas=[0.9, x]", "betas[1] must be float, got 'x'"),
         ("encoder=3", "encoder must be Encoder, got 3"),
@@ -155,7 +160,7 @@ def test_an_empty_file_is_no_mistake(tmp_path: Path, text: str) -> None:
         ("encoder.zzz=3", "unknown key encoder.zzz; known keys: width, strides, kind"),
         ("steps", "`steps`: expected key=value"),
         ("=3", "`=3`: expected key=value"),
-        ("rate.x=3", "rate must be float, got {'x': 3}"),
+        ("rate.x=3", 'rate must be float, got {"x": 3}'),
     ],
 )
 def test_a_mistake_is_named_with_what_was_expected(override: str, problem: str) -> None:
@@ -207,6 +212,58 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(Job, tmp_path / "nowhere.yaml")
 
 
+# ---- keys that had another name
+
+
+@dataclass
+class Scoring:
+    recognizer: str | None = None
+
+
+@dataclass
+class Comparison:
+    recognizer: str | None = None
+    evaluation_recognizer: str | None = None
+    evaluation_speaker: str | None = None
+    part: Scoring = field(default_factory=Scoring)
+
+
+@pytest.mark.parametrize(
+    "cls, word, problem",
+    [
+        (Scoring, "judge=x", "judge is called recognizer now"),
+        (Comparison, "judge=x", "judge is called evaluation_recognizer now"),
+        (Comparison, "speaker_judge=x", "speaker_judge is called evaluation_speaker now"),
+        (Comparison, "judge_speaker=x", "judge_speaker is called evaluation_speaker now"),
+        (Comparison, "part.judge=x", "part.judge is called part.recognizer now"),
+        (Scoring, "speaker_judge=x", "unknown key speaker_judge; known keys: recognizer"),
+    ],
+)
+def test_a_renamed_key_is_refused_with_its_new_name(cls: type, word: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(cls, None, [word])
+    assert str(error.value) == f"1 problem(s) in the configuration:\n  {problem}"
+
+
+# ---- configurations that come with the package
+
+
+@pytest.mark.parametrize("name", ["asr/small.yaml", "configs/asr/small.yaml"])
+def test_a_shipped_configuration_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config(name) == shipped("configs") / "asr" / "small.yaml"
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text("steps: 1\n")
+    assert find_config(name) == Path(name)  # one's own comes first
+
+
+def test_a_misspelt_configuration_is_named_with_the_shipped_one_like_it() -> None:
+    with pytest.raises(ConfigError, match=r"configs/asr/smal\.yaml: no such file.* did you mean asr/small\.yaml\?"):
+        find_config("configs/asr/smal.yaml")
+
+
 # ---- the command line
 
 
@@ -240,6 +297,28 @@ def test_a_mistake_on_the_command_line_ends_with_2_and_no_traceback(capsys: pyte
     assert captured.err == "1 problem(s) in the configuration:\n  unknown key stepps: did you mean steps?\n"
 
 
+def test_check_ends_before_anything_is_done() -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_config(Job, ["data=x", "--check"])
+    assert end.value.code == 0
+
+
+def test_of_several_processes_the_first_tells_what_all_have_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+
+    def fail(config: Job) -> None:
+        raise ConfigError("wrong")
+
+    for rank, told in (("0", 0), ("1", 2)):  # the launcher ends the others before they have waited
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit, match=r"^error: wrong$"):
+            run_recipe(fail, Job("x"))
+        with pytest.raises(SystemExit):
+            parse_config(Job, ["data=3"])
+        assert len(waited) == told
+
+
 def help_of(cls: type, capsys: pytest.CaptureFixture) -> str:
     with pytest.raises(SystemExit) as end:
         parse_config(cls, ["--help"])
@@ -251,9 +330,9 @@ def test_help_lists_every_key_with_type_default_and_meaning(capsys: pytest.Captu
     lines = help_of(Job, capsys).splitlines()
     assert "  data: str [required]  where the speech is" in lines
     assert "  steps: int [100]  optimizer steps" in lines
-    assert "  splits: a list of str or null [None]" in lines
+    assert "  splits: a list of str or null [null]" in lines and "  fresh: bool [false]" in lines
     assert "  encoder:" in lines and "    width: int [32]" in lines
-    assert "    kind: one of seanet, log_mel ['seanet']" in lines
+    assert "    kind: one of seanet, log_mel [seanet]" in lines and "    strides: a list of int [[2, 4]]" in lines
 
 
 def test_help_shows_a_default_list(capsys: pytest.CaptureFixture) -> None:

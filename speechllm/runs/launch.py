@@ -1,0 +1,82 @@
+"""How a recipe is started: as one process, or as several that share the work.
+
+`python -m speechllm.runs.launch N FILE WORDS` starts several through Accelerate's launcher, each on a GPU of its own.
+Where there is no GPU that would start a single one: there torch's own launcher does it.
+"""
+
+import difflib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from speechllm.runs.config import shipped
+from tokenizer.errors import InputError
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: a path, or the shipped one of that name, with or without .py. Raises InputError."""
+    if Path(name).is_file():
+        return Path(name)
+    recipes = {path.stem: path for path in sorted(shipped("recipes").glob("*.py"))}
+    stem = name.removeprefix("recipes/").removesuffix(".py")
+    if stem in recipes:
+        return recipes[stem]
+    near = difflib.get_close_matches(stem, recipes, n=1)
+    raise InputError(
+        f"no recipe {name}: " + (f"did you mean {near[0]}?" if near else "there are " + ", ".join(recipes))
+    )
+
+
+def recipe_command(file: str | Path, words: Sequence[str], processes: int = 1) -> list[str]:
+    """The words behind `python` that start a recipe."""
+    several = ["-m", "speechllm.runs.launch", str(processes)] if processes > 1 else []
+    return [*several, str(file), *words]
+
+
+def recipe_environment() -> dict[str, str]:
+    """The environment in which recipes find the package, also when it is not installed."""
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def launch(processes: int, file: str, words: Sequence[str]) -> int:
+    """Start the processes and wait for them; the exit code. What goes wrong they tell themselves."""
+    import torch
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from speechllm.runs.machine import available_cpus
+
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < processes:
+        raise InputError(f"{processes} processes need a GPU each, here are {gpus}")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // processes)))
+    logging.disable(logging.ERROR)  # the launchers' own lines around what a process has said
+    try:
+        if gpus:
+            from accelerate.commands.launch import launch_command, launch_command_parser
+
+            # all that it would warn of otherwise; the recipes choose the precision
+            kind = ["--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+            launch_command(launch_command_parser().parse_args([*kind, f"--num_processes={processes}", file, *words]))
+        else:
+            run.main(["--standalone", f"--nproc_per_node={processes}", file, *words])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # it could not tell
+            print(f"process {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+        return abs(failure.exitcode) or 1
+    except SignalException as ended:
+        return 128 + ended.sigval
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(launch(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    except InputError as error:
+        sys.exit(f"error: {error}")

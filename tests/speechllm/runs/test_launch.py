@@ -1,0 +1,135 @@
+"""How recipes start: quickly as far as their help and mistakes, as several processes, with one line where it fails."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from speechllm.runs.launch import find_recipe, recipe_command
+
+ROOT = Path(__file__).resolve().parents[3]
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+# Every recipe with these words, in one process; then what it has loaded that takes long.
+STARTED = """
+import contextlib, io, runpy, sys
+for name in sys.argv[2:]:
+    for words in (["--help"], ["stpes=3"]):
+        said = io.StringIO()
+        sys.argv = [name, *words]
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                runpy.run_path(name, run_name="__main__")
+        except SystemExit as end:
+            assert end.code == (0 if words == ["--help"] else 2), (name, end.code, said.getvalue())
+        assert len(said.getvalue()) > 50, name
+        assert ("None" in said.getvalue()) is False, (name, said.getvalue())
+heavy = "torch", "transformers", "numpy", "accelerate", "datasets", "scipy", "sklearn", "speechbrain"
+print([name for name in heavy if name in sys.modules])
+"""
+
+
+def python(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+
+
+def test_help_and_mistakes_of_every_recipe_do_not_wait_for_torch() -> None:
+    files = [str(ROOT / "recipes" / f"{name}.py") for name in RECIPES if name != "synthesize_speech"]  # numpy, no torch
+    assert len(files) > 10
+    ended = python("-c", STARTED, "", *files)
+    assert ended.stdout == "[]\n", ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["run", "--help"], ["run", "train_txt"], ["wre"]])
+def test_help_and_mistakes_of_the_command_do_not_wait_for_torch(words: list[str]) -> None:
+    code = "import sys; from speechllm.cli.main import main\n"
+    code += "try: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    ended = python("-c", code, *words)
+    assert ended.stdout.splitlines()[-1] == "False", ended.stderr
+
+
+@pytest.mark.parametrize("name", ["train_asr", "train_asr.py", "recipes/train_asr.py"])
+def test_a_recipe_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe(name) == ROOT / "recipes" / "train_asr.py"
+
+
+def test_a_recipe_that_is_not_there_is_named_with_one_like_it() -> None:
+    with pytest.raises(ValueError, match=r"train_txt: did you mean train_text\?"):
+        find_recipe("train_txt")
+    with pytest.raises(ValueError, match="zzz: there are align_speech, "):
+        find_recipe("zzz")
+
+
+def test_the_command_becomes_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "something").touch()
+    ended = python("-m", "speechllm.cli.main", "run", "synthesize_speech", ".", "--jobs", "1", folder=tmp_path)
+    assert (ended.returncode, ended.stdout) == (1, "") and len(ended.stderr.splitlines()) == 1
+    assert ended.stderr.startswith("error: ") and len(list(tmp_path.iterdir())) == 1
+
+
+# ---- several processes
+
+JOB = """
+import os, sys, time
+from speechllm.runs.recipe import run_recipe
+from tokenizer.errors import InputError
+
+def main(words):
+    if words[0] == "work":
+        open(f"{os.environ['RANK']} of {os.environ['WORLD_SIZE']}", "w").close()
+    if words[0] == "die" and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+    if words[0] == "die":
+        time.sleep(600)
+    if words[0] == "fail":
+        raise InputError("nowhere: no such folder")
+
+run_recipe(main, sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "word, code, said",
+    [
+        ("work", 0, ""),
+        ("fail", 1, "error: nowhere: no such folder\n"),
+        ("die", signal.SIGKILL, "process 1 was ended by SIGKILL\n"),
+    ],
+)
+def test_two_processes_find_each_other_and_say_one_line_when_they_fail(
+    tmp_path: Path, word: str, code: int, said: str
+) -> None:
+    (tmp_path / "job.py").write_text(JOB)
+    ended = python(*recipe_command("job.py", [word], processes=2), folder=tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", said)
+    assert {path.name for path in tmp_path.iterdir()} == {"job.py", *(("0 of 2", "1 of 2") if word == "work" else ())}
+
+
+def test_a_mistake_is_told_before_several_processes_start(tmp_path: Path) -> None:
+    words = ["run", "--processes=2", "train_text", "text=[a]", "output=x", "stpes=3"]
+    for moved in (words, [words[0], *words[2:], words[1]]):
+        ended = python("-m", "speechllm.cli.main", *moved, folder=tmp_path)
+        assert ended.returncode == 2
+        assert ended.stderr == "1 problem(s) in the configuration:\n  unknown key stpes: did you mean steps?\n"
+
+
+def test_on_gpus_accelerate_starts_them_and_each_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from speechllm.runs import launch
+
+    asked = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", asked.append)
+    monkeypatch.setattr("logging.disable", lambda level: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert launch.launch(2, "job.py", ["--config", "x.yaml", "steps=1"]) == 0
+    (arguments,) = asked
+    assert arguments.multi_gpu and arguments.num_processes == 2 and arguments.training_script == "job.py"
+    assert arguments.training_script_args == ["--config", "x.yaml", "steps=1"]
+    with pytest.raises(ValueError, match="3 processes need a GPU each, here are 2"):
+        launch.launch(3, "job.py", [])
