@@ -1,4 +1,4 @@
-"""Fail early if `tokenizer` is another package: an Icelandic text tokenizer installs a folder of the same name."""
+"""Fail early if `tokenizer` is another package: an Icelandic text tokenizer has the same name."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Adapters: train only LoRA updates and the new rows of a language model, or the new rows alone, and save only these."""
+"""Adapters: only LoRA updates and the new rows of a language model, or the new rows alone, are trained and saved."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ def prepare_adapter(
         raise ValueError(f'form must be "lora" or "rows", got {form!r}')
     if not model.name_or_path:
         raise DataError(
-            "an adapter is saved without its language model, but this model was not loaded from a folder or the hub: "
+            "an adapter is saved without its language model, but this one was not loaded from a folder or the hub: "
             "save it with save_pretrained and load it again before extending its vocabulary"
         )
     matrices = [model.get_input_embeddings(), model.get_output_embeddings()]

@@ -112,7 +112,7 @@ def recognize(
 
 
 def runaway_reason(text: str, at_bound: bool) -> str | None:
-    """Why an answer is rejected: "empty", "looped", "refused" or "bound" (the maximum length was reached); else None."""
+    """Why an answer is rejected: "empty", "looped", "refused" or "bound" (the maximum length is reached); else None."""
     data = text.encode()
     if not data:
         return "empty"

@@ -64,7 +64,7 @@ def extend_vocabulary(
     added = text_tokenizer.add_tokens(names, special_tokens=True)
     ids = text_tokenizer.convert_tokens_to_ids(names)
     if added != len(names) or ids != list(range(ids[0], ids[0] + len(names))):
-        raise VocabularyError("the text tokenizer already has some of the audio tokens: start from one that was not extended")
+        raise VocabularyError("the text tokenizer already has some of the audio tokens: use one that was not extended")
     rows = max(model.get_input_embeddings().weight.shape[0], len(text_tokenizer))
     model.resize_token_embeddings(rows, mean_resizing=False)
 
@@ -90,7 +90,7 @@ def extend_vocabulary(
 
 
 def new_rows(text_rows: Tensor, vectors: Tensor, count: int, init: str, generator: torch.Generator) -> Tensor:
-    """Rows float [count, H] for code vectors [M, D], M <= count, and markers, with the statistics of text rows [V, H]."""
+    """Rows float [count, H] for code vectors [M, D], M <= count, and markers, distributed like text rows [V, H]."""
     text_rows, vectors = text_rows.float().cpu(), vectors.float().cpu()
     mean, spread = text_rows.mean(0), text_rows.std(0)
     noise = torch.randn(count, text_rows.shape[1], generator=generator)

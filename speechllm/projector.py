@@ -17,7 +17,7 @@ FILE = "speech_projector.safetensors"
 
 
 class SpeechProjector(nn.Module):
-    """Features float [P, C] -> embeddings float [P, H]: layer normalisation, then two linear layers with GELU between."""
+    """Features float [P, C] -> embeddings float [P, H]: layer normalisation and two linear layers with GELU between."""
 
     def __init__(self, width: int, hidden: int, spread: float = 1.0):
         """spread: approximate initial standard deviation of the embeddings, such as that of the text rows."""

@@ -93,7 +93,7 @@ class AudioVocabulary:
         return rank.flatten().argsort()
 
     def features(self, speech: Codes | Speech) -> Tensor | None:
-        """Features of the placeholders, float [P, C * stack], zero-padded at the end; None for other kinds of speech."""
+        """Features of the placeholders, float [P, C * stack], zero-padded at the end; None for other speech."""
         if not isinstance(speech, Tensor) or not speech.is_floating_point():
             return None
         missing = -len(speech) % self.stack

@@ -27,7 +27,9 @@ class Augmentation:
         Raises DataError for `substitute` without codebooks.
         """
         if config.substitute and codebooks is None:
-            raise DataError("augmentation.substitute replaces codes by close ones, but this speech has no codes: set it to 0")
+            raise DataError(
+                "augmentation.substitute replaces codes by close ones, but this speech has no codes: set it to 0"
+            )
         self.config = config
         self.vocabulary = vocabulary
         self.neighbours = None if codebooks is None or not config.substitute else vocabulary.neighbours(codebooks)

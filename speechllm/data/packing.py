@@ -99,7 +99,7 @@ AttentionMaskInterface.register(PACKED, sdpa_mask)  # used in generation, where 
 
 
 def micro_batches(batch: Sequence[Example], tokens: int, process: int = 0, processes: int = 1) -> list[list[Example]]:
-    """One process's share of a batch, split into parts of about `tokens` tokens that are computed one after the other.
+    """One process's share of a batch, split into parts of about `tokens` tokens to be computed one after the other.
 
     Every process gets the same number of parts of about the same size, because processes have to stay in step. If
     there are fewer examples than parts, the remaining parts hold an example without labels.

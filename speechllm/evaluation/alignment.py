@@ -36,7 +36,8 @@ def align(predictions: Sequence[Mapping[str, Any]], normalize: Callable[[str], s
     )
     out = jiwer.process_words(references, hypotheses)
     alignments = []
-    for p, reference, hypothesis, chunks in zip(predictions, out.references, out.hypotheses, out.alignments, strict=True):
+    aligned = zip(predictions, out.references, out.hypotheses, out.alignments, strict=True)
+    for p, reference, hypothesis, chunks in aligned:
         columns = []
         for c in chunks:
             pieces = reference[c.ref_start_idx : c.ref_end_idx], hypothesis[c.hyp_start_idx : c.hyp_end_idx]

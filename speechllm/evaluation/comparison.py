@@ -159,9 +159,9 @@ def recognition_table(results: Results) -> Table:
         rows.append([name, *rates, cell(found, ".1%"), by_seed, spread, cer, control, alone, words])
     head = ["system", "tokens/s", "kbps", "WER", "by seed", "standard deviation of seeds", "CER"]
     note = (
-        "The WER of several seeds is their mean. Its 95 % interval comes from 1,000 bootstrap samples of seeds and test "
-        "utterances; with few seeds it is too narrow, so the WER of each seed is given, too. Only codes have a bitrate, "
-        "features and texts have none."
+        "The WER of several seeds is their mean. Its 95 % interval comes from 1,000 bootstrap samples of seeds and "
+        "test utterances; with few seeds it is too narrow, so the WER of each seed is given, too. Only codes have a "
+        "bitrate, features and texts have none."
     )
     head = [*head, "WER with another utterance's audio", "WER of the recogniser alone", "words"]
     return Table("Table 4: speech recognition", head, rows, note)

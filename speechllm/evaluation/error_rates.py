@@ -183,7 +183,9 @@ def shuffled_audio_verdict(ci95: Sequence[float] | None, control_ci95: Sequence[
 def _error_counts(references: Sequence[str], hypotheses: Sequence[str], normalizer: str) -> np.ndarray:
     """int [utterances, 4]: substitutions, deletions, insertions and reference words, after the normaliser."""
     if len(references) != len(hypotheses):
-        raise ValueError(f"{len(references)} references but {len(hypotheses)} hypotheses: there must be one hypothesis per reference")
+        raise ValueError(
+            f"{len(references)} references but {len(hypotheses)} hypotheses: there must be one hypothesis per reference"
+        )
     normalize = find_normalizer(normalizer)
     counts = [_count_errors(*map(normalize, pair)) for pair in zip(references, hypotheses, strict=True)]
     if not sum(words for *_, words in counts):

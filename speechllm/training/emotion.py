@@ -50,8 +50,8 @@ def emotional_speech(
             found.append(EmotionalSpeech(str(row["id"]), codes, EMOTIONS.index(name.emotion), name.actor))
     if not found:
         raise DataError(
-            f"no utterance has one of the emotions {', '.join(EMOTIONS)}: expected file names of RAVDESS as ids, such as "
-            f"03-01-05-01-02-02-16, found {first!r}; use the file names as ids in the manifest"
+            f"no utterance has one of the emotions {', '.join(EMOTIONS)}: expected file names of RAVDESS as ids, such "
+            f"as 03-01-05-01-02-02-16, found {first!r}; use the file names as ids in the manifest"
         )
     return found
 
