@@ -18,7 +18,7 @@ from typing import Any
 from speechllm.runs.config import parse_config
 
 FRAME_RATE = 100  # of PocketSphinx
-# beams wide enough for accents; and the first pass alone, since the words of the others need not fit the second one
+# beams wide enough for accents; only the first pass, because alignments of the later ones need not match its words
 SEARCH = {"beam": 1e-80, "pbeam": 1e-80, "wbeam": 1e-60, "fwdflat": False, "bestpath": False}
 
 
@@ -46,7 +46,7 @@ def main(config: AlignConfig) -> None:
     try:
         decoder()
     except ImportError:
-        raise SystemExit('error: PocketSphinx is needed: pip install "speechllm[align]"') from None
+        raise SystemExit('error: PocketSphinx is required: pip install "speechllm[align]"') from None
     utterances = read_corpus(config.data, config.splits)
     with ProcessPoolExecutor(available_cpus()) as pool:
         results = list(tqdm(pool.map(align, utterances, chunksize=8), "align", len(utterances), unit="utt"))
@@ -62,7 +62,7 @@ def main(config: AlignConfig) -> None:
 
 
 def align(utterance: Utterance) -> tuple[list[tuple[str, float]] | None, str | None]:
-    """(symbol, end in s) of every phone in time order, silence is SIL; or the reason why there is none."""
+    """(symbol, end in s) of every phone in time order, SIL for silence; or None and the reason."""
     text = librispeech_normalizer(utterance.text or "")
     if not text:
         return None, "no transcript"
@@ -73,10 +73,10 @@ def align(utterance: Utterance) -> tuple[list[tuple[str, float]] | None, str | N
     sound = (32767 * waveform.clamp(-1, 1)).short().numpy().tobytes()
     try:
         decoder().set_align_text(text)
-        listen(sound)
-        decoder().set_alignment()  # the second pass finds the phones within the words of the first
-        listen(sound)
-        # words live no longer than the walk over them: a list of them is a list of dangling pointers
+        decode(sound)
+        decoder().set_alignment()  # the second pass aligns phones within the words of the first
+        decode(sound)
+        # the words must not be collected in a list first: they are valid only during the iteration
         spans = [(phone.name, phone.start + phone.duration) for word in decoder().get_alignment() for phone in word]
     except RuntimeError:
         return None, "not aligned"
@@ -86,13 +86,13 @@ def align(utterance: Utterance) -> tuple[list[tuple[str, float]] | None, str | N
 
 @cache
 def decoder() -> Any:
-    """One recogniser a process."""
+    """The recogniser of this process."""
     from pocketsphinx import Decoder
 
     return Decoder(samprate=SAMPLE_RATE, loglevel="FATAL", **SEARCH)
 
 
-def listen(sound: bytes) -> None:
+def decode(sound: bytes) -> None:
     decoder().start_utt()
     decoder().process_raw(sound, full_utt=True)
     decoder().end_utt()

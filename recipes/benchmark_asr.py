@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from speechllm.runs.config import parse_config
 
-SHAPES = {  # hidden size, intermediate size, layers, heads, heads of keys and values, rows of the embedding
+SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, embedding rows
     "1.5b": (1536, 8960, 28, 12, 2, 151_936),
     "small": (192, 512, 4, 4, 2, 1024),
 }
@@ -28,17 +28,17 @@ SHAPES = {  # hidden size, intermediate size, layers, heads, heads of keys and v
 @dataclass
 class BenchmarkConfig:
     codes: str  # folder of encode_speech
-    codec: str  # the audio tokenizer they were made with
-    output: str  # folder for results.json
+    codec: str  # the audio tokenizer that made them
+    output: str  # folder for results.json and report.html
     model: str | None = None  # language model, folder or hub name; null: random weights in `shape`
     shape: Literal["1.5b", "small"] = "1.5b"
     train: Literal["full", "lora"] = "full"
     splits: list[str] | None = None  # all when null
-    batch_tokens: int = 24_576  # of an optimizer step
-    micro_batch_tokens: int = 8192  # of what is computed at once; for padded batches padding counts, too
+    batch_tokens: int = 24_576  # per optimizer step
+    micro_batch_tokens: int = 8192  # computed at once; in padded batches including padding
     precision: Literal["no", "bf16"] = "bf16"
     gradient_checkpointing: bool = False
-    steps: int = 8  # of each way, after one that is not counted
+    steps: int = 8  # timed steps per method, after one for warm-up
     peak_tflops: float | None = None
     seed: int = 0
 
@@ -62,9 +62,11 @@ from speechllm import (
 )
 from speechllm.data.batches import token_batches
 from speechllm.data.packing import micro_batches
-from speechllm.data.shards import codes_of
+from speechllm.data.shards import codes_of, transcribed
+from speechllm.evaluation.tables import plain
 from speechllm.prompt import label_counts
-from speechllm.runs.machine import versions
+from speechllm.reports.pages import write_results_report
+from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import run_recipe
 from speechllm.small_model import small_text_tokenizer
 from speechllm.training.optimization import make_optimizer
@@ -75,21 +77,22 @@ Step = Callable[[Sequence[Example]], None]
 
 
 def main(config: BenchmarkConfig) -> None:
+    started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows, encoding = load_codes(config.codes, config.splits)
-    rows = [row for row in rows if row["text"]]
+    rows = transcribed(rows)
     codec = load_tokenizer(config.codec)
     encoding.require(codec.fingerprint, config.codec)
     torch.manual_seed(config.seed)
-    model, text_tokenizer = language_model(config, [row["text"] for row in rows])
+    model, text_tokenizer = language_model(config, rows["text"][:])
     vocabulary = extend_vocabulary(model, text_tokenizer, codec, seed=config.seed)
     if config.train == "lora":
         model = prepare_adapter(model, vocabulary)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(device).train()
-    usual = model.config._attn_implementation
-    loss_of = LabelledLoss(model, vocabulary)  # sets the attention it needs
+    padded_attention = model.config._attn_implementation
+    loss_of = LabelledLoss(model, vocabulary)  # changes the attention implementation
     packed_attention = model.config._attn_implementation
     optimizer = make_optimizer(model, vocabulary, 1e-5)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
@@ -110,16 +113,16 @@ def main(config: BenchmarkConfig) -> None:
                 loss = model(**inputs).loss / len(parts)
             loss.backward()
 
-    ways: dict[str, tuple[Step, str]] = {"packed": (packed, packed_attention), "padded": (padded, usual)}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    memory: dict[str, float | None] = dict.fromkeys(ways)
+    methods: dict[str, tuple[Step, str]] = {"packed": (packed, packed_attention), "padded": (padded, padded_attention)}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    memory: dict[str, float | None] = dict.fromkeys(methods)
     tokens, flops = [], []
     batches = token_batches(list(map(len, examples)), config.batch_tokens, config.seed)
     for step, indices in zip(range(config.steps + 1), batches, strict=False):
         batch = [examples[i] for i in indices]
-        for name, (way, attention) in ways.items():
+        for name, (method, attention) in methods.items():
             model.set_attn_implementation(attention)
-            elapsed, peak = timed(lambda way=way, batch=batch: learn(way, batch, optimizer), device)
+            elapsed, peak = timed(lambda method=method, batch=batch: learn(method, batch, optimizer), device)
             if step:
                 seconds[name].append(elapsed)
                 memory[name] = None if peak is None else max(peak, memory[name] or 0.0)
@@ -127,17 +130,17 @@ def main(config: BenchmarkConfig) -> None:
             tokens.append(sum(map(len, batch)))
             flops.append(training_flops(model, batch, frozen=config.train != "full"))
 
-    ratios = [usual_s / our_s for our_s, usual_s in zip(seconds["packed"], seconds["padded"], strict=True)]
+    ratios = [padded_s / packed_s for packed_s, padded_s in zip(seconds["packed"], seconds["padded"], strict=True)]
     results = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
         "model": config.model or f"Qwen2 {config.shape}, random weights",
         "train": config.train,
         "parameters": sum(p.numel() for p in model.parameters()),
         "precision": config.precision,
-        "tokens_a_step": sum(tokens) / len(tokens),
+        "tokens_per_step": sum(tokens) / len(tokens),
         "speedup": median(ratios),
         "speedup_of_steps": ratios,
-        "ways": {
+        "methods": {
             name: {
                 "tokens_per_second": sum(tokens) / sum(times),
                 "peak_memory_gb": memory[name],
@@ -145,15 +148,17 @@ def main(config: BenchmarkConfig) -> None:
             }
             for name, times in seconds.items()
         },
-        "versions": versions(),
+        **provenance(config, time.perf_counter() - started),
     }
-    Path(config.output).mkdir(parents=True, exist_ok=True)
-    write_json(f"{config.output}/results.json", results)
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", results)
+    write_results_report(folder / "report.html", f"Training speed: {results['model']}", results)
     print(table(results))
 
 
 def language_model(config: BenchmarkConfig, texts: list[str]) -> tuple[Any, Any]:
-    """The named language model, or one of random weights, with its text tokenizer."""
+    """The named language model, or one with random weights, and its text tokenizer."""
     if config.model is not None:
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(config.model)
@@ -168,13 +173,13 @@ def language_model(config: BenchmarkConfig, texts: list[str]) -> tuple[Any, Any]
         num_key_value_heads=key_heads,
         tie_word_embeddings=True,
         pad_token_id=text_tokenizer.pad_token_id,
-        name_or_path="random weights",  # an adapter wants to know what it belongs to
+        name_or_path="random weights",  # an adapter needs the name of its language model
     )
     return Qwen2ForCausalLM(shape), text_tokenizer
 
 
 def padded_batches(batch: Sequence[Example], tokens: int) -> list[list[Example]]:
-    """The examples in batches of up to `tokens` tokens with their padding, of similar lengths."""
+    """The examples in batches of similar lengths, of up to `tokens` tokens including padding."""
     parts: list[list[Example]] = [[]]
     for example in sorted(batch, key=len, reverse=True):
         if parts[-1] and len(parts[-1][0]) * (len(parts[-1]) + 1) > tokens:
@@ -184,7 +189,7 @@ def padded_batches(batch: Sequence[Example], tokens: int) -> list[list[Example]]
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """Padded on the right, as `transformers` trains: input_ids, attention_mask and labels, long [B, S]."""
+    """Right-padded examples, as usual in transformers: input_ids, attention_mask and labels, long [B, S]."""
     ids = pad_sequence([example.input_ids for example in examples], batch_first=True, padding_value=pad_id)
     labels = pad_sequence([example.labels for example in examples], batch_first=True, padding_value=-100)
     lengths = torch.tensor(list(map(len, examples)))
@@ -195,15 +200,15 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     }
 
 
-def learn(way: Step, batch: Sequence[Example], optimizer: torch.optim.Optimizer) -> None:
+def learn(method: Step, batch: Sequence[Example], optimizer: torch.optim.Optimizer) -> None:
     """One optimizer step."""
     optimizer.zero_grad()
-    way(batch)
+    method(batch)
     optimizer.step()
 
 
 def timed(work: Callable[[], None], device: torch.device) -> tuple[float, float | None]:
-    """Seconds, and the largest memory on a GPU in GB, that something took."""
+    """Seconds that `work` takes, and on a GPU the peak memory in GB."""
     if device.type != "cuda":
         started = time.perf_counter()
         work()
@@ -217,23 +222,17 @@ def timed(work: Callable[[], None], device: torch.device) -> tuple[float, float 
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: one row for each way."""
+    """Markdown: one row per method."""
     lines = [
         f"{results['model']}, {results['train']}, {results['precision']}, {results['device']}",
         "",
-        "| way | tokens/s | peak memory (GB) | share of the peak arithmetic |",
+        "| method | tokens/s | peak memory (GB) | share of peak FLOP/s |",
         "|---|---|---|---|",
     ]
-    for name, way in results["ways"].items():
-        cells = [
-            f"{way['tokens_per_second']:,.0f}",
-            *(
-                "–" if way[key] is None else f"{way[key]:{form}}"
-                for key, form in (("peak_memory_gb", ".1f"), ("mfu", ".0%"))
-            ),
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"packed is {results['speedup']:.2f} times as fast (median of the steps)"])
+    for name, found in results["methods"].items():
+        memory, share = plain(found["peak_memory_gb"], ".1f"), plain(found["mfu"], ".0%")
+        lines.append(f"| {name} | {found['tokens_per_second']:,.0f} | {memory} | {share} |")
+    return "\n".join([*lines, "", f"packed is {results['speedup']:.2f} times as fast (median over steps)"])
 
 
 if __name__ == "__main__":

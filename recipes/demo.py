@@ -26,12 +26,12 @@ class DemoConfig:
     output: str = "runs/demo"  # run folder
     data: str | None = None  # corpus folder; null: synthetic speech
     fresh: bool = False  # delete the run folder first
-    processes: int | None = None  # per training on a machine without GPU, a power of two; null: one a core, at most 8
+    processes: int | None = None  # per training without a GPU, a power of two; null: one per core, at most 8
     semantic_teacher: str = "configs/teacher/semantic_demo.yaml"  # configurations of the stages
     speaker_teacher: str = "configs/teacher/speaker_demo.yaml"
     tokenizer_stage: str = "configs/tokenizer/demo.yaml"
     asr: str = "configs/asr/demo.yaml"
-    scale: float = 1.0  # share of the stages' training steps to take: 0.5 for a quicker look, 2 for a longer run
+    scale: float = 1.0  # factor of all numbers of training steps: 0.5 for a quicker run, 2 for a longer one
     synthetic_train: int = 4000  # synthetic utterances
     synthetic_dev: int = 100
     synthetic_test: int = 200
@@ -45,9 +45,10 @@ import numpy as np
 import yaml
 
 from speechllm import CorpusError, Utterance, read_corpus
+from speechllm.evaluation.error_rates import shuffled_audio_verdict
 from speechllm.reports.pages import write_report
 from speechllm.reports.sounds import read_sounds
-from speechllm.runs.machine import available_cpus, versions
+from speechllm.runs.machine import available_cpus, provenance
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import read_log
 from speechllm.runs.stages import Stages
@@ -60,42 +61,42 @@ def main(config: DemoConfig) -> None:
         raise CorpusError(f"{config.data}: no such corpus folder")
     if config.fresh and run.exists():
         if not (run / "demo.json").exists():
-            raise SystemExit(f"{run} was not made by this demo and is not deleted: remove it yourself")
+            raise SystemExit(f"{run} was not created by this demo and is not deleted: remove it yourself")
         shutil.rmtree(run)
-    settle(run, config)
-    timer = Stages(run, RECIPES, config.processes)
+    record_settings(run, config)
+    stages = Stages(run, RECIPES, config.processes)
     print(plan(config))
 
     corpus, data = run / "corpus", f"data={run / 'corpus'}"
     if config.data is None:
         counts = [f"--{split}={getattr(config, f'synthetic_{split}')}" for split in ("train", "dev", "test")]
-        timer.stage("corpus", ["synthesize_speech.py", str(corpus), *counts, f"--jobs={available_cpus()}"])
+        stages.stage("corpus", ["synthesize_speech.py", str(corpus), *counts, f"--jobs={available_cpus()}"])
     else:
-        timer.call("corpus", lambda: gather(config.data, corpus))
+        stages.call("corpus", lambda: gather(config.data, corpus))
     semantic, speaker = run / "semantic_teacher", run / "speaker_teacher"
-    timer.stage(
+    stages.stage(
         "teachers",
         ["train_teacher.py", *training(config.semantic_teacher, config), data, f"output={semantic}"],
         ["train_teacher.py", *training(config.speaker_teacher, config), data, f"output={speaker}"],
     )
     teachers = [f"semantic.teacher={semantic / 'model'}", f"acoustic.teacher={speaker / 'model'}"]
     codec = run / "tokenizer"
-    timer.launch(
+    stages.launch(
         "tokenizer",
         ["train_tokenizer.py", *training(config.tokenizer_stage, config), data, f"output={codec}", *teachers],
     )
     codec, codes = codec / "model", run / "codes"
-    timer.launch("encode", ["encode_speech.py", f"codec={codec}", data, f"output={codes}", "layers=null"])
+    stages.launch("encode", ["encode_speech.py", f"codec={codec}", data, f"output={codes}", "layers=null"])
     asr, splits = run / "asr", ["train_splits=[train]", "test_splits=[test]"]
-    timer.launch(
+    stages.launch(
         "asr", ["train_asr.py", *training(config.asr, config), f"codes={codes}", f"codec={codec}", f"output={asr}"]
     )
-    timer.stage(
+    stages.stage(
         "evaluate",
         ["eval_asr.py", f"model={asr / 'model'}", f"codes={codes}", f"output={run / 'evaluation'}", "splits=[test]"],
         ["eval_tokenizer.py", f"codes={codes}", data, f"output={run / 'tokenizer_results.json'}", *splits],
     )
-    results = collect(config, run, timer)
+    results = collect(config, run, stages)
     write_json(run / "results.json", results)
     shutil.copy(run / "evaluation" / "predictions.jsonl", run / "predictions.jsonl")
     report(run, results)
@@ -105,15 +106,18 @@ def main(config: DemoConfig) -> None:
 def training(file: str, config: DemoConfig) -> list[str]:
     """Arguments that start a training with configuration `file`, its steps scaled."""
     steps = yaml.safe_load(find_config(file).read_text(encoding="utf-8"))["steps"]
-    return [f"--config={file}", *([f"steps={max(1, round(config.scale * steps))}"] if config.scale != 1 else [])]
+    arguments = [f"--config={file}"]
+    if config.scale != 1:
+        arguments.append(f"steps={max(1, round(config.scale * steps))}")
+    return arguments
 
 
-def settle(run: Path, config: DemoConfig) -> None:
-    """Remember what this run is about; refuse to mix it with another one."""
+def record_settings(run: Path, config: DemoConfig) -> None:
+    """Write the settings to demo.json; exit if the folder holds a demo with other settings."""
     asked = {name: value for name, value in asdict(config).items() if name not in ("fresh", "processes")}
     file = run / "demo.json"
     if file.exists() and json.loads(file.read_text(encoding="utf-8")) != asked:
-        raise SystemExit(f"{run} holds a demo with other settings: add --fresh to start over, or choose output=FOLDER")
+        raise SystemExit(f"{run} holds a demo with other settings: add --fresh to start over, or set output=FOLDER")
     try:
         run.mkdir(parents=True, exist_ok=True)
         write_json(file, asked)
@@ -122,7 +126,7 @@ def settle(run: Path, config: DemoConfig) -> None:
 
 
 def gather(folder: str, output: Path) -> None:
-    """Write a manifest of the corpus in `folder` whose splits are called train, dev and test."""
+    """Write a manifest of the corpus in `folder` with the splits train, dev and test."""
     utterances = read_corpus(folder)
     named = {u.id: u.split for u in utterances}
     found = set(named.values())
@@ -131,7 +135,7 @@ def gather(folder: str, output: Path) -> None:
             names = (target, "validation") if target == "dev" else (target,)
             named |= {u.id: target for u in utterances if u.split.startswith(names)}
     if missing := {"train", "dev", "test"} - set(named.values()):
-        print(f"no split is named {', '.join(sorted(missing))}: splitting by speaker instead, 8 : 1 : 1")
+        print(f"there is no split {', '.join(sorted(missing))}: splitting by speaker instead, 8 : 1 : 1")
         named = split_by_speaker(utterances)
     lines = [
         json.dumps({**asdict(u), "path": str(Path(u.path).resolve()), "split": named[u.id]}, ensure_ascii=False)
@@ -144,9 +148,9 @@ def gather(folder: str, output: Path) -> None:
 
 
 def split_by_speaker(utterances: list[Utterance]) -> dict[str, str]:
-    """Split of every utterance id: a tenth of the speakers, one at least, for dev and for test.
+    """The split of every utterance id: one tenth of the speakers, at least one, for dev and for test each.
 
-    With fewer than three known speakers the utterances themselves are dealt out.
+    With fewer than three known speakers, utterances are split instead.
     """
     speakers = {u.id: u.speaker or u.id for u in utterances}
     if len(set(speakers.values())) < 3:
@@ -157,8 +161,8 @@ def split_by_speaker(utterances: list[Utterance]) -> dict[str, str]:
     return {name: held_out.get(speaker, "train") for name, speaker in speakers.items()}
 
 
-def collect(config: DemoConfig, run: Path, timer: Stages) -> dict[str, object]:
-    """Everything a reader of results.json wants to know."""
+def collect(config: DemoConfig, run: Path, stages: Stages) -> dict[str, object]:
+    """The content of results.json."""
     evaluation = json.loads((run / "evaluation" / "results.json").read_text(encoding="utf-8"))
     codec = json.loads((run / "tokenizer_results.json").read_text(encoding="utf-8"))
     encoded = json.loads((run / "codes" / "done.json").read_text(encoding="utf-8"))
@@ -169,7 +173,8 @@ def collect(config: DemoConfig, run: Path, timer: Stages) -> dict[str, object]:
     return {
         "wer": evaluation["wer"],
         "wer_ci95": evaluation["ci95"],
-        "wer_shuffled_audio": evaluation.get("wer_shuffled_audio"),  # None with one utterance only
+        "wer_shuffled_audio": evaluation.get("wer_shuffled_audio"),  # None with a single utterance
+        "wer_shuffled_audio_ci95": evaluation.get("wer_shuffled_audio_ci95"),
         "utterances": evaluation["utterances"],
         "words": evaluation["words"],
         "normalizer": evaluation["normalizer"],
@@ -181,16 +186,15 @@ def collect(config: DemoConfig, run: Path, timer: Stages) -> dict[str, object]:
         "speaker": codec["speaker"],
         "codebooks": [{name: u[name] for name in ("used", "dead", "perplexity")} for u in codec["usage"]],
         "teachers": teachers,
-        "seconds_by_stage": timer.seconds,
-        "seconds": sum(timer.seconds.values()),
+        "seconds_by_stage": stages.seconds,
         "codec_fingerprint": evaluation["codec_fingerprint"],
-        "versions": versions(),
+        **provenance(config, sum(stages.seconds.values())),
         "notes": config.notes or [],
     }
 
 
 def report(run: Path, results: dict[str, object]) -> None:
-    """The page to look at: report.html."""
+    """Write report.html."""
     codec = json.loads((run / "tokenizer_results.json").read_text(encoding="utf-8"))
     write_report(
         run / "report.html",
@@ -205,31 +209,32 @@ def report(run: Path, results: dict[str, object]) -> None:
 
 
 def plan(config: DemoConfig) -> str:
-    """What is about to happen."""
+    """The stages, as printed at the start."""
     speech = "synthetic speech" if config.data is None else config.data
     return (
-        f"Demo in {config.output} on {available_cpus()} cores: {speech} -> two small teachers -> codec (layer 0 taught "
-        "content, layer 1 voice) -> codes -> small Qwen2 with the codes as new words -> WER -> report.\n"
-        "With synthetic speech all of it takes 5 to 8 minutes on two cores. Finished stages are not repeated."
+        f"Demo in {config.output} on {available_cpus()} cores: {speech} -> two small teachers -> codec (content "
+        "distilled into layer 0, voice into layer 1) -> codes -> small Qwen2 with the codes as new tokens -> WER -> "
+        "report.\nWith synthetic speech this takes 5 to 8 minutes on two cores. Finished stages are not repeated."
     )
 
 
 def summary(run: Path, results: dict[str, object]) -> str:
-    """The last lines on the screen."""
+    """The results, as printed at the end."""
     low, high = results["wer_ci95"]
     lines = [
         f"\nWER {results['wer']:.1%} (95 % interval {low:.1%} to {high:.1%}) on {results['utterances']} utterances of "
         f"unseen speakers, at {results['tokens_per_second']:.1f} tokens/s",
     ]
     if (control := results["wer_shuffled_audio"]) is not None:
-        lines.append(f"WER with another utterance's audio {control:.1%} (the model listens if this is high)")
+        lines.append(f"WER with another utterance's audio {control:.1%}")
+    lines.append(shuffled_audio_verdict(results["wer_ci95"], results["wer_shuffled_audio_ci95"]))
     if content := results["content"]:
         layer0, baseline = content["layer_0"]["pnmi"], content["log_mel_kmeans"]["pnmi"]
-        lines.append(f"{content['label']} information in layer 0: PNMI {layer0:.2f}; log-mel k-means {baseline:.2f}")
+        lines.append(f"{content['label']} information (PNMI) in layer 0: {layer0:.2f}; log-mel k-means: {baseline:.2f}")
     if speaker := results["speaker"]:
         parts = [f"{name.replace('_', ' ')} {speaker[name]:.0%}" for name in speaker if name.startswith("layer")]
-        lines.append(f"speaker identified from: {', '.join(parts)} (chance {speaker['chance']:.0%})")
-    lines.append(f"{results['seconds']:.0f} s in all; look at {run / 'report.html'}")
+        lines.append(f"speaker identification from {', '.join(parts)} (chance {speaker['chance']:.0%})")
+    lines.append(f"{results['seconds']:.0f} s in total; see {run / 'report.html'}")
     return "\n".join(lines)
 
 

@@ -25,7 +25,7 @@ class EncodeConfig:
     splits: list[str] | None = None  # all when null
     layers: int | None = 1  # codebooks to store, all when null
     max_duration_s: float = 60.0  # longer recordings are skipped, and counted
-    normalizer: Literal["librispeech", "none"] = "librispeech"  # of the texts; none: as they are
+    normalizer: Literal["librispeech", "none"] = "librispeech"  # of the texts; none: unchanged
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -50,11 +50,11 @@ def main(config: EncodeConfig) -> None:
         utterances,
         codec,
         config.output,
-        config.layers,
-        config.max_duration_s,
-        accelerator.process_index,
-        accelerator.num_processes,
-        config.normalizer,
+        layers=config.layers,
+        max_duration_s=config.max_duration_s,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        normalizer=config.normalizer,
     )
     share = len(utterances) // accelerator.num_processes
     with tqdm(total=share, desc="encode", unit="utt", disable=not accelerator.is_main_process) as bar:

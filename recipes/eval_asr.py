@@ -21,14 +21,14 @@ class EvalAsrConfig:
     model: str  # folder of train_asr, or one that `SpeechLLM.save` wrote
     codes: str  # folder of encode_speech
     output: str  # folder for results.json, predictions.jsonl and report.html
-    base: str | None = None  # another place of the language model under an adapter than the recorded one
+    base: str | None = None  # location of an adapter's language model, if not the recorded one
     splits: list[str] | None = None  # all when null
     normalizer: Literal["librispeech", "whisper_english", "none"] = "librispeech"
     beams: int = 1  # 1: greedy
     fallback: bool = True  # decode runaway answers again, by beam search without repetitions
     shuffled_audio: bool = True  # also run the control
     precision: Literal["no", "bf16"] = "bf16"  # of the language model on a GPU
-    batch_size: int = 32  # answers written at a time: with 4 beams 8 utterances
+    batch_size: int = 32  # answers decoded at a time: with 4 beams, those of 8 utterances
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -43,31 +43,32 @@ import numpy as np
 import torch
 
 from speechllm import character_error_rate, load_codes, load_speech_llm, merge, speech_of, word_error_rate
-from speechllm.data.shards import summarize_shards
+from speechllm.data.shards import summarize_shards, transcribed
 from speechllm.decoding import count_runaways, recognize
-from speechllm.evaluation.error_rates import speaker_error_rates
+from speechllm.evaluation.error_rates import shuffled_audio_verdict, speaker_error_rates
 from speechllm.reports.pages import write_recognition_report
-from speechllm.runs.machine import versions
+from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import read_log
 from tokenizer.files import write_json, write_jsonl
 
 
 def main(config: EvalAsrConfig) -> None:
+    run_started = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" and config.precision == "bf16" else None
     loaded = load_speech_llm(config.model, device=device, dtype=dtype, base=config.base, with_codec=False)
     speech_llm = merge(loaded)
     rows, encoding = load_codes(config.codes, config.splits)
     speech_llm.vocabulary.require(encoding)
-    everything, rows = len(rows), [row for row in rows if row["text"]]
+    total, rows = len(rows), [*transcribed(rows)]
     if not rows:
-        raise SystemExit(f"{config.codes}: no utterance of {config.splits or 'any split'} has a transcript to score")
+        raise SystemExit(f"{config.codes}: no utterance of {config.splits or 'any split'} has a transcript")
     speech = [speech_of(row, encoding) for row in rows]
     durations_s = [row["duration_s"] for row in rows]
     references = [row["text"] for row in rows]
     speakers = [row["speaker"] or "?" for row in rows]
-    word_error_rate(references, references, config.normalizer)  # what cannot be scored fails before it is decoded
+    word_error_rate(references, references, config.normalizer)  # fails before decoding if the texts cannot be scored
     decode = functools.partial(
         recognize,
         speech_llm=speech_llm,
@@ -77,11 +78,12 @@ def main(config: EvalAsrConfig) -> None:
         fallback=config.fallback,
     )
     cascade = {}
-    if encoding.kind == "text":  # what the recogniser alone achieves
-        alone = word_error_rate(references, [str(part) for part in speech], config.normalizer, config.seed)
-        cascade = {"wer_recognizer": alone.wer, "wer_recognizer_ci95": alone.ci95}
-    seconds = sum(durations_s)
-    tokens = [len(speech_llm.vocabulary.token_ids(part, speech_llm.text_tokenizer)) - 2 for part in speech]  # markers
+    if encoding.kind == "text":
+        recognizer = word_error_rate(references, [str(part) for part in speech], config.normalizer, config.seed)
+        cascade = {"wer_recognizer": recognizer.wer, "wer_recognizer_ci95": recognizer.ci95}
+    audio_s = sum(durations_s)
+    # without the two markers
+    tokens = [len(speech_llm.vocabulary.token_ids(part, speech_llm.text_tokenizer)) - 2 for part in speech]
 
     started = time.perf_counter()
     found = decode(speech, durations_s=durations_s)
@@ -89,20 +91,19 @@ def main(config: EvalAsrConfig) -> None:
     hypotheses = [transcription.text for transcription in found]
     score = word_error_rate(references, hypotheses, config.normalizer, config.seed)
     results = {
-        "config": asdict(config),
         **asdict(score),
         "cer": character_error_rate(references, hypotheses, config.normalizer),
         "speakers": speaker_error_rates(references, hypotheses, speakers, config.normalizer),
         "beams": config.beams,
         "fallback": count_runaways(found),
-        "without_transcript": everything - len(rows),  # not scored
-        "audio_s": seconds,
-        "tokens_per_second": sum(tokens) / seconds,
-        "real_time_factor": elapsed / seconds,
+        "without_transcript": total - len(rows),  # not scored
+        "audio_s": audio_s,
+        "tokens_per_second": sum(tokens) / audio_s,
+        "real_time_factor": elapsed / audio_s,
         **cascade,
         "codec_fingerprint": encoding.fingerprint,
-        "encoded": summarize_shards(config.codes),  # how the texts were normalised, what was skipped
-        "versions": versions(),
+        "encoded": summarize_shards(config.codes),  # including the normaliser of the texts, and what was skipped
+        **provenance(config, time.perf_counter() - run_started),
     }
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,26 +120,31 @@ def main(config: EvalAsrConfig) -> None:
         for row, transcription in zip(rows, found, strict=True)
     ]
     write_jsonl(folder / "predictions.jsonl", predictions)
-    write_json(folder / "results.json", results)  # and once more with the control, which takes as long again
+    write_json(folder / "results.json", results)  # written again with the control, which takes as long
 
     if config.shuffled_audio and len(speech) > 1:
         order = cyclic_shuffle(len(speech), config.seed)
-        others = decode([speech[i] for i in order], durations_s=[durations_s[i] for i in order])
-        shuffled = [transcription.text for transcription in others]
-        results["wer_shuffled_audio"] = word_error_rate(references, shuffled, config.normalizer).wer
+        shuffled = decode([speech[i] for i in order], durations_s=[durations_s[i] for i in order])
+        texts = [transcription.text for transcription in shuffled]
+        control = word_error_rate(references, texts, config.normalizer, config.seed)
+        results |= {"wer_shuffled_audio": control.wer, "wer_shuffled_audio_ci95": control.ci95}
+        results["seconds"] = time.perf_counter() - run_started
         write_json(folder / "results.json", results)
     write_recognition_report(
         folder / "report.html",
         title=f"{config.model} on {', '.join(config.splits or ['all splits'])}",
         results=results,
         predictions=predictions,
-        logs={"Training": read_log(Path(config.model).parent)},  # of the run folder, where the model lies in one
+        logs={"Training": read_log(Path(config.model).parent)},  # of the run folder, if the model is in one
     )
-    print(f"{score}\nwith another utterance's audio: {results.get('wer_shuffled_audio', float('nan')):.2%}")
+    print(score)
+    if "wer_shuffled_audio" in results:
+        print(f"WER with another utterance's audio {results['wer_shuffled_audio']:.2%}")
+    print(shuffled_audio_verdict(score.ci95, results.get("wer_shuffled_audio_ci95")))
 
 
 def cyclic_shuffle(count: int, seed: int) -> np.ndarray:
-    """A random order in which no utterance keeps its place: one long cycle."""
+    """A random permutation without fixed points: a single cycle."""
     order = np.random.default_rng(seed).permutation(count)
     shuffled = np.empty(count, int)
     shuffled[order] = np.roll(order, 1)

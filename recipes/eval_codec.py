@@ -17,13 +17,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from speechllm.runs.config import parse_config
 
-ORIGINAL = "original"  # stands where the others have their number of codebooks
+ORIGINAL = "original"  # key of the original among the numbers of codebooks
 Row = dict[str, Any]
 
 
@@ -31,12 +30,12 @@ Row = dict[str, Any]
 class EvalCodecConfig:
     codec: str  # name of a codec, as load_tokenizer takes it
     data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
-    output: str  # folder for results.json and utterances.jsonl
+    output: str  # folder for results.json, utterances.jsonl and report.html
     splits: list[str] | None = None  # all when null
     layers: list[int] | None = None  # numbers of codebooks to decode from; 1, 2, 4, ... and all when null
-    max_utterances: int | None = None  # spread evenly over the splits, all when null
-    speaker: str | None = None  # folder or hub name of a SpeechBrain ECAPA-TDNN: measure speaker similarity
-    recognizer: str | None = None  # recognizer:NAME: measure the word error rate
+    max_utterances: int | None = None  # evenly chosen, all when null
+    speaker: str | None = None  # folder or hub name of a SpeechBrain ECAPA-TDNN, for speaker similarity
+    recognizer: str | None = None  # recognizer:NAME, for the word error rate
     seed: int = 0  # of the bootstrap
 
 
@@ -62,7 +61,8 @@ from speechllm import (
 )
 from speechllm.evaluation.comparison import quality_table
 from speechllm.evaluation.error_rates import mean_and_interval
-from speechllm.runs.machine import available_cpus, versions
+from speechllm.reports.pages import write_results_report
+from speechllm.runs.machine import available_cpus, provenance
 from speechllm.runs.recipe import run_recipe
 from tokenizer.corpus import spread
 from tokenizer.files import write_json, write_jsonl
@@ -88,27 +88,27 @@ def main(config: EvalCodecConfig) -> None:
 
     failed = [failure for row in rows for failure in row["failed"]]
     results = {
-        "config": asdict(config),
         "codec_fingerprint": codec.fingerprint,
         "utterances": len(rows),
         "original": means(rows, ORIGINAL, config.seed),
         "codebooks": {count: rates(count, codec) | means(rows, count, config.seed) for count in counts},
         "failed": failed,
-        "versions": versions() | {package: version(package) for package in ("pesq", "pystoi")},
-        "seconds": time.perf_counter() - started,
+        **provenance(config, time.perf_counter() - started, "pesq", "pystoi"),
     }
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "utterances.jsonl", rows)
     write_json(folder / "results.json", results)
-    print(quality_table({config.codec: {"quality": results}}).markdown())
+    table = quality_table({config.codec: {"quality": results}})
+    write_results_report(folder / "report.html", f"{config.codec}: speech quality", results, [table])
+    print(table.markdown())
     if failed:
-        print(f"{len(failed)} without scores, see {folder / 'results.json'}; the first: {failed[0]['detail']}")
+        print(f"{len(failed)} not scored, see {folder / 'results.json'}; the first: {failed[0]['detail']}")
 
 
 @dataclass
 class Waiting:
-    """An utterance whose sounds, by number of codebooks, are being scored by other processes."""
+    """An utterance whose sounds, by number of codebooks, are being scored in other processes."""
 
     utterance: Utterance
     sounds: dict[int | str, Tensor]
@@ -122,20 +122,20 @@ def score(
     speaker: SpeakerTeacher | None,
     recognizer: AudioTokenizer | None,
 ) -> Iterator[Row]:
-    """One row per utterance, in order: this process runs the networks, the others compute PESQ and its companions."""
+    """One row per utterance, in order: this process runs the networks, other processes compute PESQ and so on."""
     workers = available_cpus()
     with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting: deque[Waiting] = deque()
         for utterance in utterances:
             waiting.append(submit(pool, utterance, codec, counts))
-            if len(waiting) > 2 * workers:  # the waveforms of a whole corpus would fill the memory
+            if len(waiting) > 2 * workers:  # limits the waveforms in memory
                 yield collect(waiting.popleft(), codec.sample_rate, speaker, recognizer)
         while waiting:
             yield collect(waiting.popleft(), codec.sample_rate, speaker, recognizer)
 
 
 def submit(pool: ProcessPoolExecutor, utterance: Utterance, codec: Codec, counts: Sequence[int]) -> Waiting:
-    """Sounds and their coming scores; for an unusable recording there are no sounds, but its AudioError."""
+    """Sounds and the futures of their scores; an unusable recording has no sounds, and futures with its AudioError."""
     try:
         original = load_audio(utterance.path, codec.sample_rate, max_duration_s=MAX_SCORED_S)
     except AudioError as error:
@@ -153,7 +153,7 @@ def submit(pool: ProcessPoolExecutor, utterance: Utterance, codec: Codec, counts
 def collect(
     waiting: Waiting, sample_rate: int, speaker: SpeakerTeacher | None, recognizer: AudioTokenizer | None
 ) -> Row:
-    """Scores by number of codebooks, and what failed: one entry per reason with the numbers of codebooks it met."""
+    """Scores by number of codebooks, and failures: one entry per reason, with the numbers of codebooks concerned."""
     utterance, sounds = waiting.utterance, waiting.sounds
     row: Row = {
         "id": utterance.id,
@@ -163,9 +163,7 @@ def collect(
         "recognized": {},
     }
     failed: dict[str, Row] = {}
-    embed = functools.cache(
-        lambda name: speaker_embedding(speaker, sounds[name], sample_rate)
-    )  # the original once only
+    embed = functools.cache(lambda name: speaker_embedding(speaker, sounds[name], sample_rate))
     for name, future in waiting.futures.items():
         try:
             scores = asdict(future.result())
@@ -182,19 +180,21 @@ def collect(
 
 
 def rates(count: int, codec: Codec) -> Row:
-    """What `count` codebooks cost."""
+    """Token rate and bitrate of `count` codebooks."""
     tokens = count * codec.frame_rate
     return {"tokens_per_second": tokens, "kbps": tokens * math.log2(codec.codebook_size) / 1000}
 
 
 def means(rows: Sequence[Row], name: int | str, seed: int) -> Row:
-    """Mean scores of one number of codebooks, or of the originals; none of what nothing has been scored for."""
+    """Mean scores for one number of codebooks, or of the originals, for every measure that has values."""
     scores = [row["scores"][name] for row in rows if name in row["scores"]]
     found: Row = {"utterances": len(scores)}
     for measure in scores[0] if scores else ():
         found[measure] = mean_and_interval([score[measure] for score in scores], seed)
-    if heard := [(row["text"], row["recognized"][name]) for row in rows if name in row["recognized"]]:
-        rate = word_error_rate(*zip(*heard, strict=True), seed=seed)
+    recognized = [row for row in rows if name in row["recognized"]]
+    if recognized:
+        references = [row["text"] for row in recognized]
+        rate = word_error_rate(references, [row["recognized"][name] for row in recognized], seed=seed)
         found["wer"] = {"mean": rate.wer, "ci95": list(rate.ci95), "words": rate.words, "normalizer": rate.normalizer}
     return found
 

@@ -22,8 +22,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,13 @@ Row = dict[str, Any]
 class EvalConversionConfig:
     codec: str  # name of a codec, as load_tokenizer takes it
     data: str  # corpus folder with speakers: manifest.jsonl or LibriSpeech's layout
-    output: str  # folder for results.json, pairs.jsonl and audio/
+    output: str  # folder for results.json, pairs.jsonl, report.html and audio/
     splits: list[str] | None = None  # all when null
-    pairs: int = 100  # at most; a recording is the source of one pair only
+    pairs: int = 100  # at most; each recording is the source of at most one pair
     layers: list[list[int]] | None = None  # sets of layers to take from the target; [1] and [1, ..., last] when null
-    speaker: str | None = None  # folder or hub name of a SpeechBrain ECAPA-TDNN: measure speaker similarity
-    recognizer: str | None = None  # recognizer:NAME: measure the word error rate
-    freevc: str | None = None  # folder of FreeVC's published files: one method more
+    speaker: str | None = None  # folder or hub name of a SpeechBrain ECAPA-TDNN, for speaker similarity
+    recognizer: str | None = None  # recognizer:NAME, for the word error rate
+    freevc: str | None = None  # folder of FreeVC's published files, as a further method
     wavlm: str = "microsoft/wavlm-large"  # folder or hub name, for FreeVC
     seed: int = 0  # of the pairs and the bootstrap
 
@@ -72,7 +71,8 @@ from speechllm import (
 )
 from speechllm.evaluation.comparison import conversion_table
 from speechllm.evaluation.error_rates import mean_and_interval
-from speechllm.runs.machine import versions
+from speechllm.reports.pages import write_results_report
+from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import run_recipe
 from tokenizer.files import write_json, write_jsonl
 from tokenizer.loading import load_recognizer
@@ -83,10 +83,12 @@ from tokenizer.metrics.prosody import align_voices, mel_cepstral_distortion, pit
 from tokenizer.metrics.quality import MAX_SCORED_S, resample_to_16_khz
 from tokenizer.training.teachers import SpeakerTeacher
 
+SAVED = 5  # pairs whose sounds are saved
+
 
 @dataclass(frozen=True)
 class Pair:
-    """Recordings of one conversion; see above. `voice` is the further one that similarity is measured against."""
+    """Recordings of one conversion, see above; voice: a further recording of the target speaker, for similarity."""
 
     source: Utterance
     target: Utterance
@@ -112,51 +114,51 @@ def main(config: EvalConversionConfig) -> None:
     for pair in tqdm(pairs, "convert", unit="pair"):
         row: Row = {role: recording and recording.id for role, recording in vars(pair).items()}
         row |= {"scores": {}, "failed": []}
-        with noted(row, None):
+        with record_failure(row, None):
             sounds = load_sounds(pair, codec.sample_rate)
             converted = convert(sounds, codec, layers, freevc)
             row["scores"] = score(pair, sounds, converted, codec.sample_rate, speaker, recognizer, row)
-            if len(rows) < LISTEN:
-                keep(folder / "audio", f"{len(rows)}", {**converted, **sounds}, codec.sample_rate)
+            if len(rows) < SAVED:
+                save_sounds(folder / "audio", f"{len(rows)}", {**converted, **sounds}, codec.sample_rate)
         rows.append(row)
 
     results = {
-        "config": asdict(config),
         "codec_fingerprint": codec.fingerprint,
         "pairs": len(rows),
         "parallel": sum(pair.reference is not None for pair in pairs),
         "methods": summarize(rows, config.seed),
         "failed": [failure for row in rows for failure in row["failed"]],
-        "versions": versions() | {"pyworld": version("pyworld")},
-        "seconds": time.perf_counter() - started,
+        **provenance(config, time.perf_counter() - started, "pyworld"),
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "pairs.jsonl", rows)
     write_json(folder / "results.json", results)
-    print(conversion_table({config.codec: {"conversion": results}}).markdown())
+    table = conversion_table({config.codec: {"conversion": results}})
+    write_results_report(folder / "report.html", f"{config.codec}: voice conversion", results, [table])
+    print(table.markdown())
     if not results["parallel"]:
-        print("\nNo target speaker says the words of a source: neither distortion nor pitch correlation.")
+        print("\nNo target speaker says the words of a source: distortion and pitch correlation were not measured.")
     if failed := results["failed"]:
-        print(f"{len(failed)} without scores, see {folder / 'results.json'}; the first: {failed[0]['detail']}")
+        print(f"{len(failed)} not scored, see {folder / 'results.json'}; the first: {failed[0]['detail']}")
 
 
-def layer_sets(wanted: list[list[int]] | None, codebooks: int) -> list[list[int]]:
-    """The wanted sets of layers, sorted; the second layer, and all but the first, when None."""
-    if wanted is None:
-        wanted = [[1], list(range(1, codebooks))][: max(1, codebooks - 1)]
-    if not wanted or not all(chosen and set(chosen) <= set(range(codebooks)) for chosen in wanted):
-        raise ValueError(f"layers must be sets of numbers from 0 to {codebooks - 1}, as [[1]]; got {wanted}")
-    return [sorted(set(chosen)) for chosen in wanted]
+def layer_sets(layers: list[list[int]] | None, codebooks: int) -> list[list[int]]:
+    """The given sets of layers, sorted; when None, the second layer alone and all layers but the first."""
+    if layers is None:
+        layers = [[1]] if codebooks <= 2 else [[1], list(range(1, codebooks))]
+    if not layers or not all(chosen and set(chosen) <= set(range(codebooks)) for chosen in layers):
+        raise ValueError(f"layers must be sets of numbers from 0 to {codebooks - 1}, such as [[1]]; got {layers}")
+    return [sorted(set(chosen)) for chosen in layers]
 
 
 def choose_pairs(utterances: Sequence[Utterance], most: int, seed: int) -> list[Pair]:
-    """At most `most` pairs, drawn: each source with one of the other speakers."""
+    """At most `most` random pairs, each of a source and another speaker."""
     speakers: dict[str, list[Utterance]] = defaultdict(list)
     for utterance in utterances:
         if utterance.speaker:
             speakers[utterance.speaker].append(utterance)
     if len(speakers) < 2:
-        raise ValueError(f"conversion needs recordings of two speakers, these are of {len(speakers)}: other splits?")
+        raise ValueError(f"conversion needs recordings of two speakers, found {len(speakers)}: choose other splits")
     draw = random.Random(seed)
     sources = [utterance for recordings in speakers.values() for utterance in recordings]
     pairs = []
@@ -172,8 +174,8 @@ def choose_pairs(utterances: Sequence[Utterance], most: int, seed: int) -> list[
 
 
 @contextlib.contextmanager
-def noted(row: Row, method: str | None) -> Iterator[None]:
-    """What cannot be scored ends the block and is added to the failures of the row; method None: all of them."""
+def record_failure(row: Row, method: str | None) -> Iterator[None]:
+    """Add a failure to score, which ends the block, to the failures of the row; method None: all methods."""
     try:
         yield
     except (AudioError, QualityError) as error:
@@ -182,7 +184,7 @@ def noted(row: Row, method: str | None) -> Iterator[None]:
 
 
 def load_sounds(pair: Pair, rate: int) -> dict[str, Tensor]:
-    """The recordings of a pair by role, float [N]; without "reference" or "voice" where there is none."""
+    """The recordings of a pair by role, float [N]; without "reference" or "voice" if the pair has none."""
     recordings = {role: recording for role, recording in vars(pair).items() if recording is not None}
     return {role: load_audio(r.path, rate, max_duration_s=MAX_SCORED_S) for role, r in recordings.items()}
 
@@ -191,7 +193,7 @@ def load_sounds(pair: Pair, rate: int) -> dict[str, Tensor]:
 def convert(
     sounds: dict[str, Tensor], codec: Codec, layers: list[list[int]], freevc: FreeVC | None
 ) -> dict[str, Tensor]:
-    """What each method makes of a pair, float [N] on the CPU, between the two bounds."""
+    """The converted speech by method, and the two bounds, float [N] on the CPU."""
     device, codebooks = codec.device, codec.codebooks
     source, target = (codec.encode(sounds[role][None].to(device)) for role in ("source", "target"))
     codes = {f"source, {n} codebooks": source.first(n) for n in sorted({max(chosen) + 1 for chosen in layers})}
@@ -199,15 +201,15 @@ def convert(
         for matching in MATCHINGS:
             swapped = swap_layers(source, target, chosen, matching, codebooks)
             codes[f"swap {numbers(chosen)}, by {matching}"] = swapped
-    made = {name: codec.decode(one)[0].cpu() for name, one in codes.items()}
+    converted = {name: codec.decode(one)[0].cpu() for name, one in codes.items()}
     if freevc is not None:
         pair = (resample_to_16_khz(sounds[role], codec.sample_rate).to(device) for role in ("source", "target"))
-        made["FreeVC"] = resample(freevc.convert(*pair).cpu(), freevc.sample_rate, codec.sample_rate)
-    return {"source": sounds["source"], **made, "target": sounds.get("reference", sounds["target"])}
+        converted["FreeVC"] = resample(freevc.convert(*pair).cpu(), freevc.sample_rate, codec.sample_rate)
+    return {"source": sounds["source"], **converted, "target": sounds.get("reference", sounds["target"])}
 
 
 def numbers(layers: Sequence[int]) -> str:
-    """Sorted layers in few words: 1-7 for all from 1 to 7."""
+    """Sorted layers in short form: 1-7 for all from 1 to 7."""
     first, last = layers[0], layers[-1]
     return f"{first}-{last}" if last - first == len(layers) - 1 > 0 else ",".join(map(str, layers))
 
@@ -221,18 +223,18 @@ def score(
     recognizer: AudioTokenizer | None,
     row: Row,
 ) -> dict[str, Row]:
-    """Scores by method, as far as there are recordings and judges for them; what fails is noted in the row."""
+    """Scores by method, as far as there are recordings and evaluators for them; failures are added to the row."""
     reference = voice_frames(sounds["reference"], rate) if pair.reference else None
     voice = speaker_embedding(speaker, sounds["voice"], rate) if speaker and pair.voice else None
     scores: dict[str, Row] = {name: {} for name in converted}
     for name, sound in converted.items():
         if reference is not None:
-            with noted(row, name):
+            with record_failure(row, name):
                 voices = align_voices(voice_frames(sound, rate), reference)
                 scores[name]["mcd"] = mel_cepstral_distortion(voices)
                 scores[name]["f0_correlation"] = pitch_correlation(voices)
         if voice is not None:
-            with noted(row, name):
+            with record_failure(row, name):
                 scores[name]["speaker_similarity"] = float(speaker_embedding(speaker, sound, rate) @ voice)
         spoken = pair.target if name == "target" and pair.reference is None else pair.source
         if recognizer is not None and spoken.text:
@@ -240,14 +242,14 @@ def score(
     return scores
 
 
-def keep(folder: Path, number: str, sounds: dict[str, Tensor], rate: int) -> None:
-    """Files to listen to, e.g. 0_source.wav and 0_swap_1_by_content.wav."""
+def save_sounds(folder: Path, number: str, sounds: dict[str, Tensor], rate: int) -> None:
+    """Save sounds under names such as 0_source.wav and 0_swap_1_by_content.wav."""
     for name, sound in sounds.items():
         save_audio(folder / f"{number}_{name.replace(',', '').replace(' ', '_')}.wav", sound, rate)
 
 
 def summarize(rows: Sequence[Row], seed: int) -> dict[str, Row]:
-    """Means by method, each with the number of pairs it is over."""
+    """Means by method, with the number of pairs."""
     methods: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         for name, scores in row["scores"].items():
@@ -256,14 +258,15 @@ def summarize(rows: Sequence[Row], seed: int) -> dict[str, Row]:
 
 
 def means(scores: Sequence[Row], seed: int) -> Row:
-    """Every measure that at least one pair has; the word error rate over the words of all pairs."""
+    """Means of every measure that at least one pair has; the word error rate is over the words of all pairs."""
     found: Row = {}
     for measure in MEASURES:
         if values := [pair[measure] for pair in scores if measure in pair]:
             found[measure] = mean_and_interval(values, seed) | {"pairs": len(values)}
-    if heard := [pair for pair in scores if "recognized" in pair]:
-        rate = word_error_rate([pair["text"] for pair in heard], [pair["recognized"] for pair in heard], seed=seed)
-        counts = {"pairs": len(heard), "words": rate.words, "normalizer": rate.normalizer}
+    if recognized := [pair for pair in scores if "recognized" in pair]:
+        hypotheses = [pair["recognized"] for pair in recognized]
+        rate = word_error_rate([pair["text"] for pair in recognized], hypotheses, seed=seed)
+        counts = {"pairs": len(recognized), "words": rate.words, "normalizer": rate.normalizer}
         found["wer"] = {"mean": rate.wer, "ci95": list(rate.ci95), **counts}
     return found
 

@@ -8,10 +8,11 @@ The probe (probe_steps=2000, say) measures it on any corpus with texts: a small 
 splits' codes, and its error rate on the test splits is set beside that of one that reads log-mel k-means units.
 """
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 from speechllm.runs.config import parse_config
 
@@ -23,12 +24,12 @@ Row = dict[str, object]  # of encoded speech
 class EvalTokenizerConfig:
     codes: str  # folder of encode_speech, with at least two layers for the voice
     data: str  # the corpus that was encoded
-    output: str  # JSON file
+    output: str  # JSON file; the report beside it has the same name and the suffix .html
     train_splits: list[str] | None = None  # for the k-means baseline and the voices, all when null
     test_splits: list[str] | None = None  # for codebook use and content, all when null
-    baseline: bool = True  # also measure the content of log-mel k-means units
-    kmeans_utterances: int = 400  # training utterances the baseline's clusters are fitted on
-    probe_steps: int = 0  # of the recogniser that reads layer 0, no probe at 0
+    baseline: bool = True  # also evaluate log-mel k-means units
+    kmeans_utterances: int = 400  # training utterances for the baseline's clusters
+    probe_steps: int = 0  # training steps of the probe of layer 0; 0: no probe
     seed: int = 0
 
 
@@ -50,9 +51,10 @@ from speechllm import (
     read_corpus,
     word_error_rate,
 )
-from speechllm.data.shards import codes_of
+from speechllm.data.shards import codes_of, transcribed
 from speechllm.evaluation.normalizers import librispeech_normalizer
-from speechllm.runs.machine import versions
+from speechllm.reports.pages import write_results_report
+from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import run_recipe
 from tokenizer.corpus import frame_phones
 from tokenizer.files import write_json
@@ -63,15 +65,14 @@ UnitsOf = Callable[[Row], torch.Tensor]  # units long [T]
 
 
 def main(config: EvalTokenizerConfig) -> None:
+    started = time.perf_counter()
     train, encoding = load_codes(config.codes, config.train_splits)
     test, _ = load_codes(config.codes, config.test_splits)
     if config.probe_steps:
         check_for_probe(train, test)
     corpus = {utterance.id: utterance for utterance in read_corpus(config.data)}
     results = {
-        "config": asdict(config),
         "codec_fingerprint": encoding.fingerprint,
-        "versions": versions() | {"scikit-learn": version("scikit-learn")},
         "usage": usage(test, encoding),
         "speaker": speakers(train, encoding),
     }
@@ -89,12 +90,22 @@ def main(config: EvalTokenizerConfig) -> None:
         results["probe"] = {"steps": config.probe_steps} | {
             name: probe(config, train, test, units_of, encoding.codebook_size) for name, units_of in units.items()
         }
+    results |= provenance(config, time.perf_counter() - started, "scikit-learn")
     write_json(config.output, results)
+    report(config, results)
     print({name: results[name] for name in ("speaker", "content", "probe") if name in results})
 
 
+def report(config: EvalTokenizerConfig, results: dict[str, object]) -> None:
+    """Write the page beside the JSON file."""
+    counts = [np.array(layer["counts"]) for layer in results["usage"]]
+    shown = {name: value for name, value in results.items() if name != "usage"}
+    page = Path(config.output).with_suffix(".html")
+    write_results_report(page, f"{config.codes}: content of the codes", shown, codebook_counts=counts)
+
+
 def usage(codes: Dataset, encoding: Encoding) -> list[dict[str, object]]:
-    """Use of every codebook, with the counts a picture needs."""
+    """Usage statistics of every codebook, with the count of each code."""
     joined = np.concatenate([codes_of(row, encoding).numpy() for row in codes], 1)
     return [
         {
@@ -106,9 +117,9 @@ def usage(codes: Dataset, encoding: Encoding) -> list[dict[str, object]]:
 
 
 def speakers(codes: Dataset, encoding: Encoding) -> dict[str, float]:
-    """Accuracy of telling the speaker from one layer's code histogram, for the layers the paper teaches.
+    """Accuracy of speaker identification from one layer's code histogram, for the layers with distillation.
 
-    Nothing with a single speaker, or where none has a second utterance to be told by.
+    Empty with a single speaker, or if no speaker has a second utterance.
     """
     rows = [row for row in codes if row["speaker"]]
     names = [row["speaker"] for row in rows]
@@ -127,19 +138,19 @@ def speakers(codes: Dataset, encoding: Encoding) -> dict[str, float]:
 def labelled(
     codes: Dataset, corpus: dict[str, Utterance], encoding: Encoding
 ) -> tuple[str, list[tuple[Row, Utterance]]]:
-    """What labels a frame, "phone" or "word", and the rows that have such labels; none where frames have no time."""
+    """The kind of frame labels, "phone" or "word", and the rows that have them; none if frames have no time."""
     pairs = [(row, corpus[row["id"]]) for row in codes]
     aligned = [(row, utterance) for row, utterance in pairs if utterance.phones]
     words = all(utterance.text and " " not in utterance.text for _, utterance in pairs)
     kind, pairs = ("phone", aligned) if aligned else ("word", pairs if words else [])
     if pairs and encoding.deduplicated:
-        print(f"no {kind} information: repeats are merged in these codes, so that no frame has a time")
+        print(f"no {kind} information: repeats are merged in these codes, so that frames have no time")
         return kind, []
     return kind, pairs
 
 
 def content(pairs: Sequence[tuple[Row, Utterance]], units_of: UnitsOf, rate: float) -> dict[str, float]:
-    """What units tell about the phone or word at their time, `rate` of them a second."""
+    """Information in units, of which there are `rate` per second, about the phone or word at their time."""
     units = [units_of(row) for row, _ in pairs]
     labels = [
         frame_phones(utterance, len(ids), rate) if utterance.phones else [utterance.text] * len(ids)
@@ -151,7 +162,7 @@ def content(pairs: Sequence[tuple[Row, Utterance]], units_of: UnitsOf, rate: flo
 def log_mel_clusters(
     config: EvalTokenizerConfig, train: Dataset, corpus: dict[str, Utterance], clusters: int
 ) -> UnitsOf:
-    """The baseline: k-means of log-mel frames with as many clusters as the codebook has codes."""
+    """The baseline: k-means of log-mel frames, with as many clusters as the codebook has codes."""
 
     def features(row: Row) -> np.ndarray:
         return log_mel_features(load_audio(corpus[row["id"]].path))
@@ -163,31 +174,32 @@ def log_mel_clusters(
 
 
 def check_for_probe(train: Dataset, test: Dataset) -> None:
-    """Raise DataError for splits that a recogniser cannot learn from, or not be tested on."""
+    """Raise DataError for splits that the probe cannot be trained or tested on."""
     if shared := set(train["id"]) & set(test["id"]):
         raise DataError(
-            f"the probe would learn from {len(shared)} utterances it is tested on: choose train_splits and test_splits "
-            "that share none"
+            f"the probe would be trained on {len(shared)} of its test utterances: choose train_splits and test_splits "
+            "that do not overlap"
         )
     for name, rows in (("train_splits", train), ("test_splits", test)):
         if not any(rows["text"]):
-            raise DataError(f"the probe needs texts, and no utterance of {name} has one: choose probe_steps=0")
+            raise DataError(f"the probe needs texts, but no utterance of {name} has one: set probe_steps=0")
 
 
 def probe(
     config: EvalTokenizerConfig, train: Dataset, test: Dataset, units_of: UnitsOf, size: int
 ) -> dict[str, object]:
     """Error rates of a small recogniser of units, trained on one part of the corpus and tested on the other."""
-    learnt = [(units_of(row), librispeech_normalizer(row["text"])) for row in train if row["text"]]
-    spoken = [librispeech_normalizer(text) for text in test["text"] if text]
-    read = ctc_probe(learnt, [units_of(row) for row in test if row["text"]], size, config.probe_steps, config.seed)
-    words = word_error_rate(spoken, read)
-    characters = word_error_rate([*map(spell, spoken)], [*map(spell, read)], normalizer="none")
+    train, test = transcribed(train), transcribed(test)
+    examples = [(units_of(row), librispeech_normalizer(row["text"])) for row in train]
+    references = [librispeech_normalizer(text) for text in test["text"]]
+    hypotheses = ctc_probe(examples, [units_of(row) for row in test], size, config.probe_steps, config.seed)
+    words = word_error_rate(references, hypotheses)
+    characters = word_error_rate([*map(spell, references)], [*map(spell, hypotheses)], normalizer="none")
     return {"wer": words.wer, "wer_ci95": words.ci95, "cer": characters.wer, "cer_ci95": characters.ci95}
 
 
 def spell(text: str) -> str:
-    """Characters as words, the space among them."""
+    """A text with its characters as words, including spaces."""
     return " ".join(text.replace(" ", "_"))
 
 

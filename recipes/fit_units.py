@@ -7,10 +7,10 @@ RUN/results.json tells how far frames lie from their centroids and how many unit
 recordings could not be used.
 """
 
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 
 from speechllm.runs.config import parse_config
@@ -24,14 +24,14 @@ class UnitsConfig:
     clusters: int = 500  # K
     layer: int | str | None = 6  # hidden state, "avg" for the mean of all; null for Whisper
     splits: list[str] | None = None  # all when null
-    deduplicate: bool = False  # the tokenizer merges repeats of a unit
-    max_frames: int = 500_000  # to learn from: 2.8 hours
+    deduplicate: bool = False  # merge repeats of a unit
+    max_frames: int = 500_000  # for k-means: 2.8 hours
     max_duration_s: float = 60.0  # longer utterances are skipped
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not 1 < self.clusters <= min(self.max_frames, 65_536):
-            raise ValueError(f"clusters must be 2..65536 and at most max_frames, got {self.clusters}")
+            raise ValueError(f"clusters must be 2 to 65536 and at most max_frames, got {self.clusters}")
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -43,7 +43,8 @@ from sklearn.cluster import MiniBatchKMeans
 from tqdm import tqdm
 
 from speechllm import AudioError, Utterance, load_audio, read_corpus
-from speechllm.runs.machine import make_accelerator, versions
+from speechllm.reports.pages import write_results_report
+from speechllm.runs.machine import make_accelerator, provenance
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import report_skipped
 from tokenizer.corpus import skipped_row
@@ -54,12 +55,15 @@ from tokenizer.schemes.units import UnitTokenizer
 
 
 def main(config: UnitsConfig) -> None:
+    started = time.perf_counter()
     utterances = read_corpus(config.data, config.splits)
     encoder = FeatureEncoder.from_pretrained(config.model, config.layer).to(make_accelerator().device)
     frames, skipped = collect(utterances, encoder, config)
     reasons = dict(Counter(row["reason"] for row in skipped))
     if len(frames) < config.clusters:
-        raise SystemExit(f"error: {config.data}: {len(frames)} frames cannot make {config.clusters} clusters {reasons}")
+        raise SystemExit(
+            f"error: {config.data}: {len(frames)} frames are too few for {config.clusters} clusters; skipped: {reasons}"
+        )
     kmeans = MiniBatchKMeans(config.clusters, batch_size=10_000, n_init=5, random_state=config.seed).fit(frames)
     units = UnitTokenizer(encoder, torch.from_numpy(kmeans.cluster_centers_), config.deduplicate)
 
@@ -67,24 +71,25 @@ def main(config: UnitsConfig) -> None:
     with atomic_folder(run / "model") as folder:
         units.save_pretrained(folder)
     report_skipped(run, skipped)
+    counts = np.bincount(kmeans.labels_, minlength=config.clusters)
     results = {
-        "config": asdict(config),
         "fingerprint": units.fingerprint,
         "frames": len(frames),
         "inertia": kmeans.inertia_ / len(frames),  # mean squared distance of a frame to its centroid
-        "variance": float(frames.var(0).sum()),  # the same with a single cluster
-        **usage_of_counts(np.bincount(kmeans.labels_, minlength=config.clusters)),
+        "variance": float(frames.var(0).sum()),  # the same for a single cluster
+        **usage_of_counts(counts),
         "skipped": reasons,
-        "versions": versions() | {"scikit-learn": version("scikit-learn")},
+        **provenance(config, time.perf_counter() - started, "scikit-learn"),
     }
     write_json(run / "results.json", results)
+    write_results_report(run / "report.html", f"{run}: speech units", results, codebook_counts=[counts])
     print(f"{config.clusters} units of {len(frames)} frames in {run / 'model'}: perplexity {results['perplexity']:.1f}")
 
 
 def collect(
     utterances: Sequence[Utterance], encoder: FeatureEncoder, config: UnitsConfig
 ) -> tuple[np.ndarray, list[dict[str, str]]]:
-    """Frames float [M, C] of utterances in a random order, and the recordings that were skipped."""
+    """Frames float [M, C] of utterances in random order, and the skipped recordings."""
     found: list[np.ndarray] = []
     skipped: list[dict[str, str]] = []
     with tqdm(total=config.max_frames, desc="features", unit="frames", dynamic_ncols=True) as bar:

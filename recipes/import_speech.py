@@ -19,12 +19,12 @@ from typing import Any
 
 from speechllm.runs.config import parse_config
 
-COLUMNS = {  # of a data set, by our names; the first that it has is taken
+COLUMNS = {  # possible columns of a data set, by our names; the first existing one is used
     "id": ("id", "file"),
     "text": ("text", "sentence", "transcription", "normalized_text"),
     "speaker": ("speaker_id", "speaker", "client_id"),
 }
-Row = dict[str, Any]  # of the manifest, or why there is none, with the file (shard) of the data set it comes from
+Row = dict[str, Any]  # of the manifest, or the reason why it was skipped; with its file (shard) of the data set
 
 
 @dataclass
@@ -33,7 +33,7 @@ class ImportConfig:
     output: str  # corpus folder
     splits: list[str] | None = None  # all when null
     text: str | None = None  # column of the transcripts; null: text, sentence, transcription or normalized_text
-    streaming: bool = True  # false: through the cache of `datasets`, which keeps a copy of its own
+    streaming: bool = True  # false: download into the cache of `datasets` first
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -59,7 +59,7 @@ def main(config: ImportConfig) -> None:
         return
     journal = run.folder / "rows.jsonl"
     rows = read_journal(journal)
-    with journal.open("a", buffering=1, encoding="utf-8") as file:  # a line is out as soon as its recording is
+    with journal.open("a", buffering=1, encoding="utf-8") as file:  # each line is written right after its recording
         for split, part in parts.items():
             print(f"{split}: {columns[split]}")
             before = [row for row in rows if row["split"] == split]
@@ -72,7 +72,7 @@ def main(config: ImportConfig) -> None:
 
 
 def open_splits(config: ImportConfig) -> dict[str, IterableDataset]:
-    """The splits asked for. Raises DataError for a data set, a configuration or a split that is not there."""
+    """The configured splits. Raises DataError for a data set, a configuration or a split that does not exist."""
     folder = Path(config.data)
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
@@ -93,22 +93,22 @@ def open_splits(config: ImportConfig) -> dict[str, IterableDataset]:
 
 
 def find_columns(part: IterableDataset, config: ImportConfig) -> dict[str, str]:
-    """The data set's names of audio, id, text and speaker, as far as it has them; DataError without audio."""
+    """The data set's columns for audio, id, text and speaker, if it has them; DataError without audio."""
     features = part.features or {}
     sounds = [name for name, feature in features.items() if isinstance(feature, Audio)]
     wanted = {**COLUMNS, "audio": (*sounds, "audio"), "text": (config.text,) if config.text else COLUMNS["text"]}
     columns = {}
     for key, names in wanted.items():
-        if there := [name for name in names if name in features]:
-            columns[key] = there[0]
+        if found := [name for name in names if name in features]:
+            columns[key] = found[0]
         elif key == "audio" or names == (config.text,):
-            known = ", ".join(features) or "none that is known before reading: try streaming=false"
+            known = ", ".join(features) or "no columns that are known before reading: try streaming=false"
             raise DataError(f"{config.data} has no column {names[0]}; it has {known}")
     return columns
 
 
 def read_journal(journal: Path) -> list[Row]:
-    """Rows of a killed import; a line that was cut off while being written goes."""
+    """Rows of a killed import; an incomplete last line is removed."""
     text = journal.read_text(encoding="utf-8") if journal.exists() else ""
     lines = text.split("\n")[:-1]
     write_text(journal, "".join(f"{line}\n" for line in lines))
@@ -118,7 +118,7 @@ def read_journal(journal: Path) -> list[Row]:
 def import_split(
     part: IterableDataset, columns: dict[str, str], folder: Path, split: str, before: list[Row]
 ) -> Iterator[Row]:
-    """Copy the recordings behind those of the rows `before`. Files of the data set that are done are not read again."""
+    """Copy the recordings after those of the rows `before`. Finished files of the data set are not read again."""
     raw = part.select_columns(list(columns.values())).cast_column(columns["audio"], Audio(decode=False))
     first, number = before[-1]["shard"] if before else 0, len(before)
     for shard in range(first, raw.num_shards):
@@ -131,7 +131,7 @@ def import_split(
 
 
 def import_row(row: Row, folder: Path, place: str) -> Row:
-    """Write one recording to `place`; its row of the manifest, or the reason why there is none."""
+    """Write one recording to `place`; returns its row of the manifest, or the reason why it was skipped."""
     sound = row["audio"] or {}
     try:
         content, info = read_sound(sound, place)
@@ -146,11 +146,11 @@ def import_row(row: Row, folder: Path, place: str) -> Row:
 
 
 def read_sound(sound: Row, name: str) -> tuple[bytes, Any]:
-    """The file of a recording and what libsndfile says about it."""
+    """The content of a recording's file and its soundfile info."""
     content, source = sound.get("bytes"), sound.get("path")
     if content is None and source:
         try:
-            with fsspec.open(source, "rb") as file:  # of this machine, of the hub, or within an archive
+            with fsspec.open(source, "rb") as file:  # local, on the hub, or within an archive
                 content = file.read()
         except FileNotFoundError:
             pass
@@ -166,12 +166,12 @@ def read_sound(sound: Row, name: str) -> tuple[bytes, Any]:
 
 
 def finish(run: Run, rows: list[Row]) -> None:
-    """Write the manifest and the counts."""
+    """Write the manifest and the summary."""
     skips = [row for row in rows if "skipped" in row]
     kept = [{key: value for key, value in row.items() if key != "shard"} for row in rows if "skipped" not in row]
     times = Counter(row["id"] for row in kept)
     for row in kept:
-        if times[row["id"]] > 1:  # ids of sentences, not of recordings
+        if times[row["id"]] > 1:  # the ids are of sentences, not of recordings
             row["id"] = f"{row['id']}-{row['split']}-{Path(row['path']).stem}"
     write_jsonl(run.folder / "manifest.jsonl", kept)
     summary = {

@@ -32,8 +32,8 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-# The grammar: a word in capitals is spoken as it stands, a word in small letters is any word of that slot.
-# TO and FOR are skipped on purpose: they sound like TWO and FOUR.
+# The grammar: a word in capitals is spoken as it is, a word in small letters stands for any word of that slot.
+# TO and FOR are avoided because they sound like TWO and FOUR.
 TEMPLATES = (
     "TURN state THE colour room device",
     "action THE colour room opening",
@@ -69,12 +69,12 @@ VOICES = {
     "test": "f4 m7 Michael steph2",
 }
 
-# A training voice is also spoken by a longer and a shorter vocal tract (all times and frequencies scaled), each a
-# speaker of its own, and every training utterance through another microphone (gains in dB at these frequencies in Hz):
-# else the few voices of the engine teach only themselves. Dev and test voices sound as the engine makes them.
+# Training voices are also used with a longer and a shorter vocal tract (all times and frequencies scaled), each as a
+# separate speaker, and every training utterance has a random microphone (gains in dB at these frequencies in Hz):
+# otherwise models would overfit to the engine's few voices. Dev and test voices are unchanged.
 STRETCHES = {"train": (1.0, 0.94, 1.07), "dev": (1.0,), "test": (1.0,)}
 MICROPHONE_HZ = (100, 400, 1000, 2000, 3500, 6000)
-MICROPHONE_DB = {"train": (12.0, 4.0), "dev": (0.0, 0.0), "test": (0.0, 0.0)}  # at most: tilt at both ends, each band
+MICROPHONE_DB = {"train": (12.0, 4.0), "dev": (0.0, 0.0), "test": (0.0, 0.0)}  # maximum of the tilt, of each band
 
 SAMPLE_RATE = 16_000
 PEAK = 0.7  # of full scale
@@ -83,7 +83,7 @@ SILENCE = "_"
 
 @dataclass(frozen=True)
 class Utterance:
-    """What to say and how: everything that the seed decides."""
+    """A text and how to speak it: everything that the seed determines."""
 
     id: str
     split: str
@@ -92,7 +92,7 @@ class Utterance:
     stretch: float
     microphone: tuple[float, ...]
     rate: int  # words per minute
-    pitch: int  # 50 is the voice's own, as for the range
+    pitch: int  # 50 is the voice's default, also for the range
     pitch_range: int
     lead_s: float  # silence before the first phone
     tail_s: float  # silence after the last phone
@@ -104,7 +104,7 @@ class Utterance:
 
     @property
     def path(self) -> str:
-        """Where the audio stands in the corpus folder."""
+        """The audio file in the corpus folder."""
         return f"audio/{self.speaker}/{self.id}.flac"
 
 
@@ -118,21 +118,21 @@ def sentences(template: str) -> list[str]:
 
 
 def draw_texts(counts: dict[str, int], rng: random.Random) -> dict[str, list[str]]:
-    """Choose the texts of each split, taking the templates in turn; no other split holds a text of dev or test."""
+    """Choose the texts of each split, from each template in turn; texts of dev and test are in no other split."""
     decks = [rng.sample(deck, len(deck)) for deck in map(sentences, TEMPLATES)]
     limit = len(decks) * min(map(len, decks)) // 2
     if counts["dev"] + counts["test"] > limit:
         sys.exit(f"error: the grammar is too small for more than {limit} utterances in --dev and --test together")
     texts = {split: [decks[i % len(decks)].pop() for i in range(counts[split])] for split in ("dev", "test")}
-    rounds = [itertools.cycle(deck) for deck in decks]  # train goes round and round what is left
+    rounds = [itertools.cycle(deck) for deck in decks]  # train cycles through the remaining ones
     texts["train"] = [next(rounds[i % len(rounds)]) for i in range(counts["train"])]
     for split in texts.values():
-        rng.shuffle(split)  # else the turn of the templates would go in step with that of the voices
+        rng.shuffle(split)  # otherwise the cycles of templates and voices would be synchronous
     return texts
 
 
 def make_plan(seed: int, **counts: int) -> list[Utterance]:
-    """Decide every utterance of the splits, `counts` each; the same arguments always give the same plan."""
+    """Plan every utterance, `counts` per split; the same arguments always give the same plan."""
     rng = random.Random(seed)
     texts = draw_texts(counts, rng)
     plan = []
@@ -150,19 +150,19 @@ def make_plan(seed: int, **counts: int) -> list[Utterance]:
     return plan
 
 
-# 2. The engine; names and numbers as in espeak-ng's speak_lib.h
+# 2. The engine; names and constants as in espeak-ng's speak_lib.h
 
 ENGINE_RATE = 22_050
 SYNCHRONOUS, PHONEME_EVENTS, DONT_EXIT, CHARS_UTF8 = 2, 0x0001, 0x8000, 1
 LIST_TERMINATED, PHONEME = 0, 7
 RATE, VOLUME, PITCH, RANGE = 1, 2, 3, 4
-LOW_VOLUME = 40  # the engine's own 100 drives the louder voices into its limiter
+LOW_VOLUME = 40  # at the default of 100, the louder voices reach the engine's limiter
 
-Phones = list[tuple[str, int]]  # a symbol and a sample: where it starts as the engine tells it, later where it ends
+Phones = list[tuple[str, int]]  # symbol and sample: its start, as reported by the engine, or later its end
 
 
 class Event(ctypes.Structure):
-    """espeak_EVENT; of its union only the member read here."""
+    """espeak_EVENT, with only the member of its union that is read here."""
 
     _fields_ = [
         *((name, ctypes.c_int) for name in ("type", "identifier", "text_position", "length", "milliseconds", "sample")),
@@ -172,42 +172,42 @@ class Event(ctypes.Structure):
 
 
 def phone_symbol(mnemonic: str) -> str:
-    """The engine's name of a phone without stress (in front) and marks of unstressed or flapped variants (behind)."""
+    """The engine's name of a phone without stress marks (prefix) and marks of reduced or flapped variants (suffix)."""
     return SILENCE if mnemonic.startswith(SILENCE) else mnemonic.lstrip("',%=").rstrip("#2-")
 
 
 class Engine:
-    """espeak-ng in this process; its state is global, so there is one per process."""
+    """espeak-ng in this process; its state is global, so there can be only one per process."""
 
     def __init__(self) -> None:
-        import espeakng_loader  # here, so that main can say how to install it
+        import espeakng_loader  # imported late, so that main can report if it is missing
 
         self._library = ctypes.CDLL(espeakng_loader.get_library_path())
         data = espeakng_loader.get_data_path().encode()
         rate = self._library.espeak_Initialize(SYNCHRONOUS, 0, data, PHONEME_EVENTS | DONT_EXIT)
         if rate != ENGINE_RATE:
-            raise RuntimeError(f"espeak-ng did not start as expected: {rate} instead of {ENGINE_RATE} Hz")
+            raise RuntimeError(f"espeak-ng failed to start: expected {ENGINE_RATE} Hz, got {rate}")
         self._sound = bytearray()
         self._phones: Phones = []
         callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(Event))
-        self._callback = callback(self._receive)  # kept, or Python would free what the library still calls
+        self._callback = callback(self._receive)  # a reference, so that Python does not free it
         self._library.espeak_SetSynthCallback(self._callback)
 
     def speak(self, utterance: Utterance) -> tuple[np.ndarray, Phones]:
-        """Return int16 samples at the engine's rate, and the phones with the samples at which they start."""
+        """int16 samples at the engine's rate, and the phones with the samples at which they start."""
         self._sound.clear()
         self._phones.clear()
-        text = utterance.text.lower().encode() + b"\0"  # in capitals some words would be spelt out
+        text = utterance.text.lower().encode() + b"\0"  # some words in capitals would be spelt out
         errors = [self._library.espeak_SetVoiceByName(f"en-us+{utterance.voice}".encode())]
         style = {RATE: utterance.rate, VOLUME: LOW_VOLUME, PITCH: utterance.pitch, RANGE: utterance.pitch_range}
         errors += [self._library.espeak_SetParameter(name, value, 0) for name, value in style.items()]
         errors += [self._library.espeak_Synth(text, ctypes.c_size_t(len(text)), 0, 1, 0, CHARS_UTF8, None, None)]
         if any(errors):
-            raise RuntimeError(f"espeak-ng refused {utterance}: errors {errors}")
+            raise RuntimeError(f"espeak-ng failed for {utterance}: errors {errors}")
         return np.frombuffer(bytes(self._sound), np.int16), list(self._phones)
 
     def _receive(self, samples: int | None, count: int, events: "ctypes._Pointer[Event]") -> int:
-        """Collect a piece of sound and its events; 0 tells the engine to go on."""
+        """Collect a piece of sound and its events; returning 0 makes the engine continue."""
         if samples and count > 0:
             self._sound += ctypes.string_at(samples, 2 * count)
         for event in itertools.takewhile(lambda event: event.type != LIST_TERMINATED, events):
@@ -216,37 +216,37 @@ class Engine:
         return 0
 
 
-engine = cache(Engine)  # this process's own, started when first asked for
+engine = cache(Engine)  # one per process, started on first use
 
 
 # 3. From the plan to the folder
 
 
 def frame_speech(wave: np.ndarray, phones: Phones, utterance: Utterance) -> tuple[np.ndarray, Phones]:
-    """Put exactly the planned silence around the speech; returns the samples, and the phones with their ends."""
+    """Surround the speech with exactly the planned silence; returns the samples, and the phones with their ends."""
     ends = [start for _, start in phones[1:]] + [len(wave)]
     spans = [(symbol, start, end) for (symbol, start), end in zip(phones, ends, strict=True) if end > start]
     spoken = [span for span in spans if span[0] != SILENCE]
     first, last = spoken[0][1], spoken[-1][2]
     lead, tail = round(utterance.lead_s * ENGINE_RATE), round(utterance.tail_s * ENGINE_RATE)
-    framed = np.pad(wave, (lead, tail))[first : last + lead + tail]  # the engine may leave less silence than planned
+    framed = np.pad(wave, (lead, tail))[first : last + lead + tail]  # the engine may produce less silence than planned
     inside = [(symbol, lead + end - first) for symbol, start, end in spans if first <= start and end <= last]
     return framed, [(SILENCE, lead), *inside, (SILENCE, len(framed))]
 
 
 def record(wave: np.ndarray, utterance: Utterance) -> np.ndarray:
-    """From the engine's rate to 16 kHz, stretched, through the microphone; exact for sound that ends in silence."""
-    padded = -(-len(wave) // 2205) * 2205  # quick to transform
+    """Resample to 16 kHz, stretch, apply the microphone; exact for sound that ends in silence."""
+    padded = -(-len(wave) // 2205) * 2205  # a size with a fast transform
     factor = SAMPLE_RATE / ENGINE_RATE * utterance.stretch
     size = round(padded * factor / 2) * 2
     spectrum = np.fft.rfft(wave, padded)[: size // 2 + 1]
     frequency = np.arange(len(spectrum)) * SAMPLE_RATE / size
     spectrum *= 10 ** (np.interp(np.log(frequency + 1), np.log(MICROPHONE_HZ), utterance.microphone) / 20)
-    return np.fft.irfft(spectrum, size)[: int(len(wave) * factor)]  # the caller sets the scale
+    return np.fft.irfft(spectrum, size)[: int(len(wave) * factor)]  # the caller normalises the level
 
 
 def synthesize(out: Path, utterance: Utterance) -> dict:
-    """Speak one utterance into its file; returns its line of the manifest."""
+    """Synthesise one utterance to its file; returns its line of the manifest."""
     wave, phones = frame_speech(*engine().speak(utterance), utterance)
     audio = record(wave, utterance)
     path = out / utterance.path
@@ -260,52 +260,52 @@ def synthesize(out: Path, utterance: Utterance) -> dict:
 
 
 def synthesize_all(out: Path, plan: list[Utterance], jobs: int) -> list[dict]:
-    """Speak the whole plan in several processes; returns the manifest's lines in the plan's order."""
-    spawn = multiprocessing.get_context("spawn")  # fresh processes, each with an engine of its own
+    """Synthesise the plan in several processes; returns the manifest's lines in the same order."""
+    spawn = multiprocessing.get_context("spawn")  # new processes, each with its own engine
     with ProcessPoolExecutor(jobs, spawn) as pool:
         lines = pool.map(partial(synthesize, out), plan, chunksize=32)
         return list(tqdm(lines, total=len(plan), desc="speaking", unit="utt", disable=None))
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written."""
+    """Write a file that is never visible half-written."""
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
 
 def prepare_folder(out: Path, arguments: dict[str, int]) -> bool:
-    """Make the folder ready for the corpus; False if it holds exactly this one already, complete."""
+    """Prepare the folder for the corpus; False if it already holds exactly this one, complete."""
     record, manifest = out / "corpus.json", out / "manifest.jsonl"
     if record.exists():
         made = json.loads(record.read_text(encoding="utf-8"))
         if made != arguments:
-            sys.exit(f"error: {out} holds a corpus of {made}: choose another folder, or delete it")
+            sys.exit(f"error: {out} holds a corpus made with {made}: choose another folder or delete this one")
         if manifest.exists():
             return False
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        sys.exit(f"error: {out} holds something else than such a corpus: choose another folder")
+        sys.exit(f"error: {out} holds other files: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(record, json.dumps(arguments) + "\n")
     return True
 
 
 def main() -> None:
-    """Make the corpus, unless the folder holds it already."""
+    """Make the corpus, unless the folder already holds it."""
     style = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=style)
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the corpus; made if absent")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the corpus; created if needed")
     for split, count in {"train": 4000, "dev": 200, "test": 200}.items():
         parser.add_argument(f"--{split}", type=int, default=count, help=f"utterances of the {split} split")
     parser.add_argument("--seed", type=int, default=0, help="fixes sentences, voices and speaking styles")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at work; they change only the time it takes")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes; does not change the result")
     args = parser.parse_args()
     if importlib.util.find_spec("espeakng_loader") is None:
         sys.exit('error: the speech synthesiser is missing: pip install "speechllm[demo]"')
     arguments = {name: getattr(args, name) for name in (*VOICES, "seed")}
     plan = make_plan(**arguments)
     if not prepare_folder(args.out, arguments):
-        print(f"{args.out} holds this corpus already, complete: nothing to do")
+        print(f"{args.out} already holds this corpus, complete: nothing to do")
         return
     lines = synthesize_all(args.out, plan, max(1, args.jobs))
     write_atomically(args.out / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

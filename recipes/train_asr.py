@@ -18,15 +18,15 @@ from speechllm.data.config import AugmentationConfig
 from speechllm.runs.config import parse_config
 from speechllm.small_model import SmallShape
 
-FREE = "micro_batch_tokens gradient_checkpointing trackers log_every save_every".split()  # may change in the middle
+FREE = "micro_batch_tokens gradient_checkpointing trackers log_every save_every".split()  # may change during a run
 
 
 @dataclass
 class SmallModelConfig(SmallShape):
-    """A Qwen2 with random weights and a text tokenizer learnt from the transcripts."""
+    """A Qwen2 with random weights and a text tokenizer trained on the transcripts."""
 
     text_tokens: int = 400  # byte-level BPE vocabulary
-    text_steps: int = 50  # first steps, on sentences without audio: the model must learn its language too
+    text_steps: int = 50  # first steps, on sentences without audio, so that the model learns the language
 
 
 @dataclass
@@ -34,16 +34,16 @@ class LoraConfig:
     """Low-rank updates of all linear layers."""
 
     rank: int = 64
-    alpha: int = 128  # they count alpha / rank times
+    alpha: int = 128  # the scale is alpha / rank
     dropout: float = 0.0
 
 
 @dataclass
 class AsrConfig:
     codes: str  # folder of encode_speech
-    codec: str  # the audio tokenizer they were made with, as `load_tokenizer` takes it
+    codec: str  # the audio tokenizer that made them, as `load_tokenizer` takes it
     output: str  # run folder; the model goes to its subfolder `model`
-    model: str | None = "Qwen/Qwen2-1.5B"  # folder or hub name, or RUN/model to go on from; null: a small one made here
+    model: str | None = "Qwen/Qwen2-1.5B"  # folder or hub name, or RUN/model to train further; null: a small new one
     small: SmallModelConfig = field(default_factory=SmallModelConfig)  # its shape, used when model is null
     train: Literal["full", "lora", "rows"] = "full"  # all weights, LoRA and the new rows, or the new rows alone
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -51,49 +51,53 @@ class AsrConfig:
     dev_splits: list[str] | None = None  # for the WER while training, none when null
     max_utterances: int | None = None  # of the training splits, evenly chosen; all when null
     layers: int = 1  # codebooks the model reads; 1 is 50 tokens/s
-    order: Literal["frame", "layer", "delay", "semantic"] = "frame"  # in which it reads several of them
-    stack: int = 2  # continuous features that make one token
+    order: Literal["frame", "layer", "delay", "semantic"] = "frame"  # of the codes of several codebooks
+    stack: int = 2  # continuous features per token
     init: Literal["codebook", "mean", "random"] = "codebook"  # of the new rows
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    speech_loss: float = 0.0  # weight of predicting the codes, too, against smoothed labels; 0: text alone is learnt
+    speech_loss: float = 0.0  # weight of the loss of predicting codes, with label smoothing; 0: text only
     steps: int = 10_000
-    batch_tokens: int = 24_576  # most tokens of an optimizer step, over all processes: about 35 utterances of 13 s
-    micro_batch_tokens: int = 8192  # a process computes about so many at once, one such part after the other
+    batch_tokens: int = 24_576  # at most, per optimizer step over all processes: about 35 utterances of 13 s
+    micro_batch_tokens: int = 8192  # about as many are computed at once in each process
     learning_rate: float = 5e-5
-    row_learning_rate: float | None = None  # of the new rows and a projector; null: as the rest; 0: frozen
-    row_steps: int = 0  # first steps, in which only they are trained
-    weight_decay: float = 0.01  # of neither embeddings nor norms and biases
+    row_learning_rate: float | None = None  # of the new rows and a projector; null: the same; 0: frozen
+    row_steps: int = 0  # first steps, in which only these are trained
+    weight_decay: float = 0.01  # except of embeddings, norms and biases
     warmup: int = 500  # steps, at the start and again after row_steps
     clip: float = 1.0  # largest gradient norm
     precision: Literal["no", "bf16"] = "bf16"
-    gradient_checkpointing: bool = False  # less memory for a third more computation
-    weight_average: float | None = None  # decay of a moving average of the weights, to be used in their place
+    gradient_checkpointing: bool = False  # less memory for one third more computation
+    weight_average: float | None = None  # decay of a moving average of the weights, which is evaluated and exported
     validate_every: int = 1000  # steps
     dev_utterances: int = 100  # at most, evenly chosen, for the WER while training
-    keep_best: bool = True  # export the weights of the best validation, not the last ones
-    patience: int | None = None  # end after so many validations without a better WER; null: never
-    trackers: list[Literal["tensorboard", "wandb"]] | None = None  # that get what is logged, too
+    keep_best: bool = True  # export the best checkpoint instead of the last one
+    patience: int | None = None  # number of validations without a better WER after which to stop; null: never
+    trackers: list[Literal["tensorboard", "wandb"]] | None = None  # that also receive the log
     log_every: int = 10  # steps
     save_every: int = 1000  # steps between checkpoints
     seed: int = 0
 
     def __post_init__(self) -> None:
-        sizes = ("steps", "batch_tokens", "micro_batch_tokens", "warmup", "validate_every", "log_every", "save_every")
-        sizes = (*sizes, "layers", "stack", "dev_utterances", "max_utterances", "patience")
-        given = ((name, getattr(self, name)) for name in sizes)
-        problems = [f"{name} must be at least 1, got {size}" for name, size in given if size is not None and size < 1]
+        problems = []
+        counts = ("steps", "batch_tokens", "micro_batch_tokens", "warmup", "validate_every", "log_every", "save_every")
+        for name in (*counts, "layers", "stack", "dev_utterances", "max_utterances", "patience"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                problems.append(f"{name} must be at least 1, got {count}")
         positive = {"learning_rate": self.learning_rate, "clip": self.clip, "lora.rank": self.lora.rank}
         problems += [f"{name} must be above 0, got {value}" for name, value in positive.items() if not value > 0]
-        others = ("row_learning_rate", "speech_loss", "weight_decay", "row_steps")
-        problems += [f"{name} must not be negative" for name in others if (getattr(self, name) or 0) < 0]
-        problems += [f"row_steps must be at most steps, got {self.row_steps}"] * (self.row_steps > self.steps)
-        if self.model is None:
-            adding = [f"train: {self.train}"] * (self.train != "full") + ["row_steps"] * (self.row_steps > 0)
-            problems += [f"{what} needs a language model to add to, but model is null" for what in adding]
+        for name in ("row_learning_rate", "speech_loss", "weight_decay", "row_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                problems.append(f"{name} must not be negative, got {value}")
+        if self.row_steps > self.steps:
+            problems.append(f"row_steps must be at most steps, got {self.row_steps}")
+        if self.model is None and (self.train != "full" or self.row_steps > 0):
+            problems.append("train: lora or rows and row_steps need a pretrained language model, but model is null")
         if self.weight_average is not None and not 0 < self.weight_average < 1:
             problems.append(f"weight_average must lie between 0 and 1, got {self.weight_average}")
         if self.patience is not None and not self.dev_splits:
-            problems.append("patience needs dev_splits to measure a WER on")
+            problems.append("patience needs dev_splits for measuring the WER")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -104,7 +108,6 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from datasets import Dataset
 
 from speechllm import (
     DataError,
@@ -126,9 +129,11 @@ from speechllm import (
 from speechllm.data.augmentation import Augmentation
 from speechllm.data.batches import token_batches
 from speechllm.data.packing import micro_batches
+from speechllm.data.shards import transcribed
 from speechllm.decoding import answer_bound, recognize
+from speechllm.extension import Extension
 from speechllm.prompt import label_counts, text_example
-from speechllm.reports.pages import write_training_report
+from speechllm.reports.pages import finish_training
 from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import Run
@@ -137,23 +142,22 @@ from speechllm.training.checkpoints import TrainingState, prepare
 from speechllm.training.optimization import keep_row_gradients, make_optimizer
 from speechllm.training.plan import training_plan
 from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
-from tokenizer.corpus import spread
 from tokenizer.files import atomic_folder
 
 
 def main(config: AsrConfig) -> None:
     accelerator = make_accelerator(config.precision)
-    refuse_parts(accelerator, config)
+    refuse_sharding(accelerator, config)
 
-    # 1. encoded speech of one codec, and that codec
+    # 1. encoded speech and its codec
     train, encoding = load_codes(config.codes, config.splits)
     train = transcribed(train, config.max_utterances)
     dev = []
     if config.dev_splits:
         dev = [*transcribed(load_codes(config.codes, config.dev_splits)[0], config.dev_utterances)]
     if not len(train) or (config.dev_splits and not dev):
-        purpose = "validate with" if len(train) else "learn from"
-        raise DataError(f"{config.codes}: no utterance to {purpose} has a transcript")
+        purpose = "validation" if len(train) else "training"
+        raise DataError(f"{config.codes}: no utterance for {purpose} has a transcript")
     codec = load_tokenizer(config.codec)
     encoding.require(codec.fingerprint, config.codec)
     run = Run(config.output, config, accelerator, config.trackers, free=FREE)
@@ -162,40 +166,54 @@ def main(config: AsrConfig) -> None:
         return
     set_seed(config.seed)
 
-    # 2. a language model whose vocabulary the codes extend, unless it has them already
-    reading = config.layers, config.init, config.seed, config.order, config.stack
+    # 2. a language model, its vocabulary extended by the codes unless it already is, and the training examples
+    extension = Extension(
+        layers=config.layers, init=config.init, seed=config.seed, order=config.order, stack=config.stack
+    )
     if config.model is None:
         text_tokenizer = small_text_tokenizer(train["text"], config.small.text_tokens)
         shape = {name: size for name, size in asdict(config.small).items() if not name.startswith("text_")}
         model = small_qwen2(text_tokenizer, **shape)
-        vocabulary = extend_vocabulary(model, text_tokenizer, codec, *reading)
+        vocabulary = extend_vocabulary(model, text_tokenizer, codec, **extension)
     else:
-        found = load_language_model(config.model, codec, *reading)
-        model, text_tokenizer, vocabulary = found.model, found.text_tokenizer, found.vocabulary
+        loaded = load_language_model(config.model, codec, **extension)
+        model, text_tokenizer, vocabulary = loaded.model, loaded.text_tokenizer, loaded.vocabulary
     vocabulary.require(encoding)
     rows = describe_rows(model, vocabulary)
     if config.train != "full":
         model = prepare_adapter(model, vocabulary, config.train, **asdict(config.lora))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    how = vocabulary, text_tokenizer, config.speech_loss > 0
-    examples = [transcription_example(speech_of(row, encoding), row["text"], *how) for row in train]
+    learn_speech = config.speech_loss > 0
+    examples = [
+        transcription_example(speech_of(row, encoding), row["text"], vocabulary, text_tokenizer, learn_speech)
+        for row in train
+    ]
     pairs = zip(examples, train["duration_s"], strict=True)
     if long := sum(int(label_counts([example], vocabulary)[0]) > answer_bound(s) for example, s in pairs):
-        accelerator.print(f"{long} transcripts are longer than an answer to their duration may be (`answer_bound`)")
+        accelerator.print(f"{long} transcripts are longer than the maximum answer for their duration (`answer_bound`)")
     sentences = [text_example(text, text_tokenizer) for text in train["text"] if config.model is None]
     augmentation = Augmentation(config.augmentation, vocabulary, getattr(codec, "codebooks", None))
 
-    # 3. what learns; a killed run goes on where it stopped
+    # 3. loss, optimizer and state; a killed run is resumed
     loss_of = LabelledLoss(model, vocabulary)
     optimizer = make_optimizer(model, vocabulary, config.learning_rate, config.weight_decay, config.row_learning_rate)
     training = TrainingState(accelerator, model, optimizer, config.weight_average)
     speech_llm = SpeechLLM(training.evaluated, text_tokenizer, vocabulary, codec)
-    sizes, averaged = (config.steps, config.batch_tokens, config.micro_batch_tokens), config.weight_average is not None
-    accelerator.print(training_plan(model, examples, accelerator, *sizes, config.train, averaged))
+    plan = training_plan(
+        model,
+        examples,
+        accelerator,
+        steps=config.steps,
+        batch_tokens=config.batch_tokens,
+        micro_batch_tokens=config.micro_batch_tokens,
+        form=config.train,
+        averaged=config.weight_average is not None,
+    )
+    accelerator.print(plan)
     accelerator.print(
-        f"new rows ({config.init}): norm {rows['new_row_norm']:.3f}, of text rows {rows['text_row_norm']:.3f}; mean "
-        f"cosine between new rows {rows['new_row_cosine']:.3f}"
+        f"new rows ({config.init}): mean norm {rows['new_row_norm']:.3f} (text rows: {rows['text_row_norm']:.3f}), "
+        f"mean cosine {rows['new_row_cosine']:.3f}"
     )
     loss_of, optimizer = prepare(accelerator, loss_of, optimizer, config.clip)
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
@@ -204,8 +222,8 @@ def main(config: AsrConfig) -> None:
         start = state["step"]
         training.load_state_dict(state)
 
-    # 4. train. The loss of a step is the mean over all labels of the whole batch, however it is cut into processes
-    # and parts: each part's sum is divided by the global count, times the processes whose gradients get averaged
+    # 4. train. The loss of a step is the mean over all labels of the batch, however it is split: the sum of each
+    # micro-batch is divided by the total count, and multiplied by the number of processes, which average gradients
     text_steps = config.small.text_steps if sentences else 0
     text_batches = batches(sentences, config, start)
     audio_batches = batches(examples, config, max(start, text_steps))
@@ -228,13 +246,15 @@ def main(config: AsrConfig) -> None:
         if step < config.row_steps:
             keep_row_gradients(model, vocabulary)
         norm = accelerator.clip_grad_norm_(loss_of.parameters(), config.clip)
-        if norm is not None and not norm.isfinite():  # the same in all processes; DeepSpeed tells none
-            mend = 'try a lower learning_rate or precision="no" in another output folder'
-            raise RunError(f"step {step + 1} has a gradient of {norm:g}; the last checkpoint is kept: {mend}")
+        if norm is not None and not norm.isfinite():  # the same in all processes; None with DeepSpeed
+            raise RunError(
+                f"the gradient norm of step {step + 1} is {norm:g}; the last checkpoint is kept: "
+                'try a lower learning_rate or precision="no" in another output folder'
+            )
         optimizer.step()
         training.follow()
 
-        # 5. say how it goes, keep the best, and leave a place to resume from
+        # 5. log, validate, and save checkpoints
         done = step + 1
         validating = bool(dev) and (done % config.validate_every == 0 or done == config.steps)
         if done % config.log_every == 0 or done == config.steps or validating:
@@ -249,14 +269,12 @@ def main(config: AsrConfig) -> None:
                     wer = dev_wer(dev, encoding, speech_llm)
                     run.log(done, dev_wer=wer)
                     training.record_validation(done, wer, keep=config.keep_best)
-                    if training.best.worse == config.patience:
+                    if training.best.validations_without_improvement == config.patience:
                         accelerator.set_trigger()
             if accelerator.check_trigger():
-                accelerator.print(
-                    f"no better WER in {config.patience} validations: the training ends after {done} steps"
-                )
+                accelerator.print(f"no better WER in {config.patience} validations: training stops after {done} steps")
                 break
-        if done % config.save_every == 0 and done < config.steps and not deepspeed:  # which keeps moments to itself
+        if done % config.save_every == 0 and done < config.steps and not deepspeed:  # its moments are not accessible
             run.save(done, training.state_dict())
 
     # 6. export
@@ -269,43 +287,36 @@ def main(config: AsrConfig) -> None:
     if run.main:
         best = {"dev_wer": training.best.wer, "best_step": training.best.step} if dev else {}
         summary = {"steps": done, "loss": loss, **best, "codec_fingerprint": codec.fingerprint}
-        write_training_report(run.folder, summary)
-        run.finish(summary)
+        finish_training(run, summary)
         print(f"speech language model saved in {run.folder / 'model'}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def refuse_parts(accelerator: Accelerator, config: AsrConfig) -> None:
-    """Raise RunError for what cannot be where processes hold parts of the weights."""
+def refuse_sharding(accelerator: Accelerator, config: AsrConfig) -> None:
+    """Raise RunError for settings that do not support sharded weights."""
     kind, full = accelerator.distributed_type, config.train == "full"
     if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return
     if config.weight_average is not None or (full and (config.row_learning_rate is not None or config.row_steps)):
         raise RunError(
             "weight_average, row_learning_rate and row_steps need all weights in each process, but FSDP and DeepSpeed "
-            "cut them into parts: leave these keys out"
+            "shard them: remove these keys"
         )
     if kind == DistributedType.FSDP and not full:
-        raise RunError(f"train: {config.train}: FSDP cannot cut an adapter's rows; start without it, or with DeepSpeed")
+        raise RunError(f"train: {config.train}: FSDP cannot shard an adapter's rows; use DeepSpeed or neither")
     if kind == DistributedType.DEEPSPEED and config.row_steps:
-        raise RunError("row_steps: DeepSpeed steps before gradients can be dropped: leave this key out")
-
-
-def transcribed(speech: Dataset, most: int | None) -> Dataset:
-    """At most `most` of the utterances with a transcript, all when None."""
-    speech = speech.filter(lambda text: bool(text), input_columns="text")
-    return speech.select(spread(range(len(speech)), most))
+        raise RunError("row_steps: DeepSpeed updates weights before gradients can be dropped: remove this key")
 
 
 def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[list[Example]]:
-    """The examples of one optimizer step after the other, the same in every process and after every resume."""
+    """The examples of successive optimizer steps, the same in every process and after resuming."""
     for indices in token_batches(list(map(len, examples)), config.batch_tokens, config.seed, start):
         yield [examples[i] for i in indices]
 
 
 def dev_wer(dev: list[dict[str, object]], encoding: Encoding, speech_llm: SpeechLLM) -> float:
-    """WER on a few unseen utterances, for the curve."""
+    """WER on the dev utterances."""
     speech, durations_s = [speech_of(row, encoding) for row in dev], [row["duration_s"] for row in dev]
     found = recognize(speech, speech_llm, batch_size=50, durations_s=durations_s)
     return word_error_rate([row["text"] for row in dev], [transcription.text for transcription in found]).wer

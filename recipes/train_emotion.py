@@ -12,7 +12,6 @@ RUN/results.json, RUN/predictions.jsonl, RUN/confusion.png and RUN/report.html.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from speechllm.runs.config import parse_config
@@ -22,7 +21,7 @@ CONTROL = "shuffled labels"
 
 @dataclass
 class BertShape:
-    """A BERT with random weights; by default of the shape of BERT-base."""
+    """Sizes of a BERT with random weights; by default those of BERT-base."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -33,9 +32,9 @@ class BertShape:
 @dataclass
 class EmotionConfig:
     codes: str  # folder of encode_speech
-    codec: str  # the audio tokenizer they were made with, as `load_tokenizer` takes it
+    codec: str  # the audio tokenizer that made them, as `load_tokenizer` takes it
     output: str  # run folder
-    layers: list[int] = field(default_factory=lambda: [0])  # codebooks that are read; of several the embeddings add up
+    layers: list[int] = field(default_factory=lambda: [0])  # codebooks to read; the embeddings of several are summed
     model: str | None = None  # a pretrained BERT, folder or hub name; null: random weights
     bert: BertShape = field(default_factory=BertShape)  # its shape, used when model is null
     init: Literal["codebook", "random"] = "codebook"  # of the token embeddings
@@ -52,9 +51,9 @@ class EmotionConfig:
         if min(self.epochs, self.batch_size, self.warmup) < 1:
             raise ValueError("epochs, batch_size and warmup must be at least 1")
         if self.folds < 2:
-            raise ValueError(f"folds must be at least 2, got {self.folds}: one to train on, one to test")
+            raise ValueError(f"folds must be at least 2, got {self.folds}")
         if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
-            raise ValueError(f"layers must be different numbers from 0 on, got {self.layers}")
+            raise ValueError(f"layers must be distinct numbers from 0, got {self.layers}")
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -99,9 +98,9 @@ def main(config: EmotionConfig) -> None:
     codebooks = codec.codebooks[config.layers].detach().float().cpu()
     folds = actor_folds([one.actor for one in speech], config.folds, config.seed)
     run = Run(config.output, config, accelerator)
-    accelerator.print(f"emotion: {len(speech)} utterances of {sum(map(len, folds))} actors, {len(rows)} encoded")
+    accelerator.print(f"emotion: {len(speech)} of {len(rows)} encoded utterances, {sum(map(len, folds))} actors")
 
-    # 2. a classifier for each fold, and one more for the control; the processes share them
+    # 2. one classifier per fold, and one for the control; distributed over the processes
     jobs = [(str(number), actors) for number, actors in enumerate(folds)] + [(CONTROL, folds[0])]
     files = [run.folder / "folds" / f"{name}.json" for name, _ in jobs]
     files[0].parent.mkdir(exist_ok=True)
@@ -109,17 +108,17 @@ def main(config: EmotionConfig) -> None:
         if not files[number].exists():
             write_json(files[number], run_fold(*jobs[number], speech, codebooks, config, accelerator.device))
 
-    # 3. everything together
+    # 3. results over all folds
     accelerator.wait_for_everyone()
     if run.main:
         *found, control = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         results = score(found, control) | {
-            "skipped": len(rows) - len(speech),  # other emotions, or no RAVDESS name
+            "skipped": len(rows) - len(speech),  # other emotions, or ids that are not RAVDESS names
             "tokens_per_second": tokens_per_second(rows, speech),
             "codec_fingerprint": encoding.fingerprint,
             "versions": versions(),
         }
-        report(run.folder, results, found, control, config, encoding)
+        report(run, results, found, control, config, encoding)
         run.finish({name: results[name] for name in ("accuracy", "ci95_actors", "accuracy_shuffled_labels")})
 
 
@@ -131,11 +130,11 @@ def run_fold(
     config: EmotionConfig,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Train on all other actors, and answer for these: mean loss by epoch, and a row for each utterance."""
+    """Train on all other actors and classify the utterances of these: mean loss by epoch, one row per utterance."""
     train = [one for one in speech if one.actor not in actors]
     test = [one for one in speech if one.actor in actors]
     labels = torch.tensor([one.label for one in train])
-    # not a seed for each step: a fold always starts at its beginning
+    # one seed is enough, because an interrupted fold starts from the beginning
     set_seed(config.seed)
     if name == CONTROL:
         labels = labels[torch.randperm(len(labels))]
@@ -150,7 +149,7 @@ def run_fold(
         set_learning_rate(optimizer, warmup_cosine(step, steps, config.warmup))
         batch = next(batches)
         logits = classifier(padded([train[i] for i in batch], device))
-        # every utterance counts the same, as in the accuracy; the mean recall tells what rare emotions suffer
+        # utterances have equal weight, as in the accuracy; the mean recall shows the effect on rare emotions
         loss = F.cross_entropy(logits, labels[batch].to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -172,14 +171,16 @@ def run_fold(
 
 
 def make_classifier(speech: Sequence[EmotionalSpeech], codebooks: Tensor, config: EmotionConfig) -> EmotionClassifier:
-    """A new one, if all utterances find a place in it."""
+    """A new classifier. Raises DataError if an utterance is too long for it."""
     if config.model is None:
         bert = small_bert(**asdict(config.bert))
     else:
         bert = BertForSequenceClassification.from_pretrained(config.model, num_labels=len(EMOTIONS))
     longest, places = max(one.codes.shape[1] for one in speech), bert.config.max_position_embeddings
     if longest >= places:
-        raise DataError(f"an utterance has {longest} frames, this BERT has room for {places - 1}: leave long ones out")
+        raise DataError(
+            f"an utterance has {longest} frames, but this BERT has room for {places - 1}: exclude long ones"
+        )
     return EmotionClassifier(bert, codebooks, config.init, config.seed)
 
 
@@ -189,10 +190,10 @@ def padded(speech: Sequence[EmotionalSpeech], device: torch.device) -> Codes:
 
 
 def score(found: Sequence[dict[str, Any]], control: dict[str, Any]) -> dict[str, Any]:
-    """The figures over all folds. Every utterance is tested once, by a classifier that never heard its speaker.
+    """Results over all folds. Every utterance is tested once, by a classifier that was not trained on its speaker.
 
-    ci95 draws utterances, ci95_actors actors: the first tells what more utterances of these actors would change, the
-    second what other actors would.
+    ci95 resamples utterances, which reflects the choice of utterances of these actors; ci95_actors resamples actors,
+    which reflects the choice of actors.
     """
     rows = [row for fold in found for row in fold["rows"]]
     confusion = np.zeros((len(EMOTIONS), len(EMOTIONS)), int)
@@ -208,11 +209,11 @@ def score(found: Sequence[dict[str, Any]], control: dict[str, Any]) -> dict[str,
         "ci95_actors": mean_and_interval(by_actor)["ci95"],
         "unweighted_average_recall": float((confusion.diagonal()[totals > 0] / totals[totals > 0]).mean()),
         "accuracy_shuffled_labels": accuracy(control["rows"]),
-        "chance": float(totals.max() / totals.sum()),  # of always answering the most frequent emotion
+        "chance": float(totals.max() / totals.sum()),  # of always choosing the most frequent emotion
         "utterances": len(rows),
         "actors": len(actors),
         "classes": list(EMOTIONS),
-        "confusion": confusion.tolist(),  # a row for each emotion, a column for each answer
+        "confusion": confusion.tolist(),  # one row per emotion, one column per answer
         "folds": [{"actors": fold["actors"], "accuracy": accuracy(fold["rows"])} for fold in found],
     }
 
@@ -227,21 +228,23 @@ def tokens_per_second(rows: Any, speech: Sequence[EmotionalSpeech]) -> float:
 
 
 def report(
-    folder: Path,
+    run: Run,
     results: dict[str, Any],
     found: Sequence[dict[str, Any]],
     control: dict[str, Any],
     config: EmotionConfig,
     encoding: Encoding,
 ) -> None:
-    """Files to keep, a page to look at, a row to paste."""
+    """Write results, predictions, the confusion matrix and the page; print a row for a Markdown table."""
+    folder = run.folder
     write_jsonl(folder / "predictions.jsonl", (row for fold in found for row in fold["rows"]))
     write_json(folder / "results.json", results)
     save_figure(confusion_figure(results["confusion"], EMOTIONS), folder / "confusion.png")
     losses = zip(np.mean([fold["losses"] for fold in found], 0), control["losses"], strict=True)
     log = [{"step": i, "loss": loss, "loss with shuffled labels": other} for i, (loss, other) in enumerate(losses, 1)]
     layers = "+".join(map(str, config.layers))
-    write_emotion_report(folder / "report.html", f"{config.codec}, layer {layers}: emotions", results, log)
+    title = f"{config.codec}, layer {layers}: emotions"
+    write_emotion_report(folder / "report.html", title, results | run.provenance, log)
     low, high = results["ci95_actors"]
     print("| codec | layers | tokens/s | accuracy | 95 % over actors | mean recall | shuffled labels | chance |")
     print("|---|---|---|---|---|---|---|---|")

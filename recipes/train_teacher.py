@@ -12,7 +12,7 @@ Both load through the same door as facebook/hubert-base-ls960 and speechbrain/sp
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from speechllm.runs.config import parse_config
 
-HEAD_RATE = 20  # how much faster a new head learns on a HuBERT that is not new
-WORD_END = "|"  # what transformers' CTC vocabularies have for a space
+HEAD_RATE = 20  # factor of the learning rate of a new head on a pretrained HuBERT
+WORD_END = "|"  # the space in transformers' CTC vocabularies
 
 
 @dataclass
@@ -31,11 +31,11 @@ class TeacherConfig:
     output: str  # run folder; the teacher goes to its subfolder `model`
     objective: Literal["ctc", "alignment"] = "ctc"  # of the semantic teacher
     splits: list[str] | None = None  # training splits, all when null
-    dev_splits: list[str] | None = None  # for the figure of merit at the end, none when null
-    init: str | None = None  # semantic: HuBERT folder or hub name to start from; null: a small new one
+    dev_splits: list[str] | None = None  # for the score at the end, none when null
+    init: str | None = None  # semantic: HuBERT to start from, folder or hub name; null: a small new one
     hidden_size: int = 128  # of a new HuBERT: width of the features
     layers: int = 3  # of a new HuBERT: transformer layers
-    channels: int = 64  # speaker: ECAPA channels; the frames are three times as wide
+    channels: int = 64  # speaker: ECAPA channels; frames have three times as many
     steps: int = 300
     batch_size: int = 32  # over all processes
     learning_rate: float = 2e-3
@@ -49,7 +49,7 @@ class TeacherConfig:
         if min(self.steps, self.batch_size, self.save_every, self.warmup) < 1:
             raise ValueError("steps, batch_size, save_every and warmup must be at least 1")
         if self.init and self.kind != "semantic":
-            raise ValueError("init is for kind: semantic, an ECAPA-TDNN always starts anew")
+            raise ValueError("init requires kind: semantic; an ECAPA-TDNN is always trained from scratch")
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -62,7 +62,7 @@ from torch import Tensor, nn
 
 from speechllm import Utterance, pad_waveforms, read_corpus
 from speechllm.data.batches import endless_batches
-from speechllm.reports.pages import write_training_report
+from speechllm.reports.pages import finish_training
 from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import Run
@@ -85,8 +85,9 @@ def main(config: TeacherConfig) -> None:
         return
     set_seed(config.seed)
 
-    # 1. a student with its batches
-    student = (SemanticStudent if config.kind == "semantic" else SpeakerStudent)(config, utterances, run.skipped)
+    # 1. the model and its batches
+    student_class = SemanticStudent if config.kind == "semantic" else SpeakerStudent
+    student = student_class(config, utterances, run.skipped)
     accelerator.print(
         f"{config.kind} teacher: {len(student.utterances)} utterances, {config.steps} steps, "
         f"{sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters"
@@ -95,7 +96,7 @@ def main(config: TeacherConfig) -> None:
     parameters = student.groups() if config.init else student.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
 
-    # 2. go on where a killed run stopped
+    # 2. resume a killed run
     start = 0
     if state := run.resume():
         student.load_state_dict(state["model"])
@@ -118,16 +119,14 @@ def main(config: TeacherConfig) -> None:
         if (step + 1) % config.save_every == 0:
             run.save(step + 1, {"model": student.state_dict(), "optimizer": optimizer.state_dict()})
 
-    # 4. export, and say how good it is on speakers it has not heard
+    # 4. export, and score on the dev splits
     student.eval()
     if accelerator.is_main_process:
         with atomic_folder(run.folder / "model") as folder:
             student.save(folder)
-        merit = student.merit(dev)
-        summary = {"steps": config.steps, "loss": loss.item(), **merit}
-        write_training_report(run.folder, summary)
-        run.finish(summary)
-        print(f"{config.kind} teacher saved in {run.folder / 'model'} {merit}")
+        scores = student.score(dev)
+        finish_training(run, {"steps": config.steps, "loss": loss.item(), **scores})
+        print(f"{config.kind} teacher saved in {run.folder / 'model'} {scores}")
     accelerator.wait_for_everyone()
 
 
@@ -136,10 +135,16 @@ def short_enough(config: TeacherConfig, splits: list[str] | None) -> list[Uttera
     return [u for u in read_corpus(config.data, splits) if u.duration_s <= config.max_duration_s]
 
 
-class SemanticStudent(nn.Module):
-    """A HuBERT with a head of characters (ctc) or phones (alignment); label 0 is the blank, or "no phone".
+def numbered(names: Iterable[str], start: int = 0) -> dict[str, int]:
+    """The sorted distinct names and their class labels, from `start` on."""
+    return {name: label for label, name in enumerate(sorted(set(names)), start)}
 
-    Several processes average the means over their own labels: nearly, not exactly, the mean over those of all.
+
+class SemanticStudent(nn.Module):
+    """A HuBERT that classifies characters (ctc) or phones (alignment); label 0 is the blank, or "no phone".
+
+    With several processes, the loss is the average of each process's mean over its labels, which is only approximately
+    the mean over all labels.
     """
 
     def __init__(self, config: TeacherConfig, utterances: list[Utterance], skipped: Path | None = None):
@@ -148,9 +153,8 @@ class SemanticStudent(nn.Module):
         self.key = "text" if config.objective == "ctc" else "phones"
         self.utterances = [u for u in utterances if getattr(u, self.key)]
         if not self.utterances:
-            raise SystemExit(f"{config.data}: no utterance has {self.key}: objective {config.objective} learns from it")
-        symbols = {symbol for u in self.utterances for symbol in self._symbols(u)}
-        self.labels = {symbol: i for i, symbol in enumerate(sorted(symbols), 1)}
+            raise SystemExit(f"{config.data}: no utterance has {self.key}: required by objective {config.objective}")
+        self.labels = numbered((symbol for u in self.utterances for symbol in self._symbols(u)), start=1)
         if config.init:
             teacher = SemanticTeacher.from_pretrained(config.init)
             hubert, normalize = teacher.model.requires_grad_(True), teacher.normalize
@@ -159,10 +163,10 @@ class SemanticStudent(nn.Module):
         self.classifier = FrameClassifier(hubert, len(self.labels) + 1, normalize)
 
     def groups(self) -> list[dict[str, Any]]:
-        """Parameters for the optimizer where the HuBERT is not new.
+        """Parameter groups for a pretrained HuBERT.
 
-        Only a head that learns much faster finds what is there before CTC's first lesson, blanks everywhere, wipes it
-        out: with one rate for all, the loss stays near that plateau for much longer.
+        The new head needs a much higher learning rate, to use the pretrained features before CTC's initial gradient,
+        blanks everywhere, destroys them: with the same rate for all, the loss stays near that plateau for much longer.
         """
         body, head = self.classifier.hubert.parameters(), self.classifier.head.parameters()
         return [{"params": body}, {"params": head, "lr": HEAD_RATE * self.config.learning_rate}]
@@ -173,13 +177,13 @@ class SemanticStudent(nn.Module):
         return frame_phones(utterance, math.ceil(utterance.duration_s * 50))
 
     def batches(self, start: int, process: int, processes: int) -> Iterator[tuple[Tensor, ...]]:
-        """Endless batches from step `start` on, one share per process."""
+        """Endless batches from step `start` on; each process gets its share."""
         lengths = [u.duration_s for u in self.utterances]
         for batch in endless_batches(lengths, self.config.batch_size, self.config.seed, start):
             chosen = [self.utterances[i] for i in batch[process::processes]]
             pairs = list(load_usable(chosen, skipped=self.skipped))
             if not pairs:
-                raise SystemExit(f"none of {len(chosen)} recordings of a batch can be used, {chosen[0].path} first")
+                raise SystemExit(f"no recording of a batch of {len(chosen)} is usable, such as {chosen[0].path}")
             yield self._batch(pairs)
 
     def _batch(self, pairs: list[tuple[Utterance, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -196,13 +200,13 @@ class SemanticStudent(nn.Module):
         return F.nll_loss(scores[:, :length].flatten(0, 1), labels[:, :length].flatten(), ignore_index=0)
 
     @torch.no_grad()
-    def merit(self, utterances: list[Utterance]) -> dict[str, float]:
-        """Character error rate of greedy CTC, or accuracy of the frame labels."""
+    def score(self, utterances: list[Utterance]) -> dict[str, float]:
+        """Character error rate of greedy CTC decoding, or accuracy of frame labels."""
         import jiwer
 
-        names = [""] + list(self.labels)
+        names = ["", *self.labels]
         device = next(self.parameters()).device
-        hits, total, references, hypotheses = 0, 0, [], []
+        correct, total, references, hypotheses = 0, 0, [], []
         labelled = load_usable([u for u in utterances if getattr(u, self.key)], skipped=self.skipped)
         while group := list(islice(labelled, self.config.batch_size)):
             waveform, lengths, labels, sizes = self._batch(group)
@@ -214,10 +218,11 @@ class SemanticStudent(nn.Module):
                     hypotheses.append("".join(characters).replace(WORD_END, " "))
                 else:
                     size = min(length, size)
-                    hits, total = hits + int((row[:size] == label[:size]).sum()), total + int(size)
+                    correct += int((row[:size] == label[:size]).sum())
+                    total += int(size)
         if self.config.objective == "ctc":
             return {"dev_cer": jiwer.cer(references, hypotheses)} if references else {}
-        return {"dev_frame_accuracy": hits / total} if total else {}
+        return {"dev_frame_accuracy": correct / total} if total else {}
 
     def save(self, folder) -> None:
         if self.config.objective == "ctc":
@@ -227,7 +232,7 @@ class SemanticStudent(nn.Module):
 
 
 class SpeakerStudent(nn.Module):
-    """An ECAPA-TDNN with an additive angular margin over the training speakers."""
+    """An ECAPA-TDNN with an additive angular margin loss over the training speakers."""
 
     MELS = 80
 
@@ -240,9 +245,9 @@ class SpeakerStudent(nn.Module):
 
         self.config, self.skipped = config, skipped
         self.utterances = [u for u in utterances if u.speaker]
-        self.speakers = sorted({u.speaker for u in self.utterances})
-        if len(self.speakers) < 2:
-            raise SystemExit(f"{config.data}: a speaker teacher needs at least 2 speakers, found {len(self.speakers)}")
+        self.labels = numbered(u.speaker for u in self.utterances)
+        if len(self.labels) < 2:
+            raise SystemExit(f"{config.data}: a speaker teacher needs at least 2 speakers, found {len(self.labels)}")
         width = config.channels
         self.settings = {
             "channels": [width] * 4 + [3 * width],
@@ -254,17 +259,16 @@ class SpeakerStudent(nn.Module):
         self.features = Fbank(n_mels=self.MELS)
         self.normalization = InputNormalization(norm_type="sentence", std_norm=False)
         self.ecapa = ECAPA_TDNN(self.MELS, **self.settings)
-        self.classifier = Classifier(width, out_neurons=len(self.speakers))
+        self.classifier = Classifier(width, out_neurons=len(self.labels))
         self.criterion = LogSoftmaxWrapper(AdditiveAngularMargin(margin=0.2, scale=30))
 
     def batches(self, start: int, process: int, processes: int) -> Iterator[tuple[Tensor, ...]]:
-        """Endless batches of crops from step `start` on, one share per process."""
+        """Batches of crops from step `start` on; each process gets its share."""
         crops = Crops(self.utterances, self.config.crop_s, seed=self.config.seed, skipped=self.skipped)
-        labels = {name: i for i, name in enumerate(self.speakers)}
         for step in range(start, self.config.steps):
             first = step * self.config.batch_size
             items = [crops[i] for i in range(first + process, first + self.config.batch_size, processes)]
-            targets = [labels[self.utterances[item["utterance"]].speaker] for item in items]
+            targets = [self.labels[self.utterances[item["utterance"]].speaker] for item in items]
             yield torch.stack([item["waveform"] for item in items]), torch.tensor(targets)
 
     def forward(self, waveform: Tensor, targets: Tensor) -> Tensor:
@@ -275,14 +279,14 @@ class SpeakerStudent(nn.Module):
         return self.ecapa(self.normalization(self.features(waveform), lengths))
 
     @torch.no_grad()
-    def merit(self, utterances: list[Utterance]) -> dict[str, float]:
-        """Equal error rate of cosine similarity over all pairs of `utterances` (speakers not trained on)."""
+    def score(self, utterances: list[Utterance]) -> dict[str, float]:
+        """Equal error rate of cosine similarity over all pairs of `utterances`, of speakers not seen in training."""
         device = next(self.parameters()).device
         speakers, embeddings = [], []
         for u, waveform in load_usable([u for u in utterances if u.speaker], skipped=self.skipped):
             speakers.append(u.speaker)
             embeddings.append(self._embed(waveform[None].to(device))[0, 0].cpu())
-        if len(set(speakers)) in (0, 1, len(speakers)):  # no pair of two voices, or none of one
+        if len(set(speakers)) in (0, 1, len(speakers)):  # no pair of different speakers, or none of the same
             return {}
         voices = torch.stack(embeddings)
         similarity = F.cosine_similarity(voices[:, None], voices[None], dim=-1)
@@ -291,7 +295,7 @@ class SpeakerStudent(nn.Module):
         return {"dev_equal_error_rate": _equal_error_rate(similarity[pairs], same)}
 
     def save(self, folder) -> None:
-        save_ecapa(self.ecapa, self.settings, self.MELS, self.speakers, folder)
+        save_ecapa(self.ecapa, self.settings, self.MELS, list(self.labels), folder)
 
 
 def _equal_error_rate(scores: Tensor, same: Tensor) -> float:

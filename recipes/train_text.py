@@ -17,19 +17,19 @@ from typing import Any, Literal
 from speechllm.runs.config import parse_config
 from speechllm.small_model import SmallShape
 
-HELD_OUT = 0.01  # share of the sentences, where no file of held-out ones is named
+HELD_OUT = 0.01  # share of the sentences, unless files of held-out ones are given
 
 
 @dataclass
 class TextConfig:
     text: list[str]  # files with a sentence a line, .gz or not
     output: str  # run folder; the model goes to its subfolder `model`
-    held_out: list[str] | None = None  # files to measure the perplexity on; null: one in a hundred of the sentences
+    held_out: list[str] | None = None  # files for the perplexity; null: one in a hundred of the sentences
     text_tokens: int = 1000  # byte-level BPE vocabulary, learnt from the text
     shape: SmallShape = field(default_factory=SmallShape)
-    block: int = 256  # tokens of an example: sentences end to end, each behind the last one's end token
+    block: int = 256  # tokens per example: concatenated sentences, each followed by the end token
     steps: int = 1000
-    batch_size: int = 32  # blocks of an optimizer step, over all processes
+    batch_size: int = 32  # blocks per optimizer step, over all processes
     learning_rate: float = 2e-3
     warmup: int = 100  # steps
     precision: Literal["no", "bf16"] = "no"
@@ -50,7 +50,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from speechllm import DataError, RunError
 from speechllm.evaluation.normalizers import librispeech_normalizer
-from speechllm.reports.pages import write_training_report
+from speechllm.reports.pages import finish_training
 from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import Run
@@ -59,13 +59,13 @@ from tokenizer.files import atomic_folder
 
 
 class RunLog(TrainerCallback):
-    """What Trainer says goes to the run's log."""
+    """Writes the metrics of Trainer to the run's log."""
 
     def __init__(self, run: Run):
         self.run = run
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        self.run.cut_log(state.global_step)  # of a killed run: the steps after its checkpoint come again
+        self.run.cut_log(state.global_step)  # after a resumed checkpoint: those steps are repeated
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         named = {"loss": logs.get("loss"), "lr": logs.get("learning_rate"), "dev_loss": logs.get("eval_loss")}
@@ -76,33 +76,34 @@ class RunLog(TrainerCallback):
 def main(config: TextConfig) -> None:
     accelerator = make_accelerator(config.precision)
     if config.batch_size % accelerator.num_processes:
-        raise RunError(f"{accelerator.num_processes} processes cannot share batch_size {config.batch_size} equally")
+        raise RunError(f"batch_size {config.batch_size} is not divisible by {accelerator.num_processes} processes")
     run = Run(config.output, config, accelerator)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
         return
 
-    # 1. sentences, normalised as encode_speech normalises transcripts, and a text tokenizer learnt from them
-    with accelerator.main_process_first():  # the others find them in the cache of `datasets`
-        learnt, held_out = sentences(config)
-        text_tokenizer = small_text_tokenizer(learnt["text"], config.text_tokens)
-        learnt, held_out = (blocks(part, text_tokenizer, config.block) for part in (learnt, held_out))
-    if not len(learnt) or not len(held_out):
-        raise DataError(f"text: {config.block} tokens make a block, which is more than there are to learn or to test")
+    # 1. sentences, normalised like the transcripts of encode_speech, and a text tokenizer trained on them
+    with accelerator.main_process_first():  # the others read the cache of `datasets`
+        train, held_out = sentences(config)
+        text_tokenizer = small_text_tokenizer(train["text"], config.text_tokens)
+        train, held_out = (blocks(part, text_tokenizer, config.block) for part in (train, held_out))
+    if not len(train) or not len(held_out):
+        raise DataError(f"the training or held-out text is shorter than a block of {config.block} tokens")
 
-    # 2. a model that learns to go on with them
+    # 2. train
     set_seed(config.seed)
     model = small_qwen2(text_tokenizer, **asdict(config.shape))
-    passes = config.steps * config.batch_size / len(learnt)
+    epochs = config.steps * config.batch_size / len(train)
     accelerator.print(
-        f"text: {len(learnt) * config.block:,} tokens, {passes:.2f} passes; {model.num_parameters() / 1e6:.1f} M "
+        f"text: {len(train) * config.block:,} tokens, {epochs:.2f} epochs; {model.num_parameters() / 1e6:.1f} M "
         f"parameters, {len(text_tokenizer)} text tokens"
     )
     checkpoints = run.folder / "checkpoints"
     settings = trainer_settings(config, checkpoints, config.batch_size // accelerator.num_processes)
-    trainer = Trainer(model, settings, None, learnt, held_out, callbacks=[RunLog(run)])
+    trainer = Trainer(model, settings, train_dataset=train, eval_dataset=held_out, callbacks=[RunLog(run)])
     trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints))
-    loss = trainer.evaluate()["eval_loss"]
+    last = [entry for entry in trainer.state.log_history if entry["step"] == config.steps and "eval_loss" in entry]
+    loss = (last[-1] if last else trainer.evaluate())["eval_loss"]
 
     # 3. export
     if run.main:
@@ -110,26 +111,27 @@ def main(config: TextConfig) -> None:
             model.save_pretrained(folder)
             text_tokenizer.save_pretrained(folder)
         summary = {"steps": config.steps, "dev_loss": loss, "perplexity": math.exp(loss)}
-        write_training_report(run.folder, summary)
-        run.finish(summary)
-        print(f"language model saved in {run.folder / 'model'}: perplexity of a token {summary['perplexity']:.1f}")
+        finish_training(run, summary)
+        print(f"language model saved in {run.folder / 'model'}: perplexity per token {summary['perplexity']:.1f}")
     accelerator.wait_for_everyone()
 
 
 def sentences(config: TextConfig) -> tuple[Dataset, Dataset]:
-    """Normalised sentences to learn from, and held-out ones; column text."""
-    files = {"learnt": config.text} | ({"held_out": config.held_out} if config.held_out else {})
-    read = load_dataset("text", data_files=files)
-    read = read.map(lambda text: {"text": librispeech_normalizer(text)}, input_columns="text", desc="normalise")
-    read = read.filter(bool, input_columns="text", desc="empty lines")
+    """Normalised sentences for training, and held-out ones; column text."""
+    files = {"train": config.text}
     if config.held_out:
-        return read["learnt"], read["held_out"]
-    parts = read["learnt"].train_test_split(HELD_OUT, seed=config.seed)
+        files["held_out"] = config.held_out
+    texts = load_dataset("text", data_files=files)
+    texts = texts.map(lambda text: {"text": librispeech_normalizer(text)}, input_columns="text", desc="normalise")
+    texts = texts.filter(bool, input_columns="text", desc="empty lines")
+    if config.held_out:
+        return texts["train"], texts["held_out"]
+    parts = texts["train"].train_test_split(HELD_OUT, seed=config.seed)
     return parts["train"], parts["test"]
 
 
 def blocks(texts: Dataset, text_tokenizer: PreTrainedTokenizerBase, size: int) -> Dataset:
-    """Sentences end to end, each with the end token behind it, cut into blocks of `size` tokens; rests are skipped."""
+    """Concatenated sentences, each followed by the end token, in blocks of `size` tokens; remainders are dropped."""
 
     def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         ids = text_tokenizer(batch["text"], add_special_tokens=False)["input_ids"]
@@ -141,7 +143,7 @@ def blocks(texts: Dataset, text_tokenizer: PreTrainedTokenizerBase, size: int) -
 
 
 def trainer_settings(config: TextConfig, checkpoints: Path, batch_size: int) -> TrainingArguments:
-    """The configuration in the words of transformers; batch_size: of one process."""
+    """The configuration as settings of transformers; batch_size: per process."""
     return TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=config.steps,

@@ -20,16 +20,16 @@ from tokenizer.rates import HOP_LENGTH, SAMPLE_RATE
 class SemanticConfig:
     teacher: str | None = "facebook/hubert-base-ls960"  # folder or hub name; null: no distillation
     layer: int | Literal["avg"] = "avg"  # hidden state, or the mean of all
-    gradient_ratio: float | None = 1.0  # norm of its gradient at z0 relative to the reconstruction's; null: weight
+    gradient_ratio: float | None = 1.0  # norm of its gradient at z0 relative to the reconstruction's; null: use weight
     weight: float = 0.5  # lambda_s of eq. 7
-    center: bool = True  # compare time courses without their mean; false is the paper's literal form
-    cache: str | None = None  # folder for the teacher's features of whole utterances; null: computed for every crop
+    center: bool = True  # subtract the mean over time first; false is the paper's literal form
+    cache: str | None = None  # folder for the teacher's features of whole utterances; null: recomputed for every crop
 
 
 @dataclass
 class AcousticConfig:
     teacher: str | None = "speechbrain/spkrec-ecapa-voxceleb"  # folder or hub name; null: no distillation
-    gradient_ratio: float | None = 0.2  # above about 1 the voice displaces the content of layer 0; null: weight
+    gradient_ratio: float | None = 0.2  # above about 1 it degrades the content of layer 0; null: use weight
     weight: float = 0.5  # lambda_a of eq. 7
     cache: str | None = None  # as above
 
@@ -38,27 +38,27 @@ class AcousticConfig:
 class LossConfig:
     time: float = 0.1  # L1 of the waveform
     mel: float = 1.0  # multi-scale log-mel distance
-    adversarial: float = 3.0  # 0 for both of these: no adversary
+    adversarial: float = 3.0  # no discriminators if this and the next are 0
     feature_matching: float = 3.0
-    speech_features: float = 0.0  # what the semantic teacher hears in the reconstruction and in the original
+    speech_features: float = 0.0  # L1 distance of the semantic teacher's features of reconstruction and original
     commitment: float = 1.0  # outside the balancer
-    balance: bool = True  # EnCodec's balancer: the weights are shares of the gradient at the waveform
+    balance: bool = True  # EnCodec's balancer: weights are shares of the gradient at the waveform
     mel_windows: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048])  # samples
-    mel_bands: list[int] | None = None  # per window; a sixteenth of it when null
+    mel_bands: list[int] | None = None  # per window; one sixteenth of it when null
     mel_weights: list[float] | None = None  # per window; their mean when null
-    mel_squared: bool = True  # L2 beside L1
+    mel_squared: bool = True  # L2 in addition to L1
 
 
 @dataclass
 class AdversaryConfig:
     kind: Literal["hinge", "least_squares"] = "hinge"
-    stft_filters: int = 32  # width of the multi-scale STFT discriminator; 0 for none of its kind
+    stft_filters: int = 32  # width of the multi-scale STFT discriminator; 0: none, also below
     period_channels: int = 0  # width of the multi-period discriminator (HiFi-GAN: 32)
     scale_channels: int = 0  # width of the multi-scale discriminator (HiFi-GAN: 128)
-    relative_features: bool = True  # feature matching relative to the features' size (EnCodec)
+    relative_features: bool = True  # feature matching relative to the size of the features (EnCodec)
     learning_rate: float = 3e-4
     betas: list[float] = field(default_factory=lambda: [0.5, 0.9])  # of Adam
-    start: int = 0  # step from which it takes part; a codec that only hums yet teaches it nothing
+    start: int = 0  # first step with discriminators; an untrained codec is of no use to them
 
 
 @dataclass
@@ -73,12 +73,12 @@ class TokenizerConfig:
     losses: LossConfig = field(default_factory=LossConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     quantizer_dropout: list[int] | None = None  # codebooks to decode from, drawn per utterance; all when null
-    codebook_decay: float = 0.99  # of the codebooks' moving averages; with hundreds of steps they lag behind at 0.99
-    weight_average: float | None = None  # decay of the moving average of weights that is validated and saved; null: off
+    codebook_decay: float = 0.99  # of the codebooks' moving averages; 0.99 is too slow for a few hundred steps
+    weight_average: float | None = None  # decay of a moving average of the weights, which is exported; null: none
     steps: int = 200_000
     batch_size: int = 32  # crops over all processes
     crop_s: float = 3.0  # seconds per crop
-    decode_s: float | None = None  # decode a random window of the crop only; all of it when null
+    decode_s: float | None = None  # decode only a random window of the crop; all of it when null
     learning_rate: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # of AdamW
     weight_decay: float = 0.01
@@ -101,13 +101,13 @@ class TokenizerConfig:
         if self.decode_s is not None and not 0.08 <= self.decode_s <= self.crop_s:
             problems.append(f"decode_s must be between 0.08 and crop_s = {self.crop_s}, got {self.decode_s}")
         if self.acoustic.teacher and self.codec.num_codebooks < 2:
-            problems.append("acoustic distillation teaches layer 1: codec.num_codebooks must be at least 2")
+            problems.append("acoustic distillation is on layer 1: codec.num_codebooks must be at least 2")
         if self.quantizer_dropout and not all(1 <= n <= self.codec.num_codebooks for n in self.quantizer_dropout):
-            problems.append(f"quantizer_dropout: numbers from 1 to codec.num_codebooks = {self.codec.num_codebooks}")
+            problems.append(f"quantizer_dropout must be numbers from 1 to {self.codec.num_codebooks}")
         losses, adversary = self.losses, self.adversary
         for name in ("mel_bands", "mel_weights"):
             if (values := getattr(losses, name)) is not None and len(values) != len(losses.mel_windows):
-                problems.append(f"losses.{name} needs one number for each of losses.mel_windows, got {len(values)}")
+                problems.append(f"losses.{name} needs one number per value of losses.mel_windows, got {len(values)}")
         adversarial = losses.adversarial or losses.feature_matching
         if adversarial and not (adversary.stft_filters or adversary.period_channels or adversary.scale_channels):
             problems.append("adversarial losses need adversary.stft_filters, period_channels or scale_channels above 0")
@@ -117,8 +117,7 @@ class TokenizerConfig:
             problems.append("losses.speech_features needs semantic.teacher")
         rate, hop = self.codec.sample_rate, self.codec.hop_length
         if (self.semantic.teacher or self.acoustic.teacher) and rate != SAMPLE_RATE:
-            mend = f"set codec.sample_rate to that, not {rate}, or both teachers null"
-            problems.append(f"teachers take speech at 16000 Hz: {mend}")
+            problems.append(f"teachers need codec.sample_rate=16000, got {rate}: set it, or both teachers to null")
         if self.semantic.teacher and hop != HOP_LENGTH:
             problems.append(f"semantic.teacher needs codec.strides with a product of 320, got {hop}: or set it to null")
         if problems:
@@ -135,7 +134,7 @@ from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
 from speechllm import RunError, SpeechCodec, Utterance, read_corpus
-from speechllm.reports.pages import write_codec_report
+from speechllm.reports.pages import write_codec_report, write_training_report
 from speechllm.reports.sounds import Reconstruction, save_sounds
 from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
@@ -153,6 +152,8 @@ from tokenizer.training.step import DistillationLoss, average_weights, codec_bac
 from tokenizer.training.teachers import SemanticTeacher, SpeakerTeacher
 from tokenizer.training.validation import validate_codec
 
+Distillations = dict[str, DistillationLoss]  # by name
+
 
 def main(config: TokenizerConfig) -> None:
     accelerator = make_accelerator(config.precision)
@@ -164,13 +165,13 @@ def main(config: TokenizerConfig) -> None:
         return
     set_seed(config.seed)
 
-    # 1. the codec, what teaches its layers, what discriminators its speech, and the speech
+    # 1. codec, distillation losses, reconstruction losses, and data
     codec = SpeechCodec(config.codec).to(device := accelerator.device)
     codec.quantizer.decay = config.codebook_decay
     distillations = make_distillations(config, device)
     criterion = make_criterion(config, distillations, device)
     adversary = criterion.adversary
-    students = nn.ModuleList(distillation.student for distillation in distillations)
+    students = nn.ModuleList(distillation.student for distillation in distillations.values())
     parameters = [*codec.parameters(), *students.parameters()]
     optimizer = optim.AdamW(parameters, config.learning_rate, tuple(config.betas), weight_decay=config.weight_decay)
     averaged = average_weights(codec, config.weight_average)
@@ -181,8 +182,9 @@ def main(config: TokenizerConfig) -> None:
     millions, batch = sum(p.numel() for p in codec.parameters()) / 1e6, f"{config.batch_size} x {config.crop_s:g} s"
     accelerator.print(f"tokenizer: {hours:.2f} h, {config.steps} steps of {batch}; {millions:.1f} M parameters")
 
-    # 2. go on where a killed run stopped, or place the codebooks where the encoder's latents are
-    start, parts = 0, {"codec": codec, "students": students, "optimizer": optimizer}
+    # 2. resume a killed run, or initialise the codebooks with the encoder's latents
+    start = 0
+    parts = {"codec": codec, "students": students, "optimizer": optimizer}
     optional = {"averaged": averaged, "adversary": adversary, "balancer": criterion.balancer}
     parts |= {name: part for name, part in optional.items() if part is not None}
     if state := run.resume():
@@ -192,8 +194,8 @@ def main(config: TokenizerConfig) -> None:
     else:
         initialize_codebooks(codec, crops, config.batch_size, config.seed)
 
-    # 3. train. Gradients meet at the waveform and at the latents z0, where they are weighed against each other;
-    # processes therefore average gradients here instead of inside a wrapper that expects one backward pass
+    # 3. train. Gradients are combined, weighted by their norms, at the waveform and at the latents z0; processes
+    # therefore average gradients here instead of in a wrapper, which expects a single backward pass
     sampler = StepSampler(config.batch_size, start, config.steps, accelerator.process_index, accelerator.num_processes)
     workers = {"num_workers": config.num_workers, "persistent_workers": config.num_workers > 0}
     loader = DataLoader(crops, batch_sampler=sampler, **workers)
@@ -209,25 +211,27 @@ def main(config: TokenizerConfig) -> None:
         batch = {name: value.to(device) for name, value in batch.items()}
         num_layers = draw_layers(config.quantizer_dropout, len(batch["length"]), device)
         with accelerator.autocast():
-            metrics = codec_backward(codec, batch, criterion, distillations, num_layers, window)
+            metrics = codec_backward(codec, batch, criterion, [*distillations.values()], num_layers, window)
         average_gradients(parameters)
-        # the codec's alone: a student's steps do not depend on the size of its gradient, which is that of its weight
+        # of the codec only: AdamW's updates of a student do not depend on the scale of its gradient
         metrics["gradient_norm"] = norm = nn.utils.clip_grad_norm_(codec.parameters(), config.clip or math.inf)
-        if not norm.isfinite():  # of the mean over all processes, so that all of them stop
-            mend = 'try a lower learning_rate, a smaller clip or precision="no" in another output folder'
-            raise RunError(f"step {step + 1} has a gradient of {norm:g}; the last checkpoint is kept: {mend}")
+        if not norm.isfinite():  # of the average over processes, so that all of them stop
+            raise RunError(
+                f"the gradient norm of step {step + 1} is {norm:g}; the last checkpoint is kept: "
+                'try a lower learning_rate, a smaller clip or precision="no" in another output folder'
+            )
         optimizer.step()
         if averaged:
             averaged.update_parameters(codec)
 
-        # 4. say how it goes, and leave a place to resume from
+        # 4. log, validate, and save checkpoints
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             figures = {name: float(value) for name, value in metrics.items()}
             run.log(done, **figures)
             bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("mel", "semantic") if name in figures})
         if dev and (done % config.validate_every == 0 or done == config.steps):
-            report(run, done, averaged.module if averaged else codec, criterion.mel, distillations, dev)
+            report(run, done, averaged.module if averaged else codec, criterion.mel, [*distillations.values()], dev)
         if done % config.save_every == 0 and done < config.steps:
             run.save(done, {name: part.state_dict() for name, part in parts.items()})
 
@@ -236,60 +240,61 @@ def main(config: TokenizerConfig) -> None:
     if run.main:
         with atomic_folder(run.folder / "model") as folder:
             codec.save_pretrained(folder)
-        run.finish({"steps": config.steps, "fingerprint": codec.fingerprint, **figures})
+        summary = {"steps": config.steps, "fingerprint": codec.fingerprint, **figures}
+        if not dev:  # otherwise the last validation has written the report
+            write_training_report(run, summary)
+        run.finish(summary)
         print(f"codec {codec.fingerprint} saved in {run.folder / 'model'}")
     accelerator.wait_for_everyone()
 
 
-def make_distillations(config: TokenizerConfig, device: torch.device) -> list[DistillationLoss]:
-    """The lessons the configuration asks for: content for layer 0, voice for layer 1."""
-    distillations = []
+def make_distillations(config: TokenizerConfig, device: torch.device) -> Distillations:
+    """The configured distillation losses by name: "semantic" on layer 0 (eq. 4), "acoustic" on layer 1 (eq. 5)."""
+    distillations = {}
     if (semantic := config.semantic).teacher:
         teacher = SemanticTeacher.from_pretrained(semantic.teacher, semantic.layer).to(device)
         student = SemanticDistillation(config.codec.dimension, teacher.width, semantic.center).to(device)
-        loss = DistillationLoss("semantic", 0, teacher, student, semantic.gradient_ratio, semantic.weight)
-        distillations.append(loss)
+        distillations["semantic"] = DistillationLoss(
+            "semantic", 0, teacher, student, gradient_ratio=semantic.gradient_ratio, weight=semantic.weight
+        )
     if (acoustic := config.acoustic).teacher:
         teacher = SpeakerTeacher.from_pretrained(acoustic.teacher).to(device)
         student = AcousticDistillation(config.codec.dimension, teacher.width).to(device)
-        loss = DistillationLoss("acoustic", 1, teacher, student, acoustic.gradient_ratio, acoustic.weight)
-        distillations.append(loss)
+        distillations["acoustic"] = DistillationLoss(
+            "acoustic", 1, teacher, student, gradient_ratio=acoustic.gradient_ratio, weight=acoustic.weight
+        )
     return distillations
 
 
-def make_criterion(
-    config: TokenizerConfig, distillations: list[DistillationLoss], device: torch.device
-) -> ReconstructionLoss:
-    """What discriminators the reconstruction, the adversary among it, if there is to be one."""
+def make_criterion(config: TokenizerConfig, distillations: Distillations, device: torch.device) -> ReconstructionLoss:
+    """The losses of the reconstruction, with discriminators and the semantic teacher's features if configured."""
     losses, adversary = config.losses, None
     if losses.adversarial or losses.feature_matching:
         chosen = config.adversary
-        sizes = (chosen.stft_filters, chosen.period_channels, chosen.scale_channels)
-        discriminators = make_discriminators(*sizes).to(device)
-        adversary = Adversary(
-            discriminators, chosen.kind, chosen.learning_rate, tuple(chosen.betas), chosen.relative_features
-        )
+        networks = make_discriminators(chosen.stft_filters, chosen.period_channels, chosen.scale_channels).to(device)
+        betas = tuple(chosen.betas)
+        adversary = Adversary(networks, chosen.kind, chosen.learning_rate, betas, chosen.relative_features)
     names = ("time", "mel", "adversarial", "feature_matching", "speech_features", "commitment")
     weights = {name: getattr(losses, name) for name in names}
-    scales = (losses.mel_windows, losses.mel_bands, losses.mel_weights, losses.mel_squared)
-    mel = MultiScaleMelLoss(config.codec.sample_rate, *scales).to(device)
-    listener = distillations[0].teacher if losses.speech_features else None
-    return ReconstructionLoss(weights, mel, adversary, listener, Balancer(weights) if losses.balance else None)
+    mel = MultiScaleMelLoss(
+        config.codec.sample_rate, losses.mel_windows, losses.mel_bands, losses.mel_weights, losses.mel_squared
+    ).to(device)
+    feature_model = distillations["semantic"].teacher if losses.speech_features else None
+    balancer = Balancer(weights) if losses.balance else None
+    return ReconstructionLoss(weights, mel, adversary, feature_model, balancer)
 
 
 def make_caches(
-    config: TokenizerConfig,
-    distillations: list[DistillationLoss],
-    utterances: list[Utterance],
-    accelerator: Accelerator,
+    config: TokenizerConfig, distillations: Distillations, utterances: list[Utterance], accelerator: Accelerator
 ) -> dict[str, FeatureCache]:
-    """What the teachers say about whole utterances, on disk: each process computes its share of what is missing."""
-    caches = {}
-    for distillation in distillations:
-        if folder := getattr(config, distillation.name).cache:
-            caches[distillation.name] = FeatureCache(folder, distillation.teacher.fingerprint, distillation.teacher.hop)
-            share = (accelerator.process_index, accelerator.num_processes)
-            caches[distillation.name].fill(utterances, distillation.teacher, config.codec.sample_rate, *share)
+    """Teacher features of whole utterances on disk; each process computes its share of the missing ones."""
+    folders, caches = {"semantic": config.semantic.cache, "acoustic": config.acoustic.cache}, {}
+    index, count = accelerator.process_index, accelerator.num_processes
+    for name, distillation in distillations.items():
+        if folder := folders[name]:
+            teacher = distillation.teacher
+            caches[name] = FeatureCache(folder, teacher.fingerprint, teacher.hop)
+            caches[name].fill(utterances, teacher, config.codec.sample_rate, process=index, processes=count)
     accelerator.wait_for_everyone()
     return caches
 
@@ -302,7 +307,7 @@ def report(
     distillations: list[DistillationLoss],
     dev: dict[str, Tensor],
 ) -> None:
-    """Validate, and let the run folder show how far the codec has come: figures, curves, spectrograms, sounds."""
+    """Validate, and write samples and the report with metrics, curves, spectrograms and sounds into the run folder."""
     validation = validate_codec(codec, dev.values(), mel, distillations)
     run.log(step, **validation.metrics)
     save_sounds(run.folder / "samples", sounds := Reconstruction.of(codec, *next(iter(dev.items()))))
@@ -313,6 +318,7 @@ def report(
         log=read_log(run.folder),
         codebook_counts=list(validation.counts),
         reconstruction=sounds,
+        provenance=run.provenance,
     )
 
 

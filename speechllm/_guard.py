@@ -1,4 +1,4 @@
-"""Stop early and clearly where `tokenizer` is not ours: an Icelandic text package installs a folder of that name."""
+"""Fail early if `tokenizer` is another package: an Icelandic text tokenizer has the same name."""
 
 import importlib.util
 from pathlib import Path

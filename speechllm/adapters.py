@@ -1,4 +1,4 @@
-"""Training a small part of a language model: LoRA and the new rows, or the new rows alone, kept in small files."""
+"""Adapters: only LoRA updates and the new rows of a language model, or the new rows alone, are trained and saved."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from tokenizer.pretrained import check_folder
 
 BASE_FILE = "base_model.json"
 ROWS = "trainable_tokens_delta"  # what PEFT calls the rows' parameters
-SAMPLES = 64  # values of each weight that go into a fingerprint
+SAMPLES = 64  # values per weight in a fingerprint
 
 
 def prepare_adapter(
@@ -31,20 +31,20 @@ def prepare_adapter(
     alpha: int = 128,
     dropout: float = 0.0,
 ) -> PeftModel:
-    """Freeze a language model except for what an adapter trains. Changes the model in place.
+    """Freeze a language model except for an adapter's parameters. Changes the model in place.
 
-    form "lora": low-rank updates of all linear layers but the head (Hu et al. 2021, scale alpha / rank) and the new
-    rows; "rows": the new rows alone. The rows are those of `vocabulary.new_ids` in the input embedding and, where the
-    head is not tied to it, in the head; no other row moves. They and LoRA are float32, whatever the model is. A
-    projector is trained whole in both forms.
-    Raises DataError for a model that was not loaded from anywhere: an adapter is saved without it.
+    form "lora": low-rank updates of all linear layers except the head (Hu et al. 2021, scale alpha / rank) and the new
+    rows; "rows": the new rows alone. The rows are those of `vocabulary.new_ids` in the input embedding and, if the
+    head is untied, in the head; no other row changes. They and LoRA are float32, whatever the model's type. A
+    projector is trained in full in both forms.
+    Raises DataError for a model that was not loaded from a folder or the hub: an adapter is saved without it.
     """
     if form not in ("lora", "rows"):
         raise ValueError(f'form must be "lora" or "rows", got {form!r}')
     if not model.name_or_path:
         raise DataError(
-            "an adapter is saved without its language model, but this one was loaded from no folder or hub name: "
-            "write it with save_pretrained and load it from there before extending its vocabulary"
+            "an adapter is saved without its language model, but this one was not loaded from a folder or the hub: "
+            "save it with save_pretrained and load it again before extending its vocabulary"
         )
     matrices = [model.get_input_embeddings(), model.get_output_embeddings()]
     if matrices[1].weight is matrices[0].weight:
@@ -56,7 +56,7 @@ def prepare_adapter(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules="all-linear" if form == "lora" else DUMMY_TARGET_MODULES,  # which stands for none
+        target_modules="all-linear" if form == "lora" else DUMMY_TARGET_MODULES,  # PEFT's name for none
         exclude_modules=rf"{PROJECTOR}\..*" if form == "lora" and projector else None,
         modules_to_save=projector,
         trainable_token_indices={name: ids for name, module in model.named_modules() if module in matrices},
@@ -65,41 +65,41 @@ def prepare_adapter(
 
 
 def save_adapter(model: PeftModel, vocabulary: AudioVocabulary, folder: str | Path) -> None:
-    """Write the trained parameters alone, and which language model they belong to."""
-    model.save_pretrained(folder, save_embedding_layers=False)  # PEFT would write whole matrices: they have grown
-    (Path(folder) / "README.md").unlink()  # PEFT's form for a model card, to be filled in
+    """Write only the trained parameters, and the name and fingerprint of the language model they belong to."""
+    model.save_pretrained(folder, save_embedding_layers=False)  # PEFT would write the resized matrices in full
+    (Path(folder) / "README.md").unlink()  # PEFT's empty model card
     name = model.get_base_model().name_or_path
     if Path(name).is_dir():
-        name = str(Path(name).resolve())  # a relative folder means another one elsewhere
+        name = str(Path(name).resolve())  # a relative path depends on the working directory
     fingerprint = base_fingerprint(model, vocabulary.offset)
     write_json(Path(folder) / BASE_FILE, {"name_or_path": name, "fingerprint": fingerprint})
 
 
 def load_adapter(folder: str | Path, vocabulary: AudioVocabulary, base: str | Path | None = None) -> PeftModel:
-    """Rebuild what `save_adapter` was given, on the recorded language model or on the one named by `base`.
+    """Load an adapter that `save_adapter` wrote, on the recorded language model or on `base`, in float32.
 
-    In float32. Raises FileNotFoundError, or DataError for a language model other than the one it was trained on.
+    Raises FileNotFoundError, or DataError for a language model other than the one it was trained on.
     """
     recorded = json.loads((Path(folder) / BASE_FILE).read_text(encoding="utf-8"))
     name = recorded["name_or_path"] if base is None else base
-    check_folder(name, ["config.json"], "the language model that the adapter was trained on; name it with `base`")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # as train_asr trained on it
+    check_folder(name, ["config.json"], "the language model that the adapter was trained on; set `base` to it")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # as in train_asr
     if (found := base_fingerprint(model, vocabulary.offset)) != recorded["fingerprint"]:
         raise DataError(
             f"{folder} was trained on a language model with fingerprint {recorded['fingerprint']} "
-            f"({recorded['name_or_path']}), {name} has {found}: name the right one with `base`"
+            f"({recorded['name_or_path']}), but {name} has {found}: set `base` to the right one"
         )
-    model.resize_token_embeddings(vocabulary.size, mean_resizing=False)  # the adapter holds what the new rows are
+    model.resize_token_embeddings(vocabulary.size, mean_resizing=False)  # the adapter holds the new rows
     add_projector(model, vocabulary)
     return PeftModel.from_pretrained(model, folder)
 
 
 def base_fingerprint(model: nn.Module, texts: int) -> str:
-    """Identity of a language model's weights, 16 hexadecimal digits; the same before and after a vocabulary grew.
+    """Identity of a language model's weights, 16 hexadecimal digits; unchanged by extending its vocabulary.
 
-    SHA-256 over the shapes and 64 evenly spaced values of every weight, of its first `texts` rows where it has more;
-    an adapter's own parameters are skipped. The values are compared in bfloat16: a model may be trained and loaded
-    in different precisions. Further training moves every matrix, so a sample tells, in milliseconds.
+    SHA-256 over the shapes and 64 evenly spaced values of every weight, limited to the first `texts` rows; an
+    adapter's own parameters are skipped. The values are compared in bfloat16, since a model may be trained and loaded
+    in different precisions. Further training changes every matrix, so a sample is enough.
     """
     digests = []
     for name, parameter in model.named_parameters():

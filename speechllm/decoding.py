@@ -18,19 +18,19 @@ from speechllm.projector import model_inputs
 from speechllm.prompt import Example, collate_prompts, join_features, transcription_prompt
 from tokenizer.audio import load_audio
 
-TOKENS_PER_SECOND = 12  # upper bound of the answer's length; fast English speech has about 6 text tokens a second
+TOKENS_PER_SECOND = 12  # upper bound of an answer's length; fast English speech has about 6 text tokens per second
 TOKENS_AT_LEAST = 16
-COMPRESSION = 2.4  # of a text by zlib: what is said stays below, loops do not (Radford et al. 2022, section 4.5)
+COMPRESSION = 2.4  # ratio of zlib: speech stays below it, loops do not (Radford et al. 2022, section 4.5)
 REFUSAL = re.compile(r"\b(as an ai|ai language model|ai assistant)\b", re.IGNORECASE)
 FALLBACK_BEAMS = 4
-FALLBACK_NGRAM = 5  # tokens; a shorter one would forbid to say a word of rare pieces twice
+FALLBACK_NGRAM = 5  # tokens; a shorter one would forbid repeating a word that has many tokens
 
 
 @dataclass(frozen=True)
 class Transcription:
-    """What was heard. runaway: why the first answer was not believed (`runaway_reason`), None where it was.
+    """A recognised text. runaway: why the first answer was rejected (`runaway_reason`), or None if it was accepted.
 
-    mended: the text is the fallback's answer.
+    repaired: the text is the fallback's answer.
     """
 
     text: str
@@ -48,7 +48,7 @@ def transcribe(
 ) -> list[str]:
     """Texts of recordings, given as files or as waveforms float [N] at the codec's rate, in the order given.
 
-    beams, fallback: as in `recognize`. Raises AudioError for a file that cannot be used.
+    beams, fallback: as in `recognize`. Raises AudioError for an unusable file.
     """
     codec = speech_llm.codec
     if codec is None:
@@ -85,17 +85,18 @@ def recognize(
 ) -> list[Transcription]:
     """Transcriptions of encoded utterances (`speech_of`), in the order given.
 
-    Greedy with one beam, else beam search. Only text is answered, no more of it than `answer_bound` allows, and the
-    same in any batch. batch_size: answers written at a time, so that more beams need no more memory.
-    fallback: runaway answers are decoded again, by beam search that says no 5-gram twice, and replaced if that helps.
-    durations_s: of the utterances; None where their frames tell, that is for codes without gaps and for features.
+    Greedy with one beam, otherwise beam search. Answers contain only text, at most `answer_bound` tokens of it, and do
+    not depend on the batch. batch_size: answers decoded at a time, so that more beams need no more memory.
+    fallback: decode runaway answers again, by beam search without repeated 5-grams, and replace them if that helps.
+    durations_s: of the utterances; may be None if the number of frames tells it (codes without merged repeats, and
+    features).
     """
     text_tokenizer, encoding = speech_llm.text_tokenizer, speech_llm.vocabulary.encoding
     if durations_s is None:
         axis = -1 if encoding.kind == "codes" else 0
         frames = [utterance.shape[axis] for utterance in speech if isinstance(utterance, Tensor)]
         if len(frames) < len(speech):
-            raise ValueError("texts do not tell how long the speech was: pass durations_s")
+            raise ValueError("the duration of the speech cannot be told from texts: pass durations_s")
         durations_s = [count / encoding.frame_rate for count in frames]
     prompts = [transcription_prompt(utterance, speech_llm.vocabulary, text_tokenizer) for utterance in speech]
     bounds = [answer_bound(duration_s) for duration_s in durations_s]
@@ -111,7 +112,7 @@ def recognize(
 
 
 def runaway_reason(text: str, at_bound: bool) -> str | None:
-    """Why an answer is not believed: "empty", "looped", "refused" or "bound" (as long as it may be); else None."""
+    """Why an answer is rejected: "empty", "looped", "refused" or "bound" (the maximum length is reached); else None."""
     data = text.encode()
     if not data:
         return "empty"
@@ -123,19 +124,19 @@ def runaway_reason(text: str, at_bound: bool) -> str | None:
 
 
 def count_runaways(transcriptions: Sequence[Transcription]) -> dict[str, int]:
-    """Utterances by `runaway_reason`, and how many of them the fallback mended."""
+    """Number of utterances by `runaway_reason`, and how many of them the fallback repaired."""
     reasons = Counter(found.runaway for found in transcriptions)
     counts = {reason: reasons[reason] for reason in ("empty", "looped", "refused", "bound")}
     return {**counts, "repaired": sum(found.repaired for found in transcriptions)}
 
 
 def answer_bound(duration_s: float) -> int:
-    """Most tokens an answer may have: a model that runs away must stop somewhere."""
+    """Maximum number of tokens in an answer, so that a runaway model stops."""
     return TOKENS_AT_LEAST + int(TOKENS_PER_SECOND * duration_s)
 
 
 def forbidden_ids(speech_llm: SpeechLLM) -> Tensor:
-    """bool [rows]: token ids that are neither text nor the end token."""
+    """bool [rows]: the token ids that are neither text nor the end token."""
     text_tokenizer = speech_llm.text_tokenizer
     forbidden = torch.zeros(speech_llm.vocabulary.size, dtype=torch.bool)
     specials = [index for index, token in text_tokenizer.added_tokens_decoder.items() if token.special]
@@ -156,7 +157,7 @@ def _decode(
     beams: int,
     ngram: int = 0,
 ) -> list[Transcription]:
-    """One pass, in batches of similar length. ngram: that many tokens in a row are not said twice; 0: no such rule."""
+    """One pass, in batches of similar length. ngram: no sequence of that many tokens is repeated; 0: no such rule."""
     if beams < 1:
         raise ValueError(f"beams must be at least 1, got {beams}")
     model, text_tokenizer, vocabulary = speech_llm.model, speech_llm.text_tokenizer, speech_llm.vocabulary
@@ -181,10 +182,10 @@ def _decode(
         answers = model.generate(
             **inputs,
             logits_processor=rules,
-            max_new_tokens=max(limits) + 1,  # and the end token
+            max_new_tokens=max(limits) + 1,  # including the end token
             do_sample=False,
             num_beams=beams,
-            no_repeat_ngram_size=0,  # a chat model's own rules would forbid words that are said twice
+            no_repeat_ngram_size=0,  # a chat model's own settings would forbid repeated words
             repetition_penalty=1.0,
             eos_token_id=end_id,
             pad_token_id=pad_id,
@@ -198,7 +199,7 @@ def _decode(
 
 
 class _NoRepeats(NoRepeatNGramLogitsProcessor):
-    """What stands in the prompt, the text of a recogniser say, may be repeated; the answer may not repeat itself."""
+    """Forbids repetitions within the answer; the prompt, which may hold a recogniser's text, does not count."""
 
     def __init__(self, ngram: int, prompt_size: int):
         super().__init__(ngram)
@@ -209,7 +210,7 @@ class _NoRepeats(NoRepeatNGramLogitsProcessor):
 
 
 class _BoundedText(LogitsProcessor):
-    """Only text and the end token may be answered, and nothing but the end once an answer is as long as it may be."""
+    """Allows only text and the end token, and only the end token once an answer has its maximum length."""
 
     def __init__(self, forbidden: Tensor, prompt_size: int, bounds: Sequence[int], end: int):
         self.forbidden, self.prompt_size, self.end = forbidden, prompt_size, end

@@ -1,4 +1,4 @@
-"""How speech was encoded: which audio tokenizer, at which rates, as what."""
+"""How speech was encoded: by which audio tokenizer, at which rates, into which kind of data."""
 
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -8,7 +8,7 @@ from torch import Tensor
 from tokenizer.errors import InputError
 from tokenizer.interface import AudioTokenizer, DiscreteTokenizer, FeatureTokenizer
 
-Speech = Tensor | str  # one utterance: codes long [Q, T], features float [T, C], or what a recogniser heard
+Speech = Tensor | str  # one utterance: codes long [Q, T], features float [T, C], or a recogniser's text
 
 
 class DataError(InputError):
@@ -19,7 +19,7 @@ class DataError(InputError):
 class Encoding:
     """How a folder of encoded speech was made; the fingerprint ties it to one audio tokenizer.
 
-    kind: what the audio tokenizer returns. Features need one new word, whose place they take; texts need none.
+    kind: what the audio tokenizer returns. Features need one new token, a placeholder; texts need none.
     """
 
     fingerprint: str
@@ -29,32 +29,48 @@ class Encoding:
     codebook_size: int  # 1 for features, 0 for texts
     kind: Literal["codes", "features", "text"] = "codes"
     width: int = 0  # C, dimensions of a feature
-    deduplicated: bool = False  # repeats of a code are merged: no frame has a time, and frame_rate is the largest
+    deduplicated: bool = False  # repeats of a code are merged: frames have no time, and frame_rate is an upper bound
 
     @staticmethod
     def of(codec: AudioTokenizer, layers: int | None = None) -> "Encoding":
-        """What the codec will return for its first `layers` codebooks, all when None.
+        """The encoding by the codec's first `layers` codebooks, all when None.
 
-        Raises DataError for codebooks it does not have.
+        Raises DataError for codebooks that the codec does not have.
         """
-        rates = codec.fingerprint, codec.sample_rate, codec.frame_rate
         if not isinstance(codec, DiscreteTokenizer):
             if layers not in (None, 1):
-                raise DataError(f"layers={layers}, but only codes have layers: {type(codec).__name__} returns none")
+                raise DataError(f"layers={layers}, but only codes have layers, and {type(codec).__name__} returns none")
             if isinstance(codec, FeatureTokenizer):
-                return Encoding(*rates, layers=1, codebook_size=1, kind="features", width=codec.width)
-            return Encoding(*rates, layers=0, codebook_size=0, kind="text")
+                return Encoding(
+                    fingerprint=codec.fingerprint,
+                    sample_rate=codec.sample_rate,
+                    frame_rate=codec.frame_rate,
+                    layers=1,
+                    codebook_size=1,
+                    kind="features",
+                    width=codec.width,
+                )
+            return Encoding(
+                fingerprint=codec.fingerprint,
+                sample_rate=codec.sample_rate,
+                frame_rate=codec.frame_rate,
+                layers=0,
+                codebook_size=0,
+                kind="text",
+            )
         if layers is not None and not 1 <= layers <= codec.num_codebooks:
             raise DataError(f"layers must be 1..{codec.num_codebooks}, got {layers}")
         return Encoding(
-            *rates,
-            codec.num_codebooks if layers is None else layers,
-            codec.codebook_size,
+            fingerprint=codec.fingerprint,
+            sample_rate=codec.sample_rate,
+            frame_rate=codec.frame_rate,
+            layers=codec.num_codebooks if layers is None else layers,
+            codebook_size=codec.codebook_size,
             deduplicated=getattr(codec, "deduplicate", False),
         )
 
     def encode(self, codec: AudioTokenizer, waveform: Tensor) -> Speech:
-        """One waveform float [N] in this encoding; on the CPU."""
+        """One waveform float [N] in this encoding, on the CPU."""
         waveforms = waveform[None].to(codec.device)
         if self.kind == "codes":
             return cast(DiscreteTokenizer, codec).encode(waveforms, layers=self.layers).utterance(0).cpu()
@@ -62,9 +78,9 @@ class Encoding:
         return speech if isinstance(speech, str) else speech.cpu()
 
     def require(self, fingerprint: str, holder: str) -> None:
-        """Raise DataError unless this is speech encoded by the codec that `holder` was made with."""
+        """Raise DataError unless this speech was encoded by the codec that `holder` was made with."""
         if self.fingerprint != fingerprint:
             raise DataError(
-                f"the codes are of codec {self.fingerprint}, {holder} is of codec {fingerprint}: "
-                "codes of two codecs mean different sounds; encode the speech with the same codec"
+                f"the codes are from codec {self.fingerprint}, but {holder} is for codec {fingerprint}: codes of "
+                "different codecs mean different sounds; encode the speech with the same codec"
             )

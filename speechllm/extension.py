@@ -1,6 +1,6 @@
 """A language model's vocabulary, extended by one token for every audio code."""
 
-from typing import Literal, cast
+from typing import Literal, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,18 @@ from speechllm.projector import add_projector
 from speechllm.vocabulary import END, START, AudioVocabulary, Order, VocabularyError
 from tokenizer.interface import AudioTokenizer, DiscreteTokenizer
 
-MARK = "reads_codes_of"  # key of an extended model's config.json: the codec's fingerprint
+MARK = "reads_codes_of"  # key in the config.json of an extended model: the codec's fingerprint
+Init = Literal["codebook", "mean", "random"]
+
+
+class Extension(TypedDict, total=False):
+    """Keyword arguments of `extend_vocabulary`, for functions that pass them on."""
+
+    layers: int
+    init: Init
+    seed: int
+    order: Order
+    stack: int
 
 
 def extend_vocabulary(
@@ -19,33 +30,33 @@ def extend_vocabulary(
     text_tokenizer: PreTrainedTokenizerBase,
     codec: AudioTokenizer,
     layers: int = 1,
-    init: Literal["codebook", "mean", "random"] = "codebook",
+    init: Init = "codebook",
     seed: int = 0,
     order: Order = "frame",
     stack: int = 1,
 ) -> AudioVocabulary:
-    """Give a language model one token per code of the codec's first `layers` codebooks. Changes both in place, once.
+    """Add one token per code of the codec's first `layers` codebooks. Changes model and text tokenizer in place.
 
-    The strings are <|audio_0|>, <|audio_1|>, ...; tied and untied models work, and so do models with more rows than
-    their tokenizer has tokens (Qwen2: 151,936 for 151,646), whose spare rows were never trained: every new row is
-    initialised here, every text row stays bit for bit what it was.
+    The new tokens are <|audio_0|>, <|audio_1|>, ... Embeddings may be tied or untied, and the model may have more rows
+    than its tokenizer has tokens (Qwen2: 151,936 for 151,646; the spare rows were never trained): every new row is
+    initialised here, and every text row stays bit-identical.
 
-    init: "codebook" projects the code vectors to the model's width by a random orthogonal map, and gives them the
-    mean and per-dimension spread of the text rows, so that similar sounds start similar; "random" has the same mean
-    and spread without the structure; "mean" makes all rows the mean text row.
-    order: of the codes of several layers. stack: continuous features that make one token; what turns them into
-    embeddings becomes the model's submodule `speech_projector`.
-    Raises VocabularyError for a vocabulary that is extended already, DataError for layers that the codec lacks.
+    init: "codebook" projects the code vectors to the model's width by a random orthogonal map and gives them the mean
+    and per-dimension spread of the text rows, so that similar sounds start with similar rows; "random" has the same
+    mean and spread without that structure; "mean" sets all rows to the mean text row.
+    order: of the codes of several layers. stack: number of continuous features per token; their projector becomes the
+    model's submodule `speech_projector`.
+    Raises VocabularyError for a vocabulary that is already extended, DataError for layers that the codec lacks.
     """
     encoding = Encoding.of(codec, layers)
     if init not in ("codebook", "mean", "random"):
         raise VocabularyError(f'init must be "codebook", "mean" or "random", got {init!r}')
     if START in text_tokenizer.get_vocab():
-        raise VocabularyError(f"the text tokenizer already has {START}: a vocabulary is extended once only")
+        raise VocabularyError(f"the text tokenizer already has {START}: a vocabulary can be extended only once")
     if read := getattr(model.config, MARK, None):
         raise VocabularyError(
-            f"the model already reads codes, of codec {read}: a vocabulary is extended once only, and the text "
-            "tokenizer to go on with lies in the model's folder (`load_language_model`)"
+            f"the model already reads codes of codec {read}: a vocabulary can be extended only once; to train further, "
+            "load the model with the text tokenizer in its folder (`load_language_model`)"
         )
     texts = len(text_tokenizer)
     count = encoding.layers * encoding.codebook_size
@@ -53,7 +64,7 @@ def extend_vocabulary(
     added = text_tokenizer.add_tokens(names, special_tokens=True)
     ids = text_tokenizer.convert_tokens_to_ids(names)
     if added != len(names) or ids != list(range(ids[0], ids[0] + len(names))):
-        raise VocabularyError("the text tokenizer already holds some of the audio tokens: start from an unextended one")
+        raise VocabularyError("the text tokenizer already has some of the audio tokens: use one that was not extended")
     rows = max(model.get_input_embeddings().weight.shape[0], len(text_tokenizer))
     model.resize_token_embeddings(rows, mean_resizing=False)
 
@@ -79,7 +90,7 @@ def extend_vocabulary(
 
 
 def new_rows(text_rows: Tensor, vectors: Tensor, count: int, init: str, generator: torch.Generator) -> Tensor:
-    """Rows float [count, H] for code vectors [M, D], M <= count, and markers, in the likeness of text rows [V, H]."""
+    """Rows float [count, H] for code vectors [M, D], M <= count, and markers, distributed like text rows [V, H]."""
     text_rows, vectors = text_rows.float().cpu(), vectors.float().cpu()
     mean, spread = text_rows.mean(0), text_rows.std(0)
     noise = torch.randn(count, text_rows.shape[1], generator=generator)
@@ -94,9 +105,9 @@ def new_rows(text_rows: Tensor, vectors: Tensor, count: int, init: str, generato
 
 
 def describe_rows(model: PreTrainedModel, vocabulary: AudioVocabulary) -> dict[str, float]:
-    """Report of an extended vocabulary: norms of text and new rows, how many new rows differ, their mean cosine.
+    """Statistics of an extended vocabulary: norms of text and new rows, number of distinct new rows, their mean cosine.
 
-    A cosine near 1 or few distinct rows: codes cannot be told apart. The rows are those of the input embedding.
+    With a cosine near 1 or few distinct rows, codes are indistinguishable. The rows are those of the input embedding.
     """
     weight = model.get_input_embeddings().weight.detach().float()
     new = weight[vocabulary.new_ids]

@@ -1,8 +1,8 @@
-"""A language model that hears: model, text tokenizer, audio vocabulary and codec as one small object."""
+"""A speech language model: model, text tokenizer, audio vocabulary and codec in one object."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Unpack
 
 import torch
 from peft import PeftModel
@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from speechllm.adapters import load_adapter, save_adapter
 from speechllm.encoding import DataError, Encoding
-from speechllm.extension import extend_vocabulary
+from speechllm.extension import Extension, extend_vocabulary
 from speechllm.projector import load_projector, save_with_projector
 from speechllm.vocabulary import FILE as VOCABULARY_FILE
-from speechllm.vocabulary import AudioVocabulary, Order, VocabularyError
+from speechllm.vocabulary import AudioVocabulary, VocabularyError
 from tokenizer.interface import AudioTokenizer
 from tokenizer.loading import load_tokenizer
 from tokenizer.pretrained import check_folder
@@ -21,7 +21,7 @@ from tokenizer.pretrained import check_folder
 
 @dataclass
 class SpeechLLM:
-    """What `transcribe` needs. `codec` may be None where only codes are decoded."""
+    """Everything that `transcribe` needs. `codec` may be None if only encoded speech is transcribed."""
 
     model: PreTrainedModel | PeftModel
     text_tokenizer: PreTrainedTokenizerBase
@@ -29,9 +29,9 @@ class SpeechLLM:
     codec: AudioTokenizer | None = None
 
     def save(self, folder: str | Path) -> None:
-        """Write everything into one folder: the model as transformers knows it, the codec in its subfolder `codec`.
+        """Write everything into one folder: the model in transformers' format, the codec in its subfolder `codec`.
 
-        Of a model with an adapter (`prepare_adapter`) the adapter alone, and which language model it belongs to.
+        Of a model with an adapter (`prepare_adapter`), only the adapter and the name of its language model are written.
         """
         if isinstance(self.model, PeftModel):
             save_adapter(self.model, self.vocabulary, folder)
@@ -53,11 +53,11 @@ def load_speech_llm(
 ) -> SpeechLLM:
     """Load what `SpeechLLM.save` wrote, in eval mode.
 
-    codec: another place of the codec than the subfolder; dtype: of the language model's weights, as stored by default,
-    with an adapter merged into them first; base: another place of the language model under an adapter than the
-    recorded one; with_codec: without one only codes can be decoded.
-    Raises FileNotFoundError, VocabularyError, or DataError (a codec with another fingerprint, another language model
-    than the adapter's) with the remedy.
+    codec: location of the codec, if not the subfolder; dtype: of the language model's weights, as stored by default;
+    an adapter is merged first; base: location of an adapter's language model, if not the recorded one; with_codec:
+    without a codec only encoded speech can be transcribed.
+    Raises FileNotFoundError, VocabularyError, or DataError (for another codec than the vocabulary's, or another
+    language model than the adapter's).
     """
     adapter = (Path(folder) / "adapter_config.json").is_file()
     if not adapter:
@@ -80,7 +80,7 @@ def load_speech_llm(
 def _load_codec(folder: str | Path, codec: str | Path | None, vocabulary: AudioVocabulary) -> AudioTokenizer:
     place = Path(folder) / "codec" if codec is None else codec
     if codec is None and not Path(place).is_dir():
-        raise FileNotFoundError(f"{place}: no such folder; name the place of the codec")
+        raise FileNotFoundError(f"{place}: no such folder; set `codec` to the location of the codec")
     loaded = load_tokenizer(place)
     vocabulary.encoding.require(loaded.fingerprint, "the codec")
     return loaded
@@ -89,31 +89,28 @@ def _load_codec(folder: str | Path, codec: str | Path | None, vocabulary: AudioV
 def load_language_model(
     name: str | Path,
     codec: AudioTokenizer,
-    layers: int = 1,
-    init: Literal["codebook", "mean", "random"] = "codebook",
-    seed: int = 0,
-    order: Order = "frame",
-    stack: int = 1,
+    **extension: Unpack[Extension],
 ) -> SpeechLLM:
-    """A language model of a folder or the hub in float32, to be trained to read the codec's codes.
+    """A language model from a folder or the hub in float32, with a vocabulary for the codec's codes.
 
-    Its vocabulary is extended (the other arguments are those of `extend_vocabulary`), or has been before, where the
-    folder is one that `SpeechLLM.save` wrote: then it goes on with the rows it has.
-    Raises DataError for an adapter, or where the folder's model reads another codec; VocabularyError where it reads
-    other layers, or the same ones in another way.
+    extension: arguments of `extend_vocabulary`, which extends the vocabulary, unless `SpeechLLM.save` wrote the folder:
+    then it is kept with its rows, and `layers`, `order` and `stack` must be the ones it was extended with.
+    Raises DataError for an adapter, or a saved model that reads another codec; VocabularyError for a saved model that
+    reads other layers, or reads them differently.
     """
     if (Path(name) / "adapter_config.json").is_file():
-        raise DataError(f"{name} is an adapter: `speechllm export` makes a whole language model of it to go on from")
+        raise DataError(f"{name} is an adapter: merge it with `speechllm export` and train the result further")
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     text_tokenizer = AutoTokenizer.from_pretrained(name)
     if not (Path(name) / VOCABULARY_FILE).is_file():
-        vocabulary = extend_vocabulary(model, text_tokenizer, codec, layers, init, seed, order, stack)
+        vocabulary = extend_vocabulary(model, text_tokenizer, codec, **extension)
         return SpeechLLM(model, text_tokenizer, vocabulary, codec)
-    vocabulary, encoding = AudioVocabulary.load(name), Encoding.of(codec, layers)
+    vocabulary, encoding = AudioVocabulary.load(name), Encoding.of(codec, extension.get("layers", 1))
     encoding.require(vocabulary.encoding.fingerprint, str(name))
-    held = vocabulary.encoding.layers, vocabulary.order, vocabulary.stack
-    asked = encoding.layers, order, stack if encoding.kind == "features" else 1
-    if held != asked:
-        raise VocabularyError(f"{name} reads (layers, order, stack) {held}, asked for are {asked}")
+    stack = extension.get("stack", 1) if encoding.kind == "features" else 1
+    found = vocabulary.encoding.layers, vocabulary.order, vocabulary.stack
+    expected = encoding.layers, extension.get("order", "frame"), stack
+    if found != expected:
+        raise VocabularyError(f"{name} reads (layers, order, stack) {found}, but {expected} was asked for")
     load_projector(model, vocabulary, name)
     return SpeechLLM(model, text_tokenizer, vocabulary, codec)

@@ -1,4 +1,4 @@
-"""Continuous features as a language model's input: what stands at the place of a token instead of its embedding."""
+"""Continuous features as input of a language model: projected features replace the embeddings of placeholders."""
 
 import math
 from pathlib import Path
@@ -17,10 +17,10 @@ FILE = "speech_projector.safetensors"
 
 
 class SpeechProjector(nn.Module):
-    """Features float [P, C] -> embeddings float [P, H]: normalised, then two linear layers with GELU between them."""
+    """Features float [P, C] -> embeddings float [P, H]: layer normalisation and two linear layers with GELU between."""
 
     def __init__(self, width: int, hidden: int, spread: float = 1.0):
-        """spread: standard deviation that the embeddings have at first, about; that of a text row is fitting."""
+        """spread: approximate initial standard deviation of the embeddings, such as that of the text rows."""
         super().__init__()
         self.normalization = nn.LayerNorm(width)
         self.inner, self.outer = nn.Linear(width, hidden), nn.Linear(hidden, hidden)
@@ -32,9 +32,9 @@ class SpeechProjector(nn.Module):
 
 
 def add_projector(model: PreTrainedModel, vocabulary: "AudioVocabulary") -> None:
-    """Give a language model a projector for the vocabulary's features, as its submodule `speech_projector`.
+    """Add a projector for the vocabulary's features to a language model, as its submodule `speech_projector`.
 
-    Nothing happens for a vocabulary of codes or texts.
+    Does nothing for a vocabulary of codes or texts.
     """
     if vocabulary.encoding.kind == "features":
         rows = model.get_input_embeddings().weight
@@ -44,7 +44,7 @@ def add_projector(model: PreTrainedModel, vocabulary: "AudioVocabulary") -> None
 
 
 def save_with_projector(model: PreTrainedModel, folder: str | Path) -> None:
-    """`save_pretrained`, with the projector, where there is one, in a file beside the language model's own weights."""
+    """`save_pretrained`, with the projector, if there is one, in a file of its own."""
     own = {name: weight for name, weight in model.state_dict().items() if not name.startswith(f"{NAME}.")}
     model.save_pretrained(folder, state_dict=own)
     if hasattr(model, NAME):
@@ -52,7 +52,7 @@ def save_with_projector(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 def load_projector(model: PreTrainedModel, vocabulary: "AudioVocabulary", folder: str | Path) -> None:
-    """Give a language model the projector that `save_with_projector` wrote."""
+    """Load the projector that `save_with_projector` wrote into a language model."""
     add_projector(model, vocabulary)
     if vocabulary.encoding.kind == "features":
         model.speech_projector.load_state_dict(load_file(Path(folder) / FILE))
@@ -61,15 +61,15 @@ def load_projector(model: PreTrainedModel, vocabulary: "AudioVocabulary", folder
 def model_inputs(
     model: Any, vocabulary: "AudioVocabulary", input_ids: Tensor, features: Tensor | None
 ) -> dict[str, Any]:
-    """What a language model, with or without an adapter, reads.
+    """Input arguments of a language model, with or without an adapter.
 
     input_ids long [B, S]; features float [P, C * stack], one for each of the P placeholders among the ids, or None
-    where there are none.
+    without placeholders.
     """
     if vocabulary.encoding.kind != "features":
         return {"input_ids": input_ids}
     vectors = model.get_input_embeddings()(input_ids)
-    if features is None:  # sentences without audio; the projector takes part, since processes wait for its gradient
+    if features is None:  # no audio; the projector takes part all the same, because processes wait for its gradient
         features = vectors.new_zeros(0, vocabulary.encoding.width * vocabulary.stack)
-    projected = model.speech_projector(features.to(vectors)).to(vectors)  # under autocast in a smaller type
+    projected = model.speech_projector(features.to(vectors)).to(vectors)  # autocast may have lowered the precision
     return {"inputs_embeds": vectors.masked_scatter(vocabulary.is_code(input_ids)[..., None], projected)}

@@ -1,4 +1,4 @@
-"""How an utterance becomes a training example: [prompt][audio][transcript][end], loss on the transcript only."""
+"""Training examples: [prompt][audio][transcript][end], with the loss on the transcript only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +17,9 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """input_ids long [S]; labels long [S], -100 wherever nothing is to be learnt.
+    """input_ids long [S]; labels long [S], -100 at positions without a loss.
 
-    features: float [P, C], what the P placeholders among the ids stand for, None where there are none.
+    features: float [P, C], those of the P placeholders among the ids; None without placeholders.
     """
 
     input_ids: Tensor
@@ -33,7 +33,7 @@ class Example:
 def transcription_prompt(
     speech: Codes | Speech, vocabulary: AudioVocabulary, text_tokenizer: PreTrainedTokenizerBase
 ) -> Example:
-    """What the model reads before it answers: the prompt and one utterance; nothing of it is learnt."""
+    """The model's input before its answer: the prompt and one utterance, without labels."""
     prompt = torch.tensor(text_token_ids(text_tokenizer, [PROMPT])[0])
     ids = torch.cat([prompt, vocabulary.token_ids(speech, text_tokenizer)])
     return Example(ids, torch.full_like(ids, IGNORED), vocabulary.features(speech))
@@ -46,7 +46,7 @@ def transcription_example(
     text_tokenizer: PreTrainedTokenizerBase,
     learn_speech: bool = False,
 ) -> Example:
-    """One example of an utterance and its transcript, which ends with the tokenizer's end token.
+    """The example of an utterance and its transcript, which ends with the tokenizer's end token.
 
     learn_speech: codes are labels, too.
     """
@@ -58,26 +58,26 @@ def transcription_example(
 
 
 def label_counts(examples: Sequence[Example], vocabulary: AudioVocabulary) -> Tensor:
-    """float [2]: labels of text and labels of speech; the first token of an example is predicted by nothing."""
+    """float [2]: number of text labels and of speech labels; the first token of an example is never predicted."""
     labels = torch.cat([example.labels[1:] for example in examples])
     speech = int(vocabulary.is_code(labels).sum())
     return torch.tensor([float((labels != IGNORED).sum()) - speech, float(speech)])
 
 
 def text_example(text: str, text_tokenizer: PreTrainedTokenizerBase) -> Example:
-    """A sentence alone, every token learnt: for teaching a new language model its language."""
+    """A sentence without audio, every token a label: teaches a new language model its language."""
     ids = torch.tensor([*text_token_ids(text_tokenizer, [text])[0], text_tokenizer.eos_token_id])
     return Example(ids, ids.clone())
 
 
 def join_features(examples: Sequence[Example]) -> Tensor | None:
-    """The features of all examples, one after the other."""
+    """The concatenated features of all examples; None if there are none."""
     parts = [example.features for example in examples if example.features is not None]
     return torch.cat(parts) if parts else None
 
 
 def collate_prompts(prompts: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """Pad on the left, as generation needs it: input_ids and attention_mask, long [B, S]."""
+    """Left-padded prompts for generation: input_ids and attention_mask, long [B, S]."""
     size = max(map(len, prompts))
     input_ids = torch.full((len(prompts), size), pad_id)
     mask = torch.zeros(len(prompts), size, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Small language models and text tokenizers with random weights, for training from nothing."""
+"""Small language models with random weights and text tokenizers, for training from scratch."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -8,11 +8,11 @@ if TYPE_CHECKING:  # the shape is a part of configurations, which must not wait 
 
 
 def small_text_tokenizer(texts: list[str], size: int) -> "PreTrainedTokenizerBase":
-    """A byte-level BPE tokenizer of Qwen2's kind, learnt from `texts`, with up to `size` tokens."""
+    """A byte-level BPE tokenizer like Qwen2's, learnt from `texts`, with up to `size` tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
-    # Qwen2's own way of cutting text into words: beside a Qwen2 it will be loaded with that, whatever is made here
+    # Qwen2's pre-tokenization: transformers applies it to any text tokenizer that is saved with a Qwen2
     qwen2 = Qwen2Tokenizer().backend_tokenizer
     bpe = Tokenizer(models.BPE())
     bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = qwen2.normalizer, qwen2.pre_tokenizer, qwen2.decoder
@@ -37,7 +37,7 @@ class SmallShape:
 
 
 def small_qwen2(text_tokenizer: "PreTrainedTokenizerBase", **shape: int) -> "PreTrainedModel":
-    """A Qwen2 with random weights for `text_tokenizer`; `shape` are Qwen2Config's sizes."""
+    """A Qwen2 with random weights for `text_tokenizer`; shape: sizes of Qwen2Config."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(

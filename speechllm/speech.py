@@ -1,4 +1,4 @@
-"""The public names that live in the package `tokenizer`, so that users import everything from `speechllm`."""
+"""Public names defined in the package `tokenizer`, so that users can import everything from `speechllm`."""
 
 # tokenizers
 # errors

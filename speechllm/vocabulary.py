@@ -1,4 +1,4 @@
-"""New words for a language model: one token per audio code, beside two markers."""
+"""Audio tokens in the vocabulary of a language model: one token per code, and two markers."""
 
 import json
 import math
@@ -23,30 +23,30 @@ Order = Literal["frame", "layer", "delay", "semantic"]
 
 
 class VocabularyError(InputError):
-    """A vocabulary that cannot be extended, or codes it has no tokens for."""
+    """A vocabulary that cannot be extended, or codes that it has no tokens for."""
 
 
 @dataclass(frozen=True)
 class AudioVocabulary:
-    """Which token ids mean which codes: id = offset + layer * codebook_size + code.
+    """Token ids of codes: id = offset + layer * codebook_size + code.
 
-    The codec's fingerprint and rates travel with it, so that codes of another codec are refused. Continuous features
-    have a single code, a placeholder whose embeddings come from a projector; texts are ordinary text tokens.
+    It includes the codec's fingerprint and rates, so that codes of another codec are refused. Continuous features have
+    a single code, a placeholder whose embeddings come from a projector; texts are ordinary text tokens.
     """
 
     encoding: Encoding
     offset: int  # id of code 0 of layer 0
     start_id: int
     end_id: int
-    size: int  # all token ids lie below: rows of the embedding matrix
+    size: int  # rows of the embedding matrix; all token ids are smaller
     order: Order = "frame"  # of the codes of several layers, see `arrangement`
-    stack: int = 1  # features that share one placeholder
+    stack: int = 1  # features per placeholder
 
     def token_ids(self, speech: Codes | Speech, text_tokenizer: PreTrainedTokenizerBase | None = None) -> Tensor:
-        """Ids of one utterance with the start and end markers around them.
+        """Ids of one utterance between the start and end markers.
 
         speech: codes long [Q, T] (or `Codes` of a single utterance) -> long [Q * T + 2], in `order`; features float
-        [T, C] -> long [ceil(T / stack) + 2]; a text, which needs the text tokenizer -> its tokens between the markers.
+        [T, C] -> long [ceil(T / stack) + 2]; a text, with the text tokenizer -> its tokens between the markers.
         Raises VocabularyError for codes outside the codebooks, and for another kind of speech than the vocabulary's.
         """
         if isinstance(speech, Codes):
@@ -61,8 +61,8 @@ class AudioVocabulary:
             case "codes", Tensor() if not speech.is_floating_point():
                 ids = self._code_ids(speech)
             case kind, _:
-                needs = ", and the text tokenizer" if kind == "text" else ""
-                raise VocabularyError(f"this vocabulary needs {kind}{needs}, got {_describe(speech)}")
+                needed = "text and the text tokenizer" if kind == "text" else kind
+                raise VocabularyError(f"this vocabulary needs {needed}, got {_describe(speech)}")
         return torch.cat([ids.new_tensor([self.start_id]), ids, ids.new_tensor([self.end_id])])
 
     def _code_ids(self, codes: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class AudioVocabulary:
         return ids.flatten()[self.arrangement(codes.shape[1]).to(codes.device)]
 
     def arrangement(self, frames: int) -> Tensor:
-        """In which order the codes [Q, T] of T frames are read: long [Q * T], places in the flattened codes.
+        """The order of the codes [Q, T] of T frames: long [Q * T], indices into the flattened codes.
 
         frame: all layers of frame 0, then of frame 1, ...; layer: all of layer 0, then of layer 1, ...;
         delay: layer q comes q frames later (Copet et al. 2023, "delay pattern", one code after the other);
@@ -93,26 +93,26 @@ class AudioVocabulary:
         return rank.flatten().argsort()
 
     def features(self, speech: Codes | Speech) -> Tensor | None:
-        """What the placeholders stand for, float [P, C * stack], the last one filled up with zeros; None for others."""
+        """Features of the placeholders, float [P, C * stack], zero-padded at the end; None for other speech."""
         if not isinstance(speech, Tensor) or not speech.is_floating_point():
             return None
         missing = -len(speech) % self.stack
         return torch.nn.functional.pad(speech, (0, 0, 0, missing)).view(-1, self.stack * speech.shape[1])
 
     def is_code(self, ids: Tensor) -> Tensor:
-        """bool, like ids: which are audio codes or placeholders (not markers, not text)."""
+        """bool, like ids: whether each is an audio code or a placeholder (not a marker, not text)."""
         return (ids >= self.offset) & (ids < self.start_id)
 
     @property
     def new_ids(self) -> Tensor:
-        """Every token id that was added: the codes', then the markers'."""
+        """All added token ids: those of the codes, then those of the markers."""
         codes = torch.arange(self.encoding.layers * self.encoding.codebook_size) + self.offset
         return torch.cat([codes, torch.tensor([self.start_id, self.end_id])])
 
     def neighbours(self, codebooks: Tensor, count: int = 8) -> Tensor:
-        """For every token id its `count` closest codes' ids (its own, where the id is no code), long [size, count].
+        """Ids of the `count` closest codes of every token id (the id itself for other tokens), long [size, count].
 
-        codebooks float [Q, K, D]: distances between the code vectors of a layer.
+        codebooks float [Q, K, D]: distances are those between the code vectors of a layer.
         """
         count = min(count, self.encoding.codebook_size - 1)
         ids = torch.arange(self.size)[:, None].repeat(1, count)
@@ -133,15 +133,15 @@ class AudioVocabulary:
             )
 
     def save(self, folder: str | Path) -> None:
-        """Write audio_vocabulary.json beside the model's weights."""
+        """Write audio_vocabulary.json into the model's folder."""
         write_json(Path(folder) / FILE, asdict(self))
 
     @staticmethod
     def load(folder: str | Path) -> "AudioVocabulary":
-        """Read audio_vocabulary.json. Raises VocabularyError when the folder has none."""
+        """Read audio_vocabulary.json. Raises VocabularyError if the folder has none."""
         file = Path(folder) / FILE
         if not file.is_file():
-            raise VocabularyError(f"{folder} has no {FILE}: it is not a model whose vocabulary was extended with audio")
+            raise VocabularyError(f"{folder} has no {FILE}: it is not a model with an audio vocabulary")
         values = json.loads(file.read_text(encoding="utf-8"))
         return AudioVocabulary(**{**values, "encoding": Encoding(**values["encoding"])})
 
@@ -151,7 +151,7 @@ def _describe(speech: Speech) -> str:
 
 
 def text_token_ids(text_tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of plain texts. A transcript that contains "<|audio_5|>" stays text: it cannot smuggle audio in."""
+    """Ids of plain texts. A transcript that contains "<|audio_5|>" stays text and never becomes audio."""
     if not texts:
         return []
     return text_tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -1,4 +1,4 @@
-"""What a language model learns from: a corpus and an audio tokenizer come in, packed batches of examples go out.
+"""Training data of a language model: from a corpus and an audio tokenizer to packed batches of examples.
 
-Encoded speech lies in Parquet shards on the way, so that audio is encoded once.
+Encoded speech is stored in Parquet shards, so that audio is encoded only once.
 """

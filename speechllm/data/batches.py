@@ -1,4 +1,4 @@
-"""The order in which training reads its examples."""
+"""The order in which training reads examples."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -7,11 +7,11 @@ import numpy as np
 
 
 def grouped_batches(lengths: Sequence[float], batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Batches of indices for one epoch: random, but of similar lengths within a batch, so that little is padding.
+    """Batches of indices for one epoch: random, but with similar lengths within a batch, to keep padding low.
 
-    Shuffles, sorts within windows of 50 batches, shuffles the batches. Batches are full: a remainder, another one in
-    every epoch, is skipped (unless it is all there is). A pure function of its arguments, so that a resumed run
-    finds its place again.
+    Shuffles, sorts within windows of 50 batches, then shuffles the batches. Batches are full: the remainder, which
+    differs between epochs, is skipped (unless it is all there is). A pure function of its arguments, so that a resumed
+    run continues at the same place.
     """
     generator = np.random.default_rng((seed, epoch))
     order = generator.permutation(len(lengths))
@@ -23,7 +23,7 @@ def grouped_batches(lengths: Sequence[float], batch_size: int, seed: int, epoch:
 
 
 def endless_batches(lengths: Sequence[float], batch_size: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
-    """`grouped_batches` of one epoch after the other, from batch number `start` on."""
+    """`grouped_batches` of successive epochs, from batch number `start` on."""
     epoch, skipped = divmod(start, max(1, len(lengths) // batch_size))
     while True:
         yield from grouped_batches(lengths, batch_size, seed, epoch)[skipped:]
@@ -31,13 +31,13 @@ def endless_batches(lengths: Sequence[float], batch_size: int, seed: int, start:
 
 
 def token_batches(lengths: Sequence[int], batch_tokens: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
-    """Batches of indices of examples, without end: as many as fit into `batch_tokens`, at least one; from `start` on.
+    """Endless batches of example indices, as many as fit into `batch_tokens` but at least one; from number `start` on.
 
-    The epochs are random orders one after the other, and a batch may take the end of one and the beginning of the
-    next: every example comes equally often. A pure function of its arguments, so that a resumed run finds its place.
+    Each epoch is a random order, and a batch may span the end of one and the beginning of the next, so that every
+    example is used equally often. A pure function of its arguments, so that a resumed run continues at the same place.
     """
     sizes = np.asarray(lengths)
-    most = batch_tokens // int(sizes.min()) + 1  # examples that could matter for one batch
+    most = batch_tokens // int(sizes.min()) + 1  # examples that one batch can hold, and one more
     order, epoch = np.empty(0, dtype=np.int64), 0
     for number in itertools.count():
         while len(order) <= most:

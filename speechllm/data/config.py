@@ -1,17 +1,17 @@
-"""Settings of the training data. Free of torch, so that they can be checked before anything heavy is imported."""
+"""Settings of the training data, without torch, so that they can be checked before heavy imports."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """What is drawn anew at every step; nothing by default. Labels keep what was said."""
+    """Random changes, drawn anew at every step; off by default. Labels stay unchanged."""
 
-    tempo: float = 0.0  # each utterance up to this share longer or shorter: frames repeated or skipped, evenly
-    substitute: float = 0.0  # share of codes replaced by close ones, against dependence on voices
-    mask: float = 0.0  # share of the codes and of the transcript's tokens hidden from the model
-    spans: int = 0  # stretches of audio hidden in each utterance
-    span: float = 0.05  # longest of them, as share of the utterance
+    tempo: float = 0.0  # each utterance up to this share longer or shorter: frames evenly repeated or dropped
+    substitute: float = 0.0  # share of codes replaced by close ones, so that voices matter less
+    mask: float = 0.0  # share of the codes and of the transcript's tokens that are masked
+    spans: int = 0  # spans of audio masked in each utterance
+    span: float = 0.05  # maximum length of a span, as a share of the utterance
 
     def __post_init__(self) -> None:
         shares = ("tempo", "substitute", "mask", "span")

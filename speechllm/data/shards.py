@@ -20,7 +20,7 @@ from torch import Tensor
 from speechllm.encoding import DataError, Encoding, Speech
 from speechllm.evaluation.normalizers import NORMALIZERS
 from tokenizer.audio import AudioError, load_audio
-from tokenizer.corpus import Utterance, skipped_row
+from tokenizer.corpus import Utterance, skipped_row, spread
 from tokenizer.files import read_json, write_json
 from tokenizer.interface import AudioTokenizer
 
@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
         ("duration_s", pa.float32()),
     ]
 )
-SPEECH = {  # the column beside them, by kind of encoding
+SPEECH = {  # the column with the speech, by kind of encoding
     "codes": pa.field("codes", pa.list_(pa.uint16())),  # [layers, frames], one layer after the other
     "features": pa.field("features", pa.list_(pa.float16())),  # [frames, width], one frame after the other
     "text": pa.field("recognized", pa.string()),
@@ -51,12 +51,12 @@ def encode_shards(
     processes: int = 1,
     normalizer: str = "none",
 ) -> Iterator[int]:
-    """Encode utterances into Parquet shards; yields the number of utterances done after each shard.
+    """Encode utterances into Parquet shards; yields each shard's number of utterances when it is done.
 
-    Each process writes every `processes`-th shard, whole; shards that are there already are kept, so that a killed
-    run loses one shard at most. Recordings that cannot be used are skipped and counted by reason in the shard.
-    normalizer: what the texts go through, a name that `word_error_rate` knows.
-    Raises DataError when the folder holds codes made with other settings.
+    Each process writes every `processes`-th shard; existing shards are kept, so that a killed run loses at most one
+    shard per process. Unusable recordings are skipped and recorded in the shard with the reason.
+    normalizer: of the texts, a name that `word_error_rate` knows.
+    Raises DataError if the folder holds codes made with other settings.
     """
     folder = Path(folder)
     encoding = Encoding.of(codec, layers)
@@ -95,7 +95,7 @@ def _write_shard(
     normalizer: str,
 ) -> None:
     rows, skipped, seconds = [], [], 0.0
-    # processor time, which other programs on the cores do not lengthen; on a GPU the clock on the wall
+    # processor time on a CPU, which does not depend on other programs; wall-clock time on a GPU
     clock = time.process_time if codec.device.type == "cpu" else time.perf_counter
     for utterance in utterances:
         try:
@@ -129,7 +129,7 @@ def _write_shard(
 
 
 def _stored(speech: Speech) -> str | np.ndarray:
-    """One utterance as its column holds it."""
+    """One utterance as stored in its column."""
     if isinstance(speech, str):
         return speech
     values = speech.flatten().numpy()
@@ -137,15 +137,15 @@ def _stored(speech: Speech) -> str | np.ndarray:
 
 
 def skipped_of_shards(folder: str | Path) -> list[dict[str, str]]:
-    """The recordings that could not be encoded, a `skipped_row` each."""
+    """The recordings that could not be encoded, one `skipped_row` each."""
     notes = (pq.read_schema(file).metadata for file in _shards(folder))
     return [row for note in notes for row in json.loads(note[b"skipped"])]
 
 
 def summarize_shards(folder: str | Path) -> dict[str, object]:
-    """Counts over all shards of a folder: utterances, hours, recordings skipped by reason, normaliser.
+    """Totals over all shards of a folder: utterances, hours, skipped recordings by reason, normaliser.
 
-    real_time_factor: seconds of encoding per second of speech: of processor time, or of one GPU's.
+    real_time_factor: seconds of encoding per second of speech, in processor time or in time of one GPU.
     """
     files = _shards(folder)
     notes = [pq.read_schema(file).metadata for file in files]
@@ -162,16 +162,16 @@ def summarize_shards(folder: str | Path) -> dict[str, object]:
 
 
 def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple[Dataset, Encoding]:
-    """Encoded utterances of the named splits (all when None) and how they were made.
+    """Encoded utterances of the named splits (all when None) and their encoding.
 
     Columns: id, split, speaker, text, duration_s, and the speech (`SPEECH`), which `speech_of` reads. Raises DataError
-    when there are no shards or not all of them yet, shards of several codecs, or a named split is missing.
+    if shards are missing or come from several codecs, or if a named split does not exist.
     """
     files = _shards(folder)
     if asked := read_json(Path(folder) / "request.json").get("utterances"):
         there = sum(pq.read_metadata(file).num_rows for file in files) + len(skipped_of_shards(folder))
         if there < asked:
-            raise DataError(f"{folder} holds {there} of {asked} utterances: run encode_speech again, it goes on")
+            raise DataError(f"{folder} holds {there} of {asked} utterances: run encode_speech again to finish it")
     encodings = {pq.read_schema(file).metadata[b"encoding"] for file in files}
     if len(encodings) > 1:
         raise DataError(f"{folder} mixes codes of {len(encodings)} codecs: encode into an empty folder")
@@ -184,8 +184,14 @@ def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple
     return Dataset(table), Encoding(**json.loads(encodings.pop()))
 
 
+def transcribed(speech: Dataset, limit: int | None = None) -> Dataset:
+    """The utterances with a transcript, at most `limit` of them, evenly chosen; all when None."""
+    speech = speech.filter(bool, input_columns="text")
+    return speech.select(spread(range(len(speech)), limit))
+
+
 def codes_of(row: dict[str, Any], encoding: Encoding) -> Tensor:
-    """The codes of one row, long [layers, frames]. Raises DataError for speech that was encoded otherwise."""
+    """The codes of one row, long [layers, frames]. Raises DataError for speech that was not encoded as codes."""
     if encoding.kind != "codes":
         raise DataError(
             f"expected codes, but this speech was encoded as {encoding.kind}: use an audio tokenizer with codebooks"
@@ -212,6 +218,6 @@ def _shards(folder: str | Path) -> list[Path]:
 
 
 def identity(utterances: Sequence[Utterance]) -> str:
-    """Short identity of a list of utterances: who says what, and in which split."""
+    """Short fingerprint of a list of utterances: their ids, splits, speakers and texts."""
     rows = [[one.id, one.split, one.speaker, one.text] for one in utterances]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]

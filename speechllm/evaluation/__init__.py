@@ -1,4 +1,4 @@
-"""How good texts and systems are: references and hypotheses come in, rates with intervals and tables go out.
+"""Evaluation: from references and hypotheses to error rates with intervals, and tables that compare systems.
 
-Knows no model and draws no page.
+Imports no model and writes no page.
 """

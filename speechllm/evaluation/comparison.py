@@ -1,6 +1,6 @@
-"""A comparison of tokenizers: the paper's tables, costs, and which system serves which need.
+"""Tables that compare tokenizers: the paper's tables, costs, and the best system for each purpose.
 
-Results are dicts as recipes/compare.py collects them, one per system; whatever was not measured is a dash.
+Results are dicts as collected by recipes/compare.py, one per system; whatever was not measured is a dash.
 """
 
 import math
@@ -13,7 +13,7 @@ from speechllm.evaluation.error_rates import seeds_error_rate
 from speechllm.evaluation.guidance import guidance
 from speechllm.evaluation.tables import DASH, Measure, Result, Results, Table, cell, plain
 
-QUALITY = {  # measures of eval_codec: label and form
+QUALITY = {  # measures of eval_codec: label and format
     "pesq_wb": ("PESQ-WB", ".3f"),
     "pesq_nb": ("PESQ-NB", ".3f"),
     "stoi": ("STOI", ".3f"),
@@ -31,7 +31,7 @@ CONVERSION = {  # those of eval_conversion
 
 
 def comparison_tables(results: Results) -> list[Table]:
-    """The tables for whatever was measured, guidance first."""
+    """The tables with something measured, the guidance first."""
     makers = (guidance, quality_table, conversion_table, emotion_table, recognition_table, content_table, cost_table)
     return [table for table in (make(results) for make in makers) if table.rows]
 
@@ -42,26 +42,27 @@ def comparison_markdown(results: Results) -> str:
 
 
 def pool_recognition(results: Mapping[int, Result], predictions: Mapping[int, list[Result]]) -> dict[str, Any]:
-    """Evaluations of eval_asr by seed, as one: "mean" and "ci95" of the WER, see `seeds_error_rate`; WER by seed.
+    """Pooled evaluations of eval_asr, given by seed: "mean" and "ci95" of the WER (`seeds_error_rate`), WER by seed.
 
-    predictions: of the same utterances in the same order. Seeds without a result do not count.
+    predictions: of the same utterances in the same order. Seeds without a result are ignored.
     """
     done = {seed: found for seed, found in results.items() if found}
     if not done:
         return {}
     rows = [predictions[seed] for seed in done]
-    references, heard = [row["reference"] for row in rows[0]], [[row["hypothesis"] for row in one] for one in rows]
+    references = [row["reference"] for row in rows[0]]
+    hypotheses = [[row["hypothesis"] for row in one] for one in rows]
     first = next(iter(done.values()))
     kept = {key: first[key] for key in ("tokens_per_second", "words", "utterances", "normalizer")}
     for rate in ("cer", "wer_shuffled_audio", "wer_recognizer"):
         if all(rate in found for found in done.values()):
             kept[rate] = float(np.mean([found[rate] for found in done.values()]))
     seeds = {str(seed): found["wer"] for seed, found in done.items()}
-    return {**seeds_error_rate(references, heard, first["normalizer"]), **kept, "seeds": seeds}
+    return {**seeds_error_rate(references, hypotheses, first["normalizer"]), **kept, "seeds": seeds}
 
 
 def pool_emotion(results: Mapping[int, Result]) -> dict[str, Any]:
-    """Results of train_emotion by seed, as one: the mean accuracy, and the lowest and highest bound over actors."""
+    """Pooled results of train_emotion, given by seed: the mean accuracy, the lowest and highest bound over actors."""
     done = {seed: found for seed, found in results.items() if found}
     if not done:
         return {}
@@ -72,14 +73,14 @@ def pool_emotion(results: Mapping[int, Result]) -> dict[str, Any]:
 
 
 def bits(encoding: Mapping[str, Any], tokens_per_second: float | None) -> float | None:
-    """kbit/s of so many tokens/s; None for what is not made of codes."""
+    """Bitrate in kbit/s of a token rate; None for speech that is not encoded as codes."""
     if tokens_per_second is None or encoding.get("kind", "codes") != "codes" or not encoding.get("codebook_size"):
         return None
     return tokens_per_second * math.log2(encoding["codebook_size"]) / 1000
 
 
 def owners(results: Results) -> dict[str, Result]:
-    """The systems with a tokenizer of their own."""
+    """The systems that have their own tokenizer."""
     return {name: result for name, result in results.items() if not result.get("like")}
 
 
@@ -93,7 +94,7 @@ def quality_table(results: Results) -> Table:
 
     measured = {name: result["quality"] for name, result in results.items() if result.get("quality")}
     bound = next((quality["original"] for quality in measured.values() if quality.get("original")), None)
-    rows = [row("the original itself", DASH, bound)] if bound else []
+    rows = [row("original recording", DASH, bound)] if bound else []
     for name in owners(results) if measured else ():
         codebooks = measured.get(name, {}).get("codebooks", {})
         rows += [row(name, count, found) for count, found in codebooks.items()] or [row(name, DASH, {})]
@@ -104,7 +105,7 @@ def quality_table(results: Results) -> Table:
 
 
 def conversion_table(results: Results) -> Table:
-    """Voice conversion by method, between its bounds (the paper's Table 2)."""
+    """Voice conversion by method, with bounds from real recordings (the paper's Table 2)."""
     measured = {name: result["conversion"]["methods"] for name, result in results.items() if result.get("conversion")}
     rows, bounds = [], set()
     for name in owners(results) if measured else ():
@@ -120,12 +121,12 @@ def conversion_table(results: Results) -> Table:
             rows.append(["any" if bound else name, method, *cells, plain(found.get("pairs"))])
     rows.sort(key=lambda row: row[0] != "any")  # the bounds first
     head = ["system", "method", *(label for label, _ in CONVERSION.values()), "pairs"]
-    note = "In brackets: the pairs that a measure is over, where some have none."
+    note = "In brackets: the number of pairs behind a measure that some pairs lack."
     return Table("Table 2: voice conversion", head, rows, note if any("[" in "".join(row) for row in rows) else "")
 
 
 def _over_pairs(measure: Measure | None, pairs: int, form: str) -> str:
-    """A cell that tells where fewer pairs than all have the measure."""
+    """A cell, with the number of pairs if not all pairs have the measure."""
     return cell(measure, form) + (f" [{measure['pairs']}]" if measure and measure["pairs"] < pairs else "")
 
 
@@ -139,12 +140,12 @@ def emotion_table(results: Results) -> Table:
         controls = [plain(found.get(key), ".1%") for key in ("accuracy_shuffled_labels", "chance")]
         rows.append([name, cell(found, ".1%"), seeds, *controls, plain(found.get("utterances"))])
     head = ["system", "accuracy", "by seed", "with shuffled labels", "chance", "utterances"]
-    note = "Intervals draw actors. With several seeds: their mean, and the lowest and the highest bound of all."
+    note = "Intervals resample actors. With several seeds: the mean, and the lowest and highest bound."
     return Table("Table 3: emotion recognition", head, rows, note)
 
 
 def recognition_table(results: Results) -> Table:
-    """Recognition by a language model that reads the tokens (the paper's Table 4)."""
+    """Speech recognition by a language model that reads the tokens (the paper's Table 4)."""
     rows = []
     for name, result in results.items() if any(result.get("asr") for result in results.values()) else ():
         found = result.get("asr", {})
@@ -158,9 +159,9 @@ def recognition_table(results: Results) -> Table:
         rows.append([name, *rates, cell(found, ".1%"), by_seed, spread, cer, control, alone, words])
     head = ["system", "tokens/s", "kbps", "WER", "by seed", "standard deviation of seeds", "CER"]
     note = (
-        "The WER of several seeds is their mean. Its 95 % interval is that of 1,000 samples that draw seeds and test "
-        "utterances with replacement; of few seeds it shows too little, so each stands beside it. Bitrates are those "
-        "of codes; features and texts have none."
+        "The WER of several seeds is their mean. Its 95 % interval comes from 1,000 bootstrap samples of seeds and "
+        "test utterances; with few seeds it is too narrow, so the WER of each seed is given, too. Only codes have a "
+        "bitrate, features and texts have none."
     )
     head = [*head, "WER with another utterance's audio", "WER of the recogniser alone", "words"]
     return Table("Table 4: speech recognition", head, rows, note)
@@ -172,7 +173,7 @@ def kbps(result: Result) -> float | None:
 
 
 def content_table(results: Results) -> Table:
-    """What layers 0 and 1 hold."""
+    """Content and voice in layers 0 and 1."""
     measured = {name: result["content"] for name, result in results.items() if result.get("content")}
     rows = []
     for name in owners(results) if measured else ():
@@ -187,14 +188,14 @@ def content_table(results: Results) -> Table:
 
 
 def _content(content: Mapping[str, Any], units: str) -> list[str]:
-    """What the units say about phones, and what a probe reads from them."""
+    """Phone information in the units, and error rates of a probe on them."""
     probe = content.get("probe", {}).get(units, {})
     pnmi = plain(content.get("content", {}).get(units, {}).get("pnmi"), ".2f")
     return [pnmi, *(plain(probe.get(rate), ".1%") for rate in ("cer", "wer"))]
 
 
 def cost_table(results: Results) -> Table:
-    """What each system costs."""
+    """Size, bitrate and time of each system."""
     rows = []
     for name, result in results.items():
         encoding, minutes = result.get("encoding", {}), result.get("minutes", {})
@@ -211,6 +212,6 @@ def cost_table(results: Results) -> Table:
         ]
         rows.append([name, *made, plain(result.get("rtf"), ".4f"), *taken])
     head = ["system", "kind", "tokenizer, M parameters", "tokens/s", "kbps", "encoding, s per s of speech"]
-    head += ["training, min: tokenizer", "recogniser, a seed", "emotions, a seed"]
+    head += ["training, min: tokenizer", "recogniser, per seed", "emotions, per seed"]
     rows = rows if any(set(row[1:]) != {DASH} for row in rows) else []
-    return Table("Cost", head, rows, "Minutes on the wall of this machine, where trainings may have shared its cores.")
+    return Table("Cost", head, rows, "Minutes of wall-clock time on this machine; trainings may have shared its cores.")

@@ -1,4 +1,4 @@
-"""Word error rate people can trust: counts, a confidence interval, and the normaliser's name beside the number."""
+"""Error rates with counts, a confidence interval and the name of the normaliser."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ BOOTSTRAP_SAMPLES = 1000
 
 @dataclass(frozen=True)
 class WordErrorRate:
-    """wer as a fraction; ci95 its 95 % bootstrap interval over utterances; counts; the normaliser's name."""
+    """wer: as a fraction; ci95: its 95 % bootstrap interval over utterances; counts; the normaliser's name."""
 
     wer: float
     ci95: tuple[float, float]
@@ -34,9 +34,9 @@ class WordErrorRate:
 
 @dataclass(frozen=True)
 class PairedBootstrap:
-    """difference: WER of b minus WER of a, as a fraction, below 0 where b is better; ci95: its 95 % interval.
+    """difference: WER of b minus WER of a, as a fraction, negative if b is better; ci95: its 95 % interval.
 
-    improvement: share of the samples in which b errs less; p_value: two-sided, of no difference.
+    improvement: share of the samples in which b makes fewer errors; p_value: two-sided, for no difference.
     """
 
     difference: float
@@ -58,7 +58,7 @@ class PairedBootstrap:
 def word_error_rate(
     references: Sequence[str], hypotheses: Sequence[str], normalizer: str = "librispeech", seed: int = 0
 ) -> WordErrorRate:
-    """Score hypotheses against references, both one text per utterance, in the same order.
+    """Score hypotheses against references, one text per utterance each, in the same order.
 
     The interval resamples utterances with replacement (1,000 times, seeded) and scores each sample as a whole.
     Raises ValueError for lists of different lengths, an unknown normaliser, or references without a single word.
@@ -81,7 +81,7 @@ def word_error_rate(
 def character_error_rate(
     references: Sequence[str], hypotheses: Sequence[str], normalizer: str = "librispeech"
 ) -> float:
-    """Errors per character of the references, the space between two words being one; else as `word_error_rate`."""
+    """Errors per character of the references, including the spaces between words; otherwise as `word_error_rate`."""
     normalize = find_normalizer(normalizer)
 
     def spell(text: str) -> str:
@@ -93,7 +93,7 @@ def character_error_rate(
 def speaker_error_rates(
     references: Sequence[str], hypotheses: Sequence[str], speakers: Sequence[str], normalizer: str = "librispeech"
 ) -> dict[str, dict[str, float | int | None]]:
-    """wer (None without reference words), words and utterances of every speaker; errors as in `word_error_rate`."""
+    """By speaker: wer (None without reference words), words, utterances. Raises ValueError as `word_error_rate`."""
     counts = _error_counts(references, hypotheses, normalizer)
     rates: dict[str, dict[str, float | int | None]] = {}
     for speaker in sorted(set(speakers)):
@@ -111,7 +111,7 @@ def paired_bootstrap(
     normalizer: str = "librispeech",
     seed: int = 0,
 ) -> PairedBootstrap:
-    """Whether b errs less than a on the same utterances, or the sample decides (Bisani & Ney 2004).
+    """Whether b makes fewer errors than a on the same utterances beyond chance (Bisani & Ney 2004).
 
     Both are scored on the same 1,000 samples of utterances. Raises ValueError as `word_error_rate` does.
     """
@@ -124,7 +124,7 @@ def paired_bootstrap(
         float(more.sum() / words.sum()),
         (float(low), float(high)),
         float((differences < 0).mean()),
-        min(1.0, 2 * (rarer + 1) / (BOOTSTRAP_SAMPLES + 1)),  # never 0: so many samples cannot show it
+        min(1.0, 2 * (rarer + 1) / (BOOTSTRAP_SAMPLES + 1)),  # never 0, which a finite number of samples cannot show
         len(words),
         normalizer,
     )
@@ -135,9 +135,9 @@ def seeds_error_rate(
 ) -> dict[str, float | list[float]]:
     """ "mean": the mean WER of several trainings on the same utterances; "ci95": its 95 % bootstrap interval.
 
-    hypotheses: one list of texts per training. Each of the 1,000 samples draws trainings as well as utterances with
-    replacement; of one training it is the interval of `word_error_rate`, of few it is too narrow. Raises ValueError as
-    `word_error_rate` does.
+    hypotheses: one list of texts per training. Each of the 1,000 samples draws trainings and utterances with
+    replacement; for one training this is the interval of `word_error_rate`, for few it is too narrow. Raises ValueError
+    as `word_error_rate` does.
     """
     counts = np.stack([_error_counts(references, texts, normalizer) for texts in hypotheses])
     errors, words = counts[:, :, :3].sum(2), counts[0, :, 3]
@@ -152,31 +152,55 @@ def seeds_error_rate(
 
 
 def mean_and_interval(values: Sequence[float], seed: int = 0) -> dict[str, float | list[float]]:
-    """ "mean" and its 95 % bootstrap interval "ci95", over utterances drawn as in `word_error_rate`."""
+    """ "mean" and its 95 % bootstrap interval "ci95", resampled as in `word_error_rate`."""
     array = np.array(values)
     means = _resampled_rates(array, np.ones(len(array)), seed)
     return {"mean": float(array.mean()), "ci95": np.quantile(means, [0.025, 0.975]).tolist()}
 
 
+def shuffled_audio_verdict(ci95: Sequence[float] | None, control_ci95: Sequence[float] | None) -> str:
+    """What the shuffled-audio control shows, in a sentence.
+
+    ci95, control_ci95: 95 % intervals of the WER and of the control, the WER with another utterance's audio; None if
+    not measured. Only a control whose whole interval lies above the WER's shows that the model uses the audio.
+    """
+    if not ci95 or not control_ci95:
+        return (
+            "Nothing here shows that the model uses the audio: the WER with another utterance's audio and its interval "
+            "were not measured."
+        )
+    if control_ci95[0] > ci95[1]:
+        return (
+            "The model uses the audio: with another utterance's audio the WER is higher, and the 95 % intervals do not "
+            "overlap."
+        )
+    return (
+        "Nothing here shows that the model uses the audio: the 95 % interval of the WER with another utterance's audio "
+        "does not lie above that of the WER."
+    )
+
+
 def _error_counts(references: Sequence[str], hypotheses: Sequence[str], normalizer: str) -> np.ndarray:
     """int [utterances, 4]: substitutions, deletions, insertions and reference words, after the normaliser."""
     if len(references) != len(hypotheses):
-        raise ValueError(f"{len(references)} references but {len(hypotheses)} hypotheses: they must match one to one")
+        raise ValueError(
+            f"{len(references)} references but {len(hypotheses)} hypotheses: there must be one hypothesis per reference"
+        )
     normalize = find_normalizer(normalizer)
     counts = [_count_errors(*map(normalize, pair)) for pair in zip(references, hypotheses, strict=True)]
     if not sum(words for *_, words in counts):
-        raise ValueError("the references hold no words: there is nothing to score")
+        raise ValueError("the references contain no words: there is nothing to score")
     return np.array(counts)
 
 
 def _resampled_rates(errors: np.ndarray, words: np.ndarray, seed: int) -> np.ndarray:
-    """Errors per word, float [1,000], of samples drawn with replacement; errors, words: int [utterances]."""
+    """Errors per word, float [1,000], in samples drawn with replacement; errors, words: int [utterances]."""
     draws = np.random.default_rng(seed).integers(0, len(words), (BOOTSTRAP_SAMPLES, len(words)))
     return errors[draws].sum(1) / np.maximum(words[draws].sum(1), 1)
 
 
 def _count_errors(reference: str, hypothesis: str) -> tuple[int, int, int, int]:
-    """Substitutions, deletions, insertions, reference words of one utterance."""
+    """Substitutions, deletions, insertions and reference words of one utterance."""
     reference, hypothesis = " ".join(reference.split()), " ".join(hypothesis.split())
     if not reference.split():
         return 0, 0, len(hypothesis.split()), 0

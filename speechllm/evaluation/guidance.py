@@ -1,4 +1,4 @@
-"""Which system for which need: read off what was measured, and no further than the measurement goes."""
+"""The best system for each purpose, as far as the measurements can tell."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -10,13 +10,13 @@ from speechllm.evaluation.tables import DASH, Measure, Result, Results, Table, c
 
 @dataclass(frozen=True)
 class Need:
-    """What somebody may want of a tokenizer, and the measure that tells."""
+    """A purpose of a tokenizer, and the measure that decides."""
 
     name: str
     measure: str
-    form: str
-    lower: bool  # is better
-    of: Callable[[Result], Iterator[Measure]]  # the system's settings, each measured
+    form: str  # format of its values
+    lower: bool  # whether a lower value is better
+    of: Callable[[Result], Iterator[Measure]]  # the measures of a system's settings
 
 
 def _row(row: Mapping[str, Any], measure: str, at: str) -> Iterator[Measure]:
@@ -27,13 +27,13 @@ def _row(row: Mapping[str, Any], measure: str, at: str) -> Iterator[Measure]:
 def _codebooks(measure: str) -> Callable[[Result], Iterator[Measure]]:
     def of(result: Result) -> Iterator[Measure]:
         for count, row in result.get("quality", {}).get("codebooks", {}).items():
-            yield from _row(row, measure, f"{count} codebook{'s' * (int(count) > 1)}")
+            yield from _row(row, measure, "1 codebook" if int(count) == 1 else f"{count} codebooks")
 
     return of
 
 
 def _swaps(measure: str, lower: bool) -> Callable[[Result], Iterator[Measure]]:
-    """Swaps, "idle" where they do not beat the unchanged codes: what is blurred comes closer to any voice."""
+    """Swaps of codes, "idle" unless they beat the unchanged codes: blurred speech is closer to any voice."""
 
     def of(result: Result) -> Iterator[Measure]:
         methods = result.get("conversion", {}).get("methods", {})
@@ -65,23 +65,23 @@ def _single(key: str) -> Callable[[Result], Iterator[Measure]]:
 
 
 NEEDS = (
-    Need("understand the words", "WER of the language model", ".1%", True, _task("asr")),
-    Need("speech as good as it gets", "PESQ-WB", ".3f", False, _codebooks("pesq_wb")),
-    Need("keep the voice", "speaker similarity after the codec", ".3f", False, _codebooks("speaker_similarity")),
-    Need("stay intelligible", "WER after the codec", ".1%", True, _codebooks("wer")),
-    Need("another voice: its sound", "MCD (dB)", ".2f", True, _swaps("mcd", True)),
-    Need("another voice: its melody", "pitch correlation", ".3f", False, _swaps("f0_correlation", False)),
-    Need("another voice: its speaker", "speaker similarity", ".3f", False, _swaps("speaker_similarity", False)),
-    Need("keep the emotion", "accuracy", ".1%", False, _task("emotion")),
-    Need("a small tokenizer", "parameters", ",.0f", True, _single("parameters")),
+    Need("speech recognition", "WER of the language model", ".1%", True, _task("asr")),
+    Need("speech quality", "PESQ-WB", ".3f", False, _codebooks("pesq_wb")),
+    Need("voice preservation", "speaker similarity after the codec", ".3f", False, _codebooks("speaker_similarity")),
+    Need("intelligibility", "WER after the codec", ".1%", True, _codebooks("wer")),
+    Need("voice conversion: timbre", "MCD (dB)", ".2f", True, _swaps("mcd", True)),
+    Need("voice conversion: intonation", "pitch correlation", ".3f", False, _swaps("f0_correlation", False)),
+    Need("voice conversion: speaker identity", "speaker similarity", ".3f", False, _swaps("speaker_similarity", False)),
+    Need("emotion recognition", "accuracy", ".1%", False, _task("emotion")),
+    Need("small tokenizer", "parameters", ",.0f", True, _single("parameters")),
     Need("fast encoding", "seconds per second of speech", ".4f", True, _single("rtf")),
 )
 
 
 def guidance(results: Results) -> Table:
-    """Which system for which need: the best of those measured, and whether the measurement can tell it from the next.
+    """The best measured system for each purpose, and whether it is distinguishable from the others.
 
-    Each system counts with its best setting. Two systems whose 95 % intervals overlap are not told apart.
+    Each system counts with its best setting. Systems whose 95 % intervals overlap are not distinguished.
     """
     rows = []
     for need in NEEDS:
@@ -97,17 +97,17 @@ def guidance(results: Results) -> Table:
         values = "; ".join(_named(name, best[name], need.form) for name in equals)
         verdict = winner if len(equals) == 1 else "no clear winner"
         rows.append([need.name, need.measure, verdict, values, _cheapest(need, results, best[winner])])
-    head = ["need", "measure", "best", "its value, and that of all who cannot be told from it", "cheapest of these"]
+    head = ["purpose", "measure", "best", "its value, and those of systems that overlap with it", "cheapest of these"]
     note = (
-        "Every system counts with its best setting; a swap of codes counts only where it beats the unchanged codes "
-        "beyond the intervals. No clear winner: the 95 % intervals overlap, which does not mean "
-        "that the systems are equal; parameters and speed, which have none, are taken as exact to 5 %."
+        "Every system counts with its best setting; a swap of codes counts only if it beats the unchanged codes and "
+        "their intervals do not overlap. No clear winner: the 95 % intervals overlap, which does not mean that the "
+        "systems are equal. Parameters and speed have no intervals and are taken as exact to 5 %."
     )
-    return Table("Which system for which need", head, rows, note)
+    return Table("Best system by purpose", head, rows, note)
 
 
 def overlap(one: Measure, other: Measure) -> bool:
-    """Whether the intervals of two measures share a point; a value without one, a time say, is exact to 5 %."""
+    """Whether the intervals of two measures overlap; a value without one, such as a time, counts as exact to 5 %."""
     (low, high), (from_, to) = (
         measure.get("ci95", [0.95 * measure["mean"], 1.05 * measure["mean"]]) for measure in (one, other)
     )
@@ -124,7 +124,7 @@ def _named(name: str, measure: Measure, form: str) -> str:
 
 
 def _cheapest(need: Need, results: Results, best: Measure) -> str:
-    """Of all settings that cannot be told from the best, the one with the fewest bits, or the fewest tokens."""
+    """Of all settings that overlap with the best one, the one with the lowest bitrate or token rate."""
     settings = [
         (found["cost"], name, found)
         for name, result in results.items()

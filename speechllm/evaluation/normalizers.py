@@ -1,4 +1,4 @@
-"""Text normalisers of word error rates, by the names that stand beside every figure."""
+"""Text normalisers for word error rates, by the names that are reported with every error rate."""
 
 import functools
 import unicodedata
@@ -6,16 +6,16 @@ from collections.abc import Callable
 
 
 def librispeech_normalizer(text: str) -> str:
-    """LibriSpeech's convention, lower case: letters, digits and apostrophes of the transcript, single spaces."""
+    """LibriSpeech's convention in lower case: letters, digits and apostrophes only, separated by single spaces."""
     text = unicodedata.normalize("NFC", text.lower().replace("\u2019", "'"))
     kept = (c if c.isalnum() or c == "'" or unicodedata.category(c)[0] == "M" else " " for c in text)
     return " ".join("".join(kept).split())
 
 
 def whisper_english_normalizer(text: str) -> str:
-    """Whisper's for English (Radford et al. 2022, appendix C): digits, American spelling, contractions written out.
+    """Whisper's English normaliser (Radford et al. 2022, appendix C): digits, American spelling, full contractions.
 
-    Raises ImportError where whisper-normalizer is not installed.
+    Raises ImportError if whisper-normalizer is not installed.
     """
     return " ".join(_whisper_english()(text).split())
 
@@ -32,7 +32,7 @@ def _whisper_english() -> Callable[[str], str]:
     try:
         from whisper_normalizer.english import EnglishTextNormalizer
     except ImportError as error:
-        raise ImportError(f'{error.name} is needed for whisper_english: pip install "speechllm[eval]"') from error
+        raise ImportError(f'{error.name} is required for whisper_english: pip install "speechllm[eval]"') from error
     return EnglishTextNormalizer()
 
 

@@ -1,4 +1,4 @@
-"""Tables of a comparison, and what stands in their cells."""
+"""Tables of results and the format of their cells."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ from typing import Any
 DASH = "–"  # not measured
 Result = Mapping[str, Any]
 Results = Mapping[str, Result]  # by system
-Measure = Mapping[str, Any]  # "mean"; "ci95", where there is an interval
+Measure = Mapping[str, Any]  # "mean", and "ci95" if there is an interval
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells are text, the first of each row names it; a column without a single value is skipped."""
+    """Cells are text, the first one names its row; columns without any value are dropped."""
 
     title: str
     head: Sequence[str]
@@ -22,7 +22,7 @@ class Table:
     note: str = ""
 
     def filled(self) -> tuple[list[str], list[list[str]]]:
-        """Head and rows with the columns that hold something."""
+        """Head and rows of the columns with at least one value."""
         kept = [i for i in range(len(self.head)) if i == 0 or any(row[i] != DASH for row in self.rows)]
         return [self.head[i] for i in kept], [[row[i] for i in kept] for row in self.rows]
 

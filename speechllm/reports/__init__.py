@@ -1,1 +1,1 @@
-"""Pages to look at: results and logs come in, self-contained HTML, plots and sounds go out."""
+"""Reports: self-contained HTML pages of results and logs, with plots and sounds."""

@@ -1,4 +1,4 @@
-"""Recognised words in a report: by speaker, by duration, and word by word in colour."""
+"""Recognised words in a report: error rates by speaker and duration, and alignments in colour."""
 
 from collections.abc import Sequence
 from html import escape
@@ -14,7 +14,7 @@ MARKS = {"equal": "", "substitute": "sub", "delete": "del", "insert": "ins"}
 
 
 def speaker_table(alignments: Sequence[Alignment]) -> str:
-    """HTML: error rate of each speaker, worst first; None where a speaker has no reference words."""
+    """HTML: error rate of each speaker, worst first; speakers without reference words have none."""
     rates = []
     for speaker, members in groupby(sorted(alignments, key=lambda a: a.speaker), key=lambda a: a.speaker):
         group = list(members)
@@ -30,28 +30,28 @@ def speaker_table(alignments: Sequence[Alignment]) -> str:
 
 
 def duration_figure(alignments: Sequence[Alignment]) -> str:
-    """HTML: error rate against the duration of the utterances whose duration is known."""
+    """HTML: error rate by duration, of the utterances with a known duration."""
     rows = sorted((a.duration_s, a.errors, a.words) for a in alignments if a.duration_s is not None and a.words)
     return error_rates(*np.array(rows, dtype=float).T) if rows else ""
 
 
 def alignment_list(alignments: Sequence[Alignment]) -> str:
-    """HTML: one utterance below the other."""
+    """HTML: a list of aligned utterances."""
     legend = (
-        '<p class="muted legend"><span class="word substitute">sub</span> another word, <span class="word '
-        'delete">del</span> word missed, <span class="word insert">ins</span> word added</p>'
+        '<p class="muted legend"><span class="word substitute">sub</span> substituted, <span class="word '
+        'delete">del</span> deleted, <span class="word insert">ins</span> inserted word</p>'
     )
     return legend + "".join(map(_alignment, alignments)) if alignments else ""
 
 
 def _alignment(alignment: Alignment) -> str:
-    """The reference above the recognised words, column by column, with a text mark under every error."""
+    """The reference above the recognised words, column by column, with a label under every error."""
     words = "".join(
-        f'<span class="word {kind}"><span>{escape(said) or "—"}</span><span>{escape(heard) or "—"}</span>'
+        f'<span class="word {kind}"><span>{escape(reference) or "—"}</span><span>{escape(hypothesis) or "—"}</span>'
         f"<small>{MARKS[kind]}</small></span>"
-        for said, heard, kind in alignment.columns
+        for reference, hypothesis, kind in alignment.columns
     )
-    label = '<span class="word label"><span>said</span><span>heard</span></span>'
+    label = '<span class="word label"><span>reference</span><span>recognised</span></span>'
     name = f"{escape(alignment.id)}, speaker {escape(alignment.speaker)}"
     head = f"{name}, words: {alignment.words}, errors: {alignment.errors}"
     body = f'<div class="said">{label}<div class="words">{words}</div></div>'

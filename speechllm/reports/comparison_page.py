@@ -1,32 +1,27 @@
-"""The page of a comparison of tokenizers: tables and pictures."""
+"""The page of a comparison of tokenizers: tables and plots."""
 
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from speechllm.evaluation.comparison import comparison_tables, kbps
-from speechllm.evaluation.tables import Results, Table
+from speechllm.evaluation.tables import Results
 from speechllm.reports import html
 from speechllm.reports.plots import against_bitrate, by_system
 
 
-def write_comparison(path: str | Path, *, title: str, results: Results, versions: Mapping[str, str]) -> None:
-    """Write the page with tables and pictures in one step."""
-    sections = {table.title: _table(table) for table in comparison_tables(results)}
+def write_comparison(path: str | Path, *, title: str, results: Results, provenance: Mapping[str, Any]) -> None:
+    """Write the page with tables and plots. provenance: how the comparison was made, see `provenance`."""
+    sections = {table.title: html.result_table(table) for table in comparison_tables(results)}
     if curve := _quality_by_bitrate(results):
         sections["Table 1: speech quality"] += curve
     if curve := _errors(results):
         sections["Table 4: speech recognition"] += curve
-    sections["Versions"] = html.table((escape(name), escape(version)) for name, version in versions.items())
+    sections |= html.provenance_sections(provenance)
     html.write_page(path, title, f"<p>{escape(', '.join(results))}, under identical conditions.</p>", sections)
-
-
-def _table(table: Table) -> str:
-    head, rows = table.filled()
-    body = html.table([[escape(cell) for cell in row] for row in rows], [escape(name) for name in head])
-    return body + (f"<p>{escape(table.note)}</p>" if table.note else "")
 
 
 def _quality_by_bitrate(results: Results) -> str:
@@ -39,7 +34,7 @@ def _quality_by_bitrate(results: Results) -> str:
 
 
 def _errors(results: Results) -> str:
-    """Word error rates by system, and by bitrate where systems differ in it."""
+    """Word error rates by system, and by bitrate if systems differ in it."""
     measured = {
         name: [100 * rate for rate in (found["mean"], *found["ci95"])]
         for name, result in results.items()

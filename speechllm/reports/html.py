@@ -1,4 +1,4 @@
-"""Building blocks of a report: the page, one file with everything inside, and its tables, tiles and numbers as HTML."""
+"""Building blocks of reports: self-contained pages, and tables, tiles and numbers as HTML."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from speechllm.evaluation.tables import number
+from speechllm.evaluation.tables import Table, number
 from tokenizer.files import write_text
 
 NOT_RECORDED = '<p class="muted">not recorded</p>'
@@ -23,19 +23,19 @@ PAGE = """<!DOCTYPE html>
 
 
 def write_page(path: str | Path, title: str, lead: str, sections: Mapping[str, str]) -> None:
-    """Write a page in one step; title and section names are text, their contents HTML. An empty section says so."""
+    """Write a page atomically. Title and section names are text, contents are HTML; empty sections are marked."""
     body = lead
     for name, html in sections.items():
         body += f"<section><h2>{escape(name)}</h2>{html or NOT_RECORDED}</section>\n"
     style = resources.files("speechllm.reports").joinpath("report.css").read_text(encoding="utf-8")
     page = PAGE.format(title=escape(title), style=style, body=body)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    # lone surrogates from undecodable input must not cost the whole report
+    # lone surrogates of undecodable input must not make the report fail
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
 
 
 def text(value: object) -> str:
-    """A value as HTML: four significant digits, grouped thousands, lists joined."""
+    """A value as HTML: four significant digits, thousands separators, joined lists."""
     if isinstance(value, list | tuple | np.ndarray):
         return ", ".join(map(text, value[:12])) + (f", … ({len(value)} values)" if len(value) > 12 else "")
     finite = number(value)
@@ -51,19 +51,19 @@ def percent(value: object) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as HTML, in minutes where there are many."""
+    """A duration as HTML, in seconds or minutes."""
     if seconds is None:
         return "not recorded"
     return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} min"
 
 
 def grid(cells: str, min_width: int) -> str:
-    """HTML elements side by side, as many as fit when each gets `min_width` pixels."""
+    """HTML elements side by side, each at least `min_width` pixels wide."""
     return f'<div class="grid" style="--min:{min_width}px">{cells}</div>' if cells else ""
 
 
 def tiles(rows: Iterable[tuple[str, str, str]]) -> str:
-    """A box for each figure: name, value and what it means, all of them HTML."""
+    """One box per figure: name, value and explanation, all of them HTML."""
     boxes = (
         f'<div class="tile"><span>{name}</span><b>{value}</b><span>{note}</span></div>' for name, value, note in rows
     )
@@ -71,24 +71,49 @@ def tiles(rows: Iterable[tuple[str, str, str]]) -> str:
 
 
 def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
-    """A table of cells that are already HTML; the first cell of a row names it."""
+    """A table of HTML cells; the first cell of a row names it."""
     body = "".join(f'<tr><th scope="row">{r[0]}</th>{"".join(f"<td>{c}</td>" for c in r[1:])}</tr>' for r in rows)
     top = f"<thead><tr>{''.join(f'<th>{h}</th>' for h in head)}</tr></thead>" if head else ""
     return f'<div class="scroll"><table>{top}<tbody>{body}</tbody></table></div>' if body else ""
 
 
+def result_table(results: Table) -> str:
+    """A table of results and its note as HTML."""
+    head, rows = results.filled()
+    body = table([[escape(cell) for cell in row] for row in rows], [escape(name) for name in head])
+    return body + (f"<p>{escape(results.note)}</p>" if results.note else "")
+
+
+def provenance_sections(results: Mapping[str, Any]) -> dict[str, str]:
+    """Sections with configuration, command and duration, and with versions; results: with the keys of `provenance`."""
+    made = []
+    if "command" in results:
+        made.append(("command", f"<code>{escape(results['command'])}</code>"))
+    if "seconds" in results:
+        made.append(("duration", duration(results["seconds"])))
+    named = {**(results.get("versions") or {}), "codec fingerprint": results.get("codec_fingerprint")}
+    return {
+        "Configuration": table(made) + tables(results.get("config", {})),
+        "Versions": table((escape(str(name)), text(value)) for name, value in named.items() if value is not None),
+    }
+
+
 def bar(value: float | None, largest: float) -> str:
-    """A bar for a table cell, full where the value is the largest."""
+    """A bar for a table cell, at full width for the largest value."""
     return f'<div class="bar" style="width:{100 * (value or 0) / (largest or 1):.1f}%"></div>'
 
 
 def tables(values: Mapping[str, Any]) -> str:
-    """Whatever a results file holds, as tables side by side."""
+    """The content of a results file as tables side by side."""
     return grid(_tables("", values), 400)
 
 
 def _tables(name: str, values: Mapping[str, Any]) -> str:
-    """One table for the scalars; dicts of scalars inside a named dict become its rows, other dicts their own tables."""
+    """One table for the scalars; dicts of scalars inside a named dict become its rows, other dicts their own tables.
+
+    A list of dicts counts as a dict with their numbers, from 1 on, as keys.
+    """
+    values = {key: _numbered(value) for key, value in values.items()}
     inner = {str(k): v for k, v in values.items() if isinstance(v, Mapping) and v}
     html = table((escape(str(k)), text(v)) for k, v in values.items() if not isinstance(v, Mapping))
     wide = ""
@@ -100,3 +125,9 @@ def _tables(name: str, values: Mapping[str, Any]) -> str:
         inner = {}
     own = f"<div{wide}><h3>{escape(name or 'General')}</h3>{html}</div>" if html else ""
     return own + "".join(_tables(f"{name} / {k}" if name else k, v) for k, v in inner.items())
+
+
+def _numbered(value: Any) -> Any:
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        return {str(number): item for number, item in enumerate(value, 1)}
+    return value

@@ -1,6 +1,6 @@
-"""The reports, one self-contained HTML page each.
+"""The reports, each one self-contained HTML page written atomically.
 
-On a training, a tokenizer's training, a recogniser's evaluation, emotion recognition and the demo.
+Of trainings, of evaluations, and of the demo.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,27 +11,39 @@ from typing import Any
 import numpy as np
 
 from speechllm.evaluation.alignment import Alignment, align
+from speechllm.evaluation.error_rates import shuffled_audio_verdict
 from speechllm.evaluation.normalizers import NORMALIZERS
-from speechllm.evaluation.tables import number
+from speechllm.evaluation.tables import Table, number
 from speechllm.reports.alignments import alignment_list, duration_figure, speaker_table
-from speechllm.reports.html import bar, duration, percent, table, tables, text, tiles, write_page
+from speechllm.reports.html import (
+    bar,
+    duration,
+    percent,
+    provenance_sections,
+    result_table,
+    table,
+    tables,
+    text,
+    tiles,
+    write_page,
+)
 from speechllm.reports.plots import LAYER, code_usage, confusion_matrix, curves
 from speechllm.reports.sounds import Reconstruction, spectrograms_and_players
-from speechllm.runs.machine import versions
-from speechllm.runs.run import read_log
+from speechllm.runs.run import Run, read_log
 from tokenizer.metrics.code_usage import usage_of_counts
 
 ALIGNMENTS_SHOWN = 10
-SHOWN_ELSEWHERE = set(
-    "wer wer_ci95 ci95 cer wer_shuffled_audio utterances tokens_per_second substitutions deletions insertions notes "
-    "seconds_by_stage versions codec_fingerprint codebooks speakers config".split()
+PROVENANCE = set("config command seconds versions codec_fingerprint".split())
+SHOWN_ELSEWHERE = PROVENANCE | set(
+    "wer wer_ci95 ci95 cer wer_shuffled_audio wer_shuffled_audio_ci95 utterances tokens_per_second substitutions "
+    "deletions insertions notes seconds_by_stage codebooks speakers".split()
 )
 INTERVALS = {"over actors": "ci95_actors", "over utterances": "ci95"}
-CODEC_METRICS = {  # the order in which they are shown
+CODEC_METRICS = {  # in the order in which they are shown
     "pesq_wb": ("PESQ, wide-band", "1 to 4.6, higher is better"),
     "stoi": ("STOI", "0 to 1, higher is better"),
     "mel": ("Mel distance", "multi-scale, lower is better"),
-    "semantic_cosine": ("Semantic cosine", "layer 0 with its teacher, at most 1"),
+    "semantic_cosine": ("Semantic cosine", "layer 0 and its teacher, at most 1"),
     "semantic": ("Semantic loss", "layer 0, lower is better"),
     "acoustic": ("Acoustic loss", "layer 1, lower is better"),
 }
@@ -45,23 +57,51 @@ def write_codec_report(
     log: list[dict[str, Any]],
     codebook_counts: Sequence[np.ndarray],
     reconstruction: Reconstruction,
+    provenance: Mapping[str, Any],
 ) -> None:
-    """Write the page of a tokenizer's training in one step.
+    """Write the page of a tokenizer's training.
 
-    metrics: the latest validation, by name as `validate_codec` gives them; counts: int [K] per layer.
+    metrics: of the last validation, named as in `validate_codec`; codebook_counts: int [K] per layer; provenance: how
+    the run was made, see `provenance`.
     """
     sections = {
         "Training": curves(log),
         "Codebook usage": _codebooks(codebook_counts),
         "Reconstruction": spectrograms_and_players(reconstruction),
+        **provenance_sections(provenance),
     }
     write_page(path, title, _codec_tiles(metrics), sections)
 
 
-def write_training_report(run: str | Path, summary: Mapping[str, Any]) -> None:
-    """Write RUN/report.html, the page of a training, in one step: what came out, and the curves of its log."""
-    sections = {"Training": curves(read_log(run)), "Versions": _versions({"versions": versions()})}
-    write_page(Path(run) / "report.html", str(run), tables(summary), sections)
+def write_training_report(run: Run, summary: Mapping[str, Any]) -> None:
+    """Write RUN/report.html, the page of a training with its summary and curves."""
+    sections = {"Training": curves(read_log(run.folder)), **provenance_sections(run.provenance)}
+    write_page(run.folder / "report.html", str(run.folder), tables(summary), sections)
+
+
+def finish_training(run: Run, summary: dict[str, Any]) -> None:
+    """Write the page of a training and mark the run as finished."""
+    write_training_report(run, summary)
+    run.finish(summary)
+
+
+def write_results_report(
+    path: str | Path,
+    title: str,
+    results: Mapping[str, Any],
+    result_tables: Sequence[Table] = (),
+    codebook_counts: Sequence[np.ndarray] = (),
+) -> None:
+    """Write the page of an evaluation without a page of its own.
+
+    results: as in its results file, with the keys of `provenance`; result_tables: shown first; codebook_counts: int [K]
+    per layer.
+    """
+    sections = {found.title: result_table(found) for found in result_tables}
+    if codebook_counts:
+        sections["Codebook usage"] = _codebooks(codebook_counts)
+    sections["Results"] = tables({name: value for name, value in results.items() if name not in PROVENANCE})
+    write_page(path, title, "", sections | provenance_sections(results))
 
 
 def write_recognition_report(
@@ -72,9 +112,9 @@ def write_recognition_report(
     predictions: list[dict[str, Any]],
     logs: Mapping[str, list[dict[str, Any]]] | None = None,
 ) -> None:
-    """Write the page of a recogniser's evaluation in one step.
+    """Write the page of a speech recogniser's evaluation.
 
-    results, predictions: as eval_asr writes them, error rates are fractions; logs: by the title of their section.
+    results, predictions: as written by eval_asr, error rates as fractions; logs: by the title of their section.
     """
     ranked = _ranked(predictions, results)
     sections = {
@@ -84,13 +124,13 @@ def write_recognition_report(
         **_extremes(ranked),
         **{name: curves(log) for name, log in (logs or {}).items()},
         "Further results": tables(_rest(results)),
-        "Versions": _versions(results),
+        **provenance_sections(results),
     }
     write_page(path, title, _recognition_tiles(results), sections)
 
 
 def write_emotion_report(path: str | Path, title: str, results: Mapping[str, Any], log: list[dict[str, Any]]) -> None:
-    """Write the page of train_emotion in one step; results as in its results.json, log: mean losses by epoch."""
+    """Write the page of train_emotion. results: as in its results.json, with `provenance`; log: mean loss by epoch."""
     over = ", ".join(f"{' to '.join(map(percent, results[key]))} {name}" for name, key in INTERVALS.items())
     figures = tiles(
         [
@@ -99,8 +139,8 @@ def write_emotion_report(path: str | Path, title: str, results: Mapping[str, Any
                 percent(results["accuracy"]),
                 f"95 % interval {over}",
             ),
-            ("Mean recall", percent(results["unweighted_average_recall"]), "every class counts the same"),
-            ("Shuffled-label control", percent(results["accuracy_shuffled_labels"]), "learnt from permuted labels"),
+            ("Mean recall", percent(results["unweighted_average_recall"]), "all classes have equal weight"),
+            ("Shuffled-label control", percent(results["accuracy_shuffled_labels"]), "trained on permuted labels"),
             ("Chance", percent(results["chance"]), "always the most frequent class"),
             ("Utterances", text(results["utterances"]), f"of {results['actors']} actors"),
             ("Token rate", text(results["tokens_per_second"]), "tokens per second of speech"),
@@ -109,9 +149,9 @@ def write_emotion_report(path: str | Path, title: str, results: Mapping[str, Any
     folds = [(f"{i}", text(fold["actors"]), percent(fold["accuracy"])) for i, fold in enumerate(results["folds"])]
     sections = {
         "Confusion": confusion_matrix(results["confusion"], results["classes"]),
-        "Folds": table(folds, ["", "actors tested", "accuracy"]),
+        "Folds": table(folds, ["", "test actors", "accuracy"]),
         "Training": curves(log),
-        "Versions": _versions(results),
+        **provenance_sections(results),
     }
     write_page(path, title, figures, sections)
 
@@ -127,7 +167,7 @@ def write_report(
     reconstruction: Reconstruction,
     predictions: list[dict[str, Any]],
 ) -> None:
-    """Write the demo's page in one step; counts are int [K] per layer, error rates are fractions, times seconds."""
+    """Write the demo's page. codebook_counts: int [K] per layer; error rates are fractions, times in seconds."""
     ranked = _ranked(predictions, results)
     sections = {
         "Notes": _notes(results.get("notes")),
@@ -139,13 +179,13 @@ def write_report(
         "WER by speaker": speaker_table(ranked),
         **_extremes(ranked),
         "Time per stage": _stages(results.get("seconds_by_stage")),
-        "Versions": _versions(results),
+        **provenance_sections(results),
     }
     write_page(path, title, _recognition_tiles(results), sections)
 
 
 def _codec_tiles(metrics: Mapping[str, float]) -> str:
-    """All but the figures of single layers, which stand beside the codebooks' usage."""
+    """Tiles of all metrics except those of single layers, which are shown with the codebook usage."""
     found = {name.removeprefix("dev_"): value for name, value in metrics.items() if not LAYER.search(name)}
     names = [name for name in CODEC_METRICS if name in found] + [name for name in found if name not in CODEC_METRICS]
     labels = {name: CODEC_METRICS.get(name, (escape(name), "")) for name in names}
@@ -157,35 +197,40 @@ def _recognition_tiles(results: Mapping[str, Any]) -> str:
     low, high = interval if isinstance(interval, list | tuple) and len(interval) == 2 else (None, None)
     rows = [("Word error rate", percent(results.get("wer")), f"95 % interval {percent(low)} to {percent(high)}")]
     if "cer" in results:
-        rows.append(("Character error rate", percent(results["cer"]), "same texts, letter by letter"))
+        rows.append(("Character error rate", percent(results["cer"]), "on the same texts"))
+    control = results.get("wer_shuffled_audio_ci95")
+    note = f", 95 % interval {' to '.join(map(percent, control))}" if control else ""
     rows += [
-        ("Shuffled-audio control", percent(results.get("wer_shuffled_audio")), "WER with another utterance's audio"),
+        (
+            "Shuffled-audio control",
+            percent(results.get("wer_shuffled_audio")),
+            f"WER with another utterance's audio{note}",
+        ),
         ("Utterances", text(results.get("utterances")), "transcribed"),
         ("Token rate", text(results.get("tokens_per_second")), "tokens per second of speech"),
     ]
-    control = "With another utterance's audio the WER must be near 1 (100 %): the model listens."
-    return f"{tiles(rows)}<p>{control}</p>"
+    return f"{tiles(rows)}<p>{escape(shuffled_audio_verdict(interval, control))}</p>"
 
 
 def _errors(results: Mapping[str, Any]) -> str:
-    """The errors by kind, and as shares of the reference words, which add up to the WER."""
+    """The errors by kind, with their shares of the reference words, which add up to the WER."""
     words = number(results.get("words"))
     counts = {kind: number(results.get(kind)) for kind in ("substitutions", "deletions", "insertions")}
     known = {kind: count for kind, count in counts.items() if count is not None}
     if not known or not words:
         return ""
     rows = [(kind, text(c), percent(c / words), bar(c, max(known.values()))) for kind, c in known.items()]
-    return table(rows, ["", "number", "of all words", ""])
+    return table(rows, ["", "number", "share of words", ""])
 
 
 def _ranked(predictions: list[dict[str, Any]], results: Mapping[str, Any]) -> list[Alignment]:
-    """Alignments of the texts as they were scored, worst first."""
+    """Alignments of the normalised texts, worst first."""
     normalize = NORMALIZERS.get(str(results.get("normalizer")), str)
     return sorted(align(predictions, normalize), key=lambda a: a.badness, reverse=True)
 
 
 def _extremes(ranked: Sequence[Alignment]) -> dict[str, str]:
-    """The sections with single utterances. Nothing is shown twice: with few of them all stand among the worst."""
+    """The sections with the worst and best utterances. None is shown twice: the worst come first."""
     worst, others = ranked[:ALIGNMENTS_SHOWN], ranked[ALIGNMENTS_SHOWN:]
     best = others[::-1][:ALIGNMENTS_SHOWN]
     return {"Worst alignments": alignment_list(worst), "Best alignments": alignment_list(best)}
@@ -201,7 +246,7 @@ def _rest(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _codebooks(counts: Sequence[np.ndarray]) -> str:
-    """Sorted usage of all layers, counts int [K] each, in one figure; a table of use, perplexity and dead codes."""
+    """A figure of the sorted code usage of all layers, counts int [K] each, and a table with perplexities."""
     layers = [np.asarray(layer).ravel().astype(int) for layer in counts]
     if not any(layer.sum() > 0 for layer in layers):
         return ""
@@ -221,8 +266,3 @@ def _stages(seconds: object) -> str:
     known = [v for v in pairs.values() if v is not None]
     rows = [(escape(k), duration(v), bar(v, max(known, default=1))) for k, v in pairs.items()]
     return table([*rows, ("total", duration(sum(known)), "")]) if known else ""
-
-
-def _versions(results: Mapping[str, Any]) -> str:
-    named = {**(results.get("versions") or {}), "codec fingerprint": results.get("codec_fingerprint")}
-    return table((escape(str(k)), text(v)) for k, v in named.items())

@@ -1,4 +1,4 @@
-"""Figures drawn with matplotlib: HTML with the picture inside for the report page, or figures to save as files."""
+"""Figures drawn with matplotlib: as HTML with the embedded image, or as figures to save."""
 
 import base64
 import io
@@ -15,14 +15,14 @@ import numpy as np
 
 from speechllm.reports.html import grid
 
-LAYER = re.compile(r"_(\d+)$")  # at the end of a quantity's name
+LAYER = re.compile(r"_(\d+)$")  # suffix of a quantity's name
 
 
 def curves(log: Sequence[Mapping[str, object]]) -> str:
-    """Small multiples by step, one picture per quantity, or nothing if no row of the log holds a finite number.
+    """HTML: one small plot per logged quantity, by step; empty if the log has no finite number.
 
-    Training values are a line; the validation values of the same quantity, named dev_<quantity>, are points. The
-    quantities <name>_0, <name>_1, ... are those of layers and share a picture.
+    Training values are drawn as a line, validation values of the same quantity, named dev_<quantity>, as points. The
+    quantities <name>_0, <name>_1, ... belong to layers and share a plot.
     """
     panels: dict[str, dict[str, np.ndarray]] = {}
     for key, points in _series(log).items():
@@ -30,15 +30,15 @@ def curves(log: Sequence[Mapping[str, object]]) -> str:
     if not panels:
         return ""
     pictures = "".join(_curve(name, series) for name, series in panels.items())
-    caption = "By step. Line: training (dark: running median of long logs). Points: validation (dev)."
+    caption = "Line: training by step, in long logs with a running median (dark). Points: validation (dev)."
     return f"<figure>{grid(pictures, 260)}<figcaption>{caption}</figcaption></figure>"
 
 
 def error_rates(durations: np.ndarray, errors: np.ndarray, words: np.ndarray) -> str:
-    """Error rate against duration, HTML; float [M]: seconds in rising order, errors and reference words."""
+    """HTML: error rate by duration; float [M]: durations in s in ascending order, errors, reference words."""
     groups = np.array_split(np.arange(len(durations)), min(8, max(1, len(durations) // 10)))
     rates = [100 * errors[group].sum() / words[group].sum() for group in groups]
-    top = max(100, 1.2 * max(rates))  # a text that runs on without end must not flatten all others
+    top = max(100, 1.2 * max(rates))  # a runaway answer must not compress the scale
     figure, (axis,) = _panels(1, 1, 3.2)
     points = np.minimum(100 * errors / words, top)
     axis.plot(durations, points, "o", color="#1f5f99", alpha=0.25, markersize=5, markeredgewidth=0)
@@ -46,14 +46,14 @@ def error_rates(durations: np.ndarray, errors: np.ndarray, words: np.ndarray) ->
     axis.set(xlabel="duration (s)", ylabel="WER (%)", ylim=(-0.03 * top, 1.03 * top))
     axis.grid(alpha=0.25)
     caption = (
-        "Points: single utterances, at the upper edge also those beyond it. Line: all words of an equal share of the "
-        f"utterances ({len(groups)} groups, from short to long)."
+        "Points: utterances; those beyond the upper edge are drawn there. Line: error rates over all words of "
+        f"{len(groups)} equally large groups of utterances, from short to long."
     )
     return _image(figure, "Word error rate by duration", caption)
 
 
 def by_system(measures: Mapping[str, Sequence[float]], label: str) -> str:
-    """A measure of several systems, HTML, one below the other: its value and the bounds of its interval."""
+    """HTML: a measure of several systems, one per row, by value and bounds of the interval."""
     figure, (axis,) = _panels(1, 1, 0.8 + 0.28 * len(measures))
     for place, (value, low, high) in enumerate(measures.values()):
         bounds = [[max(value - low, 0)], [max(high - value, 0)]]
@@ -65,9 +65,9 @@ def by_system(measures: Mapping[str, Sequence[float]], label: str) -> str:
 
 
 def against_bitrate(series: Mapping[str, np.ndarray], without: Mapping[str, float], label: str) -> str:
-    """A measure against the bitrate, HTML, or nothing without a point: a line per system.
+    """HTML: a measure by bitrate with one line per system; empty without any point.
 
-    series: float [points, 4] of kbit/s, value and the bounds of its interval; without: values that have no bitrate.
+    series: float [points, 4] of kbit/s, value and bounds of the interval; without: values without a bitrate.
     """
     from matplotlib import colormaps
 
@@ -92,16 +92,16 @@ def against_bitrate(series: Mapping[str, np.ndarray], without: Mapping[str, floa
 
 def code_usage(shares: Sequence[np.ndarray], sizes: Sequence[int]) -> str:
     """`code_usage_figure` as HTML."""
-    caption = "Codes sorted by use: where a line ends before its K, the remaining codes are dead."
+    caption = "Codes sorted by use. A line that ends before the codebook size K shows that the other codes are dead."
     return _image(code_usage_figure(shares, sizes), "Sorted code usage per layer", caption)
 
 
 def code_usage_figure(shares: Sequence[np.ndarray], sizes: Sequence[int]) -> Any:
-    """Share of tokens per used code, most used first: float [used] per layer, whose codebook sizes are `sizes`."""
+    """Share of tokens per used code, most used first: float [used] per layer; sizes: codebook size of each layer."""
     figure, (axis,) = _panels(1, 1, 3.2)
     for index, layer in enumerate(shares):
         colour = _layer_colour(index, len(shares))
-        style = "-" if len(layer) > 1 else "o"  # a line through one point cannot be seen
+        style = "-" if len(layer) > 1 else "o"  # a line needs two points
         axis.plot(np.arange(1, len(layer) + 1), layer, style, color=colour, lw=1.5, label=f"layer {index}")
     axis.set(yscale="log", xlabel="code, most used first", ylabel="share of tokens")
     axis.set_xlim(0, 1.01 * max(sizes))
@@ -112,12 +112,12 @@ def code_usage_figure(shares: Sequence[np.ndarray], sizes: Sequence[int]) -> Any
 
 def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
     """`confusion_figure` as HTML."""
-    caption = "How often an utterance of the class of a row got the answer of a column; in colour the share of the row."
+    caption = "Number of utterances by true class (row) and answer (column); the colour shows the share of the row."
     return _image(confusion_figure(counts, classes), "Confusion matrix", caption)
 
 
 def confusion_figure(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Any:
-    """Counts int [classes, classes] of answers (columns) to utterances of each class (rows), coloured by row."""
+    """Counts int [classes, classes] of answers (columns) by true class (rows), with the row's shares in colour."""
     figure, (axis,) = _panels(1, 1, 1.2 + 0.7 * len(classes), width=2.2 + 0.9 * len(classes))
     table = np.asarray(counts)
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
@@ -134,18 +134,18 @@ def confusion_figure(counts: Sequence[Sequence[int]], classes: Sequence[str]) ->
 
 
 def spectrograms(sounds: Mapping[str, np.ndarray], sample_rate: int, caption: str) -> str:
-    """`spectrogram_figure` as HTML; so is the caption."""
-    scale = "All panels share one scale, in dB below the loudest point of the original."
+    """`spectrogram_figure` as HTML; the caption is HTML, too."""
+    scale = "All panels have the same scale, in dB relative to the maximum of the original."
     figure = spectrogram_figure(sounds, sample_rate)
     return _image(figure, "Spectrograms: " + ", ".join(sounds), f"{caption} {scale}", dpi=100)
 
 
 def spectrogram_figure(sounds: Mapping[str, np.ndarray], sample_rate: int) -> Any:
-    """Log-spectrograms of float [N], one above the other on the scale of the one named `original`."""
+    """Log-spectrograms of float [N], one per row, on the scale of the one named `original`."""
     from matplotlib import colormaps
 
     figure, axes = _panels(len(sounds), 1, 0.5 + 1.6 * len(sounds), sharex=True, sharey=True)
-    colours = colormaps["magma"].resampled(32)  # steps of 2.5 dB: a PNG of noisy pixels packs half as large
+    colours = colormaps["magma"].resampled(32)  # steps of 2.5 dB: halves the size of the PNG
     style = {"origin": "lower", "aspect": "auto", "cmap": colours, "interpolation_stage": "data"}
     loudest = max(_power(sounds["original"], sample_rate).max(), 1e-10)
     for axis, (name, waveform) in zip(axes, sounds.items(), strict=True):
@@ -160,7 +160,7 @@ def spectrogram_figure(sounds: Mapping[str, np.ndarray], sample_rate: int) -> An
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
-    """Write a figure as PNG, PDF or SVG, by the file name's ending; the file appears whole or not at all."""
+    """Write a figure atomically as PNG, PDF or SVG, depending on the file's suffix."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -172,7 +172,7 @@ def save_figure(figure: Any, path: str | Path) -> None:
 
 
 def _series(log: Sequence[Mapping[str, object]]) -> dict[str, np.ndarray]:
-    """Collect float [points, 2] of (step, value) per key, leaving out values that are missing or not finite."""
+    """Collect float [points, 2] of (step, value) by key, without missing and non-finite values."""
     points: dict[str, list[tuple[float, float]]] = {}
     for index, row in enumerate(log):
         numbers = {key: float(n) for key, n in row.items() if isinstance(n, Real) and math.isfinite(n)}
@@ -183,7 +183,7 @@ def _series(log: Sequence[Mapping[str, object]]) -> dict[str, np.ndarray]:
 
 
 def _curve(name: str, series: Mapping[str, np.ndarray]) -> str:
-    """The picture of one quantity: float [points, 2] of (step, value) by key."""
+    """The plot of one quantity: float [points, 2] of (step, value) by key."""
     from matplotlib.ticker import EngFormatter
 
     figure, (axis,) = _panels(1, 1, 2.1, width=3.2)
@@ -215,7 +215,7 @@ def _draw_line(axis: Any, steps: np.ndarray, values: np.ndarray, smooth: bool) -
     axis.plot(steps, values, "-" if len(values) > 1 else ".", color="#1f5f99", alpha=0.3 if smooth else 1, lw=1)
     if smooth:
         half = len(values) // 40
-        middles = np.linspace(0, len(values) - 1, 200).astype(int)  # as many as can be seen of a log of any length
+        middles = np.linspace(0, len(values) - 1, 200).astype(int)  # enough for the width of the plot
         medians = [np.median(values[max(0, i - half) : i + half + 1]) for i in middles]
         axis.plot(steps[middles], medians, color="#1f5f99", lw=1.4)
 
@@ -234,8 +234,8 @@ def _power(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def _panels(rows: int, columns: int, height: float, width: float = 9.5, **shared: Any) -> tuple[Any, list[Any]]:
-    """A figure of `height` and `width` in inches, that of the page by default, and its axes row by row."""
-    from matplotlib.figure import Figure  # drawn without pyplot, so no display or global backend is touched
+    """A figure of `height` and `width` in inches, by default as wide as the page, and its axes row by row."""
+    from matplotlib.figure import Figure  # without pyplot, which would need a display or a global backend
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, **shared).ravel())
@@ -246,7 +246,7 @@ def _panels(rows: int, columns: int, height: float, width: float = 9.5, **shared
 
 
 def _image(figure: Any, description: str, caption: str, dpi: int = 130) -> str:
-    """A picture as wide as the page; where that is narrow, it can be moved sideways. The caption is HTML."""
+    """An image as wide as the page, which scrolls sideways on narrow screens. The caption is HTML."""
     picture = f'<div class="scroll">{_picture(figure, description, dpi)}</div>'
     return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
 

@@ -1,4 +1,4 @@
-"""One utterance before and after a codec: computed, as files, and as spectrograms and players of a report."""
+"""An utterance before and after a codec: as sounds, as files, and as spectrograms and players in a report."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ from tokenizer.audio import save_audio
 from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.metrics.quality import layer_counts, reconstruct
 
-AUDIO_BUDGET_BYTES = 640_000  # raw 16-bit audio of all players together; base64 adds a third
+AUDIO_BUDGET_BYTES = 640_000  # 16-bit audio of all players together; base64 adds a third
 MAX_RECONSTRUCTIONS = 4  # in a report
 
 
@@ -33,7 +33,7 @@ class Reconstruction:
 
     @staticmethod
     def of(codec: SpeechCodec, name: str, waveform: Tensor) -> "Reconstruction":
-        """A waveform float [N] from 1, 2, 4, ... and all codebooks; a codec that is being trained stays so."""
+        """A waveform float [N] decoded from 1, 2, 4, ... and all codebooks; the codec's mode is restored."""
         training = codec.training
         sounds = reconstruct(codec.eval(), waveform, layer_counts(codec))
         codec.train(training)
@@ -51,10 +51,10 @@ def save_sounds(folder: str | Path, reconstruction: Reconstruction) -> None:
 
 
 def read_sounds(folder: str | Path) -> Reconstruction:
-    """The first utterance, by name, that `save_sounds` wrote into a folder. Raises FileNotFoundError without one."""
+    """The first utterance, by name, that `save_sounds` wrote into a folder. Raises FileNotFoundError without any."""
     originals = sorted(Path(folder).glob("*_original.wav"))
     if not originals:
-        raise FileNotFoundError(f"{folder} holds no NAME_original.wav: expected the folder that save_sounds wrote")
+        raise FileNotFoundError(f"{folder} holds no NAME_original.wav: expected a folder that save_sounds wrote")
     name = originals[0].stem.removesuffix("_original")
     original, rate = soundfile.read(originals[0], dtype="float32")
     reconstructions = {}
@@ -65,7 +65,7 @@ def read_sounds(folder: str | Path) -> Reconstruction:
 
 
 def spectrograms_and_players(reconstruction: Reconstruction) -> str:
-    """HTML: spectrograms one above the other on one colour scale, and a player for each sound."""
+    """HTML: spectrograms with a common colour scale, and a player for each sound."""
     if np.size(reconstruction.original) == 0:
         return ""
     sounds, rate = _shown(reconstruction), reconstruction.sample_rate
@@ -76,12 +76,12 @@ def spectrograms_and_players(reconstruction: Reconstruction) -> str:
 
 
 def _shown(reconstruction: Reconstruction) -> dict[str, np.ndarray]:
-    """The original, then reconstructions from most to fewest codebooks, float [N], cut to keep the page small."""
+    """The original, then reconstructions from most to fewest codebooks, float [N], cut to limit the page's size."""
     counts = sorted((c for c, wave in reconstruction.reconstructions.items() if np.size(wave)), reverse=True)
     if len(counts) > MAX_RECONSTRUCTIONS:
         counts = [counts[i] for i in np.linspace(0, len(counts) - 1, MAX_RECONSTRUCTIONS).round().astype(int)]
     named = {"original": reconstruction.original}
-    named |= {f"{c} codebook{'s' * (c != 1)}": reconstruction.reconstructions[c] for c in counts}
+    named |= {"1 codebook" if c == 1 else f"{c} codebooks": reconstruction.reconstructions[c] for c in counts}
     limit = min(AUDIO_BUDGET_BYTES // (2 * len(named)), np.size(reconstruction.original))
     return {name: np.nan_to_num(np.asarray(w, dtype=np.float32).ravel()[:limit]) for name, w in named.items()}
 

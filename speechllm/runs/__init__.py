@@ -1,4 +1,4 @@
-"""How a recipe runs: a YAML file and `key=value` words come in, a run folder that can be resumed goes out.
+"""Running recipes: from a YAML file and `key=value` arguments to a run folder that can be resumed.
 
-Configuration, the run folder, the stages of longer jobs, and the entry of every recipe.
+Configuration, the run folder, the stages of longer jobs, and the entry point of every recipe.
 """

@@ -1,10 +1,13 @@
-"""What a run finds on its machine: processors, accelerators, package versions."""
+"""The machine and how a result was made: processors, accelerators, package versions, command."""
 
 import contextlib
 import os
 import platform
+import shlex
+import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # who only starts others must not wait for these
     from accelerate import Accelerator
@@ -13,9 +16,9 @@ PACKAGES = ("torch", "torchaudio", "transformers", "peft", "accelerate", "datase
 
 
 def make_accelerator(precision: str = "no") -> "Accelerator":
-    """Accelerate on whatever this machine has.
+    """An Accelerator on this machine's GPUs or, without any, on its CPUs.
 
-    Where there is no GPU that must be said: processes started together would each train alone otherwise.
+    The CPU must be requested explicitly: otherwise processes that are started together would each train alone.
     """
     import torch
     from accelerate import Accelerator
@@ -23,15 +26,31 @@ def make_accelerator(precision: str = "no") -> "Accelerator":
     return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages results depend on."""
+def command_line() -> str:
+    """The command that started this process, ready to be used again."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return shlex.join([*(["accelerate", "launch"] if several else ["python"]), *sys.argv])
+
+
+def provenance(config: Any, seconds: float, *packages: str) -> dict[str, Any]:
+    """How a result was made: config, a dataclass; command; seconds; versions, including those of further `packages`."""
+    return {
+        "config": asdict(config),
+        "command": command_line(),
+        "seconds": seconds,
+        "versions": versions(*packages),
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python, of the packages that results depend on, and of further `packages`, if installed."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *packages):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
 
 
 def available_cpus() -> int:
-    """Processor cores this process may use."""
+    """Number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,10 +1,11 @@
-"""A run folder: what was asked for, what happened, where to go on. Everything in it appears whole or not at all."""
+"""A run folder: configuration, log, checkpoints and results. Its files are written atomically."""
 
 import json
 import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,23 +17,23 @@ from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from tqdm import tqdm
 
-from speechllm.runs.machine import versions
+from speechllm.runs.machine import provenance, versions
 from tokenizer.errors import InputError
 from tokenizer.files import read_json, read_jsonl, write_json, write_jsonl, write_text
 
 KEPT_CHECKPOINTS = 2
-PRINTED = 5  # recordings that were skipped and are printed
+PRINTED = 5  # skipped recordings that are printed
 
 
 class RunError(InputError):
-    """A run folder that cannot be used for this run."""
+    """A run folder or a setting that cannot be used for this run."""
 
 
 class Run:
     """Folder of one training: config.yaml, versions.json, log.jsonl, checkpoints/, and done.json at the end.
 
-    Started again with the same configuration it goes on from the newest checkpoint; with another one it refuses.
-    Only the main process writes.
+    Started again with the same configuration, a run continues from the newest checkpoint; another configuration is
+    refused. Only the main process writes.
     """
 
     def __init__(
@@ -43,17 +44,19 @@ class Run:
         trackers: Sequence[str] | None = None,
         free: Collection[str] = (),
     ):
-        """trackers: names, as Accelerate knows them, of what is told what is logged, too. free: keys of the
-        configuration that may change in the middle, because the result does not depend on them.
+        """trackers: names of experiment trackers, as in Accelerate, that also receive the log. free: keys of the
+        configuration that may change during a run, because the result does not depend on them.
 
         Raises RunError for a folder that cannot be written or holds another configuration, or for a tracker that is
         not installed.
         """
         self.folder = Path(folder)
+        self.config = config
+        self._started, self._seconds_before = time.perf_counter(), 0.0
         self.accelerator = accelerator
         self.main = accelerator is None or accelerator.is_main_process
         self.log_file = self.folder / "log.jsonl"
-        self.skipped = self.folder / "skipped.jsonl"  # recordings that could not be used, see `Crops`
+        self.skipped = self.folder / "skipped.jsonl"  # unusable recordings, see `Crops`
         if self.main:
             try:
                 (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -69,19 +72,20 @@ class Run:
             accelerator.project_configuration.set_directories(str(self.folder))
             accelerator.log_with = filter_trackers(list(trackers), accelerator.logging_dir)
             if absent := set(trackers) - set(map(str, accelerator.log_with)):
-                raise RunError(f"trackers: {', '.join(absent)} is not installed: run pip install {' '.join(absent)}")
+                names = ", ".join(absent)
+                raise RunError(f"trackers: {names} is not installed: run pip install {' '.join(absent)}")
             accelerator.init_trackers(self.folder.name, {name: str(value) for name, value in config.items()})
 
     def _settle_config(self, config: dict[str, Any], free: Collection[str]) -> None:
-        config = json.loads(json.dumps(config))  # tuples as YAML gives them back
+        config = json.loads(json.dumps(config))  # tuples become lists, as read from YAML
         file = self.folder / "config.yaml"
         held = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
         if held is not None:
             changed = {key for key in held | config if held.get(key) != config.get(key)} - set(free)
             if changed:
-                told = "; ".join(f"{key}: {held.get(key)} -> {config.get(key)}" for key in sorted(changed))
+                changes = "; ".join(f"{key}: {held.get(key)} -> {config.get(key)}" for key in sorted(changed))
                 raise RunError(
-                    f"{self.folder} holds a run with another configuration ({told}): "
+                    f"{self.folder} holds a run with another configuration ({changes}): "
                     "choose another output folder or delete this one"
                 )
         else:
@@ -91,23 +95,35 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """What `finish` was given, or None while the run is not finished."""
+        """The summary that `finish` wrote; None for an unfinished run."""
         return read_json(self.folder / "done.json") or None
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Mark the run as finished and drop its checkpoints: the exported model replaces them.
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How the run was made, see `provenance`.
 
-        Recordings that were skipped are listed with what is wrong with them, and counted in the summary.
+        The seconds are those since this start and, of a resumed run, those before its checkpoint.
+        """
+        return provenance(self.config, self._seconds)
+
+    @property
+    def _seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Mark the run as finished and delete its checkpoints, which the exported model replaces.
+
+        Skipped recordings are listed with the reason and counted in the summary.
         """
         if self.main:
-            rows = {row["path"]: row for row in read_jsonl(self.skipped)}  # each was met in every epoch
+            rows = {row["path"]: row for row in read_jsonl(self.skipped)}  # each is recorded in every epoch
             if rows:
                 report_skipped(self.folder, [*rows.values()])
             write_json(self.folder / "done.json", summary | ({"skipped": len(rows)} if rows else {}))
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def log(self, step: int, **metrics: float) -> None:
-        """Append one line to log.jsonl, and tell the trackers."""
+        """Append one line to log.jsonl and send it to the trackers."""
         if self.accelerator is not None:
             self.accelerator.log(metrics, step=step)
         if self.main:
@@ -115,26 +131,28 @@ class Run:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint after `step` finished steps; the oldest ones go."""
+        """Write a checkpoint after `step` finished steps and delete the oldest ones."""
         if not self.main:
             return
         file = self.folder / "checkpoints" / f"step_{step:08d}.pt"
         part = file.with_suffix(".part")
-        torch.save({"step": step, **state}, part)
+        torch.save({"step": step, "seconds": self._seconds, **state}, part)
         os.replace(part, file)
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
             old.unlink()
 
     def resume(self) -> dict[str, Any] | None:
-        """The newest checkpoint, or None; lines logged after it are cut off, since those steps will run again."""
+        """The newest checkpoint, or None; log lines after it are removed, since those steps will run again."""
         files = self._checkpoints()
-        # mapped, not read: every process would hold all weights and moments in memory besides its own
+        # memory-mapped: otherwise every process would hold a second copy of all weights and moments
         state = torch.load(files[-1], map_location="cpu", weights_only=True, mmap=True) if files else None
         self.cut_log(state["step"] if state else 0)
+        if state:
+            self._seconds_before = state.pop("seconds", 0.0)
         return state
 
     def cut_log(self, done: int) -> None:
-        """Drop what was logged after `done` steps, and a line that was cut off while being written."""
+        """Remove log lines after `done` steps, and an incomplete last line."""
         if self.main and self.log_file.exists():
             kept = [line for line in self.log_file.read_text().splitlines(True) if _logged_step(line) <= done]
             write_text(self.log_file, "".join(kept))
@@ -143,7 +161,7 @@ class Run:
         return sorted((self.folder / "checkpoints").glob("step_*.pt"))
 
     def steps(self, start: int, stop: int, description: str) -> tqdm:
-        """Progress bar over training steps, on the main process only."""
+        """Progress bar over training steps, shown in the main process only."""
         return tqdm(
             range(start, stop),
             description,
@@ -151,12 +169,12 @@ class Run:
             total=stop,
             disable=not self.main,
             dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10,  # a log file needs no animation
+            mininterval=0.5 if sys.stderr.isatty() else 10,  # less often in log files
         )
 
 
 def _logged_step(line: str) -> float:
-    """Step of a log line; infinite for one that was cut off while being written."""
+    """Step of a log line; infinite for an incomplete line."""
     try:
         return json.loads(line)["step"]
     except ValueError:
@@ -169,7 +187,7 @@ def read_log(folder: str | Path) -> list[dict[str, float]]:
 
 
 def report_skipped(folder: str | Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Write FOLDER/skipped.jsonl, a line for every recording that cannot be used, and print the first ones."""
+    """Write FOLDER/skipped.jsonl, one line per unusable recording, and print the first ones."""
     file = Path(folder) / "skipped.jsonl"
     write_jsonl(file, rows)
     for row in rows[:PRINTED]:

@@ -1,4 +1,4 @@
-"""How a language model learns: examples come in, a loss and updated weights go out.
+"""Training of language models: from examples to a loss and updated weights.
 
-Loss, optimiser and schedule, resumable state, the plan printed before a training, and the emotion classifier.
+Loss, optimizer, schedule, resumable state, the plan printed before a training, and the emotion classifier.
 """

@@ -1,4 +1,4 @@
-"""The state of a training as plain tensors on CPU, also where each process holds a part of every weight (FSDP)."""
+"""The state of a training as plain tensors on the CPU, also if weights are sharded over processes (FSDP)."""
 
 import copy
 import math
@@ -23,15 +23,15 @@ class Best:
     wer: float = math.inf
     step: int = 0
     weights: dict[str, Tensor] | None = None
-    worse: int = 0  # validations since then
+    validations_without_improvement: int = 0
 
 
 class TrainingState:
-    """All that changes in a training: the weights, the optimizer's moments, the weights' average, the best so far.
+    """The state of a training: weights, optimizer moments, average of the weights, best checkpoint.
 
-    evaluated: what the main process validates and exports, within `evaluation_weights`: the model itself or, under
-    FSDP, a whole copy of it. decay: per step, of an exponential moving average of the trained weights, which is then
-    evaluated in their place. Make this before `accelerator.prepare`.
+    evaluated: the model that the main process validates and exports, within `evaluation_weights`: the trained model
+    or, with FSDP, an unsharded copy. decay: per step, of an exponential moving average of the trained weights, which is
+    evaluated in their place. Create this before `accelerator.prepare`.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, decay: float | None = None):
@@ -40,13 +40,13 @@ class TrainingState:
         self.model = model
         self.optimizer = optimizer
         self.decay = decay if self.main else None
-        self.average: dict[str, Tensor] = {}  # from the first step on
+        self.average: dict[str, Tensor] = {}  # starts at the first step
         self.best = Best()
-        whole = self.main and self.sharded
-        self.evaluated = copy.deepcopy(model).to(accelerator.device) if whole else model
+        needs_copy = self.main and self.sharded
+        self.evaluated = copy.deepcopy(model).to(accelerator.device) if needs_copy else model
 
     def follow(self) -> None:
-        """After each step: let the average follow the weights."""
+        """Update the average; to be called after each step."""
         if self.decay is None:
             return
         weights = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
@@ -57,7 +57,7 @@ class TrainingState:
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """In every process: within it, `evaluated` has the weights to be evaluated, in the main process."""
+        """While active, `evaluated` of the main process has the weights to evaluate. Every process must enter it."""
         if self.sharded:
             weights = trained_weights(self.model, self.main)
             if self.main:
@@ -69,34 +69,34 @@ class TrainingState:
             self._swap_average()
 
     def _swap_average(self) -> None:
-        """Let the model and the average change places; no weight is copied."""
+        """Exchange the model's weights and the average, without copying."""
         parameters = dict(self.model.named_parameters())
         for name, average in self.average.items():
             self.average[name], parameters[name].data = parameters[name].data, average
 
     def record_validation(self, step: int, wer: float, keep: bool) -> None:
-        """Main process, within `evaluation_weights`: a validation's result; with `keep` the best weights are kept."""
+        """Record a WER, and with `keep` the weights if it is the best. Main process, within `evaluation_weights`."""
         if wer < self.best.wer:
             self.best = Best(wer, step, trained_weights(self.evaluated) if keep else None)
         else:
-            self.best.worse += 1
+            self.best.validations_without_improvement += 1
 
     def load_best(self) -> None:
-        """Main process, within `evaluation_weights`: load the kept weights, if any, into `evaluated`."""
+        """Load the best weights, if kept, into `evaluated`. Main process, within `evaluation_weights`."""
         if self.best.weights is not None:
             load_weights(self.evaluated, self.best.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """For `torch.save` in the main process; the others have to ask, too."""
+        """For `torch.save` in the main process. Every process must call it."""
         return {
             "model": trained_weights(self.model, self.main),
-            "optimizer": _whole(self.optimizer.state_dict(), self.main),
-            "average": _whole(self.average, self.main),
+            "optimizer": _unsharded(self.optimizer.state_dict(), self.main),
+            "average": _unsharded(self.average, self.main),
             "best": vars(self.best),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave after training, in every process."""
+        """Restore what `state_dict` returned. Every process must call it."""
         load_weights(self.model, state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.best = Best(**state["best"])
@@ -106,56 +106,56 @@ class TrainingState:
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, clip: float) -> tuple[Any, Any]:
-    """`Accelerator.prepare` for a training whose loop counts its own batches, also with DeepSpeed.
+    """`Accelerator.prepare` for a training loop with its own batches, also with DeepSpeed.
 
-    clip: largest norm of the gradients, which DeepSpeed sees to itself.
+    clip: maximum gradient norm, for DeepSpeed, which clips gradients itself.
     """
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return accelerator.prepare(model, optimizer)
     settings = accelerator.state.deepspeed_plugin.deepspeed_config
-    settings["train_micro_batch_size_per_gpu"] = 1  # asked for, but there is no loader it would be about
+    settings["train_micro_batch_size_per_gpu"] = 1  # required, although there is no data loader
     settings["gradient_clipping"] = clip
     exact = {name: buffer.clone() for name, buffer in model.named_buffers()}
     prepared = accelerator.prepare(model, optimizer)
-    for name, buffer in model.named_buffers():  # rotary frequencies among them, which it rounds like weights
+    for name, buffer in model.named_buffers():  # DeepSpeed rounds them like weights, also the rotary frequencies
         buffer.data = exact[name].to(buffer.device)
     return prepared
 
 
 def trained_weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-    """Copies of all weights that are trained. Every process has to ask; one that does not `keep` them gets none."""
-    return _whole({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, keep)
+    """Copies of all trained weights; None instead of tensors without `keep`. Every process must call it."""
+    return _unsharded({name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, keep)
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Put back what `trained_weights` gave."""
+    """Load what `trained_weights` returned."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in weights.items():
-            parameters[name].copy_(_like(parameters[name], value))
+            parameters[name].copy_(_sharded_like(parameters[name], value))
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """`load_state_dict`, for parameters of which a process holds a part as well."""
+    """`Optimizer.load_state_dict` that also supports sharded parameters."""
     optimizer.load_state_dict(state)
     for parameter, held in optimizer.state.items():
-        held.update({name: _like(parameter, value) for name, value in held.items()})
+        held.update({name: _sharded_like(parameter, value) for name, value in held.items()})
 
 
-def _whole(tree: Any, keep: bool) -> Any:
-    """The same with whole tensors on CPU; without tensors where they are not kept."""
+def _unsharded(tree: Any, keep: bool) -> Any:
+    """The tree with full tensors on the CPU; without `keep`, with None in their place."""
 
-    def whole(x: Any) -> Any:
+    def unsharded(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        x = x.full_tensor() if isinstance(x, DTensor) else x  # the processes exchange their parts
+        x = x.full_tensor() if isinstance(x, DTensor) else x  # collective: the processes exchange their shards
         return x.to("cpu", copy=True) if keep else None
 
-    return tree_map(whole, tree)
+    return tree_map(unsharded, tree)
 
 
-def _like(parameter: Tensor, value: Any) -> Any:
-    """A whole value as the parameter is held: cut where that is cut."""
+def _sharded_like(parameter: Tensor, value: Any) -> Any:
+    """A full value, sharded if the parameter is."""
     if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value

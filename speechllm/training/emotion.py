@@ -1,4 +1,4 @@
-"""Emotion recognition from audio tokens: who is labelled how, folds over actors, and BERT as the classifier."""
+"""Emotion recognition from audio tokens: labelled utterances, folds over actors, and BERT as the classifier."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ EMOTIONS = ("neutral", "happy", "sad", "angry")  # the paper's four of the eight
 
 @dataclass(frozen=True)
 class EmotionalSpeech:
-    """One labelled utterance: codes long [Q, T]; label: its place in EMOTIONS; actor: its speaker."""
+    """One labelled utterance: codes long [Q, T]; label: index into EMOTIONS; actor: the speaker."""
 
     id: str
     codes: Tensor
@@ -31,9 +31,9 @@ class EmotionalSpeech:
 def emotional_speech(
     rows: Iterable[dict[str, Any]], encoding: Encoding, layers: Sequence[int]
 ) -> list[EmotionalSpeech]:
-    """The codes of some layers of all utterances that have one of the four emotions, which their ids tell.
+    """The codes of the given layers of all utterances with one of the four emotions, according to their ids.
 
-    Raises DataError when there are no codes, when they lack a layer, or no id is a RAVDESS name with an emotion.
+    Raises DataError without codes, for a layer that the codes lack, or if no id is a RAVDESS name with such an emotion.
     """
     absent = [layer for layer in layers if layer >= encoding.layers]
     if absent and encoding.kind == "codes":
@@ -50,32 +50,32 @@ def emotional_speech(
             found.append(EmotionalSpeech(str(row["id"]), codes, EMOTIONS.index(name.emotion), name.actor))
     if not found:
         raise DataError(
-            f"no utterance has an emotion of {', '.join(EMOTIONS)}: expected ids such as 03-01-05-01-02-02-16, the "
-            f"file names of RAVDESS, found {first!r}; give the utterances of the manifest these names as ids"
+            f"no utterance has one of the emotions {', '.join(EMOTIONS)}: expected file names of RAVDESS as ids, such "
+            f"as 03-01-05-01-02-02-16, found {first!r}; use the file names as ids in the manifest"
         )
     return found
 
 
 def actor_folds(actors: Iterable[int], folds: int, seed: int = 0) -> list[list[int]]:
-    """Deal actors out: each stands in one fold, and folds differ by at most one actor, one man and one woman.
+    """Split actors into folds whose sizes differ by at most one actor, also among men and among women.
 
     Raises DataError for fewer actors than folds.
     """
     generator = np.random.default_rng(seed)
     everyone = sorted(set(actors))
     if len(everyone) < folds:
-        raise DataError(f"{folds} folds need as many actors, but there are {len(everyone)}: ask for fewer folds")
+        raise DataError(f"{folds} folds need at least as many actors, found {len(everyone)}: use fewer folds")
     genders = [[actor for actor in everyone if actor % 2 == odd] for odd in (1, 0)]  # men have odd numbers
     order = [int(actor) for gender in genders for actor in generator.permutation(gender)]
     return [sorted(order[fold::folds]) for fold in range(folds)]
 
 
 class EmotionClassifier(nn.Module):
-    """BERT over frames of audio tokens: a marker and then one position a frame, with a class for each emotion.
+    """BERT over frames of audio tokens: a marker, then one position per frame, with one class per emotion.
 
-    The embeddings of a frame's layers are summed, so that several layers need no further positions. The token
-    embeddings of `bert` are replaced by those of the codes, codebooks float [Q, K, D]: with init "codebook" they are
-    the projected code vectors, in the likeness of those that were there, see `new_rows`.
+    The embeddings of a frame's layers are summed, so that several layers need no more positions. The token embeddings
+    of `bert` are replaced by those of the codes, codebooks float [Q, K, D]: with init "codebook" they are the projected
+    code vectors with the statistics of the old embeddings, see `new_rows`.
     """
 
     offsets: Tensor
@@ -96,10 +96,10 @@ class EmotionClassifier(nn.Module):
         bert.config.vocab_size = len(rows)
         self.bert = bert
         self.register_buffer("offsets", size * torch.arange(layers)[:, None])
-        self.marker = layers * size  # the row behind the codes
+        self.marker = layers * size  # the row after the codes
 
     def forward(self, codes: Codes) -> Tensor:
-        """Logits float [B, emotions] of codes long [B, Q, T]; an utterance gets the same in any batch."""
+        """Codes long [B, Q, T] -> logits float [B, emotions]; those of an utterance do not depend on its batch."""
         embed = self.bert.get_input_embeddings()
         frames = embed(codes.ids + self.offsets).sum(1)
         marker = embed.weight[self.marker].expand(len(codes), 1, -1)
@@ -109,13 +109,13 @@ class EmotionClassifier(nn.Module):
 
 
 def small_bert(hidden_size: int = 768, **shape: Any) -> BertForSequenceClassification:
-    """A BERT with random weights and a class for each emotion; `shape` are further sizes of BertConfig.
+    """A BERT with random weights and one class per emotion; shape: further sizes of BertConfig.
 
-    Weights are drawn wider where the model is narrower than BERT-base: with its 0.02 the marker would hardly hear the
-    frames at first.
+    Models narrower than BERT-base get larger initial weights: with the usual 0.02 the marker would hardly attend to
+    the frames at first.
     """
     config = BertConfig(
-        vocab_size=1000,  # the codes will replace these words, and take their mean and spread
+        vocab_size=1000,  # replaced by the codes, which take over their mean and spread
         num_labels=len(EMOTIONS),
         hidden_size=hidden_size,
         **{"initializer_range": 0.02 * (768 / hidden_size) ** 0.5, **shape},

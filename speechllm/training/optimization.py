@@ -1,4 +1,4 @@
-"""AdamW for a language model with new rows: how fast they learn, and what learns before the rest."""
+"""AdamW for a language model with new rows, which may have their own learning rate or be trained first."""
 
 import torch
 from peft import PeftModel
@@ -18,12 +18,12 @@ def make_optimizer(
     weight_decay: float = 0.01,
     row_learning_rate: float | None = None,
 ) -> AdamW:
-    """AdamW over what is trained of a language model, with or without an adapter.
+    """AdamW over the trained parameters of a language model, with or without an adapter.
 
-    Embeddings, norms and biases are not decayed: a code that is rare would shrink to nothing. row_learning_rate: of
-    the new rows and of a projector, which is as new; 0: they stay as they are. Where the rows are a part of a whole
-    matrix that is trained, what AdamW did to them is stretched after each step: its steps are proportional to the rate,
-    so this is what a rate of their own would have done.
+    Embeddings, norms and biases are not decayed: rows of rare codes would shrink to zero. row_learning_rate: of the
+    new rows and of a projector, which is new, too; 0: frozen. If the rows are part of a larger trained matrix, their
+    update is scaled after each step: AdamW's steps are proportional to the learning rate, so this is equivalent to a
+    learning rate of their own.
     """
     row_rate = learning_rate if row_learning_rate is None else row_learning_rate
     matrices = trained_matrices(model)
@@ -43,14 +43,14 @@ def make_optimizer(
         betas=(0.9, 0.95),
     )
     if matrices and row_rate != learning_rate:
-        _stretch_steps(optimizer, matrices, _rows(vocabulary), row_rate / learning_rate)
+        _scale_row_updates(optimizer, matrices, _rows(vocabulary), row_rate / learning_rate)
     return optimizer
 
 
 def keep_row_gradients(model: PreTrainedModel | PeftModel, vocabulary: AudioVocabulary) -> None:
-    """Drop the gradients of all but the new rows and a projector.
+    """Drop all gradients except those of the new rows and of a projector.
 
-    AdamW leaves the rest as it is, if it never had any.
+    AdamW does not change parameters that never had a gradient.
     """
     matrices, rows = trained_matrices(model), _rows(vocabulary)
     for name, parameter in model.named_parameters():
@@ -63,30 +63,30 @@ def keep_row_gradients(model: PreTrainedModel | PeftModel, vocabulary: AudioVoca
 
 
 def trained_matrices(model: PreTrainedModel | PeftModel) -> list[Tensor]:
-    """The embedding matrix and, where it is another one, the head's, unless an adapter has frozen them."""
+    """The embedding matrix and, if untied, the head's, unless an adapter has frozen them."""
     weights = [layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())]
     if weights[1] is weights[0]:
         del weights[1]
-    # an adapter gives out a merged copy of a matrix, which is no parameter
+    # with an adapter these are merged copies, which are not parameters
     return [weight for weight in weights if isinstance(weight, nn.Parameter) and weight.requires_grad]
 
 
 def _rows(vocabulary: AudioVocabulary) -> slice:
     ids = vocabulary.new_ids
-    return slice(int(ids.min()), int(ids.max()) + 1)  # one stretch, see extend_vocabulary
+    return slice(int(ids.min()), int(ids.max()) + 1)  # contiguous, see extend_vocabulary
 
 
-def _stretch_steps(optimizer: AdamW, matrices: list[Tensor], rows: slice, factor: float) -> None:
-    """Let the rows of undecayed matrices go `factor` times as far in every step."""
+def _scale_row_updates(optimizer: AdamW, matrices: list[Tensor], rows: slice, factor: float) -> None:
+    """Multiply the update of these rows of undecayed matrices by `factor` in every step."""
     before: list[Tensor] = []
 
     def remember(*_: object) -> None:
         before[:] = [matrix.detach()[rows].clone() for matrix in matrices]
 
     @torch.no_grad()
-    def stretch(*_: object) -> None:
+    def scale(*_: object) -> None:
         for matrix, old in zip(matrices, before, strict=True):
             matrix[rows] = old.lerp(matrix[rows], factor)
 
     optimizer.register_step_pre_hook(remember)
-    optimizer.register_step_post_hook(stretch)
+    optimizer.register_step_post_hook(scale)

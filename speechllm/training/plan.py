@@ -1,4 +1,4 @@
-"""What a training of a language model is about to do and to cost, said before it starts."""
+"""Estimate of a language model training's size, memory and time, printed before it starts."""
 
 import time
 from collections.abc import Sequence
@@ -9,15 +9,16 @@ from accelerate import Accelerator
 
 from speechllm.prompt import IGNORED, Example
 
-SHARE = 0.4  # of a device's speed in one large matrix product, that a training may reach
-SIZES = {"cpu": 1024, "cuda": 8192}  # of that product's square matrices
+SHARE = 0.4  # share of a device's speed in one large matrix product that a training may reach
+SIZES = {"cpu": 1024, "cuda": 8192}  # size of that product's square matrices
 
 
 def training_flops(model: Any, examples: Sequence[Example], frozen: bool) -> float:
-    """Floating point operations that learning from examples needs, whatever a way of computing spends beyond.
+    """Floating point operations of one training pass over examples, without the overhead of an implementation.
 
-    Two for each weight that a token meets, three times over (forward, gradients of inputs and of weights; twice where
-    most weights are `frozen`); the head meets labelled tokens only; attention looks at all earlier tokens.
+    Two per weight and token, in three passes (forward, gradients of inputs, gradients of weights; the last one is
+    omitted if most weights are `frozen`); the head is applied to labelled tokens only; attention covers all earlier
+    tokens.
     """
     config, passes = model.config, 2 if frozen else 3
     head = model.get_output_embeddings().weight.numel()
@@ -28,18 +29,18 @@ def training_flops(model: Any, examples: Sequence[Example], frozen: bool) -> flo
 
 
 def _labels(examples: Sequence[Example]) -> int:
-    """How many tokens are learnt; the first one of an example is predicted by nothing."""
+    """Number of labels; the first token of an example is never predicted."""
     return sum(int((example.labels[1:] != IGNORED).sum()) for example in examples)
 
 
 def product_speed(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating point operations a second in the product of two large square matrices, measured in a moment."""
+    """Floating point operations per second in the product of two large square matrices, measured briefly."""
     size = SIZES.get(device.type, 1024)
     square = torch.ones(size, size, device=device, dtype=dtype)
     seconds = []
-    for _ in range(4):  # the first ones wake the device up
+    for _ in range(4):  # the first ones warm the device up
         started = time.perf_counter()
-        (square @ square)[0, 0].item()  # waits for it
+        (square @ square)[0, 0].item()  # waits for the result
         seconds.append(time.perf_counter() - started)
     return 2 * size**3 / min(seconds)
 
@@ -54,29 +55,29 @@ def training_plan(
     form: str,
     averaged: bool,
 ) -> str:
-    """Three lines on a training whose steps learn `batch_tokens` tokens of `examples`: its size, memory and time.
+    """Three lines on a training with `batch_tokens` tokens of `examples` per step: its size, memory and time.
 
     form: full, lora or rows; averaged: with a moving average of the weights.
     """
     processes = accelerator.num_processes
     tokens = sum(map(len, examples))
     labels = _labels(examples)
-    each = batch_tokens * len(examples) / tokens  # utterances in a step
+    each = batch_tokens * len(examples) / tokens  # utterances per step
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    state = 4 * (weights + trained * (4 if averaged else 3))  # and gradients and two moments, in float32
-    learnt_at_once = min(micro_batch_tokens, batch_tokens) * labels / tokens
-    logits = 16 * len(model.get_output_embeddings().weight) * learnt_at_once  # with gradients
+    state = 4 * (weights + trained * (4 if averaged else 3))  # with gradients and two moments, in float32
+    labels_at_once = min(micro_batch_tokens, batch_tokens) * labels / tokens
+    logits = 16 * len(model.get_output_embeddings().weight) * labels_at_once  # with gradients
     half = accelerator.mixed_precision == "bf16"
     speed = product_speed(accelerator.device, torch.bfloat16 if half else torch.float32)
     flops = training_flops(model, examples, frozen=form != "full") / len(examples) * each * steps
     minutes = flops / (SHARE * speed * processes) / 60
     return (
-        f"asr: {len(examples)} utterances, {tokens:,} tokens of which {labels:,} are learnt; {steps} steps of up to "
-        f"{batch_tokens:,} tokens, about {each:.0f} utterances ({steps * each / len(examples):.1f} passes), without "
+        f"asr: {len(examples)} utterances, {tokens:,} tokens including {labels:,} labels; {steps} steps of up to "
+        f"{batch_tokens:,} tokens, about {each:.0f} utterances ({steps * each / len(examples):.1f} epochs), without "
         f"padding; about {minutes:.3g} min at {SHARE:.0%} of the {speed / 1e12:.3g} TFLOP/s of one large matrix "
-        f"product here, in {processes} process{'es' * (processes > 1)}\n"
+        f"product on this device, in {'1 process' if processes == 1 else f'{processes} processes'}\n"
         f"model: {weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained ({form})\n"
-        f"memory: {state / 1e9:.2f} GB for weights, gradients and AdamW, {logits / 1e9:.2f} GB for logits of a micro "
-        f"batch; activations come on top"
+        f"memory: {state / 1e9:.2f} GB for weights, gradients and AdamW, {logits / 1e9:.2f} GB for the logits of a "
+        f"micro-batch; plus activations"
     )

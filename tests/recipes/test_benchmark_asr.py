@@ -81,7 +81,9 @@ def test_it_measures_both_ways(
     with torch.set_grad_enabled(True):
         bench.main(config)
     results = json.loads((tmp_path / "results" / "results.json").read_text(encoding="utf-8"))
-    assert set(results["ways"]) == {"packed", "padded"} and len(results["speedup_of_steps"]) == 2
-    assert all(way["tokens_per_second"] > 0 and 0 < way["mfu"] < 1 for way in results["ways"].values())
-    assert 0 < results["tokens_a_step"] <= 120
+    methods = results["methods"]
+    assert set(methods) == {"packed", "padded"} and len(results["speedup_of_steps"]) == 2
+    assert all(method["tokens_per_second"] > 0 and 0 < method["mfu"] < 1 for method in methods.values())
+    assert 0 < results["tokens_per_step"] <= 120
+    assert "tokens_per_second" in (tmp_path / "results" / "report.html").read_text(encoding="utf-8")
     assert "| packed |" in capsys.readouterr().out

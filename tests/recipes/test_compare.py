@@ -64,7 +64,7 @@ def test_all_problems_of_the_configuration_are_told_at_once(config_of: Callable[
         config_of(systems=systems, tasks=["asr", "asr"], seeds=[])
     for part in (
         "a/b",
-        "tasks: expected at least one, each once",
+        "tasks: expected at least one, without repetitions",
         "seeds: expected at least one",
         "missing key asr",
         "missing key codec",
@@ -72,7 +72,7 @@ def test_all_problems_of_the_configuration_are_told_at_once(config_of: Callable[
         "two: expected one of train, units, tokenizer, like, got ['train', 'tokenizer']",
         "none: expected one of train, units, tokenizer, like, got none",
         "copy: like must name a system",
-        "text: cannot do quality; it can do asr",
+        "text: does not support quality, only asr",
     ):
         assert part in str(error.value)
 
@@ -327,6 +327,9 @@ RESULTS = {
 }
 
 
+MADE = {"command": "python compare.py", "seconds": 90.0, "config": {"data": "corpus"}, "versions": {"torch": "2"}}
+
+
 def cells(name: str, table: str) -> list[list[str]]:
     """Rows of the Markdown table under a title that begin with a name."""
     part = comparison_markdown(RESULTS).split(f"## {table}")[1].split("## ")[0]
@@ -349,17 +352,17 @@ def test_what_was_not_measured_is_a_dash_and_what_nobody_measured_is_skipped() -
 
 
 def test_a_need_has_a_winner_only_where_the_intervals_can_tell() -> None:
-    title = "Which system for which need"
-    (words,) = cells("understand the words", title)
+    title = "Best system by purpose"
+    (words,) = cells("speech recognition", title)
     assert words[2] == "no clear winner"
     assert "four 20.0%" in words[3] and "soft 21.0%" in words[3] and "codec" not in words[3]
     assert words[4] == "soft, 25 tokens/s"
-    (speech,) = cells("speech as good as it gets", title)
+    (speech,) = cells("speech quality", title)
     assert speech[2] == "codec" and "4 codebooks" in speech[3]
     assert speech[4] == "codec, 2 codebooks, 1 kbps"  # half the bits, and not told apart
-    (small,) = cells("a small tokenizer", title)
+    (small,) = cells("small tokenizer", title)
     assert small[2] == "weak"
-    assert not cells("keep the emotion", title) and not cells("fast encoding", title)
+    assert not cells("emotion recognition", title) and not cells("fast encoding", title)
 
 
 def converted(**methods: tuple[float, float, float]) -> dict[str, object]:
@@ -382,12 +385,13 @@ def test_a_swap_that_does_not_beat_the_unchanged_codes_is_no_conversion() -> Non
 
 
 def test_the_page_shows_tables_and_pictures(tmp_path: Path) -> None:
-    write_comparison(tmp_path / "page.html", title="A & B", results=RESULTS, versions={"torch": "2"})
+    write_comparison(tmp_path / "page.html", title="A & B", results=RESULTS, provenance=MADE)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "A &amp; B" in page and "PESQ-WB by bitrate" in page
     assert "WER (%) by system" in page and "WER (%) by bitrate" in page
+    assert "python compare.py" in page and "1.5 min" in page and "corpus" in page
     alike = {"one": RESULTS["codec"], "other": {**RESULTS["codec"], "like": "one"}}
-    write_comparison(tmp_path / "page.html", title="A & B", results=alike, versions={"torch": "2"})
+    write_comparison(tmp_path / "page.html", title="A & B", results=alike, provenance=MADE)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "WER (%) by system" in page and "WER (%) by bitrate" not in page  # one bitrate is no axis
-    assert page.index("Which system for which need") < page.index("Table 1") < page.index("Table 4")
+    assert page.index("Best system by purpose") < page.index("Table 1") < page.index("Table 4")

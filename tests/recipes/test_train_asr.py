@@ -253,8 +253,11 @@ def test_a_model_that_reads_codes_goes_on_with_its_rows(work: Work, here: Callab
     load_speech_llm("third/model")
     for number, (words, message) in enumerate(
         (
-            ("layers=1", r"first/model reads \(layers, order, stack\) \(2, 'frame', 1\), asked for are \(1,"),
-            ("model=third/model", "third/model is an adapter: `speechllm export`"),
+            (
+                "layers=1",
+                r"first/model reads \(layers, order, stack\) \(2, 'frame', 1\), but \(1, 'frame', 1\) was asked",
+            ),
+            ("model=third/model", "third/model is an adapter: merge it with `speechllm exp"),
         )
     ):
         with pytest.raises(SystemExit, match=message):
@@ -272,7 +275,7 @@ def test_a_gradient_that_is_no_number_ends_the_training_before_the_weights_are_l
 
     broken.steps = 0
     monkeypatch.setattr(torch.Tensor, "backward", broken)
-    with pytest.raises(SystemExit, match="step 5 has a gradient of nan; the last checkpoint is kept"):
+    with pytest.raises(SystemExit, match="gradient norm of step 5 is nan; the last checkpoint is kept"):
         here(f"{BASE} model=base output=broken")
     (*_, last) = sorted((work.folder / "broken" / "checkpoints").glob("step_*.pt"))
     state = torch.load(last)
@@ -347,7 +350,7 @@ def test_a_killed_training_on_features_goes_on_as_if_never_killed(other_speech: 
 
 def test_without_improvement_it_ends_early(work: Work, here: Callable, capsys: pytest.CaptureFixture) -> None:
     here(f"{SMALL} learning_rate=1e-12 small.text_steps=1 validate_every=1 patience=2 output=patience")
-    assert "no better WER in 2 validations: the training ends after 3 steps" in capsys.readouterr().out
+    assert "no better WER in 2 validations: training stops after 3 steps" in capsys.readouterr().out
     assert list(work.log("patience", "dev_wer")) == [1, 2, 3]
     assert work.done("patience")["steps"] == 3 and work.done("patience")["best_step"] == 1
 
@@ -373,7 +376,10 @@ def test_the_plan_comes_first(work: Work, here: Callable, capsys: pytest.Capture
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("model=null train=lora", "train: lora needs a language model to add to, but model is null"),
+        (
+            "model=null train=lora",
+            "row_steps need a pretrained language model, but model is null",
+        ),
         ("dev_splits=null patience=3", "patience needs dev_splits to measure a WER on"),
         (
             "batch_tokens=0 max_utterances=-1",
@@ -382,9 +388,12 @@ def test_the_plan_comes_first(work: Work, here: Callable, capsys: pytest.Capture
         ("augmentation.mask=2", "mask must be at least 0 and below 1, got 2.0"),
         ("clip=0 lora.rank=0", "clip must be above 0, got 0.0; lora.rank must be above 0, got 0"),
         ("learning_rate=.nan", "learning_rate must be above 0, got nan"),
-        ("row_learning_rate=-1e-3 speech_loss=-1", "row_learning_rate must not be negative; speech_loss must not be"),
+        (
+            "row_learning_rate=-1e-3 speech_loss=-1",
+            "must not be negative, got -0.001; speech_loss must not be",
+        ),
         ("row_steps=13", "row_steps must be at most steps, got 13"),
-        ("model=null row_steps=1", "row_steps needs a language model to add to, but model is null"),
+        ("model=null row_steps=1", "row_steps need a pretrained language model, but model is null"),
     ],
 )
 def test_settings_that_cannot_be_are_named_at_once(
@@ -407,9 +416,9 @@ def test_splits_without_transcripts_are_named(work: Work, here: Callable, small_
     speaking = Utterance("u01", str(work.folder / "u01.wav"), 0.5, text="ON", split="train")
     list(encode_shards([silent[0]], small_codec, work.folder / "silent"))
     list(encode_shards([speaking, silent[1]], small_codec, work.folder / "half"))
-    with pytest.raises(SystemExit, match="silent: no utterance to learn from has a transcript"):
+    with pytest.raises(SystemExit, match="silent: no utterance for training has a transcript"):
         here(f"{SMALL} codes=silent dev_splits=null output=never")
-    with pytest.raises(SystemExit, match="half: no utterance to validate with has a transcript"):
+    with pytest.raises(SystemExit, match="half: no utterance for validation has a transcript"):
         here(f"{SMALL} codes=half output=never")
     assert not (work.folder / "never").exists()
 
@@ -425,17 +434,17 @@ def test_what_needs_whole_weights_is_refused_where_there_are_parts(recipe: Calla
     module = recipe("train_asr.py")
     config = module.AsrConfig(codes="", codec="", output="", **settings)
     whole, parts = (SimpleNamespace(distributed_type=DistributedType(name)) for name in ("MULTI_GPU", kind))
-    module.refuse_parts(whole, config)
+    module.refuse_sharding(whole, config)
     if settings == {"train": "lora"}:
         config.row_learning_rate = 1e-3
-        with pytest.raises(RunError, match="cannot cut an adapter's rows") if kind == "FSDP" else nullcontext():
-            module.refuse_parts(parts, config)
+        with pytest.raises(RunError, match="cannot shard an adapter's rows") if kind == "FSDP" else nullcontext():
+            module.refuse_sharding(parts, config)
         config.row_steps = 3  # DeepSpeed steps by itself, before the other gradients can be dropped
         with pytest.raises(RunError, match="adapter" if kind == "FSDP" else "row_steps"):
-            module.refuse_parts(parts, config)
+            module.refuse_sharding(parts, config)
     else:
-        with pytest.raises(RunError, match="FSDP and DeepSpeed cut them into parts"):
-            module.refuse_parts(parts, config)
+        with pytest.raises(RunError, match="FSDP and DeepSpeed shard them"):
+            module.refuse_sharding(parts, config)
 
 
 # Accelerate has FSDP for GPUs only: these processes it takes for such, on gloo

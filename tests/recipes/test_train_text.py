@@ -73,7 +73,7 @@ def test_it_leaves_a_language_model_that_takes_new_words(
     run = Path(config.output)
     losses = [line["loss"] for line in read_log(run) if "loss" in line]
     assert len(losses) == 6 and losses[-1] < losses[0]
-    assert {line["step"] for line in read_log(run) if "dev_loss" in line} == {3, 6}
+    assert [line["step"] for line in read_log(run) if "dev_loss" in line] == [3, 6]
     assert not (run / "checkpoints").exists() and (run / "report.html").exists()
     done = json.loads((run / "done.json").read_text(encoding="utf-8"))
     assert done["perplexity"] == pytest.approx(torch.tensor(done["dev_loss"]).exp().item(), rel=1e-6)
@@ -85,6 +85,15 @@ def test_it_leaves_a_language_model_that_takes_new_words(
     extend_vocabulary(model, text_tokenizer, small_codec)
     train_text.main(replace(config))  # finished: nothing happens
     assert [line["loss"] for line in read_log(run) if "loss" in line] == losses
+
+
+def test_the_last_step_is_validated_once(train_text: ModuleType, config: object) -> None:
+    for steps, validated in ((3, [3]), (4, [3, 4])):
+        run = Path(f"{config.output}_{steps}")
+        train_text.main(replace(config, steps=steps, output=str(run)))
+        losses = {line["step"]: line["dev_loss"] for line in read_log(run) if "dev_loss" in line}
+        assert [line["step"] for line in read_log(run) if "dev_loss" in line] == validated
+        assert json.loads((run / "done.json").read_text(encoding="utf-8"))["dev_loss"] == losses[steps]
 
 
 def test_a_killed_run_ends_as_if_never_killed(
@@ -112,8 +121,8 @@ def test_a_killed_run_ends_as_if_never_killed(
 def test_what_cannot_be_is_named(train_text: ModuleType, config: object, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train_text.main(replace(config, text=["nowhere.txt"], output=f"{config.output}_1"))
-    with pytest.raises(DataError, match="5000 tokens make a block"):
+    with pytest.raises(DataError, match="shorter than a block of 5000 tokens"):
         train_text.main(replace(config, block=5000, output=f"{config.output}_2"))
     monkeypatch.setattr(train_text, "make_accelerator", lambda _: SimpleNamespace(num_processes=3))
-    with pytest.raises(RunError, match="3 processes cannot share batch_size 4"):
+    with pytest.raises(RunError, match="batch_size 4 is not divisible by 3 processes"):
         train_text.main(config)

@@ -126,7 +126,7 @@ def test_settings_that_can_work_are_not_refused(tokenizer_recipe: ModuleType) ->
 def test_a_gradient_that_is_no_number_stops_the_run_and_spoils_nothing(
     train: Callable[..., Path], tmp_path: Path, clip: float | None
 ) -> None:
-    with pytest.raises(RunError, match=r"step 2 has a gradient of \w+; the last checkpoint is kept: try a lower learn"):
+    with pytest.raises(RunError, match=r"gradient norm of step 2 is \w+; the last checkpoint is kept: try a lower"):
         train(learning_rate=1e30, clip=clip, steps=9)
     kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [file.name for file in kept] == ["step_00000001.pt"]
@@ -166,7 +166,7 @@ KINDS = {
     "alignment": {"kind": "semantic", "objective": "alignment", "hidden_size": 16, "layers": 1},
     "speaker": {"kind": "speaker", "channels": 8, "crop_s": 0.4},
 }
-MERITS = {"ctc": "dev_cer", "alignment": "dev_frame_accuracy", "speaker": "dev_equal_error_rate"}
+SCORES = {"ctc": "dev_cer", "alignment": "dev_frame_accuracy", "speaker": "dev_equal_error_rate"}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -178,15 +178,15 @@ def test_a_teacher_leaves_unusable_recordings_out_and_lists_them(
     config = module.TeacherConfig(data=str(corpus), output=str(run), **words, **KINDS[name])
     module.main(config)
     summary = json.loads((run / "done.json").read_text())
-    assert summary["skipped"] == 2 and MERITS[name] in summary
+    assert summary["skipped"] == 2 and SCORES[name] in summary
     skipped = {json.loads(line)["path"] for line in (run / "skipped.jsonl").read_text().splitlines()}
     assert skipped == {str(corpus / "u00.flac"), str(corpus / f"u{DEV}.flac")}
 
     dev = read_corpus(corpus, ["dev"])
     torch.manual_seed(0)
     student = (module.SpeakerStudent if name == "speaker" else module.SemanticStudent)(config, dev).eval()
-    assert student.merit(dev) == student.merit(dev[1:]) != {}
-    assert student.merit(dev[:1]) == {}
+    assert student.score(dev) == student.score(dev[1:]) != {}
+    assert student.score(dev[:1]) == {}
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -266,7 +266,7 @@ def test_the_language_model_may_live_elsewhere(tmp_path: Path, make_adapter: Mak
     train(speech_llm)
     speech_llm.save(tmp_path / "adapter")
     shutil.move(tmp_path / "base", tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match="base: no such folder .*name it with `base`"):
+    with pytest.raises(FileNotFoundError, match="base: no such folder .*set `base` to it"):
         load_speech_llm(tmp_path / "adapter")
     loaded = load_speech_llm(tmp_path / "adapter", base=tmp_path / "elsewhere")
     assert torch.equal(logits(loaded), logits(speech_llm))

@@ -170,6 +170,6 @@ def test_an_output_that_is_there_already_is_left_alone(tmp_path: Path, make_trai
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / "thesis.txt").write_text("mine")
     speech_llm = make_trained()
-    with pytest.raises(FileExistsError, match="served is there already: choose another folder"):
+    with pytest.raises(FileExistsError, match="served already exists: choose another folder"):
         export_model(speech_llm, tmp_path / "served")
     assert (tmp_path / "served" / "thesis.txt").read_text() == "mine"

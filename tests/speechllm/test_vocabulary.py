@@ -293,7 +293,7 @@ def test_a_vocabulary_is_extended_once_only(
     model = make_qwen2(text_tokenizer)
     extend_vocabulary(model, text_tokenizer, small_codec)
     before, words = matrices(model)[0].clone(), len(text_tokenizer)
-    with pytest.raises(VocabularyError, match="extended once only"):
+    with pytest.raises(VocabularyError, match="extended only once"):
         extend_vocabulary(model, text_tokenizer, small_codec)
     assert torch.equal(matrices(model)[0], before) and len(text_tokenizer) == words
     model.save_pretrained(tmp_path)  # nor with the text tokenizer of before
@@ -307,7 +307,7 @@ def test_a_text_tokenizer_that_knows_some_audio_tokens_is_refused(
     make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec
 ) -> None:
     text_tokenizer.add_tokens(["<|audio_3|>"], special_tokens=True)
-    with pytest.raises(VocabularyError, match="already holds some of the audio tokens"):
+    with pytest.raises(VocabularyError, match="already has some of the audio tokens"):
         extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec)
 
 

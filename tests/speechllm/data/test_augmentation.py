@@ -174,5 +174,5 @@ def test_features_go_where_their_placeholders_go() -> None:
 
 
 def test_only_codes_have_close_ones() -> None:
-    with pytest.raises(ValueError, match="substitute replaces codes by close ones, but here are no codes"):
+    with pytest.raises(ValueError, match="substitute replaces codes by close ones, but this speech has no codes"):
         Augmentation(AugmentationConfig(substitute=0.1), VOCABULARY, None)

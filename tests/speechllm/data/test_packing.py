@@ -160,7 +160,7 @@ def test_a_sliding_window_shorter_than_an_example_is_refused(make_speech_llm: Ma
     loss_of(examples)
     for layer in speech_llm.model.model.layers:
         layer.self_attn.sliding_window -= 1
-    with pytest.raises(ValueError, match=r"an example has \d+ tokens, the model attends to \d+ only"):
+    with pytest.raises(ValueError, match=r"an example has \d+ tokens, but the model attends to \d+ only"):
         loss_of(examples)
 
 

@@ -294,7 +294,7 @@ def test_ids_must_be_unique(tmp_path: Path, speech: list[Utterance], small_codec
 def test_codes_are_only_for_the_codec_they_were_made_with(small_codec: SpeechCodec, other_codec: SpeechCodec) -> None:
     encoding = Encoding.of(small_codec)
     encoding.require(small_codec.fingerprint, "the model")
-    message = f"codes are of codec {small_codec.fingerprint}, the model is of codec {other_codec.fingerprint}"
+    message = f"codes are from codec {small_codec.fingerprint}, but the model is for codec {other_codec.fingerprint}"
     with pytest.raises(DataError, match=message):
         encoding.require(other_codec.fingerprint, "the model")
 

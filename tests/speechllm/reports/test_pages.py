@@ -1,4 +1,4 @@
-"""The reports: one file each, safe texts, worst utterances first, figures that add up, nothing required."""
+"""The reports: one file each, escaped texts, worst utterances first, correct totals, no required inputs."""
 
 import base64
 import io
@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,8 +18,16 @@ from torch import Tensor
 
 from speechllm import SpeechCodec, Utterance, encode_shards, save_audio, word_error_rate
 from speechllm.evaluation.alignment import align
-from speechllm.reports.pages import write_codec_report, write_recognition_report, write_report
+from speechllm.evaluation.tables import Table
+from speechllm.reports.pages import (
+    finish_training,
+    write_codec_report,
+    write_recognition_report,
+    write_report,
+    write_results_report,
+)
 from speechllm.reports.sounds import Reconstruction
+from speechllm.runs.run import Run
 
 RATE = 16_000
 SECONDS = 1.0
@@ -34,6 +43,7 @@ def inputs() -> dict[str, object]:
             "wer": 0.0712,
             "wer_ci95": [0.065, 0.078],
             "wer_shuffled_audio": 1.043,
+            "wer_shuffled_audio_ci95": [1.01, 1.07],
             "utterances": 2620,
             "tokens_per_second": 50.0,
             "notes": ["<script>alert(1)</script>", "small run"],
@@ -43,6 +53,9 @@ def inputs() -> dict[str, object]:
             "seconds_by_stage": {"tokenizer": 5400.0, "encode & pack": 61.0, "broken": math.nan},
             "versions": {"numpy": "2.4"},
             "codec_fingerprint": "ab12",
+            "config": {"data": "<corpus>", "asr": "demo.yaml"},
+            "command": "python recipes/demo.py 'data=<corpus>'",
+            "seconds": 5461.0,
         },
         "tokenizer_log": [{"step": i, "loss": 5 / (i + 1), "mel$": 1.0} for i in range(80)]
         + [{"step": 40, "dev_loss": 0.4}, {"step": 79, "dev_loss": math.nan}],
@@ -101,7 +114,7 @@ def test_texts_are_escaped(page: str) -> None:
 
 
 def test_headline_and_sections_in_order(page: str) -> None:
-    for text in ("7.1\u00a0%", "6.5\u00a0% to 7.8\u00a0%", "104.3\u00a0%", "2,620", "the model listens"):
+    for text in ("7.1\u00a0%", "6.5\u00a0% to 7.8\u00a0%", "104.3\u00a0%", "101.0\u00a0% to 107.0\u00a0%", "2,620"):
         assert text in page
     assert re.findall("<h2>(.*?)</h2>", page) == [
         "Notes",
@@ -114,8 +127,11 @@ def test_headline_and_sections_in_order(page: str) -> None:
         "Worst alignments",
         "Best alignments",
         "Time per stage",
+        "Configuration",
         "Versions",
     ]
+    for text in ("python recipes/demo.py &#x27;data=&lt;corpus&gt;&#x27;", "91.0 min", "demo.yaml"):
+        assert text in section(page, "Configuration")
     for text in ("0.0521", "0.9123", "4,000", "speaker / trials"):
         assert text in section(page, "Results")
 
@@ -170,8 +186,27 @@ def test_nothing_recorded(tmp_path: Path, results: dict[str, object]) -> None:
     )
     page = (tmp_path / "new" / "r.html").read_text(encoding="utf-8")
     titles = re.findall("<h2>(.*?)</h2>", page)
-    assert len(titles) == 11
+    assert len(titles) == 12
     assert all("not recorded" in section(page, title) for title in titles)
+
+
+@pytest.mark.parametrize(
+    "control, shown",
+    [
+        ([0.5, 0.7], True),
+        ([0.3, 0.7], False),  # overlaps with the WER's interval
+        ([0.1, 0.15], False),
+        (None, False),
+    ],
+)
+def test_only_a_control_above_the_wer_shows_that_the_model_uses_the_audio(
+    tmp_path: Path, control: list[float] | None, shown: bool
+) -> None:
+    results = {"wer": 0.3, "ci95": [0.2, 0.4], "wer_shuffled_audio": 0.6, "wer_shuffled_audio_ci95": control}
+    write_recognition_report(tmp_path / "r.html", title="t", results=results, predictions=[])
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert ("The model uses the audio" in page) == shown
+    assert ("Nothing here shows that the model uses the audio" in page) != shown
 
 
 def test_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +237,7 @@ def codec_inputs(layers: int = 3) -> dict[str, Any]:
         "log": log,
         "codebook_counts": [np.arange(4)] * layers,
         "reconstruction": inputs()["reconstruction"],
+        "provenance": {"command": "train", "seconds": 90.0, "config": {"steps": 10}, "versions": {"torch": "2"}},
     }
 
 
@@ -211,7 +247,8 @@ def test_the_codec_page_shows_the_last_validation_quality_first(tmp_path: Path) 
     shown = re.findall(r'class="tile"><span>(.*?)</span><b>(.*?)</b>', page)
     assert shown == [("PESQ, wide-band", "2.345"), ("STOI", "0.6"), ("Mel distance", "1"), ("&lt;new&gt;", "7.25")]
     assert "<h1>tokenizer &lt;after&gt; 10 steps</h1>" in page
-    assert re.findall("<h2>(.*?)</h2>", page) == ["Training", "Codebook usage", "Reconstruction"]
+    sections = ["Training", "Codebook usage", "Reconstruction", "Configuration", "Versions"]
+    assert re.findall("<h2>(.*?)</h2>", page) == sections and "1.5 min" in section(page, "Configuration")
     assert not re.search(r"https?://|<link|<script|@import|url\(", page)
 
 
@@ -244,9 +281,45 @@ def test_a_codec_page_before_anything_is_known(tmp_path: Path) -> None:
         "log": [],
         "codebook_counts": [],
         "reconstruction": Reconstruction("", RATE, np.zeros(0), {}),
+        "provenance": {},
     }
     write_codec_report(tmp_path / "r.html", title="t", **nothing)
-    assert (tmp_path / "r.html").read_text(encoding="utf-8").count("not recorded") == 3
+    assert (tmp_path / "r.html").read_text(encoding="utf-8").count("not recorded") == 5
+
+
+# ---- of other trainings and evaluations
+
+
+@dataclass
+class Job:
+    output: str
+    steps: int = 2
+
+
+def test_a_finished_training_has_a_page_with_summary_curves_and_configuration(tmp_path: Path) -> None:
+    run = Run(tmp_path, Job("<here>"))
+    run.log(1, loss=2.0)
+    run.log(2, loss=1.0)
+    finish_training(run, {"loss": 1.0, "dev_wer": 0.25})
+    assert run.summary == {"loss": 1.0, "dev_wer": 0.25}
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.findall("<h2>(.*?)</h2>", page) == ["Training", "Configuration", "Versions"]
+    assert "dev_wer" in page and 'alt="loss by step"' in section(page, "Training")
+    assert "&lt;here&gt;" in section(page, "Configuration") and "torch" in section(page, "Versions")
+
+
+def test_the_page_of_results_holds_tables_failures_and_codebooks(tmp_path: Path) -> None:
+    results = {"frames": 7, "failed": [{"id": "a<b", "reason": "silent"}, {"id": "c", "reason": "too short"}]}
+    results |= {"command": "python x", "seconds": 3.0, "config": {"data": "corpus"}, "versions": {"torch": "2"}}
+    table = Table("Table 1", ["system", "PESQ"], [["ours", "2.5"]], "A note.")
+    write_results_report(tmp_path / "r.html", "t", results, [table], codebook_counts=[np.arange(4)])
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    titles = ["Table 1", "Codebook usage", "Results", "Configuration", "Versions"]
+    assert re.findall("<h2>(.*?)</h2>", page) == titles
+    assert "2.5" in section(page, "Table 1") and "A note." in section(page, "Table 1")
+    rows = re.findall(r'row">(\d+)</th><td>(.*?)</td><td>(.*?)</td>', section(page, "Results"))
+    assert rows == [("1", "a&lt;b", "silent"), ("2", "c", "too short")]
+    assert "3.0 s" in section(page, "Configuration") and "3.0 s" not in section(page, "Results")
 
 
 # ---- of a recogniser's evaluation
@@ -296,6 +369,7 @@ def test_the_recognition_page_scores_the_texts_as_the_results_do(tmp_path: Path)
         "Best alignments",
         "Training of &lt;it&gt;",
         "Further results",
+        "Configuration",
         "Versions",
     ]
     # 19 deletions and 401 insertions in 160 words; s1 has said the text with the insertions and lost 9 words, s0 10
@@ -357,7 +431,11 @@ def test_eval_asr_writes_the_page_of_its_run(
     lines = (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["duration_s"] for line in lines] == [0.5, 0.772]
     page = (output / "report.html").read_text(encoding="utf-8")
-    wer = json.loads((output / "results.json").read_text())["wer"]
-    assert f"<b>{100 * wer:.1f}\u00a0%</b>" in page
+    results = json.loads((output / "results.json").read_text())
+    assert f"<b>{100 * results['wer']:.1f}\u00a0%</b>" in page
+    texts = [json.loads(line) for line in lines]
+    low, high = results["wer_shuffled_audio_ci95"]
+    assert low <= results["wer_shuffled_audio"] <= high and texts[0]["reference"] == texts[1]["reference"]
+    assert results["config"]["output"] == str(output) and results["seconds"] > 0 and results["command"]
     assert 'alt="loss by step"' in section(page, "Training")
     assert "<img" in section(page, "WER by duration")

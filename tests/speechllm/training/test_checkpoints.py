@@ -1,4 +1,4 @@
-"""The state of a training comes back whole: weights, moments, average and best; also of weights cut into parts."""
+"""The state of a training is restored exactly: weights, moments, average and best checkpoint; also if sharded."""
 
 import math
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def test_a_training_goes_on_from_a_file_as_if_never_interrupted(tmp_path: Path, 
         first.record_validation(4, 0.5, keep=True)
     torch.save({"step": 4, **first.state_dict()}, tmp_path / "state.pt")
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert second.best.wer == 0.5 and second.best.step == 4 and second.best.worse == 0
+    assert second.best.wer == 0.5 and second.best.step == 4 and second.best.validations_without_improvement == 0
     with first.evaluation_weights():
         assert same(second.best.weights, trained_weights(first.evaluated))
     train(second, 4, 7)
@@ -100,7 +100,7 @@ def test_the_best_validation_is_kept_and_the_worse_ones_after_it_are_counted() -
     for step, wer in enumerate([0.9, 0.5, 0.5, 0.7, 0.4, 0.6]):
         train(training, step, step + 1)
         training.record_validation(step, wer, keep=True)
-        history.append((training.best.step, training.best.worse))
+        history.append((training.best.step, training.best.validations_without_improvement))
         if step == 4:
             best = trained_weights(training.model)
     assert history == [(0, 0), (1, 0), (1, 1), (1, 2), (4, 0), (4, 1)]
