@@ -111,11 +111,19 @@ def paper(tmp_path: Path, make_qwen2: Callable, make_text_tokenizer: Callable, m
     return {name: folder.relative_to(tmp_path).as_posix() for name, folder in folders.items()}
 
 
+def save_nothing(figure: object, file: object, **_: object) -> None:
+    """In place of matplotlib's savefig: two thirds of the time of this test, and tested elsewhere."""
+    if isinstance(file, str | Path):
+        Path(file).touch()
+
+
 @pytest.fixture
 def run(
-    recipe: Callable[[str], ModuleType], config_class: Callable[[str], type]
+    recipe: Callable[[str], ModuleType], config_class: Callable[[str], type], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[[str, list[str]], None]]:
     from accelerate.state import AcceleratorState, GradientState
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_nothing)
 
     def run(name: str, words: list[str]) -> None:
         config = words[words.index("--config") + 1] if "--config" in words else None
@@ -154,9 +162,9 @@ def test_the_paper_is_reproduced_in_miniature(paper: dict[str, str], run: Callab
         assert not (tmp_path / output).exists()
         run(name, words)
         missing = [file for file in WRITTEN[name].split() if not (tmp_path / output / file).is_file()]
-        adapter = not (tmp_path / output / "model" / "config.json").is_file()
         assert not missing, f"{name} {words}"
-        assert name != "train_asr.py" or adapter == any("lora" in word for word in words)
+        adapter = (tmp_path / output / "model" / "adapter_config.json").is_file()
+        assert adapter == ("configs/asr/qwen2-1.5b_lora.yaml" in words)
 
     def read(file: str) -> dict:
         return json.loads((tmp_path / "runs" / file).read_text(encoding="utf-8"))
