@@ -1,11 +1,11 @@
-"""What the codes hold: codebook use, content of layer 0 against log-mel k-means, voice in layers 0 and 1.
+"""Information in the codes: codebook use, content of layer 0 compared with log-mel k-means, voice in layers 0 and 1.
 
     python recipes/eval_tokenizer.py codes=CODES data=CORPUS output=results.json test_splits=[test]
 
-Content needs codes at a fixed rate and a phone alignment (recipes/align_speech.py makes one), or texts that are single
-words; it is measured on the utterances that have them.
-The probe (probe_steps=2000, say) measures it on any corpus with texts: a small recogniser learns to read the training
-splits' codes, and its error rate on the test splits is set beside that of one that reads log-mel k-means units.
+Content needs codes at a fixed rate, and a phone alignment (see recipes/align_speech.py) or texts of single words; it is
+measured on the utterances that have them.
+The probe (for example probe_steps=2000) measures content on any corpus with texts: a small recogniser is trained on the
+codes of the training splits, and its error rate on the test splits is compared with one on log-mel k-means units.
 """
 
 import time

@@ -1,13 +1,13 @@
-"""Train a small teacher where the published ones cannot be had.
+"""Train a small teacher in place of a published one.
 
     accelerate launch recipes/train_teacher.py --config configs/teacher/semantic_demo.yaml data=FOLDER output=RUN
 
-kind: semantic  a HuBERT on raw waveforms, saved as a transformers folder. objective ctc learns the characters of the
-                transcripts and is saved as the whole recogniser (`recognizer:RUN/model` is a tokenizer; see
-                configs/teacher/recognizer.yaml); objective alignment learns the phones recipes/align_speech.py found,
-                or those a synthetic corpus comes with.
+kind: semantic  a HuBERT on raw waveforms, saved as a transformers folder. With objective ctc it is trained on the
+                characters of the transcripts and saved with its head (`recognizer:RUN/model` is a tokenizer; see
+                configs/teacher/recognizer.yaml), with objective alignment on the phones of recipes/align_speech.py or
+                of a synthetic corpus.
 kind: speaker   an ECAPA-TDNN on speaker labels, saved as a SpeechBrain folder.
-Both load through the same door as facebook/hubert-base-ls960 and speechbrain/spkrec-ecapa-voxceleb.
+Both are loaded in the same way as facebook/hubert-base-ls960 and speechbrain/spkrec-ecapa-voxceleb.
 """
 
 import math

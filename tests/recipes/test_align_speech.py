@@ -1,4 +1,4 @@
-"""Forced alignment, judged by speech whose maker knows where each phone is."""
+"""Forced alignment, tested with synthetic speech of known phone times."""
 
 import json
 import os
@@ -43,8 +43,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def aligned(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Utterance], str]:
     folder = tmp_path_factory.mktemp("aligned")
-    said = run("align_speech.py", f"data={corpus}", f"output={folder}")
-    return read_corpus(folder), said
+    output = run("align_speech.py", f"data={corpus}", f"output={folder}")
+    return read_corpus(folder), output
 
 
 def test_everything_else_in_the_manifest_stays(corpus: Path, aligned: tuple[list[Utterance], str]) -> None:
@@ -55,11 +55,11 @@ def test_everything_else_in_the_manifest_stays(corpus: Path, aligned: tuple[list
 
 
 def test_what_cannot_be_aligned_stays_without_phones_and_is_counted(aligned: tuple[list[Utterance], str]) -> None:
-    utterances, said = aligned
+    utterances, output = aligned
     without = [u.id for u in utterances if not u.phones]
     assert len(without) <= 5 and without[-2:] == ["silent-text", "broken"]  # synthetic voices are hard for it too
-    assert f"aligned {8 - len(without)} of 8 utterances" in said
-    assert "'no transcript': 1" in said and "'unreadable': 1" in said
+    assert f"aligned {8 - len(without)} of 8 utterances" in output
+    assert "'no transcript': 1" in output and "'unreadable': 1" in output
 
 
 def test_the_phones_are_where_the_synthesiser_put_them(corpus: Path, aligned: tuple[list[Utterance], str]) -> None:
@@ -85,5 +85,5 @@ def test_a_corpus_of_silence_gives_no_phones(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "quiet.wav", np.zeros(16_000, np.float32), 16_000)
     row = {"path": "quiet.wav", "duration_s": 1.0, "text": "hello there"}
     (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    said = run("align_speech.py", f"data={tmp_path}", f"output={tmp_path / 'aligned'}")
-    assert "aligned 0 of 1" in said
+    output = run("align_speech.py", f"data={tmp_path}", f"output={tmp_path / 'aligned'}")
+    assert "aligned 0 of 1" in output

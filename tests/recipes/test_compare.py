@@ -1,4 +1,4 @@
-"""The comparison: its plan, what it refuses, a whole one on tiny models, and its page."""
+"""The comparison: its plan, refused settings, a complete one on tiny models, and its page."""
 
 import json
 import threading
@@ -52,7 +52,7 @@ def config_of(compare: ModuleType, tmp_path: Path) -> Callable[..., object]:
 # ---- configuration
 
 
-def test_all_problems_of_the_configuration_are_told_at_once(config_of: Callable[..., object]) -> None:
+def test_all_problems_of_the_configuration_are_reported_at_once(config_of: Callable[..., object]) -> None:
     systems = [
         {"name": "two", "train": [], "tokenizer": "folder"},
         {"name": "none"},
@@ -90,7 +90,7 @@ def test_commands_are_checked_before_the_first_one_runs(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_split_that_a_corpus_lacks_is_told_before_anything_runs(
+def test_a_split_that_a_corpus_lacks_is_reported_before_anything_runs(
     compare: ModuleType, config_of: Callable[..., object], corpus: Path
 ) -> None:
     keys = {"data": str(corpus), "tasks": ["quality"], "quality_splits": ["nowhere"], "evaluation_speaker": None}
@@ -167,7 +167,7 @@ def test_systems_that_are_alike_read_the_same_codes_and_tasks_on_one_corpus_shar
     assert [stage for stage in plan if "emotion " in stage] == ["a: emotion 0", "a: emotion 1"]
 
 
-# ---- a whole comparison
+# ---- a complete comparison
 
 
 @pytest.fixture
@@ -351,7 +351,7 @@ def test_what_was_not_measured_is_a_dash_and_what_nobody_measured_is_skipped() -
     assert "Not scored: 1 of codec, 1 of weak." in page
 
 
-def test_a_need_has_a_winner_only_where_the_intervals_can_tell() -> None:
+def test_a_purpose_has_a_winner_only_if_the_intervals_do_not_overlap() -> None:
     title = "Best system by purpose"
     (words,) = cells("speech recognition", title)
     assert words[2] == "no clear winner"
@@ -359,7 +359,7 @@ def test_a_need_has_a_winner_only_where_the_intervals_can_tell() -> None:
     assert words[4] == "soft, 25 tokens/s"
     (speech,) = cells("speech quality", title)
     assert speech[2] == "codec" and "4 codebooks" in speech[3]
-    assert speech[4] == "codec, 2 codebooks, 1 kbps"  # half the bits, and not told apart
+    assert speech[4] == "codec, 2 codebooks, 1 kbps"  # half the bits, and not distinguishable
     (small,) = cells("small tokenizer", title)
     assert small[2] == "weak"
     assert not cells("emotion recognition", title) and not cells("fast encoding", title)

@@ -112,7 +112,7 @@ def test_evaluators_score_what_was_decoded(
         def embedding(self, waveform: Tensor) -> Tensor:
             return waveform[:, :4_000]
 
-    class Judge(torch.nn.Module):
+    class Recognizer(torch.nn.Module):
         sample_rate, frame_rate, device = RATE, 0.0, torch.device("cpu")
 
         def encode(self, waveform: Tensor) -> Transcripts:
@@ -123,7 +123,7 @@ def test_evaluators_score_what_was_decoded(
     row = {"id": "a", "path": str(corpus / "a.wav"), "duration_s": 1.0, "text": "loud"}
     (tmp_path / "manifest.jsonl").write_text(json.dumps(row), encoding="utf-8")
     monkeypatch.setattr(recipe(RECIPE).SpeakerTeacher, "from_pretrained", lambda name: Speaker(1, 1))
-    monkeypatch.setattr(recipe(RECIPE), "load_recognizer", lambda name: Judge())
+    monkeypatch.setattr(recipe(RECIPE), "load_recognizer", lambda name: Recognizer())
     found = evaluate(tmp_path, f"data={tmp_path}", "layers=[1]", "speaker=x", "recognizer=recognizer:x")
     assert found["original"]["speaker_similarity"]["mean"] == pytest.approx(1)
     similarity = torch.cosine_similarity(original[:4_000], reconstruction[:4_000], dim=0)

@@ -44,7 +44,7 @@ def voice(speaker: str, text: str, duration_s: float) -> Tensor:
     return torch.from_numpy(0.05 * wave + noise).float()
 
 
-class Judge(nn.Module):
+class Recognizer(nn.Module):
     """A recogniser that takes every recording for ONE."""
 
     sample_rate, frame_rate, device = 8_000, 0.0, torch.device("cpu")
@@ -109,7 +109,7 @@ def results(
     evaluate: Callable[..., dict], recipe: Callable[[str], ModuleType], output: Path, ecapa_folder: Path
 ) -> dict:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe(RECIPE), "load_recognizer", lambda name: Judge())
+        patch.setattr(recipe(RECIPE), "load_recognizer", lambda name: Recognizer())
         return evaluate(output, "layers=[[1],[1,2]]", f"speaker={ecapa_folder}", "recognizer=recognizer:x", "pairs=20")
 
 
@@ -121,7 +121,7 @@ def rows(results: dict, output: Path) -> list[dict]:
 # ---- pairs
 
 
-def test_a_pair_has_two_speakers_and_recordings_the_method_has_not_heard(rows: list[dict]) -> None:
+def test_a_pair_has_two_speakers_and_recordings_that_the_method_does_not_use(rows: list[dict]) -> None:
     assert len(rows) == 8 and len({row["source"] for row in rows}) == 8
     for row in rows:
         source, target, reference, voice = (row[role].split("-") for role in ("source", "target", "reference", "voice"))
@@ -207,7 +207,7 @@ def test_the_recognizer_is_scored_against_the_words_of_the_source(results: dict)
         assert method["wer"]["mean"] == 0.5 and method["wer"]["words"] == 8  # half of them are ONE
 
 
-def test_some_pairs_can_be_listened_to(results: dict, output: Path, rows: list[dict], corpus: Path) -> None:
+def test_the_sounds_of_some_pairs_are_saved(results: dict, output: Path, rows: list[dict], corpus: Path) -> None:
     names = {path.name for path in (output / "audio").iterdir()}
     assert {name.split("_")[0] for name in names} == set("01234")
     assert {"0_source.wav", "0_target.wav", "0_swap_1_by_position.wav", "4_swap_1-2_by_content.wav"} <= names
@@ -245,7 +245,7 @@ def test_an_unreadable_recording_costs_its_pairs_alone(
     assert "2 without scores" in capsys.readouterr().out
 
 
-def test_without_parallel_text_similarity_is_left_and_it_is_said(
+def test_without_parallel_text_only_similarity_is_measured_which_is_reported(
     evaluate: Callable[..., dict],
     tmp_path: Path,
     corpus: Path,

@@ -1,4 +1,4 @@
-"""The evaluation of codes: labels at the time of every frame, whatever its rate, and what is skipped with a reason."""
+"""The evaluation of codes: frame labels at every frame rate, and results that are skipped with a reason."""
 
 import json
 import types
@@ -80,7 +80,7 @@ def test_the_baseline_is_that_of_50_frames_a_second_for_every_codec(
     assert found[0] == found[1] == found[2]
 
 
-def test_merged_repeats_have_no_labels_and_it_is_said(
+def test_merged_repeats_have_no_labels_which_is_reported(
     evaluate: Callable[..., dict], capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
@@ -90,7 +90,7 @@ def test_merged_repeats_have_no_labels_and_it_is_said(
     assert "no phone information: repeats are merged in these codes" in capsys.readouterr().out
 
 
-def test_speakers_heard_once_cannot_be_told(evaluate: Callable[..., dict], codec: SpeechCodec) -> None:
+def test_speakers_with_a_single_utterance_are_not_evaluated(evaluate: Callable[..., dict], codec: SpeechCodec) -> None:
     assert evaluate(codec, first=3)["speaker"] == {}
 
 

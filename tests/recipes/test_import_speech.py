@@ -103,7 +103,7 @@ def test_what_save_to_disk_wrote_becomes_a_corpus(run: Run, tmp_path: Path, spli
     same_speech(run(tmp_path / "saved"), name)
 
 
-def test_all_splits_are_imported_and_repeated_ids_told_apart(run: Run, parquet: Path) -> None:
+def test_all_splits_are_imported_and_repeated_ids_made_unique(run: Run, parquet: Path) -> None:
     folder = run(parquet)
     found = {split: [u.id for u in read_corpus(folder, [split])] for split in ("train", "test")}
     assert found == {

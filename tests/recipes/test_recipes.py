@@ -114,7 +114,7 @@ class Work:
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory, start_recipe: Callable) -> Work:
-    """The whole chain, once."""
+    """The complete chain, once."""
     work = Work(tmp_path_factory.mktemp("work"), start_recipe)
     write_corpus(work.folder / "corpus")
     small = "hidden_size=16 layers=1"
@@ -133,7 +133,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, start_recipe: Callable) -> Wo
 # ---- what the chain wrote
 
 
-def test_the_teachers_load_through_the_doors_of_the_published_ones(work: Work) -> None:
+def test_the_teachers_are_loaded_like_the_published_ones(work: Work) -> None:
     waveform = torch.randn(1, 8_000, generator=torch.Generator().manual_seed(0))
     for run in ("ctc", "alignment"):
         assert SemanticTeacher.from_pretrained(work.folder / run / "model")(waveform).shape == (1, FRAMES, 16)
@@ -142,7 +142,7 @@ def test_the_teachers_load_through_the_doors_of_the_published_ones(work: Work) -
     assert SpeakerTeacher.from_pretrained(work.folder / "speaker" / "model")(waveform).shape == (1, 51, 24)
 
 
-def test_the_teachers_say_how_good_they_are_on_the_dev_split(work: Work) -> None:
+def test_the_teachers_are_scored_on_the_dev_split(work: Work) -> None:
     assert work.json("ctc/done.json")["dev_cer"] >= 0
     assert 0 <= work.json("alignment/done.json")["dev_frame_accuracy"] <= 1
     assert 0 <= work.json("speaker/done.json")["dev_equal_error_rate"] <= 1
@@ -269,7 +269,7 @@ def test_two_processes_train_a_teacher_like_one(work: Work) -> None:
     assert torch.cat([(one[key] - two[key]).abs().flatten() for key in one]).mean() < 0.01 * way
 
 
-# ---- started in this process: what is said at the beginning
+# ---- started in this process: messages at the start
 
 
 @pytest.fixture
@@ -352,7 +352,7 @@ MISSING = [
 
 
 @pytest.mark.parametrize("name, words, message", MISSING)
-def test_what_is_missing_is_named_in_one_line(
+def test_missing_input_is_named_in_one_line(
     tmp_path: Path, here: Callable, name: str, words: str, message: str
 ) -> None:
     with pytest.raises(BaseException, match=message) as error:
@@ -361,7 +361,7 @@ def test_what_is_missing_is_named_in_one_line(
 
 
 @pytest.mark.parametrize("name, words, message", MISSING)
-def test_what_is_missing_is_told_without_a_traceback(
+def test_missing_input_is_reported_without_a_traceback(
     tmp_path: Path, here: Callable, name: str, words: str, message: str
 ) -> None:
     with pytest.raises(SystemExit, match=message):

@@ -287,11 +287,11 @@ def test_a_gradient_that_is_no_number_ends_the_training_before_the_weights_are_l
 
 @pytest.fixture(scope="module")
 def other_speech(work: Work) -> Work:
-    """The same recordings as features, and as what a recogniser hears, of one small HuBERT with random weights."""
+    """The same recordings as features, and as texts, of one small HuBERT with random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         classifier = FrameClassifier(small_hubert(8, 1), 6)
-        torch.nn.init.normal_(classifier.head.weight)  # it hears something
+        torch.nn.init.normal_(classifier.head.weight)  # so that texts are not empty
     save_recognizer(classifier, list("|ENOT"), work.folder / "hubert")
     utterances = [
         Utterance(row["id"], work.folder / f"{row['id']}.wav", row["duration_s"], row["split"], row["text"], "s")
@@ -316,8 +316,8 @@ def test_the_recipe_takes_features_and_texts_as_it_takes_codes(
     speech = [speech_of(row, encoding) for row in dev]
     found = recognize(speech, speech_llm, durations_s=dev["duration_s"])
     assert word_error_rate(dev["text"], [each.text for each in found]).wer == done["dev_wer"]
-    heard = transcribe([other_speech.folder / f"{name}.wav" for name in dev["id"]], speech_llm)
-    assert len(heard) == len(found)
+    texts = transcribe([other_speech.folder / f"{name}.wav" for name in dev["id"]], speech_llm)
+    assert len(texts) == len(found)
 
     eval_asr = recipe("eval_asr.py")
     eval_asr.main(eval_asr.EvalAsrConfig(f"{output}/model", kind, f"{output}/test", splits=["dev"], fallback=False))
@@ -430,21 +430,21 @@ def test_splits_without_transcripts_are_named(work: Work, here: Callable, small_
 @pytest.mark.parametrize(
     "settings", [{"weight_average": 0.9}, {"row_learning_rate": 1e-3}, {"row_steps": 3}, {"train": "lora"}]
 )
-def test_what_needs_whole_weights_is_refused_where_there_are_parts(recipe: Callable, kind: str, settings: dict) -> None:
+def test_settings_that_need_full_weights_are_refused_with_sharding(recipe: Callable, kind: str, settings: dict) -> None:
     module = recipe("train_asr.py")
     config = module.AsrConfig(codes="", codec="", output="", **settings)
-    whole, parts = (SimpleNamespace(distributed_type=DistributedType(name)) for name in ("MULTI_GPU", kind))
-    module.refuse_sharding(whole, config)
+    unsharded, sharded = (SimpleNamespace(distributed_type=DistributedType(name)) for name in ("MULTI_GPU", kind))
+    module.refuse_sharding(unsharded, config)
     if settings == {"train": "lora"}:
         config.row_learning_rate = 1e-3
         with pytest.raises(RunError, match="cannot shard an adapter's rows") if kind == "FSDP" else nullcontext():
-            module.refuse_sharding(parts, config)
+            module.refuse_sharding(sharded, config)
         config.row_steps = 3  # DeepSpeed steps by itself, before the other gradients can be dropped
         with pytest.raises(RunError, match="adapter" if kind == "FSDP" else "row_steps"):
-            module.refuse_sharding(parts, config)
+            module.refuse_sharding(sharded, config)
     else:
         with pytest.raises(RunError, match="FSDP and DeepSpeed shard them"):
-            module.refuse_sharding(parts, config)
+            module.refuse_sharding(sharded, config)
 
 
 # Accelerate has FSDP for GPUs only: these processes it takes for such, on gloo

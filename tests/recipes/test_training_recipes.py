@@ -170,7 +170,7 @@ SCORES = {"ctc": "dev_cer", "alignment": "dev_frame_accuracy", "speaker": "dev_e
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_teacher_leaves_unusable_recordings_out_and_lists_them(
+def test_a_teacher_skips_unusable_recordings_and_lists_them(
     recipe: Callable[[str], ModuleType], corpus: Path, tmp_path: Path, name: str
 ) -> None:
     module, run = recipe("train_teacher.py"), tmp_path / "run"
@@ -190,7 +190,7 @@ def test_a_teacher_leaves_unusable_recordings_out_and_lists_them(
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_teachers_mistyped_dev_split_is_told_before_training(
+def test_a_teachers_mistyped_dev_split_is_reported_before_training(
     recipe: Callable[[str], ModuleType], corpus: Path, tmp_path: Path, name: str
 ) -> None:
     module = recipe("train_teacher.py")

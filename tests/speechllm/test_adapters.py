@@ -295,7 +295,7 @@ def test_another_language_model_is_refused(tmp_path: Path, make_adapter: MakeAda
     other.get_parameter(place).data.mul_(1.01)
     other.save_pretrained(tmp_path / "other")
     fingerprints = [base_fingerprint(model, speech_llm.vocabulary.offset) for model in (speech_llm.model, other)]
-    with pytest.raises(ValueError, match=rf"{fingerprints[0]} \(.*base\), .*other has {fingerprints[1]}: name"):
+    with pytest.raises(ValueError, match=rf"{fingerprints[0]} \(.*base\), .*other has {fingerprints[1]}: set"):
         load_speech_llm(tmp_path / "adapter", base=tmp_path / "other")
 
 
@@ -327,7 +327,7 @@ def test_the_fingerprint_outlives_new_rows_and_adapters_and_knows_every_weight(
 
 def test_a_model_from_nowhere_is_refused_before_it_is_trained(make_speech_llm: Callable) -> None:
     speech_llm = make_speech_llm()
-    with pytest.raises(ValueError, match="loaded from no folder or hub name: write it with save_pretrained"):
+    with pytest.raises(ValueError, match="not loaded from a folder or the hub: save it with save_pretrained"):
         prepare_adapter(speech_llm.model, speech_llm.vocabulary)
     assert all(p.requires_grad for p in speech_llm.model.parameters())
 

@@ -1,4 +1,4 @@
-"""Transcribing: batches, order, beams, what may be answered, how long, and what becomes of a runaway answer."""
+"""Transcription: batches, order, beams, allowed tokens, maximum lengths, and runaway answers."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def random_codes(*frames: int) -> list[Tensor]:
 
 
 def with_opinions(speech_llm: SpeechLLM, opinions: dict[int, float]) -> SpeechLLM:
-    """The model whose logit of an id is what `opinions` says (0 for the others), whatever it hears."""
+    """The model with constant logits, independent of its input: those of `opinions`, 0 for other ids."""
     head = speech_llm.model.lm_head
     answer = nn.Linear(head.in_features, head.out_features)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_the_model_keeps_its_mode_and_gets_no_gradients(make_speech_llm: MakeSpe
 
 # ---- beams
 
-# after a, four ways to go on; b is the worse beginning of the better answer
+# after a, four continuations; b is the less likely beginning of the more likely answer
 GARDEN_PATH = {
     "<": {"a": 0.6, "b": 0.4},
     "a": {"b": 0.22, "c": 0.26, "d": 0.26, "e": 0.26},
@@ -190,7 +190,7 @@ def test_a_model_that_runs_away_stops_at_12_tokens_a_second_and_16_more(
     "text, at_bound, reason",
     [
         ("turn on the red lamp", False, None),
-        ("no no no no", False, None),  # may have been said
+        ("no no no no", False, None),  # may be correct
         ("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen", False, None),
         ("turn on the red lamp", True, "bound"),
         ("", False, "empty"),
@@ -202,7 +202,7 @@ def test_a_model_that_runs_away_stops_at_12_tokens_a_second_and_16_more(
         ("as an aim in itself", False, None),
     ],
 )
-def test_runaway_answers_are_told_from_others(text: str, at_bound: bool, reason: str | None) -> None:
+def test_runaway_answers_are_recognised(text: str, at_bound: bool, reason: str | None) -> None:
     assert runaway_reason(text, at_bound) == reason
 
 
@@ -236,7 +236,7 @@ def test_a_text_tokenizer_without_a_padding_token_will_do(make_speech_llm: MakeS
 def test_only_runaways_are_decoded_again(make_speech_llm: MakeSpeechLLM) -> None:
     speech_llm = with_chances(make_speech_llm(tied=False), GARDEN_PATH)  # beams would find "b"
     found = recognize(random_codes(3, 8), speech_llm, fallback=True)
-    assert all(len(heard.text) == 2 and heard.runaway is None and not heard.repaired for heard in found)
+    assert all(len(each.text) == 2 and each.runaway is None and not each.repaired for each in found)
 
 
 def test_the_first_answer_stays_where_the_second_runs_away_too(make_speech_llm: MakeSpeechLLM) -> None:
@@ -245,7 +245,7 @@ def test_the_first_answer_stays_where_the_second_runs_away_too(make_speech_llm: 
     assert recognize(random_codes(50), speech_llm, fallback=True) == [Transcription("x" * 28, "looped")]
 
 
-def test_an_answer_that_stays_empty_is_counted_and_not_mended(make_speech_llm: MakeSpeechLLM) -> None:
+def test_an_answer_that_stays_empty_is_counted_and_not_repaired(make_speech_llm: MakeSpeechLLM) -> None:
     speech_llm = with_chances(make_speech_llm(tied=False), {"<": {">": 1.0}})
     found = recognize(random_codes(3, 9), speech_llm, fallback=True)
     assert found == [Transcription("", "empty")] * 2

@@ -97,7 +97,7 @@ def test_spans_are_stretches_of_audio_of_at_most_their_share(example: Example) -
     assert 20 < int((many.input_ids != example.input_ids).sum()) <= 200
 
 
-def test_tempo_leaves_out_or_repeats_whole_frames_evenly(example: Example) -> None:
+def test_tempo_drops_or_repeats_frames_evenly(example: Example) -> None:
     frames = audio(example)
     counts = []
     for seed in range(60):
@@ -116,7 +116,7 @@ def test_tempo_leaves_out_or_repeats_whole_frames_evenly(example: Example) -> No
     assert abs(sum(counts) / len(counts) - FRAMES) < 10
 
 
-def test_labels_of_speech_are_what_was_said_not_what_is_shown(example: Example) -> None:
+def test_speech_labels_are_the_original_codes(example: Example) -> None:
     found = augment(example, tempo=0.2, substitute=0.3, mask=0.3, spans=5)
     alone = augment(example, tempo=0.2)  # the same draw: tempo comes first
     assert torch.equal(found.labels, alone.labels)
@@ -173,6 +173,6 @@ def test_features_go_where_their_placeholders_go() -> None:
     assert torch.equal(found.features, features[rows]) and bool((rows.diff() >= 0).all())
 
 
-def test_only_codes_have_close_ones() -> None:
+def test_substitution_requires_codes() -> None:
     with pytest.raises(ValueError, match="substitute replaces codes by close ones, but this speech has no codes"):
         Augmentation(AugmentationConfig(substitute=0.1), VOCABULARY, None)

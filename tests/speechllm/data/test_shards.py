@@ -155,11 +155,11 @@ def test_any_process_may_be_the_first_to_write(
 def test_texts_are_normalised_once_and_the_folder_says_how(
     tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
 ) -> None:
-    said = [replace(utterance, text=utterance.text and f"{utterance.text}, “Don’t!”") for utterance in speech]
-    encode(said, small_codec, tmp_path / "normal", normalizer="librispeech")
-    encode(said, small_codec, tmp_path / "plain")
+    punctuated = [replace(utterance, text=utterance.text and f"{utterance.text}, “Don’t!”") for utterance in speech]
+    encode(punctuated, small_codec, tmp_path / "normal", normalizer="librispeech")
+    encode(punctuated, small_codec, tmp_path / "plain")
     normal, plain = (load_codes(tmp_path / name)[0] for name in ("normal", "plain"))
-    assert plain["text"] == [utterance.text for utterance in said]
+    assert plain["text"] == [utterance.text for utterance in punctuated]
     assert normal["text"] == [None if i == 4 else f"word {i} é don't" for i in range(10)]
     assert normal["codes"] == plain["codes"]
     for folder, name in (("normal", "librispeech"), ("plain", "none")):
@@ -222,14 +222,14 @@ def test_the_recipe_lists_all_recordings_it_skipped_and_prints_the_first(
     listed = read_jsonl(output / "skipped.jsonl")
     assert [(row["id"], row["path"]) for row in listed] == [(u.id, u.path) for u in bad_speech[1:-1]]
     assert Counter(row["reason"] for row in listed) == REASONS
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped: ")]
-    assert said == [
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped: ")]
+    assert printed == [
         *(f"skipped: {row['detail']}" for row in listed[:5]),
         f"skipped: 2 more, see {output}/skipped.jsonl",
     ]
 
 
-def test_merged_repeats_are_told_apart(tmp_path: Path, speech: list[Utterance]) -> None:
+def test_codes_with_and_without_merged_repeats_are_distinguished(tmp_path: Path, speech: list[Utterance]) -> None:
     """Of codes without a fixed rate nobody can say when they are spoken; older folders do not know."""
     torch.manual_seed(0)
     encoder = FeatureEncoder(SemanticTeacher(small_hubert(hidden_size=16, layers=1), 1))

@@ -66,7 +66,7 @@ def test_the_rate_is_of_all_words_not_a_mean_of_rates() -> None:
     assert found.wer == 0.1 and found.words == 10 and found.utterances == 2
 
 
-def test_words_said_where_the_reference_has_none_are_insertions() -> None:
+def test_words_without_a_reference_are_insertions() -> None:
     found = word_error_rate(["a b", "", "  "], ["a b", "c d", "e"])
     assert (found.substitutions, found.deletions, found.insertions, found.words) == (0, 0, 3, 2)
     assert found.wer == 1.5
@@ -127,7 +127,7 @@ def test_a_speaker_without_words_has_no_rate() -> None:
 
 def test_a_difference_is_that_of_the_two_rates_and_turns_its_sign_with_the_order() -> None:
     references, a = random_pairs(60, 0)
-    b = [said if i % 3 else heard for i, (said, heard) in enumerate(zip(references, a, strict=True))]
+    b = [right if i % 3 else wrong for i, (right, wrong) in enumerate(zip(references, a, strict=True))]
     found, turned = paired_bootstrap(references, a, b, seed=3), paired_bootstrap(references, b, a, seed=3)
     assert found.difference == pytest.approx(word_error_rate(references, b).wer - word_error_rate(references, a).wer)
     assert found.ci95[0] < found.difference < found.ci95[1] < 0
@@ -259,10 +259,10 @@ def test_the_normalizer_keeps_letters_digits_and_apostrophes_in_lower_case(text:
 
 def test_whispers_normalizer_writes_numbers_contractions_and_spellings_alike() -> None:
     pytest.importorskip("whisper_normalizer", reason="needs the eval extra")
-    said = "Mr. Park won't repeat the COLOUR, um, it's twenty-five dollars (laughs)"
-    assert whisper_english_normalizer(said) == "mister park will not repeat the color it is $25"
+    spoken = "Mr. Park won't repeat the COLOUR, um, it's twenty-five dollars (laughs)"
+    assert whisper_english_normalizer(spoken) == "mister park will not repeat the color it is $25"
     assert whisper_english_normalizer(" uh ") == ""
-    found = word_error_rate([said], ["mister park will not repeat the color it is 25 dollars"], "whisper_english")
+    found = word_error_rate([spoken], ["mister park will not repeat the color it is 25 dollars"], "whisper_english")
     assert found.wer == 0 and found.normalizer == "whisper_english"
 
 

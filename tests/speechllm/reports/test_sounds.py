@@ -38,7 +38,7 @@ def test_the_sounds_are_those_of_the_first_codebooks(noise: Noise, codebooks: in
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_codec_in_training_is_heard_as_it_will_be_and_not_changed(noise: Noise, training: bool) -> None:
+def test_a_codec_in_training_decodes_in_eval_mode_and_is_not_changed(noise: Noise, training: bool) -> None:
     codec = make_codec(num_codebooks=3, norm="batch_norm")
     fingerprint, expected = codec.fingerprint, Reconstruction.of(codec, "a", noise(5_000)[0])
     found = Reconstruction.of(codec.train(training), "a", noise(5_000)[0])

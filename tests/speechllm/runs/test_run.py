@@ -1,4 +1,4 @@
-"""A run folder: one configuration, whole files, and a log without what was not kept."""
+"""A run folder: one configuration, atomic files, a log that matches the checkpoints."""
 
 import json
 import platform
@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from speechllm import RunError
-from speechllm.runs.machine import versions
+from speechllm.runs.machine import command_line, versions
 from speechllm.runs.run import Run, read_log
 from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
 from tokenizer.files import atomic_folder, read_jsonl, write_json, write_jsonl, write_text
@@ -43,7 +43,7 @@ class OtherProcess:
         self.waited += 1
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Trackers listen to the main process only."""
+        """Trackers receive the log of the main process only."""
 
 
 def files_in(folder: Path) -> set[str]:
@@ -119,24 +119,24 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
     assert accelerator.waited == 1 and not (tmp_path / "run").exists()
 
 
-def test_trackers_are_told_what_is_logged(tmp_path: Path) -> None:
+def test_trackers_receive_the_log(tmp_path: Path) -> None:
     """A tracker of our own: Accelerate passes everything on to it."""
-    told: list[tuple[dict, int | None]] = []
+    received: list[tuple[dict, int | None]] = []
 
-    class Listener(GeneralTracker):
-        name, requires_logging_directory, main_process_only = "listener", False, True
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, main_process_only = "tracker", False, True
         tracker = None
 
         def store_init_configuration(self, values: dict) -> None:
-            told.append((values, None))
+            received.append((values, None))
 
         def log(self, values: dict, step: int | None = None, **_: object) -> None:
-            told.append((values, step))
+            received.append((values, step))
 
-    accelerator = Accelerator(cpu=True, log_with=Listener())
+    accelerator = Accelerator(cpu=True, log_with=Tracker())
     accelerator.init_trackers("run")
     Run(tmp_path, Job(), accelerator).log(3, loss=1.5)
-    assert told[-1] == ({"loss": 1.5}, 3)
+    assert received[-1] == ({"loss": 1.5}, 3)
     assert read_log(tmp_path) == [{"step": 3, "loss": 1.5}]
 
 
@@ -158,6 +158,23 @@ def test_two_checkpoints_are_kept_and_no_part_of_one(tmp_path: Path) -> None:
         run.save(step, {})
         kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
         assert kept == [f"step_{n:08d}.pt" for n in range(max(1, step - 1), step + 1)]
+
+
+def test_a_resumed_run_counts_the_seconds_before_its_checkpoint(tmp_path: Path) -> None:
+    run = Run(tmp_path, Job())
+    run._seconds_before = 1000.0
+    run.save(2, {})
+    again = Run(tmp_path, Job())
+    assert set(again.resume()) == {"step"}
+    assert 1000 < again.provenance["seconds"] < 2000
+    assert again.provenance["config"]["steps"] == 3 and again.provenance["versions"] == versions()
+
+
+@pytest.mark.parametrize("processes, launcher", [(1, "python"), (2, "accelerate launch")])
+def test_the_command_line_can_be_used_again(monkeypatch: pytest.MonkeyPatch, processes: int, launcher: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr("sys.argv", ["recipes/a.py", "data=my corpus", "splits=[a,b]"])
+    assert command_line() == f"{launcher} recipes/a.py 'data=my corpus' 'splits=[a,b]'"
 
 
 def test_a_checkpoint_half_written_when_the_run_was_killed_is_not_read(tmp_path: Path) -> None:
@@ -217,7 +234,7 @@ def test_no_step_is_skipped_between_start_and_stop() -> None:
     assert list(run.steps(3, 7, "test")) == [3, 4, 5, 6]
 
 
-# ---- whole files
+# ---- atomic files
 
 
 def test_text_and_json_come_back_and_leave_nothing_beside_them(tmp_path: Path) -> None:
