@@ -56,7 +56,7 @@ def main(config: UnitsConfig) -> None:
     reasons = dict(Counter(row["reason"] for row in skipped))
     if len(frames) < config.clusters:
         raise SystemExit(
-            f"error: {config.data}: {len(frames)} frames are too few for {config.clusters} clusters; skipped: {reasons}"
+            f"error: {config.data}: {len(frames)} frames cannot make {config.clusters} clusters; skipped: {reasons}"
         )
     kmeans = MiniBatchKMeans(config.clusters, batch_size=10_000, n_init=5, random_state=config.seed).fit(frames)
     units = UnitTokenizer(encoder, torch.from_numpy(kmeans.cluster_centers_), config.deduplicate)

@@ -147,7 +147,13 @@ def test_results_say_what_was_measured_with_what(results: dict, codec: SpeechCod
     config = results["config"]
     assert (config["data"], config["splits"], config["layers"]) == (str(corpus), ["test"], [1, 3])
     assert (config["max_utterances"], config["seed"]) == (None, 0)
-    assert {"torch", "pesq", "pystoi"} <= results["versions"].keys() and results["seconds"] > 0
+    assert {"torch", "pesq", "pystoi"} <= results["versions"].keys() and results["seconds"] > 0 and results["command"]
+
+
+def test_the_page_shows_the_table_and_what_was_not_scored(results: dict, output: Path) -> None:
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Table 1: speech quality</h2>" in page and f"{results['codebooks']['3']['pesq_wb']['mean']:.3f}" in page
+    assert all(failure["id"] in page for failure in results["failed"]) and results["config"]["data"] in page
 
 
 def test_every_utterance_has_a_line_with_its_scores(

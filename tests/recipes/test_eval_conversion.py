@@ -211,6 +211,7 @@ def test_the_sounds_of_some_pairs_are_saved(results: dict, output: Path, rows: l
     names = {path.name for path in (output / "audio").iterdir()}
     assert {name.split("_")[0] for name in names} == set("01234")
     assert {"0_source.wav", "0_target.wav", "0_swap_1_by_position.wav", "4_swap_1-2_by_content.wav"} <= names
+    assert "<h2>Table 2: voice conversion</h2>" in (output / "report.html").read_text(encoding="utf-8")
     for role in ("source", "target", "reference"):
         kept, given = load_audio(output / "audio" / f"0_{role}.wav"), load_audio(corpus / f"{rows[0][role]}.wav")
         torch.testing.assert_close(kept, given, atol=2 / 32768, rtol=0)

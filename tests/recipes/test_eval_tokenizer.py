@@ -103,3 +103,5 @@ def test_results_say_how_they_were_made(evaluate: Callable[..., dict], codec: Sp
         3,
     )
     assert {"torch", "scikit-learn"} <= found["versions"].keys()
+    page = Path(found["config"]["output"]).with_suffix(".html").read_text(encoding="utf-8")
+    assert "<h2>Codebook usage</h2>" in page and "pnmi" in page and str(corpus) in page

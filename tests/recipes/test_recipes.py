@@ -142,6 +142,14 @@ def test_the_teachers_are_loaded_like_the_published_ones(work: Work) -> None:
     assert SpeakerTeacher.from_pretrained(work.folder / "speaker" / "model")(waveform).shape == (1, 51, 24)
 
 
+@pytest.mark.parametrize("run", ["ctc", "alignment", "speaker", "tokenizer", "asr", "evaluation"])
+def test_every_training_and_evaluation_has_a_page_that_names_its_configuration(work: Work, run: str) -> None:
+    page = (work.folder / run / "report.html").read_text(encoding="utf-8")
+    made = page.split("<h2>Configuration</h2>")[1]
+    assert ".py " in made and "duration" in made and f'row">output</th><td>{run}<' in made
+    assert "Configuration" in (work.folder / "content.html").read_text(encoding="utf-8")
+
+
 def test_the_teachers_are_scored_on_the_dev_split(work: Work) -> None:
     assert work.json("ctc/done.json")["dev_cer"] >= 0
     assert 0 <= work.json("alignment/done.json")["dev_frame_accuracy"] <= 1
@@ -218,7 +226,8 @@ def test_the_evaluation_is_what_its_predictions_say(work: Work) -> None:
     score = word_error_rate([p["reference"] for p in predictions], [p["hypothesis"] for p in predictions])
     assert found["wer"] == score.wer and tuple(found["ci95"]) == score.ci95 and found["words"] == 12
     assert found["tokens_per_second"] == pytest.approx(100) and found["audio_s"] == pytest.approx(3)
-    assert found["wer_shuffled_audio"] >= 0
+    low, high = found["wer_shuffled_audio_ci95"]
+    assert 0 <= low <= found["wer_shuffled_audio"] <= high
     speech_llm = load_speech_llm(work.folder / "asr" / "model")
     assert transcribe([u.path for u in corpus], speech_llm, fallback=True) == [p["hypothesis"] for p in predictions]
 
