@@ -170,12 +170,12 @@ def check_for_probe(train: Dataset, test: Dataset) -> None:
     """Raise DataError for splits that the probe cannot be trained or tested on."""
     if shared := set(train["id"]) & set(test["id"]):
         raise DataError(
-            f"the probe would be trained on {len(shared)} of its test utterances: choose train_splits and test_splits "
+            f"the probe would learn from {len(shared)} utterances it is tested on: choose train_splits and test_splits "
             "that do not overlap"
         )
     for name, rows in (("train_splits", train), ("test_splits", test)):
         if not any(rows["text"]):
-            raise DataError(f"the probe needs texts, but no utterance of {name} has one: set probe_steps=0")
+            raise DataError(f"the probe needs texts, but no utterance of {name} has one: choose probe_steps=0")
 
 
 def probe(

@@ -65,7 +65,7 @@ class TeacherConfig:
         if min(self.steps, self.batch_size, self.save_every, self.warmup) < 1:
             raise ValueError("steps, batch_size, save_every and warmup must be at least 1")
         if self.init and self.kind != "semantic":
-            raise ValueError("init requires kind: semantic; an ECAPA-TDNN is always trained from scratch")
+            raise ValueError("init is for kind: semantic; an ECAPA-TDNN is always trained from scratch")
 
 
 def main(config: TeacherConfig) -> None:
