@@ -99,7 +99,8 @@ def main(config: EmotionConfig) -> None:
     files[0].parent.mkdir(exist_ok=True)
     for number in range(accelerator.process_index, len(jobs), accelerator.num_processes):
         if not files[number].exists():
-            write_json(files[number], run_fold(*jobs[number], speech, codebooks, config, accelerator.device))
+            name, actors = jobs[number]
+            write_json(files[number], run_fold(name, actors, speech, codebooks, config, accelerator.device))
 
     # 3. results over all folds
     accelerator.wait_for_everyone()
