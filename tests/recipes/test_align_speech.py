@@ -47,14 +47,14 @@ def aligned(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[lis
     return read_corpus(folder), output
 
 
-def test_everything_else_in_the_manifest_stays(corpus: Path, aligned: tuple[list[Utterance], str]) -> None:
+def test_all_other_columns_of_the_manifest_are_kept(corpus: Path, aligned: tuple[list[Utterance], str]) -> None:
     for before, after in zip(read_corpus(corpus), aligned[0], strict=True):
         assert Path(before.path).resolve() == Path(after.path).resolve()
         for name in ("id", "duration_s", "split", "text", "speaker"):
             assert getattr(before, name) == getattr(after, name)
 
 
-def test_what_cannot_be_aligned_stays_without_phones_and_is_counted(aligned: tuple[list[Utterance], str]) -> None:
+def test_utterances_that_cannot_be_aligned_have_no_phones_and_are_counted(aligned: tuple[list[Utterance], str]) -> None:
     utterances, output = aligned
     without = [u.id for u in utterances if not u.phones]
     assert len(without) <= 5 and without[-2:] == ["silent-text", "broken"]  # synthetic voices are hard for it too
@@ -62,7 +62,7 @@ def test_what_cannot_be_aligned_stays_without_phones_and_is_counted(aligned: tup
     assert "'no transcript': 1" in output and "'unreadable': 1" in output
 
 
-def test_the_phones_are_where_the_synthesiser_put_them(corpus: Path, aligned: tuple[list[Utterance], str]) -> None:
+def test_phone_times_match_those_of_the_synthesiser(corpus: Path, aligned: tuple[list[Utterance], str]) -> None:
     """The two phone sets have other names; so: phone changes come in the same places, and times rise to the end."""
     agreements = []
     pairs = [pair for pair in zip(read_corpus(corpus), aligned[0], strict=True) if pair[1].phones]

@@ -135,7 +135,7 @@ def recording(speaker: str, text: str | None, number: int = 0) -> Utterance:
     return Utterance(f"{speaker}{text}{number}", f"{number}.wav", 1.0 + number, "test", text, speaker)
 
 
-def test_other_words_are_no_reference(recipe: Callable[[str], ModuleType]) -> None:
+def test_a_reference_has_the_same_words(recipe: Callable[[str], ModuleType]) -> None:
     choose = recipe(RECIPE).choose_pairs
     for words in (("ONE", "TWO"), (None, None)):
         pairs = choose([recording("a", words[0]), recording("b", words[1])], 9, 0)
@@ -151,7 +151,7 @@ def test_the_only_recording_is_the_target_and_never_its_own_reference(recipe: Ca
     assert {pair.target.duration_s, pair.reference.duration_s} == {2.0, 3.0} and pair.voice is None
 
 
-def test_pairs_are_drawn_by_the_seed(recipe: Callable[[str], ModuleType]) -> None:
+def test_pairs_depend_on_the_seed(recipe: Callable[[str], ModuleType]) -> None:
     choose = recipe(RECIPE).choose_pairs
     recordings = [recording(speaker, "ONE", number) for speaker in "abc" for number in range(4)]
     assert choose(recordings, 5, 0) == choose(recordings, 5, 0) != choose(recordings, 5, 1)
@@ -161,7 +161,7 @@ def test_pairs_are_drawn_by_the_seed(recipe: Callable[[str], ModuleType]) -> Non
 # ---- results
 
 
-def test_every_set_of_layers_is_swapped_both_ways_between_the_bounds(results: dict) -> None:
+def test_every_set_of_layers_is_swapped_by_both_matchings(results: dict) -> None:
     swaps = [f"swap {layers}, by {way}" for layers in ("1", "1-2") for way in ("position", "content")]
     assert list(results["methods"]) == ["source", "source, 2 codebooks", "source, 3 codebooks", *swaps, "target"]
     assert results["pairs"] == results["parallel"] == 8 and results["failed"] == []
@@ -176,7 +176,7 @@ def test_the_reference_is_the_bound_of_distortion_and_correlation(results: dict)
     results["methods"]["target"] = target
 
 
-def test_scores_are_those_of_the_functions_alone(rows: list[dict], corpus: Path, codec: SpeechCodec) -> None:
+def test_scores_match_the_functions(rows: list[dict], corpus: Path, codec: SpeechCodec) -> None:
     row = rows[3]
     source, target, reference = (load_audio(corpus / f"{row[role]}.wav") for role in ("source", "target", "reference"))
     aim = voice_frames(reference, RATE)
@@ -217,7 +217,7 @@ def test_the_sounds_of_some_pairs_are_saved(results: dict, output: Path, rows: l
         torch.testing.assert_close(kept, given, atol=2 / 32768, rtol=0)
 
 
-def test_what_cannot_be_scored_is_listed_and_not_averaged(
+def test_failures_are_listed_and_not_averaged(
     evaluate: Callable[..., dict], tmp_path: Path, recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A conversion that gives silence, and a recording that cannot be read."""
@@ -237,7 +237,7 @@ def test_what_cannot_be_scored_is_listed_and_not_averaged(
     }
 
 
-def test_an_unreadable_recording_costs_its_pairs_alone(
+def test_an_unreadable_recording_affects_only_its_pairs(
     evaluate: Callable[..., dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = evaluate(tmp_path, "splits=[broken]")
@@ -282,7 +282,9 @@ def test_without_a_further_recording_there_is_no_similarity(
     assert method["speaker_similarity"]["mean"] < 0.9999  # it is not measured against itself
 
 
-def test_results_say_how_they_were_made(results: dict, codec: SpeechCodec, corpus: Path, ecapa_folder: Path) -> None:
+def test_results_include_configuration_and_versions(
+    results: dict, codec: SpeechCodec, corpus: Path, ecapa_folder: Path
+) -> None:
     assert results["codec_fingerprint"] == codec.fingerprint and "pyworld" in results["versions"]
     config = results["config"]
     assert (config["data"], config["splits"], config["layers"]) == (str(corpus), ["test"], [[1], [1, 2]])
@@ -294,7 +296,7 @@ def test_results_say_how_they_were_made(results: dict, codec: SpeechCodec, corpu
     )
 
 
-def test_freevc_is_one_method_more(recipe: Callable[[str], ModuleType], codec: SpeechCodec) -> None:
+def test_freevc_is_a_further_method(recipe: Callable[[str], ModuleType], codec: SpeechCodec) -> None:
     class Echo:
         sample_rate = RATE
 
@@ -336,7 +338,9 @@ def test_code_vectors_are_collected_once(recipe: Callable[[str], ModuleType], co
         ("layers=[[]]", "layers must be sets"),
     ],
 )
-def test_mistakes_end_in_one_line(evaluate: Callable[..., dict], tmp_path: Path, word: str, message: str) -> None:
+def test_errors_are_reported_in_one_line(
+    evaluate: Callable[..., dict], tmp_path: Path, word: str, message: str
+) -> None:
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         evaluate(tmp_path / "new", word)
     assert not (tmp_path / "new").exists()

@@ -73,7 +73,7 @@ def test_frames_of_every_rate_are_labelled_with_the_phone_at_their_time(
     assert 0 < found["log_mel_kmeans"]["pnmi"] < 1
 
 
-def test_the_baseline_is_that_of_50_frames_a_second_for_every_codec(
+def test_the_baseline_has_50_frames_per_second_for_every_codec(
     evaluate: Callable[..., dict], make_codec: Callable[..., SpeechCodec]
 ) -> None:
     found = [evaluate(make_codec(strides=strides))["content"]["log_mel_kmeans"] for strides in STRIDES.values()]
@@ -94,7 +94,9 @@ def test_speakers_with_a_single_utterance_are_not_evaluated(evaluate: Callable[.
     assert evaluate(codec, first=3)["speaker"] == {}
 
 
-def test_results_say_how_they_were_made(evaluate: Callable[..., dict], codec: SpeechCodec, corpus: Path) -> None:
+def test_results_include_configuration_and_versions(
+    evaluate: Callable[..., dict], codec: SpeechCodec, corpus: Path
+) -> None:
     found = evaluate(codec, kmeans_utterances=5, seed=3)
     assert found["codec_fingerprint"] == codec.fingerprint
     assert (found["config"]["data"], found["config"]["kmeans_utterances"], found["config"]["seed"]) == (

@@ -149,7 +149,7 @@ def test_codebook_usage_counts_dead_codes(page: str) -> None:
     assert re.findall("<td>(.*?)</td>", row) == ["2\u00a0/\u00a04", "2", "2", "14"]
 
 
-def test_players_hold_the_sounds(page: str) -> None:
+def test_players_contain_the_sounds(page: str) -> None:
     sounds = re.findall(r"data:audio/wav;base64,([^\"]+)", page)
     waves = [soundfile.read(io.BytesIO(base64.b64decode(s))) for s in sounds]
     assert [len(wave) for wave, _ in waves] == [RATE, RATE, RATE - 100]  # original, most codebooks, fewest

@@ -63,7 +63,7 @@ def test_a_new_run_writes_its_configuration_and_versions(tmp_path: Path) -> None
     assert files_in(run.folder) == {"config.yaml", "versions.json"}
 
 
-def test_the_same_configuration_goes_on(tmp_path: Path) -> None:
+def test_a_run_is_resumed_with_the_same_configuration(tmp_path: Path) -> None:
     Run(tmp_path, Job()).log(1, loss=2.0)
     Run(tmp_path, Job())
     assert read_log(tmp_path) == [{"step": 1, "loss": 2.0}]
@@ -92,7 +92,7 @@ def test_another_configuration_is_refused_and_what_changed_is_named(tmp_path: Pa
     assert (tmp_path / "config.yaml").read_text() == before
 
 
-def test_what_the_result_does_not_depend_on_may_change_in_the_middle(tmp_path: Path) -> None:
+def test_free_keys_may_change_during_a_run(tmp_path: Path) -> None:
     Run(tmp_path, Job())
     Run(tmp_path, Job(steps=4), free=["steps"])
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["steps"] == 4
@@ -237,7 +237,7 @@ def test_no_step_is_skipped_between_start_and_stop() -> None:
 # ---- atomic files
 
 
-def test_text_and_json_come_back_and_leave_nothing_beside_them(tmp_path: Path) -> None:
+def test_text_and_json_are_read_again_and_leave_no_other_files(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "é\n")
     write_json(tmp_path / "b.json", {"text": "é", "list": [1, None]})
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "é\n"
@@ -287,7 +287,7 @@ def test_a_folder_is_not_touched_when_writing_it_fails(tmp_path: Path) -> None:
 # ---- seeds and rates
 
 
-def test_a_step_draws_the_same_whenever_it_runs_and_other_than_its_neighbours() -> None:
+def test_random_numbers_depend_on_the_step_only() -> None:
     draws = {}
     for seed, step, process in [(0, 5, 0), (0, 6, 0), (0, 5, 1), (1, 5, 0), (0, 0, 0)]:
         seed_step(seed, step, process)
@@ -304,7 +304,7 @@ def test_the_rate_rises_linearly_and_falls_like_half_a_cosine() -> None:
     assert factors[4:] == sorted(factors[4:], reverse=True)
 
 
-def test_the_rate_climbs_again_where_more_weights_join() -> None:
+def test_the_warm_up_is_repeated_when_more_weights_join() -> None:
     once, again = ([warmup_cosine(step, 20, 4, joined) for step in range(20)] for joined in (0, 8))
     assert again[:8] == once[:8] and again[11:] == once[11:]
     assert [a / b for a, b in zip(again[8:11], once[8:11], strict=True)] == pytest.approx([0.25, 0.5, 0.75])
