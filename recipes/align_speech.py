@@ -1,10 +1,10 @@
-"""Find out where each phone is spoken: a copy of a corpus's manifest with a phone alignment for every transcript.
+"""Align phones: a copy of a corpus's manifest with a phone alignment for every transcript.
 
     python recipes/align_speech.py data=CORPUS output=ALIGNED
 
-Forced alignment by PocketSphinx and the English model it comes with (`pip install "speechllm[align]"`). With phones, a
-semantic teacher learns from little speech (train_teacher, objective: alignment) and eval_tokenizer can measure the
-phones in layer 0. Utterances that cannot be aligned stay in the manifest without phones, counted by reason.
+Forced alignment by PocketSphinx with its English model (`pip install "speechllm[align]"`). With phones, a semantic
+teacher can be trained on little speech (train_teacher, objective: alignment), and eval_tokenizer can measure the phone
+information in layer 0. Utterances that cannot be aligned stay in the manifest without phones, counted by reason.
 """
 
 import os

@@ -1,13 +1,13 @@
-"""How fast the language model learns, against the usual way: one run, the same examples, in turns.
+"""Training speed of the language model with packed and with padded batches, in one run on the same examples.
 
     python recipes/benchmark_asr.py codes=CODES codec=CODEC output=RESULTS
 
-packed: as recipes/train_asr.py does it, without padding and with logits only where there is a label. padded: the same
-model as transformers trains it, batches padded to their longest example and logits everywhere. Both do whole optimizer
-steps on encoded speech with its real lengths; a token counts if it is no padding. The language model has random weights
-in Qwen2-1.5B's shape (`shape=small` for a machine without GPU), or is the one that `model` names. Prints a Markdown
-table and writes RESULTS/results.json: tokens/s, their ratio, peak memory, and the share of the GPU's arithmetic that is
-used (model FLOPs, see `model_flops`; `peak_tflops` is the GPU's own figure, 989 for an H100 or H200 in bfloat16).
+packed: as in recipes/train_asr.py, without padding and with logits only at labelled positions. padded: as usual in
+transformers, with batches padded to their longest example and logits at all positions. Both do full optimizer steps on
+encoded speech with its real lengths; padding does not count as tokens. The language model has random weights in
+Qwen2-1.5B's shape (`shape=small` without a GPU), or is the one given by `model`. Prints a Markdown table and writes
+RESULTS/results.json and report.html: tokens/s, their ratio, peak memory, and the share of the GPU's peak FLOP/s
+(`training_flops`; `peak_tflops` is the GPU's specification, 989 for an H100 or H200 in bfloat16).
 """
 
 import time

@@ -2,10 +2,10 @@
 
     python recipes/compare.py --config configs/compare/tokenizers.yaml data=CORPUS output=RUN
 
-Tasks: content (what the codes hold), quality (the paper's Table 1), conversion (2), emotion (3), asr (4). Every step is
-one of the other recipes, started as its own command (printed before it runs); all commands are checked before the first
-one runs. What is finished is skipped and a killed step goes on, so the same command can be repeated at any time, also
-with a system, a task or a seed more; what would change a finished step is refused. Writes RUN/results.json,
+Tasks: content (of the codes), quality (the paper's Table 1), conversion (2), emotion (3), asr (4). Every step is one of
+the other recipes, run as a separate command (printed before it starts); all commands are checked before the first one
+runs. Finished steps are skipped and a killed step is resumed, so the same command can be repeated at any time, also
+with another system, task or seed; changes to a finished step are refused. Writes RUN/results.json,
 RUN/table.md and RUN/report.html. More: configs/compare/schemes.yaml, configs/compare/initialization.yaml.
 """
 

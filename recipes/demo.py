@@ -1,12 +1,12 @@
-"""The whole job in one command: speech, teachers, tokenizer, codes, language model, word error rate, report.
+"""Everything in one command: speech, teachers, tokenizer, codes, language model, word error rate, report.
 
     python recipes/demo.py --config configs/demo.yaml                         a small synthetic corpus, made on the spot
     python recipes/demo.py --config configs/demo_data.yaml data=FOLDER        your own speech
     ... --fresh                                                               start over
 
-Every stage is one of the other recipes, started as its own command (printed before it runs). Finished stages are
-skipped and a killed one goes on, so the same command can be repeated at any time. FOLDER has a manifest.jsonl or
-LibriSpeech's layout; its splits are taken from their names (train*, dev*, test*), or made by speaker.
+Every stage is one of the other recipes, run as a separate command (printed before it starts). Finished stages are
+skipped and a killed one is resumed, so the same command can be repeated at any time. FOLDER has a manifest.jsonl or
+LibriSpeech's layout; its splits are recognised by name (train*, dev*, test*), or made by speaker.
 """
 
 import hashlib

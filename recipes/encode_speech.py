@@ -4,11 +4,10 @@
     speechllm run encode_speech --processes 8 ...    on 8 GPUs
 
 The codec is any audio tokenizer: `features:NAME` stores continuous features (float16; 100 h of 768 dimensions at 50
-frames/s are 28 GB), `recognizer:NAME` what a recogniser hears.
-Runs in parallel over processes, goes on where a killed run stopped, counts what it had to leave out and why, and lists
-all of it in CODES/skipped.jsonl.
-Texts are normalised here, once for training and evaluation: lower case without punctuation, because pretrained language
-models have seldom read LibriSpeech's capitals. recipes/import_speech.py makes a corpus folder of a data set of the hub.
+frames/s are 28 GB), `recognizer:NAME` the texts of a recogniser.
+Runs in several processes, resumes a killed run, and lists skipped recordings with the reason in CODES/skipped.jsonl.
+Texts are normalised here, once for training and evaluation: lower case without punctuation, because LibriSpeech's
+capitals are rare in the training data of language models. recipes/import_speech.py imports data sets of the hub.
 """
 
 from dataclasses import dataclass

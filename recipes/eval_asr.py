@@ -2,9 +2,9 @@
 
     python recipes/eval_asr.py model=RUN/model codes=CODES output=RESULTS splits=[test-clean]
 
-The control transcribes every utterance from another utterance's audio: a model that listens must then fail. Runaway
-answers (empty, looped, refused, too long) are counted, and decoded again. Writes RESULTS/results.json,
-RESULTS/predictions.jsonl (two of them: `speechllm compare`) and RESULTS/report.html, the page to look at.
+The control transcribes every utterance from another utterance's audio: its WER shows whether the model uses the audio.
+Runaway answers (empty, looped, refused, too long) are counted and decoded again. Writes RESULTS/results.json,
+RESULTS/predictions.jsonl (`speechllm compare` compares two of them) and RESULTS/report.html.
 """
 
 import functools

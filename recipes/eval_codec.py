@@ -1,13 +1,13 @@
-"""How good speech is after the codec, by the number of codebooks it is decoded from (the paper's Table 1).
+"""Speech quality after the codec, by the number of codebooks used for decoding (the paper's Table 1).
 
     python recipes/eval_codec.py codec=RUN/model data=CORPUS output=RESULTS "splits=[test-clean]" "layers=[1,2,4,8]" \\
         speaker=ECAPA recognizer=recognizer:NAME
 
 Each utterance is encoded once and decoded from each number of codebooks; the measures are those of `Quality`, with
-`speaker` also the cosine similarity of the voice to the original's, and with `recognizer` the word error rate of what a
-recogniser hears. The original scored against itself is the bound of every measure. Whatever cannot be scored is listed
-with the reason and never averaged in. Writes RESULTS/results.json and utterances.jsonl, and prints a Markdown table.
-Needs the packages of `pip install "speechllm[eval]"`.
+`speaker` also the cosine similarity of the voice to the original's, and with `recognizer` the word error rate of a
+recogniser. The original scored against itself is the bound of every measure. Failures to score are listed with the
+reason and do not enter the means. Writes RESULTS/results.json, utterances.jsonl and report.html, and prints a Markdown
+table. Needs the packages of `pip install "speechllm[eval]"`.
 """
 
 import functools

@@ -1,19 +1,19 @@
-"""How well a codec converts voices by swapping codes (the paper's Table 2, eq. 8), between bounds of real recordings.
+"""Voice conversion by swapping codes (the paper's Table 2, eq. 8), with bounds from real recordings.
 
     python recipes/eval_conversion.py codec=RUN/model data=CORPUS output=RESULTS "splits=[test]" pairs=100 \\
         "layers=[[1],[1,2,3,4,5,6,7]]" speaker=ECAPA recognizer=recognizer:NAME
 
-A pair is a source, which is a recording with its words, and a target by another speaker, whose codes are put in: one
-with other words where there is one, so that it cannot lend its words as well. Measured against recordings of the target
-speaker that the method has not heard:
-- distortion (MCD) and pitch correlation against the reference: the target speaker saying the words of the source, of
-  several recordings the one closest to the source in length. Without such parallel text there is neither;
-- speaker similarity (with `speaker`) against a further recording, where the target speaker has one;
+A pair is a source, a recording with its words, and a target, a recording of another speaker whose codes are inserted;
+if possible with other words, so that the target cannot contribute the words, too. Conversions are compared with
+recordings of the target speaker that the method does not use:
+- distortion (MCD) and pitch correlation with the reference: the target speaker saying the words of the source, of
+  several recordings the one closest to the source in length. Both need such parallel text;
+- speaker similarity (with `speaker`) to a further recording, if there is one;
 - word error rate (with `recognizer`) against the words of the source.
-"source" is the untouched source, "source, n codebooks" what the codec alone makes of it, "target" the reference itself.
-Read a swap beside the codec alone: a codec that blurs spectra comes closer to any voice by MCD than a real other voice.
-Whatever cannot be scored is listed with the reason and never averaged in; intervals are over pairs. Writes
-RESULTS/results.json, pairs.jsonl and some pairs to listen to, and prints a Markdown table. Needs the packages of
+"source" is the unchanged source, "source, n codebooks" its reconstruction by the codec, "target" the reference itself.
+Compare swaps with the reconstruction: a codec that blurs spectra is closer to any voice by MCD than a real other voice.
+Failures to score are listed with the reason and do not enter the means; intervals are over pairs. Writes
+RESULTS/results.json, pairs.jsonl, report.html and the sounds of some pairs, and prints a Markdown table. Needs
 `pip install "speechllm[eval]"`.
 """
 

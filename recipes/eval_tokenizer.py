@@ -1,11 +1,11 @@
-"""What the codes hold: codebook use, content of layer 0 against log-mel k-means, voice in layers 0 and 1.
+"""Information in the codes: codebook use, content of layer 0 compared with log-mel k-means, voice in layers 0 and 1.
 
     python recipes/eval_tokenizer.py codes=CODES data=CORPUS output=results.json test_splits=[test]
 
-Content needs codes at a fixed rate and a phone alignment (recipes/align_speech.py makes one), or texts that are single
-words; it is measured on the utterances that have them.
-The probe (probe_steps=2000, say) measures it on any corpus with texts: a small recogniser learns to read the training
-splits' codes, and its error rate on the test splits is set beside that of one that reads log-mel k-means units.
+Content needs codes at a fixed rate, and a phone alignment (see recipes/align_speech.py) or texts of single words; it is
+measured on the utterances that have them.
+The probe (for example probe_steps=2000) measures content on any corpus with texts: a small recogniser is trained on the
+codes of the training splits, and its error rate on the test splits is compared with one on log-mel k-means units.
 """
 
 import time
@@ -177,12 +177,12 @@ def check_for_probe(train: Dataset, test: Dataset) -> None:
     """Raise DataError for splits that the probe cannot be trained or tested on."""
     if shared := set(train["id"]) & set(test["id"]):
         raise DataError(
-            f"the probe would be trained on {len(shared)} of its test utterances: choose train_splits and test_splits "
+            f"the probe would learn from {len(shared)} utterances it is tested on: choose train_splits and test_splits "
             "that do not overlap"
         )
     for name, rows in (("train_splits", train), ("test_splits", test)):
         if not any(rows["text"]):
-            raise DataError(f"the probe needs texts, but no utterance of {name} has one: set probe_steps=0")
+            raise DataError(f"the probe needs texts, but no utterance of {name} has one: choose probe_steps=0")
 
 
 def probe(

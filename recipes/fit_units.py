@@ -1,10 +1,10 @@
-"""Find speech units: k-means over the frames of a self-supervised model (HuBERT, GSLM: Lakhotia et al., 2102.01192).
+"""Fit speech units: k-means over the frames of a self-supervised model (HuBERT, GSLM: Lakhotia et al., 2102.01192).
 
     python recipes/fit_units.py model=HUBERT data=CORPUS output=RUN clusters=500 layer=6 "splits=[train]"
 
-Frames are those of utterances in a random order, up to `max_frames`. RUN/model is then an audio tokenizer like a codec;
-RUN/results.json tells how far frames lie from their centroids and how many units are in use, RUN/skipped.jsonl which
-recordings could not be used.
+Frames are those of utterances in random order, up to `max_frames`. RUN/model is an audio tokenizer, like a codec;
+RUN/results.json and report.html show the distances of frames to their centroids and the use of units, RUN/skipped.jsonl
+lists unusable recordings.
 """
 
 import time
@@ -62,7 +62,7 @@ def main(config: UnitsConfig) -> None:
     reasons = dict(Counter(row["reason"] for row in skipped))
     if len(frames) < config.clusters:
         raise SystemExit(
-            f"error: {config.data}: {len(frames)} frames are too few for {config.clusters} clusters; skipped: {reasons}"
+            f"error: {config.data}: {len(frames)} frames cannot make {config.clusters} clusters; skipped: {reasons}"
         )
     kmeans = MiniBatchKMeans(config.clusters, batch_size=10_000, n_init=5, random_state=config.seed).fit(frames)
     units = UnitTokenizer(encoder, torch.from_numpy(kmeans.cluster_centers_), config.deduplicate)

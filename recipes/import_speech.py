@@ -1,12 +1,12 @@
-"""Make a corpus folder of a data set of the hub, or of any other that `datasets` reads: recordings and manifest.jsonl.
+"""Import a data set of the hub, or any other that `datasets` reads, as a corpus folder with recordings and manifest.
 
     python recipes/import_speech.py data=openslr/librispeech_asr:clean output=CORPUS "splits=[train.100,validation]"
 
 `data` is a name on the hub, with the configuration after a colon, a folder of Parquet files, or one that `save_to_disk`
 wrote (for a folder of audio files, write a manifest.csv or install torchcodec). All other recipes read CORPUS.
-Recordings are copied as they are: CORPUS needs as much disk as the data set, and streaming nothing beyond that.
-A killed import goes on in that file of the data set in which it stopped. What cannot be read is skipped and counted by
-reason in CORPUS/done.json. Texts stay as they are; encode_speech normalises them.
+Recordings are copied unchanged: CORPUS needs as much disk space as the data set, and streaming needs no more than that.
+A killed import is resumed in the file of the data set where it stopped. Unreadable recordings are skipped and counted
+by reason in CORPUS/done.json. Texts are unchanged; encode_speech normalises them.
 """
 
 import io

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 #
-# This one file is GPL because it loads the espeak-ng engine, which is GPL-3.0-or-later, into its own process. The rest
-# of the project is Apache-2.0 and only starts this file as a separate process. Neither imports anything of the other.
+# This file is GPL because it loads the espeak-ng engine, which is GPL-3.0-or-later, into its own process. The rest of
+# the project is Apache-2.0 and only starts this file as a separate process. Neither imports anything from the other.
 """Make the demo's corpus: short spoken commands in many synthetic voices, with transcripts and phone times.
 
     python recipes/synthesize_speech.py OUT --train 4000 --dev 200 --test 200 --seed 0 --jobs 2
 
-OUT receives audio/<voice>/<id>.flac (16 kHz, mono, 16 bit), corpus.json (the arguments) and, last of all,
-manifest.jsonl, one utterance a line: a folder with a manifest is complete. The seed fixes sentences, voices and
-speaking styles, whatever --jobs is. It does not fix every sample, because the engine adds noise of its own.
+OUT receives audio/<voice>/<id>.flac (16 kHz, mono, 16 bit), corpus.json (the arguments) and finally manifest.jsonl,
+with one utterance per line: a folder with a manifest is complete. The seed determines sentences, voices and speaking
+styles, independent of --jobs, but not every sample, because the engine adds random noise.
 
-All voices are variants of one rule-based synthesiser. An unseen one is far easier to recognise than an unseen person,
-so no figure measured on this corpus says anything about human speech.
+All voices are variants of one rule-based synthesiser. An unseen voice is far easier to recognise than an unseen person,
+so results on this corpus say nothing about human speech.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     python recipes/train_asr.py --config configs/asr/qwen2-1.5b.yaml codes=CODES codec=CODEC output=RUN
     speechllm run train_asr --processes 8 ...        on 8 GPUs
 
-Extends the vocabulary with the codec's codes, then learns "Transcribe this speech" on utterances encoded by
-recipes/encode_speech.py. A killed run started again with the same words goes on from its newest checkpoint and ends
-as if never interrupted. The model lands in RUN/model, with its text tokenizer, audio vocabulary and codec. On one
-smaller GPU: configs/asr/qwen2-1.5b_lora.yaml. To see whether new codes can be learnt at all: configs/asr/overfit.yaml.
+Extends the vocabulary by the codec's codes, then trains on "Transcribe this speech" prompts with utterances encoded by
+recipes/encode_speech.py. A killed run, started again with the same command, resumes from its newest checkpoint and ends
+as if it had not been interrupted. The model is saved in RUN/model, with its text tokenizer, audio vocabulary and codec.
+For a smaller GPU: configs/asr/qwen2-1.5b_lora.yaml. To test whether new codes can be learnt: configs/asr/overfit.yaml.
 """
 
 from collections.abc import Iterator

@@ -1,11 +1,11 @@
-"""Emotion recognition from audio tokens with a BERT, on speakers it has not heard: the paper's Table 3.
+"""Emotion recognition from audio tokens with a BERT, tested on unseen speakers: the paper's Table 3.
 
     python recipes/train_emotion.py --config configs/emotion/ravdess.yaml codes=CODES codec=CODEC output=RUN
     speechllm run train_emotion --processes 6 ...      on 6 GPUs
 
-Reads what recipes/encode_speech.py made of RAVDESS (official layout, or its file names as ids). The actors are dealt
-out into folds, and each fold is answered by a classifier trained on the others; a control learns permuted labels and
-must be at chance. Several processes share the folds; a killed run started again keeps those that are finished. Writes
+Reads RAVDESS (official layout, or its file names as ids) as encoded by recipes/encode_speech.py. The actors are split
+into folds, and each fold is classified by a model trained on the others; a control is trained on permuted labels and
+should be at chance. Folds are distributed over processes; a killed run, started again, keeps finished folds. Writes
 RUN/results.json, RUN/predictions.jsonl, RUN/confusion.png and RUN/report.html.
 """
 
@@ -106,7 +106,8 @@ def main(config: EmotionConfig) -> None:
     files[0].parent.mkdir(exist_ok=True)
     for number in range(accelerator.process_index, len(jobs), accelerator.num_processes):
         if not files[number].exists():
-            write_json(files[number], run_fold(*jobs[number], speech, codebooks, config, accelerator.device))
+            name, actors = jobs[number]
+            write_json(files[number], run_fold(name, actors, speech, codebooks, config, accelerator.device))
 
     # 3. results over all folds
     accelerator.wait_for_everyone()

@@ -1,14 +1,14 @@
-"""Train a small teacher where the published ones cannot be had.
+"""Train a small teacher in place of a published one.
 
     python recipes/train_teacher.py --config configs/teacher/semantic_demo.yaml data=FOLDER output=RUN
     speechllm run train_teacher --processes 8 ...    on 8 GPUs
 
-kind: semantic  a HuBERT on raw waveforms, saved as a transformers folder. objective ctc learns the characters of the
-                transcripts and is saved as the whole recogniser (`recognizer:RUN/model` is a tokenizer; see
-                configs/teacher/recognizer.yaml); objective alignment learns the phones recipes/align_speech.py found,
-                or those a synthetic corpus comes with.
+kind: semantic  a HuBERT on raw waveforms, saved as a transformers folder. With objective ctc it is trained on the
+                characters of the transcripts and saved with its head (`recognizer:RUN/model` is a tokenizer; see
+                configs/teacher/recognizer.yaml), with objective alignment on the phones of recipes/align_speech.py or
+                of a synthetic corpus.
 kind: speaker   an ECAPA-TDNN on speaker labels, saved as a SpeechBrain folder.
-Both load through the same door as facebook/hubert-base-ls960 and speechbrain/spkrec-ecapa-voxceleb.
+Both are loaded in the same way as facebook/hubert-base-ls960 and speechbrain/spkrec-ecapa-voxceleb.
 """
 
 import math
@@ -49,7 +49,7 @@ class TeacherConfig:
         if min(self.steps, self.batch_size, self.save_every, self.warmup) < 1:
             raise ValueError("steps, batch_size, save_every and warmup must be at least 1")
         if self.init and self.kind != "semantic":
-            raise ValueError("init requires kind: semantic; an ECAPA-TDNN is always trained from scratch")
+            raise ValueError("init is for kind: semantic; an ECAPA-TDNN is always trained from scratch")
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded

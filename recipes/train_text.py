@@ -1,11 +1,11 @@
-"""Teach a small Qwen2 a language from text alone: something to fine-tune where Qwen2's own weights cannot be had.
+"""Train a small Qwen2 on text alone, as a language model to fine-tune if Qwen2's own weights are not available.
 
     python recipes/train_text.py --config configs/text/small.yaml "text=[TEXT]" output=RUN
     speechllm run train_text --processes 8 ...       on 8 GPUs
 
-TEXT: files with a sentence a line, .gz or not. RUN/model is an ordinary folder of transformers, which
-recipes/train_asr.py takes as it takes Qwen/Qwen2-1.5B (model=RUN/model). transformers' own Trainer does the work: a
-killed run started again with the same words goes on from its newest checkpoint.
+TEXT: files with one sentence per line, .gz or not. RUN/model is an ordinary transformers folder, which
+recipes/train_asr.py can use like Qwen/Qwen2-1.5B (model=RUN/model). Uses the Trainer of transformers: a killed run,
+started again with the same command, resumes from its newest checkpoint.
 """
 
 import math
@@ -22,7 +22,7 @@ HELD_OUT = 0.01  # share of the sentences, unless files of held-out ones are giv
 
 @dataclass
 class TextConfig:
-    text: list[str]  # files with a sentence a line, .gz or not
+    text: list[str]  # files with one sentence per line, .gz or not
     output: str  # run folder; the model goes to its subfolder `model`
     held_out: list[str] | None = None  # files for the perplexity; null: one in a hundred of the sentences
     text_tokens: int = 1000  # byte-level BPE vocabulary, learnt from the text

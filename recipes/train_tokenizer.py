@@ -1,10 +1,10 @@
-"""Train the speech tokenizer: reconstruct speech, layer 0 taught content (eq. 4), layer 1 taught voice (eq. 5).
+"""Train the speech tokenizer: reconstruction, and distillation of content (layer 0, eq. 4) and voice (layer 1, eq. 5).
 
     python recipes/train_tokenizer.py --config configs/tokenizer/paper.yaml data=LIBRISPEECH output=RUN
     speechllm run train_tokenizer --processes 8 ...   on 8 GPUs
 
-A killed run started again with the same words goes on from its newest checkpoint and ends as if never interrupted.
-The codec lands in RUN/model; RUN also holds the configuration, log.jsonl, checkpoints and audio samples.
+A killed run, started again with the same command, resumes from its newest checkpoint and ends as if it had not been
+interrupted. The codec is saved in RUN/model; RUN also has the configuration, log.jsonl, report.html and audio samples.
 """
 
 import math

@@ -1,1 +1,1 @@
-"""Reports: self-contained HTML pages of results and logs, with plots and sounds."""
+"""Reports: from results and logs to self-contained HTML pages with plots and sounds."""

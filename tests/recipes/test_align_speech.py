@@ -1,4 +1,4 @@
-"""Forced alignment, judged by speech whose maker knows where each phone is."""
+"""Forced alignment, tested with synthetic speech of known phone times."""
 
 import json
 from collections.abc import Callable
@@ -48,26 +48,26 @@ def aligned(
     run: Callable[..., str], corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[Utterance], str]:
     folder = tmp_path_factory.mktemp("aligned")
-    said = run("align_speech.py", f"data={corpus}", f"output={folder}")
-    return read_corpus(folder), said
+    output = run("align_speech.py", f"data={corpus}", f"output={folder}")
+    return read_corpus(folder), output
 
 
-def test_everything_else_in_the_manifest_stays(corpus: Path, aligned: tuple[list[Utterance], str]) -> None:
+def test_all_other_columns_of_the_manifest_are_kept(corpus: Path, aligned: tuple[list[Utterance], str]) -> None:
     for before, after in zip(read_corpus(corpus), aligned[0], strict=True):
         assert Path(before.path).resolve() == Path(after.path).resolve()
         for name in ("id", "duration_s", "split", "text", "speaker"):
             assert getattr(before, name) == getattr(after, name)
 
 
-def test_what_cannot_be_aligned_stays_without_phones_and_is_counted(aligned: tuple[list[Utterance], str]) -> None:
-    utterances, said = aligned
+def test_utterances_that_cannot_be_aligned_have_no_phones_and_are_counted(aligned: tuple[list[Utterance], str]) -> None:
+    utterances, output = aligned
     without = [u.id for u in utterances if not u.phones]
     assert len(without) <= 5 and without[-2:] == ["silent-text", "broken"]  # synthetic voices are hard for it too
-    assert f"aligned {8 - len(without)} of 8 utterances" in said
-    assert "'no transcript': 1" in said and "'unreadable': 1" in said
+    assert f"aligned {8 - len(without)} of 8 utterances" in output
+    assert "'no transcript': 1" in output and "'unreadable': 1" in output
 
 
-def test_the_phones_are_where_the_synthesiser_put_them(corpus: Path, aligned: tuple[list[Utterance], str]) -> None:
+def test_phone_times_match_those_of_the_synthesiser(corpus: Path, aligned: tuple[list[Utterance], str]) -> None:
     """The two phone sets have other names; so: phone changes come in the same places, and times rise to the end."""
     agreements = []
     pairs = [pair for pair in zip(read_corpus(corpus), aligned[0], strict=True) if pair[1].phones]
@@ -90,5 +90,5 @@ def test_a_corpus_of_silence_gives_no_phones(run: Callable[..., str], tmp_path: 
     soundfile.write(tmp_path / "quiet.wav", np.zeros(16_000, np.float32), 16_000)
     row = {"path": "quiet.wav", "duration_s": 1.0, "text": "hello there"}
     (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    said = run("align_speech.py", f"data={tmp_path}", f"output={tmp_path / 'aligned'}")
-    assert "aligned 0 of 1" in said
+    output = run("align_speech.py", f"data={tmp_path}", f"output={tmp_path / 'aligned'}")
+    assert "aligned 0 of 1" in output

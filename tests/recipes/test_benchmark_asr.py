@@ -31,14 +31,14 @@ def test_padded_batches_hold_every_example_once_within_the_limit(bench: ModuleTy
     assert [[len(one) for one in part] for part in parts] == [[12], [9], [8, 5], [3, 2]]
 
 
-def test_padding_is_neither_seen_nor_learnt(bench: ModuleType) -> None:
+def test_padding_is_masked_and_has_no_labels(bench: ModuleType) -> None:
     batch = bench.collate([example(4, 2), example(2, 1)], pad_id=7)
     assert batch["input_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 7, 7]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 2, 3], [-100, 1, -100, -100]]
 
 
-def test_the_operations_are_those_of_the_formula(make_qwen2: Callable, text_tokenizer: object) -> None:
+def test_operations_are_counted_by_the_formula(make_qwen2: Callable, text_tokenizer: object) -> None:
     model = make_qwen2(text_tokenizer)  # width 16, two layers
     layers = sum(p.numel() for name, p in model.named_parameters() if "layers" in name)
     head = model.lm_head.weight.numel()
@@ -49,7 +49,7 @@ def test_the_operations_are_those_of_the_formula(make_qwen2: Callable, text_toke
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
-def test_it_measures_both_ways(
+def test_both_methods_are_measured(
     bench: ModuleType,
     train: str,
     tmp_path: Path,

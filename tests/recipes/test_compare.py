@@ -1,4 +1,4 @@
-"""The comparison: its plan, what it refuses, a whole one on tiny models, and its page."""
+"""The comparison: its plan, refused settings, a complete one on tiny models, and its page."""
 
 import json
 import threading
@@ -52,7 +52,7 @@ def config_of(compare: ModuleType, tmp_path: Path) -> Callable[..., object]:
 # ---- configuration
 
 
-def test_all_problems_of_the_configuration_are_told_at_once(config_of: Callable[..., object]) -> None:
+def test_all_problems_of_the_configuration_are_reported_at_once(config_of: Callable[..., object]) -> None:
     systems = [
         {"name": "two", "train": [], "tokenizer": "folder"},
         {"name": "none"},
@@ -90,7 +90,7 @@ def test_commands_are_checked_before_the_first_one_runs(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_split_that_a_corpus_lacks_is_told_before_anything_runs(
+def test_a_split_that_a_corpus_lacks_is_reported_before_anything_runs(
     compare: ModuleType, config_of: Callable[..., object], corpus: Path
 ) -> None:
     keys = {"data": str(corpus), "tasks": ["quality"], "quality_splits": ["nowhere"], "evaluation_speaker": None}
@@ -99,7 +99,7 @@ def test_a_split_that_a_corpus_lacks_is_told_before_anything_runs(
     assert not (corpus / "run").exists()
 
 
-def test_the_baseline_stays_with_the_system_it_was_measured_beside(
+def test_the_baseline_stays_with_the_system_it_was_measured_with(
     compare: ModuleType, config_of: Callable[..., object], tmp_path: Path
 ) -> None:
     def hosts(*names: str) -> list[str]:
@@ -113,7 +113,7 @@ def test_the_baseline_stays_with_the_system_it_was_measured_beside(
     assert hosts("new", "a", "b") == ["a: content"]
 
 
-def test_voices_have_an_evaluator_of_their_own_and_systems_their_own_settings(
+def test_the_speaker_evaluator_and_the_settings_of_systems_are_used(
     compare: ModuleType, config_of: Callable[..., object]
 ) -> None:
     systems = [{"name": "a", "train": [], "conversion": ["layers=[[1]]"]}]
@@ -132,7 +132,7 @@ def test_voices_have_an_evaluator_of_their_own_and_systems_their_own_settings(
     assert {"--config=j.yaml", "data=corpus"} <= set(plan["evaluation speaker"])
 
 
-def test_teachers_are_trained_where_something_needs_them(compare: ModuleType, config_of: Callable[..., object]) -> None:
+def test_only_required_teachers_are_trained(compare: ModuleType, config_of: Callable[..., object]) -> None:
     keys = {"tasks": ["asr"], "asr": "asr.yaml", "semantic_teacher": "s.yaml", "speaker_teacher": "v.yaml"}
     keys |= {"recognizer": "r.yaml", "asr_data": "words"}
     plan = compare.plan(config_of(systems=[{"name": "a", "tokenizer": "folder"}], **keys), Path("run"))
@@ -151,7 +151,7 @@ def test_teachers_are_trained_where_something_needs_them(compare: ModuleType, co
     assert "model=run/semantic_teacher/model" in plan["u: tokenizer"]
 
 
-def test_systems_that_are_alike_read_the_same_codes_and_tasks_on_one_corpus_share_them(
+def test_encoded_speech_is_shared_by_like_systems_and_by_tasks_on_one_corpus(
     compare: ModuleType, config_of: Callable[..., object]
 ) -> None:
     systems = [{"name": "a", "tokenizer": "{tokenizer}"}, {"name": "b", "like": "a", "asr": ["layers=2"]}]
@@ -167,7 +167,7 @@ def test_systems_that_are_alike_read_the_same_codes_and_tasks_on_one_corpus_shar
     assert [stage for stage in plan if "emotion " in stage] == ["a: emotion 0", "a: emotion 1"]
 
 
-# ---- a whole comparison
+# ---- a complete comparison
 
 
 @pytest.fixture
@@ -227,7 +227,7 @@ def test_a_comparison_runs_only_what_is_missing(
     assert "<svg" not in (page := (corpus / "run" / "report.html").read_text(encoding="utf-8")) and "data:image" in page
 
 
-def test_stages_side_by_side_are_finished_one_by_one_and_a_failure_costs_only_its_own(tmp_path: Path) -> None:
+def test_a_failure_affects_only_its_own_parallel_stage(tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text("import sys; open(sys.argv[1], 'a').write('x'); sys.exit(sys.argv[1][-1] == 'b')")
     jobs = {name: ["job.py", str(tmp_path / name)] for name in "abc"}
     for _ in range(2):
@@ -237,7 +237,7 @@ def test_stages_side_by_side_are_finished_one_by_one_and_a_failure_costs_only_it
     assert Stages(tmp_path, tmp_path).seconds.keys() == {"a", "c"}
 
 
-def test_what_would_change_a_finished_stage_is_refused(tmp_path: Path) -> None:
+def test_changes_to_a_finished_stage_are_refused(tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text("")
     Stages(tmp_path, tmp_path).stage("a", ["job.py", "steps=1", "data=here"])
     Stages(tmp_path, tmp_path).stage("a", ["job.py", "steps=1", "data=here"])
@@ -253,7 +253,7 @@ def test_what_would_change_a_finished_stage_is_refused(tmp_path: Path) -> None:
         Stages(tmp_path, tmp_path).stage("b", command)
 
 
-def test_a_step_that_fails_costs_only_itself(tmp_path: Path) -> None:
+def test_a_failure_affects_only_its_own_stage(tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text("import sys; open(sys.argv[1], 'a').write('x'); sys.exit(sys.argv[1][-1] == 'b')")
     jobs = {name: ["job.py", str(tmp_path / name)] for name in "abc"}
     for _ in range(2):
@@ -265,7 +265,7 @@ def test_a_step_that_fails_costs_only_itself(tmp_path: Path) -> None:
 # ---- seeds
 
 
-def test_one_seed_has_the_interval_of_its_evaluation_and_several_their_mean() -> None:
+def test_one_seed_keeps_its_interval_and_several_are_averaged() -> None:
     references, first = ["one two", "three four", "five"], ["one two", "three", "four"]
     alone, pooled = word_error_rate(references, first), seeds_error_rate(references, [first])
     assert pooled == {"mean": alone.wer, "ci95": list(alone.ci95)}
@@ -281,7 +281,7 @@ def test_the_interval_of_seeds_that_differ_is_wider_than_that_of_the_utterances(
     assert seeds_error_rate(references, [good, bad])["ci95"] == [0, 1]
 
 
-def test_seeds_without_a_result_do_not_count() -> None:
+def test_seeds_without_a_result_are_ignored() -> None:
     rows = [{"reference": "one two", "hypothesis": "one"}]
     found = {"wer": 0.5, "tokens_per_second": 50.0, "words": 2, "utterances": 1, "normalizer": "none", "cer": 0.5}
     pooled = pool_recognition({0: found, 1: {}}, {0: rows, 1: []})
@@ -337,7 +337,7 @@ def cells(name: str, table: str) -> list[list[str]]:
     return [row for row in rows if row[0] == name]
 
 
-def test_what_was_not_measured_is_a_dash_and_what_nobody_measured_is_skipped() -> None:
+def test_missing_values_are_dashes_and_empty_columns_are_dropped() -> None:
     (weak,) = cells("weak", "Table 4")
     assert set(weak[1:]) == {"–"}
     (soft,) = cells("soft", "Table 4")
@@ -351,7 +351,7 @@ def test_what_was_not_measured_is_a_dash_and_what_nobody_measured_is_skipped() -
     assert "Not scored: 1 of codec, 1 of weak." in page
 
 
-def test_a_need_has_a_winner_only_where_the_intervals_can_tell() -> None:
+def test_a_purpose_has_a_winner_only_if_the_intervals_do_not_overlap() -> None:
     title = "Best system by purpose"
     (words,) = cells("speech recognition", title)
     assert words[2] == "no clear winner"
@@ -359,7 +359,7 @@ def test_a_need_has_a_winner_only_where_the_intervals_can_tell() -> None:
     assert words[4] == "soft, 25 tokens/s"
     (speech,) = cells("speech quality", title)
     assert speech[2] == "codec" and "4 codebooks" in speech[3]
-    assert speech[4] == "codec, 2 codebooks, 1 kbps"  # half the bits, and not told apart
+    assert speech[4] == "codec, 2 codebooks, 1 kbps"  # half the bits, and not distinguishable
     (small,) = cells("small tokenizer", title)
     assert small[2] == "weak"
     assert not cells("emotion recognition", title) and not cells("fast encoding", title)
@@ -371,7 +371,7 @@ def converted(**methods: tuple[float, float, float]) -> dict[str, object]:
     return {"conversion": {"methods": rows}}
 
 
-def test_a_swap_that_does_not_beat_the_unchanged_codes_is_no_conversion() -> None:
+def test_a_swap_must_beat_the_unchanged_codes() -> None:
     blurred = converted(source_2_codebooks=(7.0, 6.9, 7.1), swap_1=(7.2, 7.1, 7.3))
     unsure = converted(source_2_codebooks=(8.0, 7.9, 8.1), swap_1=(7.9, 7.8, 8.0))
     real = converted(source_2_codebooks=(8.9, 8.8, 9.0), swap_1=(8.0, 7.9, 8.1))
@@ -384,7 +384,7 @@ def test_a_swap_that_does_not_beat_the_unchanged_codes_is_no_conversion() -> Non
     assert verdict(blurred=blurred, real=real)[2:4] == ["real", "real 8.00 (7.90 to 8.10), swap 1, by position"]
 
 
-def test_the_page_shows_tables_and_pictures(tmp_path: Path) -> None:
+def test_the_page_shows_tables_and_plots(tmp_path: Path) -> None:
     write_comparison(tmp_path / "page.html", title="A & B", results=RESULTS, provenance=MADE)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "A &amp; B" in page and "PESQ-WB by bitrate" in page

@@ -72,14 +72,14 @@ def qualities(codec: SpeechCodec, corpus: Path, name: str, layers: int) -> dict[
     return asdict(speech_quality(waveform, decoded, RATE))
 
 
-def test_each_number_of_codebooks_has_its_rate(results: dict) -> None:
+def test_rates_depend_on_the_number_of_codebooks(results: dict) -> None:
     assert list(results["codebooks"]) == ["1", "3"]
     for layers, row in results["codebooks"].items():
         assert row["tokens_per_second"] == int(layers) * 50
         assert row["kbps"] == pytest.approx(int(layers) * 50 * 3 / 1000)  # 8 codes are 3 bits
 
 
-def test_means_are_those_of_the_usable_recordings_alone(results: dict, codec: SpeechCodec, corpus: Path) -> None:
+def test_means_are_over_usable_recordings_only(results: dict, codec: SpeechCodec, corpus: Path) -> None:
     for layers, row in results["codebooks"].items():
         expected = [qualities(codec, corpus, name, int(layers)) for name in "abc"]
         assert row["utterances"] == 3
@@ -112,7 +112,7 @@ def test_evaluators_score_what_was_decoded(
         def embedding(self, waveform: Tensor) -> Tensor:
             return waveform[:, :4_000]
 
-    class Judge(torch.nn.Module):
+    class Recognizer(torch.nn.Module):
         sample_rate, frame_rate, device = RATE, 0.0, torch.device("cpu")
 
         def encode(self, waveform: Tensor) -> Transcripts:
@@ -123,7 +123,7 @@ def test_evaluators_score_what_was_decoded(
     row = {"id": "a", "path": str(corpus / "a.wav"), "duration_s": 1.0, "text": "loud"}
     (tmp_path / "manifest.jsonl").write_text(json.dumps(row), encoding="utf-8")
     monkeypatch.setattr(recipe(RECIPE).SpeakerTeacher, "from_pretrained", lambda name: Speaker(1, 1))
-    monkeypatch.setattr(recipe(RECIPE), "load_recognizer", lambda name: Judge())
+    monkeypatch.setattr(recipe(RECIPE), "load_recognizer", lambda name: Recognizer())
     found = evaluate(tmp_path, f"data={tmp_path}", "layers=[1]", "speaker=x", "recognizer=recognizer:x")
     assert found["original"]["speaker_similarity"]["mean"] == pytest.approx(1)
     similarity = torch.cosine_similarity(original[:4_000], reconstruction[:4_000], dim=0)
@@ -134,7 +134,7 @@ def test_evaluators_score_what_was_decoded(
     assert line["recognized"] == {"original": "LOUD", "1": "LOW"}
 
 
-def test_what_cannot_be_scored_is_listed_once_with_its_reason(results: dict) -> None:
+def test_failures_are_listed_once_with_the_reason(results: dict) -> None:
     assert results["utterances"] == 6
     found = [(failure["id"], failure["reason"], failure["codebooks"]) for failure in results["failed"]]
     each = ["original", 1, 3]
@@ -142,12 +142,18 @@ def test_what_cannot_be_scored_is_listed_once_with_its_reason(results: dict) -> 
     assert all(failure["detail"] for failure in results["failed"])
 
 
-def test_results_say_what_was_measured_with_what(results: dict, codec: SpeechCodec, corpus: Path) -> None:
+def test_results_include_configuration_and_versions(results: dict, codec: SpeechCodec, corpus: Path) -> None:
     assert results["codec_fingerprint"] == codec.fingerprint
     config = results["config"]
     assert (config["data"], config["splits"], config["layers"]) == (str(corpus), ["test"], [1, 3])
     assert (config["max_utterances"], config["seed"]) == (None, 0)
-    assert {"torch", "pesq", "pystoi"} <= results["versions"].keys() and results["seconds"] > 0
+    assert {"torch", "pesq", "pystoi"} <= results["versions"].keys() and results["seconds"] > 0 and results["command"]
+
+
+def test_the_page_shows_the_table_and_what_was_not_scored(results: dict, output: Path) -> None:
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Table 1: speech quality</h2>" in page and f"{results['codebooks']['3']['pesq_wb']['mean']:.3f}" in page
+    assert all(failure["id"] in page for failure in results["failed"]) and results["config"]["data"] in page
 
 
 def test_every_utterance_has_a_line_with_its_scores(
@@ -162,7 +168,7 @@ def test_every_utterance_has_a_line_with_its_scores(
     assert lines[2]["scores"]["3"] != lines[2]["scores"]["1"]
 
 
-def test_a_recording_fails_only_where_it_has_no_score(
+def test_a_failure_affects_only_its_number_of_codebooks(
     evaluate: Callable[..., dict], tmp_path: Path, recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One codebook that gives silence for one recording does not cost the score of three."""
@@ -193,7 +199,7 @@ def test_all_codebooks_and_all_splits_are_the_default(
     assert cells[4].startswith(f"{row['pesq_wb']['mean']:.3f} (")
 
 
-def test_few_utterances_are_spread_over_the_corpus(evaluate: Callable[..., dict], tmp_path: Path) -> None:
+def test_a_limited_number_of_utterances_is_evenly_chosen(evaluate: Callable[..., dict], tmp_path: Path) -> None:
     found = evaluate(tmp_path, "layers=[1]", "max_utterances=4")
     lines = (tmp_path / "utterances.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["a", "b", "brief", "d"]
@@ -211,7 +217,7 @@ def test_a_corpus_without_a_usable_recording_has_no_means(
     assert "| 2 | 100 | 0.3 | 0 |\n" in capsys.readouterr().out
 
 
-def test_more_utterances_than_may_wait_stay_in_order(
+def test_the_order_is_kept_with_a_full_queue(
     recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, evaluate: Callable[..., dict], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(recipe(RECIPE), "available_cpus", lambda: 1)
@@ -220,7 +226,7 @@ def test_more_utterances_than_may_wait_stay_in_order(
     assert [json.loads(line)["id"] for line in lines] == [*("a", "silent", "b", "corrupt", "brief", "c"), "d", "e"]
 
 
-def test_codebooks_the_codec_lacks_are_refused_in_one_line(evaluate: Callable[..., dict], tmp_path: Path) -> None:
+def test_missing_codebooks_are_refused_in_one_line(evaluate: Callable[..., dict], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"^error: layers must be numbers from 1 to 3.*got \[1, 8\]$"):
         evaluate(tmp_path / "new", "layers=[1,8]")
     assert not (tmp_path / "new").exists()

@@ -44,7 +44,7 @@ def voice(speaker: str, text: str, duration_s: float) -> Tensor:
     return torch.from_numpy(0.05 * wave + noise).float()
 
 
-class Judge(nn.Module):
+class Recognizer(nn.Module):
     """A recogniser that takes every recording for ONE."""
 
     sample_rate, frame_rate, device = 8_000, 0.0, torch.device("cpu")
@@ -109,7 +109,7 @@ def results(
     evaluate: Callable[..., dict], recipe: Callable[[str], ModuleType], output: Path, ecapa_folder: Path
 ) -> dict:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe(RECIPE), "load_recognizer", lambda name: Judge())
+        patch.setattr(recipe(RECIPE), "load_recognizer", lambda name: Recognizer())
         return evaluate(output, "layers=[[1],[1,2]]", f"speaker={ecapa_folder}", "recognizer=recognizer:x", "pairs=20")
 
 
@@ -121,7 +121,7 @@ def rows(results: dict, output: Path) -> list[dict]:
 # ---- pairs
 
 
-def test_a_pair_has_two_speakers_and_recordings_the_method_has_not_heard(rows: list[dict]) -> None:
+def test_a_pair_has_two_speakers_and_recordings_that_the_method_does_not_use(rows: list[dict]) -> None:
     assert len(rows) == 8 and len({row["source"] for row in rows}) == 8
     for row in rows:
         source, target, reference, voice = (row[role].split("-") for role in ("source", "target", "reference", "voice"))
@@ -135,7 +135,7 @@ def recording(speaker: str, text: str | None, number: int = 0) -> Utterance:
     return Utterance(f"{speaker}{text}{number}", f"{number}.wav", 1.0 + number, "test", text, speaker)
 
 
-def test_other_words_are_no_reference(recipe: Callable[[str], ModuleType]) -> None:
+def test_a_reference_has_the_same_words(recipe: Callable[[str], ModuleType]) -> None:
     choose = recipe(RECIPE).choose_pairs
     for words in (("ONE", "TWO"), (None, None)):
         pairs = choose([recording("a", words[0]), recording("b", words[1])], 9, 0)
@@ -151,7 +151,7 @@ def test_the_only_recording_is_the_target_and_never_its_own_reference(recipe: Ca
     assert {pair.target.duration_s, pair.reference.duration_s} == {2.0, 3.0} and pair.voice is None
 
 
-def test_pairs_are_drawn_by_the_seed(recipe: Callable[[str], ModuleType]) -> None:
+def test_pairs_depend_on_the_seed(recipe: Callable[[str], ModuleType]) -> None:
     choose = recipe(RECIPE).choose_pairs
     recordings = [recording(speaker, "ONE", number) for speaker in "abc" for number in range(4)]
     assert choose(recordings, 5, 0) == choose(recordings, 5, 0) != choose(recordings, 5, 1)
@@ -161,7 +161,7 @@ def test_pairs_are_drawn_by_the_seed(recipe: Callable[[str], ModuleType]) -> Non
 # ---- results
 
 
-def test_every_set_of_layers_is_swapped_both_ways_between_the_bounds(results: dict) -> None:
+def test_every_set_of_layers_is_swapped_by_both_matchings(results: dict) -> None:
     swaps = [f"swap {layers}, by {way}" for layers in ("1", "1-2") for way in ("position", "content")]
     assert list(results["methods"]) == ["source", "source, 2 codebooks", "source, 3 codebooks", *swaps, "target"]
     assert results["pairs"] == results["parallel"] == 8 and results["failed"] == []
@@ -176,7 +176,7 @@ def test_the_reference_is_the_bound_of_distortion_and_correlation(results: dict)
     results["methods"]["target"] = target
 
 
-def test_scores_are_those_of_the_functions_alone(rows: list[dict], corpus: Path, codec: SpeechCodec) -> None:
+def test_scores_match_the_functions(rows: list[dict], corpus: Path, codec: SpeechCodec) -> None:
     row = rows[3]
     source, target, reference = (load_audio(corpus / f"{row[role]}.wav") for role in ("source", "target", "reference"))
     aim = voice_frames(reference, RATE)
@@ -207,16 +207,17 @@ def test_the_recognizer_is_scored_against_the_words_of_the_source(results: dict)
         assert method["wer"]["mean"] == 0.5 and method["wer"]["words"] == 8  # half of them are ONE
 
 
-def test_some_pairs_can_be_listened_to(results: dict, output: Path, rows: list[dict], corpus: Path) -> None:
+def test_the_sounds_of_some_pairs_are_saved(results: dict, output: Path, rows: list[dict], corpus: Path) -> None:
     names = {path.name for path in (output / "audio").iterdir()}
     assert {name.split("_")[0] for name in names} == set("01234")
     assert {"0_source.wav", "0_target.wav", "0_swap_1_by_position.wav", "4_swap_1-2_by_content.wav"} <= names
+    assert "<h2>Table 2: voice conversion</h2>" in (output / "report.html").read_text(encoding="utf-8")
     for role in ("source", "target", "reference"):
         kept, given = load_audio(output / "audio" / f"0_{role}.wav"), load_audio(corpus / f"{rows[0][role]}.wav")
         torch.testing.assert_close(kept, given, atol=2 / 32768, rtol=0)
 
 
-def test_what_cannot_be_scored_is_listed_and_not_averaged(
+def test_failures_are_listed_and_not_averaged(
     evaluate: Callable[..., dict], tmp_path: Path, recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A conversion that gives silence, and a recording that cannot be read."""
@@ -236,7 +237,7 @@ def test_what_cannot_be_scored_is_listed_and_not_averaged(
     }
 
 
-def test_an_unreadable_recording_costs_its_pairs_alone(
+def test_an_unreadable_recording_affects_only_its_pairs(
     evaluate: Callable[..., dict], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = evaluate(tmp_path, "splits=[broken]")
@@ -245,7 +246,7 @@ def test_an_unreadable_recording_costs_its_pairs_alone(
     assert "2 without scores" in capsys.readouterr().out
 
 
-def test_without_parallel_text_similarity_is_left_and_it_is_said(
+def test_without_parallel_text_only_similarity_is_measured_which_is_reported(
     evaluate: Callable[..., dict],
     tmp_path: Path,
     corpus: Path,
@@ -281,7 +282,9 @@ def test_without_a_further_recording_there_is_no_similarity(
     assert method["speaker_similarity"]["mean"] < 0.9999  # it is not measured against itself
 
 
-def test_results_say_how_they_were_made(results: dict, codec: SpeechCodec, corpus: Path, ecapa_folder: Path) -> None:
+def test_results_include_configuration_and_versions(
+    results: dict, codec: SpeechCodec, corpus: Path, ecapa_folder: Path
+) -> None:
     assert results["codec_fingerprint"] == codec.fingerprint and "pyworld" in results["versions"]
     config = results["config"]
     assert (config["data"], config["splits"], config["layers"]) == (str(corpus), ["test"], [[1], [1, 2]])
@@ -293,7 +296,7 @@ def test_results_say_how_they_were_made(results: dict, codec: SpeechCodec, corpu
     )
 
 
-def test_freevc_is_one_method_more(recipe: Callable[[str], ModuleType], codec: SpeechCodec) -> None:
+def test_freevc_is_a_further_method(recipe: Callable[[str], ModuleType], codec: SpeechCodec) -> None:
     class Echo:
         sample_rate = RATE
 
@@ -335,7 +338,9 @@ def test_code_vectors_are_collected_once(recipe: Callable[[str], ModuleType], co
         ("layers=[[]]", "layers must be sets"),
     ],
 )
-def test_mistakes_end_in_one_line(evaluate: Callable[..., dict], tmp_path: Path, word: str, message: str) -> None:
+def test_errors_are_reported_in_one_line(
+    evaluate: Callable[..., dict], tmp_path: Path, word: str, message: str
+) -> None:
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         evaluate(tmp_path / "new", word)
     assert not (tmp_path / "new").exists()

@@ -1,4 +1,4 @@
-"""The evaluation of codes: labels at the time of every frame, whatever its rate, and what is skipped with a reason."""
+"""The evaluation of codes: frame labels at every frame rate, and results that are skipped with a reason."""
 
 import json
 import types
@@ -73,14 +73,14 @@ def test_frames_of_every_rate_are_labelled_with_the_phone_at_their_time(
     assert 0 < found["log_mel_kmeans"]["pnmi"] < 1
 
 
-def test_the_baseline_is_that_of_50_frames_a_second_for_every_codec(
+def test_the_baseline_has_50_frames_per_second_for_every_codec(
     evaluate: Callable[..., dict], make_codec: Callable[..., SpeechCodec]
 ) -> None:
     found = [evaluate(make_codec(strides=strides))["content"]["log_mel_kmeans"] for strides in STRIDES.values()]
     assert found[0] == found[1] == found[2]
 
 
-def test_merged_repeats_have_no_labels_and_it_is_said(
+def test_merged_repeats_have_no_labels_which_is_reported(
     evaluate: Callable[..., dict], capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
@@ -90,11 +90,13 @@ def test_merged_repeats_have_no_labels_and_it_is_said(
     assert "no phone information: repeats are merged in these codes" in capsys.readouterr().out
 
 
-def test_speakers_heard_once_cannot_be_told(evaluate: Callable[..., dict], codec: SpeechCodec) -> None:
+def test_speakers_with_a_single_utterance_are_not_evaluated(evaluate: Callable[..., dict], codec: SpeechCodec) -> None:
     assert evaluate(codec, first=3)["speaker"] == {}
 
 
-def test_results_say_how_they_were_made(evaluate: Callable[..., dict], codec: SpeechCodec, corpus: Path) -> None:
+def test_results_include_configuration_and_versions(
+    evaluate: Callable[..., dict], codec: SpeechCodec, corpus: Path
+) -> None:
     found = evaluate(codec, kmeans_utterances=5, seed=3)
     assert found["codec_fingerprint"] == codec.fingerprint
     assert (found["config"]["data"], found["config"]["kmeans_utterances"], found["config"]["seed"]) == (
@@ -103,3 +105,5 @@ def test_results_say_how_they_were_made(evaluate: Callable[..., dict], codec: Sp
         3,
     )
     assert {"torch", "scikit-learn"} <= found["versions"].keys()
+    page = Path(found["config"]["output"]).with_suffix(".html").read_text(encoding="utf-8")
+    assert "<h2>Codebook usage</h2>" in page and "pnmi" in page and str(corpus) in page

@@ -86,7 +86,7 @@ def same_speech(folder: Path, split: str = "train") -> None:
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_parquet_files_become_a_corpus(run: Run, parquet: Path, streaming: bool) -> None:
+def test_parquet_files_are_imported(run: Run, parquet: Path, streaming: bool) -> None:
     folder = run(parquet, splits=["train"], streaming=streaming)
     same_speech(folder)
     assert {utterance.split for utterance in read_corpus(folder)} == {"train"}
@@ -97,13 +97,13 @@ def test_parquet_files_become_a_corpus(run: Run, parquet: Path, streaming: bool)
 
 
 @pytest.mark.parametrize("splits", [True, False])
-def test_what_save_to_disk_wrote_becomes_a_corpus(run: Run, tmp_path: Path, splits: bool) -> None:
+def test_a_folder_of_save_to_disk_is_imported(run: Run, tmp_path: Path, splits: bool) -> None:
     name = "train.clean.100" if splits else "train"
     (DatasetDict({name: speech()}) if splits else speech()).save_to_disk(tmp_path / "saved")
     same_speech(run(tmp_path / "saved"), name)
 
 
-def test_all_splits_are_imported_and_repeated_ids_told_apart(run: Run, parquet: Path) -> None:
+def test_all_splits_are_imported_and_repeated_ids_made_unique(run: Run, parquet: Path) -> None:
     folder = run(parquet)
     found = {split: [u.id for u in read_corpus(folder, [split])] for split in ("train", "test")}
     assert found == {
@@ -112,7 +112,7 @@ def test_all_splits_are_imported_and_repeated_ids_told_apart(run: Run, parquet: 
     }
 
 
-def test_other_names_other_formats_and_files_beside_the_data_set(run: Run, tmp_path: Path) -> None:
+def test_other_column_names_formats_and_external_files_are_imported(run: Run, tmp_path: Path) -> None:
     (tmp_path / "beside.wav").write_bytes(sound(0.4, "WAV"))
     sounds = [{"bytes": sound(0.2, "OGG"), "path": None}, {"bytes": None, "path": str(tmp_path / "beside.wav")}]
     columns = {"sentence": ["Hé.", "B"], "raw": ["x", "y"], "client_id": ["s", None], "audio": sounds}
@@ -149,7 +149,7 @@ def test_rows_without_a_readable_recording_are_skipped_and_counted(run: Run, tmp
 
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("copied", range(6))
-def test_a_killed_import_goes_on_where_it_stopped(
+def test_a_killed_import_is_resumed(
     run: Run,
     parquet: Path,
     recipe: Callable[[str], ModuleType],
@@ -194,7 +194,7 @@ def test_finished_files_of_a_data_set_are_not_read_again(
     assert [(row["id"], row["shard"], Path(row["path"]).stem) for row in rows] == [("7-2", 1, "0000004")]
 
 
-def test_a_finished_import_is_left_alone_and_another_one_refused(run: Run, parquet: Path) -> None:
+def test_a_finished_import_is_not_repeated_and_another_one_is_refused(run: Run, parquet: Path) -> None:
     folder = run(parquet)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     run(parquet)
@@ -220,7 +220,7 @@ def words(parquet: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("words")
-def test_what_is_not_there_is_named_before_anything_is_written(
+def test_missing_input_is_named_before_anything_is_written(
     run: Run, tmp_path: Path, data: str, settings: dict, message: str
 ) -> None:
     with pytest.raises(DataError, match=message):

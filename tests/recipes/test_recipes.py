@@ -114,7 +114,7 @@ class Work:
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory, start_recipe: Callable) -> Work:
-    """The whole chain, once."""
+    """The complete chain, once."""
     work = Work(tmp_path_factory.mktemp("work"), start_recipe)
     write_corpus(work.folder / "corpus")
     small = "hidden_size=16 layers=1"
@@ -133,7 +133,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, start_recipe: Callable) -> Wo
 # ---- what the chain wrote
 
 
-def test_the_teachers_load_through_the_doors_of_the_published_ones(work: Work) -> None:
+def test_the_teachers_are_loaded_like_the_published_ones(work: Work) -> None:
     waveform = torch.randn(1, 8_000, generator=torch.Generator().manual_seed(0))
     for run in ("ctc", "alignment"):
         assert SemanticTeacher.from_pretrained(work.folder / run / "model")(waveform).shape == (1, FRAMES, 16)
@@ -142,7 +142,15 @@ def test_the_teachers_load_through_the_doors_of_the_published_ones(work: Work) -
     assert SpeakerTeacher.from_pretrained(work.folder / "speaker" / "model")(waveform).shape == (1, 51, 24)
 
 
-def test_the_teachers_say_how_good_they_are_on_the_dev_split(work: Work) -> None:
+@pytest.mark.parametrize("run", ["ctc", "alignment", "speaker", "tokenizer", "asr", "evaluation"])
+def test_every_training_and_evaluation_has_a_page_that_names_its_configuration(work: Work, run: str) -> None:
+    page = (work.folder / run / "report.html").read_text(encoding="utf-8")
+    made = page.split("<h2>Configuration</h2>")[1]
+    assert ".py " in made and "duration" in made and f'row">output</th><td>{run}<' in made
+    assert "Configuration" in (work.folder / "content.html").read_text(encoding="utf-8")
+
+
+def test_the_teachers_are_scored_on_the_dev_split(work: Work) -> None:
     assert work.json("ctc/done.json")["dev_cer"] >= 0
     assert 0 <= work.json("alignment/done.json")["dev_frame_accuracy"] <= 1
     assert 0 <= work.json("speaker/done.json")["dev_equal_error_rate"] <= 1
@@ -180,7 +188,7 @@ def test_every_utterance_is_encoded_with_the_codec_that_was_trained(work: Work, 
     assert found["hours"] == pytest.approx(UTTERANCES * 0.5 / 3600)
 
 
-def test_the_content_of_the_codes_is_what_scikit_learn_finds(work: Work) -> None:
+def test_the_content_of_the_codes_matches_scikit_learn(work: Work) -> None:
     found = work.json("content.json")
     rows, encoding = load_codes(work.folder / "codes", ["test"])
     codes = np.concatenate([speech_of(row, encoding).numpy() for row in rows], 1)
@@ -207,7 +215,7 @@ def test_the_language_model_learns_and_is_saved_with_everything_it_needs(work: W
     assert not any(name.startswith("checkpoints/") for name in work.files("asr"))
 
 
-def test_the_evaluation_is_what_its_predictions_say(work: Work) -> None:
+def test_the_evaluation_matches_its_predictions(work: Work) -> None:
     found = work.json("evaluation/results.json")
     lines = (work.folder / "evaluation" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     predictions = [json.loads(line) for line in lines]
@@ -218,7 +226,8 @@ def test_the_evaluation_is_what_its_predictions_say(work: Work) -> None:
     score = word_error_rate([p["reference"] for p in predictions], [p["hypothesis"] for p in predictions])
     assert found["wer"] == score.wer and tuple(found["ci95"]) == score.ci95 and found["words"] == 12
     assert found["tokens_per_second"] == pytest.approx(100) and found["audio_s"] == pytest.approx(3)
-    assert found["wer_shuffled_audio"] >= 0
+    low, high = found["wer_shuffled_audio_ci95"]
+    assert 0 <= low <= found["wer_shuffled_audio"] <= high
     speech_llm = load_speech_llm(work.folder / "asr" / "model")
     assert transcribe([u.path for u in corpus], speech_llm, fallback=True) == [p["hypothesis"] for p in predictions]
 
@@ -226,7 +235,7 @@ def test_the_evaluation_is_what_its_predictions_say(work: Work) -> None:
 # ---- killed and started again
 
 
-def test_a_killed_tokenizer_started_again_ends_bit_for_bit_as_if_never_killed(work: Work) -> None:
+def test_a_killed_tokenizer_training_resumes_bit_for_bit(work: Work) -> None:
     whole, run = "tokenizer", "tokenizer_killed"
     work.kill("train_tokenizer.py", f"{RANDOM} output={run}", work.folder / run)
     with (work.folder / run / "log.jsonl").open("r+") as file:
@@ -245,7 +254,7 @@ def test_a_killed_tokenizer_started_again_ends_bit_for_bit_as_if_never_killed(wo
 # ---- cut into processes and parts
 
 
-def test_two_processes_train_the_tokenizer_like_one(work: Work) -> None:
+def test_two_processes_train_the_same_tokenizer_as_one(work: Work) -> None:
     work.run("train_tokenizer.py", f"{DIVISIBLE} output=tokenizer_1")
     work.run("train_tokenizer.py", f"{DIVISIBLE} output=tokenizer_2", processes=2)
     one, two = work.weights("tokenizer_1"), work.weights("tokenizer_2")
@@ -260,7 +269,7 @@ def test_two_processes_train_the_tokenizer_like_one(work: Work) -> None:
         assert (one[key] - two[key]).abs().mean() < 1e-3 * one[key].abs().mean(), key
 
 
-def test_two_processes_train_a_teacher_like_one(work: Work) -> None:
+def test_two_processes_train_the_same_teacher_as_one(work: Work) -> None:
     small = "kind=semantic objective=alignment hidden_size=16 layers=1"
     work.run("train_teacher.py", f"{small} output=alignment_2 {TEACHER}", processes=2)
     one, two = work.weights("alignment"), work.weights("alignment_2")
@@ -269,7 +278,7 @@ def test_two_processes_train_a_teacher_like_one(work: Work) -> None:
     assert torch.cat([(one[key] - two[key]).abs().flatten() for key in one]).mean() < 0.01 * way
 
 
-# ---- started in this process: what is said at the beginning
+# ---- started in this process: messages at the start
 
 
 @pytest.fixture
@@ -298,7 +307,7 @@ def here(work: Work, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str,
         ("train_asr.py", f"{ASR_RANDOM} output=asr", "asr"),
     ],
 )
-def test_a_finished_run_started_again_says_so_and_does_nothing(
+def test_a_finished_run_is_not_repeated(
     work: Work, here: Callable, capsys: pytest.CaptureFixture, name: str, words: str, run: str
 ) -> None:
     def stamps() -> dict[Path, int]:
@@ -329,7 +338,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_wrong_key_ends_with_2_and_a_hint_before_anything_is_written(
+def test_a_wrong_key_exits_with_2_and_a_hint_before_anything_is_written(
     work: Work, here: Callable, capsys: pytest.CaptureFixture, name: str
 ) -> None:
     words, hint = RECIPES[name]
@@ -352,7 +361,7 @@ MISSING = [
 
 
 @pytest.mark.parametrize("name, words, message", MISSING)
-def test_what_is_missing_is_named_in_one_line(
+def test_missing_input_is_named_in_one_line(
     tmp_path: Path, here: Callable, name: str, words: str, message: str
 ) -> None:
     with pytest.raises(BaseException, match=message) as error:
@@ -361,14 +370,14 @@ def test_what_is_missing_is_named_in_one_line(
 
 
 @pytest.mark.parametrize("name, words, message", MISSING)
-def test_what_is_missing_is_told_without_a_traceback(
+def test_missing_input_is_reported_without_a_traceback(
     tmp_path: Path, here: Callable, name: str, words: str, message: str
 ) -> None:
     with pytest.raises(SystemExit, match=message):
         here(name, f"{words} output={tmp_path / 'new'}")
 
 
-def test_after_a_mistyped_corpus_the_right_one_may_have_the_same_output(tmp_path: Path, here: Callable) -> None:
+def test_a_mistyped_corpus_does_not_block_the_output_folder(tmp_path: Path, here: Callable) -> None:
     words = f"kind=speaker {TEACHER} steps=1 crop_s=0.4 channels=8 output={tmp_path / 'new'}"
     with pytest.raises(BaseException, match="no such corpus folder"):
         here("train_teacher.py", f"{words} data=nowhere")
@@ -397,7 +406,7 @@ def test_the_control_gives_no_utterance_its_own_audio(recipe: Callable[[str], Mo
         ([0.9, 0.8, 0.7, 0.3, 0.75, 0.2, 0.1, 0.0], [True] * 4 + [False] * 4, 0.25),
     ],
 )
-def test_the_equal_error_rate_is_that_found_by_hand(
+def test_the_equal_error_rate_matches_a_manual_computation(
     recipe: Callable[[str], ModuleType], scores: list[float], same: list[bool], rate: float
 ) -> None:
     found = recipe("train_teacher.py")._equal_error_rate(torch.tensor(scores), torch.tensor(same))
@@ -407,16 +416,14 @@ def test_the_equal_error_rate_is_that_found_by_hand(
 # ---- the demo
 
 
-def test_fresh_deletes_nothing_that_the_demo_did_not_make(tmp_path: Path, here: Callable) -> None:
+def test_fresh_deletes_only_what_the_demo_created(tmp_path: Path, here: Callable) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(SystemExit, match="was not made by this demo and is not deleted"):
         here("demo.py", f"output={tmp_path} --fresh")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_the_demo_takes_its_splits_from_their_names(
-    work: Work, tmp_path: Path, recipe: Callable[[str], ModuleType]
-) -> None:
+def test_the_demo_recognises_splits_by_name(work: Work, tmp_path: Path, recipe: Callable[[str], ModuleType]) -> None:
     names = {"train": "train-clean-100", "dev": "dev-clean", "test": "test-other"}
     rows = [json.loads(line) for line in (work.folder / "corpus" / "manifest.jsonl").read_text().splitlines()]
     named = [{**row, "path": str(work.folder / "corpus" / row["path"]), "split": names[row["split"]]} for row in rows]
@@ -427,9 +434,7 @@ def test_the_demo_takes_its_splits_from_their_names(
     assert all(Path(utterance.path).is_file() for utterance in gathered)
 
 
-def test_the_demo_finds_three_splits_in_a_corpus_with_one(
-    work: Work, tmp_path: Path, recipe: Callable[[str], ModuleType]
-) -> None:
+def test_the_demo_splits_a_corpus_by_speaker(work: Work, tmp_path: Path, recipe: Callable[[str], ModuleType]) -> None:
     rows = [json.loads(line) for line in (work.folder / "corpus" / "manifest.jsonl").read_text().splitlines()]
     one = [{**row, "path": str(work.folder / "corpus" / row["path"]), "split": "train"} for row in rows]
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one))

@@ -53,7 +53,7 @@ def test_splits_share_no_text_and_no_voice(recipe: ModuleType) -> None:
         assert len({u.text for u in by_split[split]}) == COUNTS[split]  # only train may say a sentence twice
 
 
-def test_seed_decides_the_plan(recipe: ModuleType) -> None:
+def test_the_plan_depends_on_the_seed(recipe: ModuleType) -> None:
     plan = recipe.make_plan(seed=3, **COUNTS)
     assert plan == recipe.make_plan(seed=3, **COUNTS)
     assert plan != recipe.make_plan(seed=4, **COUNTS)
@@ -82,7 +82,7 @@ def test_phone_times_move_with_the_trimmed_silence(recipe: ModuleType) -> None:
     assert ends == [("_", lead), *spoken, ("_", lead + 6000 + tail)]  # "x" has no length
 
 
-def test_complete_corpus_is_kept_and_an_interrupted_one_made_again(
+def test_a_complete_corpus_is_kept_and_an_interrupted_one_is_made_again(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = tmp_path / "manifest.jsonl"
@@ -110,7 +110,7 @@ def test_foreign_folder_is_refused(recipe: ModuleType, tmp_path: Path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_missing_engine_says_how_to_install_it(
+def test_a_missing_engine_is_reported_with_the_remedy(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SystemExit, match=r"pip install \"speechllm\[demo\]\""):

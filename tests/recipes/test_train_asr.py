@@ -162,7 +162,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 # ---- with everything on
 
 
-def test_the_run_holds_what_it_should(work: Work) -> None:
+def test_the_run_has_its_logs_and_results(work: Work) -> None:
     assert list(work.log("whole", "loss")) == list(work.log("whole", "speech_loss")) == list(range(1, 13))
     wers = work.log("whole", "dev_wer")
     assert list(wers) == [3, 6, 9, 12]
@@ -179,7 +179,7 @@ def test_the_weights_of_the_best_validation_are_exported(work: Work) -> None:
     assert word_error_rate(dev["text"], hypotheses).wer == work.done("whole")["dev_wer"]
 
 
-def test_a_killed_run_started_again_ends_bit_for_bit_as_if_never_killed(work: Work) -> None:
+def test_a_killed_run_resumes_bit_for_bit(work: Work) -> None:
     words = f"{EVERYTHING} output=killed"
     work.kill(words, "killed")
     with (work.folder / "killed" / "log.jsonl").open("r+") as file:
@@ -193,7 +193,7 @@ def test_a_killed_run_started_again_ends_bit_for_bit_as_if_never_killed(work: Wo
     assert_close(work.weights("killed"), work.weights("whole"), atol=0)
 
 
-def test_two_processes_and_other_parts_learn_the_same(work: Work) -> None:
+def test_two_processes_and_other_micro_batches_train_the_same(work: Work) -> None:
     work.run(f"{EVERYTHING} micro_batch_tokens=70 output=two", processes=2)
     assert_close(work.weights("two"), work.weights("whole"), atol=1e-5)
     for key in ("loss", "speech_loss"):
@@ -209,7 +209,7 @@ def lora(work: Work) -> Work:
     return work
 
 
-def test_an_adapter_is_trained_and_saved_alone(lora: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_adapter_is_trained_and_saved(lora: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(lora.folder)
     found = lora.weights("lora")
     assert any("lora_A" in name for name in found) and any("trainable_tokens" in name for name in found)
@@ -222,7 +222,7 @@ def test_an_adapter_is_trained_and_saved_alone(lora: Work, monkeypatch: pytest.M
     assert word_error_rate(dev["text"], hypotheses).wer == lora.done("lora")["dev_wer"]
 
 
-def test_a_killed_adapter_goes_on_as_if_never_killed(lora: Work) -> None:
+def test_a_killed_adapter_training_resumes_bit_for_bit(lora: Work) -> None:
     lora.kill(f"{LORA} output=lora_killed", "lora_killed")
     state = torch.load(sorted((lora.folder / "lora_killed" / "checkpoints").iterdir())[0], weights_only=True)
     assert all("lora_" in name or "trainable_tokens" in name for name in state["model"])  # the rest is not trained
@@ -231,7 +231,7 @@ def test_a_killed_adapter_goes_on_as_if_never_killed(lora: Work) -> None:
     assert_close(lora.weights("lora_killed"), lora.weights("lora"), atol=0)
 
 
-def test_in_the_first_steps_only_the_new_rows_learn(work: Work, here: Callable[[str], None]) -> None:
+def test_only_the_new_rows_are_trained_in_the_first_steps(work: Work, here: Callable[[str], None]) -> None:
     here(f"{BASE} model=base steps=3 row_steps=3 row_learning_rate=1e-2 output=row_steps")
     here(f"{BASE} model=base steps=3 train=rows learning_rate=1e-2 output=rows")
     before, found = load_file(work.folder / "base" / "model.safetensors"), work.weights("row_steps")
@@ -243,7 +243,7 @@ def test_in_the_first_steps_only_the_new_rows_learn(work: Work, here: Callable[[
     torch.testing.assert_close(rows, found["model.embed_tokens.weight"][texts:], atol=1e-5, rtol=0)
 
 
-def test_a_model_that_reads_codes_goes_on_with_its_rows(work: Work, here: Callable[[str], None]) -> None:
+def test_an_extended_model_is_trained_further_with_its_rows(work: Work, here: Callable[[str], None]) -> None:
     here(f"{BASE} model=base steps=1 train=full output=first")
     here(f"{BASE} model=first/model steps=1 learning_rate=1e-9 warmup=1 output=second")
     first, second = load_speech_llm("first/model"), load_speech_llm("second/model")
@@ -264,7 +264,7 @@ def test_a_model_that_reads_codes_goes_on_with_its_rows(work: Work, here: Callab
             here(f"{BASE} model=first/model {words} output=refused_{number}")
 
 
-def test_a_gradient_that_is_no_number_ends_the_training_before_the_weights_are_lost(
+def test_a_non_finite_gradient_stops_the_training_before_the_update(
     work: Work, here: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = torch.Tensor.backward
@@ -287,11 +287,11 @@ def test_a_gradient_that_is_no_number_ends_the_training_before_the_weights_are_l
 
 @pytest.fixture(scope="module")
 def other_speech(work: Work) -> Work:
-    """The same recordings as features, and as what a recogniser hears, of one small HuBERT with random weights."""
+    """The same recordings as features, and as texts, of one small HuBERT with random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         classifier = FrameClassifier(small_hubert(8, 1), 6)
-        torch.nn.init.normal_(classifier.head.weight)  # it hears something
+        torch.nn.init.normal_(classifier.head.weight)  # so that texts are not empty
     save_recognizer(classifier, list("|ENOT"), work.folder / "hubert")
     utterances = [
         Utterance(row["id"], work.folder / f"{row['id']}.wav", row["duration_s"], row["split"], row["text"], "s")
@@ -304,7 +304,7 @@ def other_speech(work: Work) -> Work:
 
 @pytest.mark.parametrize("train", ["model=null small.text_tokens=300 small.text_steps=2", "model=base train=lora"])
 @pytest.mark.parametrize("kind", ["features", "recognizer"])
-def test_the_recipe_takes_features_and_texts_as_it_takes_codes(
+def test_the_recipe_supports_features_and_texts(
     other_speech: Work, here: Callable, recipe: Callable, kind: str, train: str
 ) -> None:
     output = f"{kind}_{train.split('=')[-1]}"
@@ -316,8 +316,8 @@ def test_the_recipe_takes_features_and_texts_as_it_takes_codes(
     speech = [speech_of(row, encoding) for row in dev]
     found = recognize(speech, speech_llm, durations_s=dev["duration_s"])
     assert word_error_rate(dev["text"], [each.text for each in found]).wer == done["dev_wer"]
-    heard = transcribe([other_speech.folder / f"{name}.wav" for name in dev["id"]], speech_llm)
-    assert len(heard) == len(found)
+    texts = transcribe([other_speech.folder / f"{name}.wav" for name in dev["id"]], speech_llm)
+    assert len(texts) == len(found)
 
     eval_asr = recipe("eval_asr.py")
     eval_asr.main(eval_asr.EvalAsrConfig(f"{output}/model", kind, f"{output}/test", splits=["dev"], fallback=False))
@@ -328,7 +328,7 @@ def test_the_recipe_takes_features_and_texts_as_it_takes_codes(
     assert results.get("wer_recognizer") == alone
 
 
-def test_a_killed_training_on_features_goes_on_as_if_never_killed(other_speech: Work) -> None:
+def test_a_killed_training_on_features_resumes_bit_for_bit(other_speech: Work) -> None:
     words = (
         f"{SMALL} layers=1 codes=features codec=features:hubert weight_average=0.8 augmentation.tempo=0.2 "
         "augmentation.mask=0.1 augmentation.spans=1"
@@ -348,14 +348,14 @@ def test_a_killed_training_on_features_goes_on_as_if_never_killed(other_speech: 
 # ---- started in this process
 
 
-def test_without_improvement_it_ends_early(work: Work, here: Callable, capsys: pytest.CaptureFixture) -> None:
+def test_training_stops_early_without_improvement(work: Work, here: Callable, capsys: pytest.CaptureFixture) -> None:
     here(f"{SMALL} learning_rate=1e-12 small.text_steps=1 validate_every=1 patience=2 output=patience")
     assert "no better WER in 2 validations: training stops after 3 steps" in capsys.readouterr().out
     assert list(work.log("patience", "dev_wer")) == [1, 2, 3]
     assert work.done("patience")["steps"] == 3 and work.done("patience")["best_step"] == 1
 
 
-def test_the_last_weights_are_exported_where_the_best_are_not_wanted(work: Work, here: Callable) -> None:
+def test_the_last_weights_are_exported_without_keep_best(work: Work, here: Callable) -> None:
     words = f"{SMALL} learning_rate=3e-2 validate_every=2 steps=6"
     here(f"{words} output=best")
     here(f"{words} keep_best=false output=last")
@@ -365,7 +365,7 @@ def test_the_last_weights_are_exported_where_the_best_are_not_wanted(work: Work,
     assert any(not torch.equal(value, work.weights("last")[name]) for name, value in work.weights("best").items())
 
 
-def test_the_plan_comes_first(work: Work, here: Callable, capsys: pytest.CaptureFixture) -> None:
+def test_the_plan_is_printed_first(work: Work, here: Callable, capsys: pytest.CaptureFixture) -> None:
     here(f"{SMALL} steps=2 max_utterances=5 precision=bf16 output=plan")
     lines = capsys.readouterr().out.splitlines()
     assert all(math.isfinite(loss) for loss in work.log("plan", "loss").values())
@@ -396,7 +396,7 @@ def test_the_plan_comes_first(work: Work, here: Callable, capsys: pytest.Capture
         ("model=null row_steps=1", "row_steps need a pretrained language model, but model is null"),
     ],
 )
-def test_settings_that_cannot_be_are_named_at_once(
+def test_impossible_settings_are_reported_together(
     work: Work, here: Callable, capsys: pytest.CaptureFixture, words: str, message: str
 ) -> None:
     with pytest.raises(SystemExit) as end:
@@ -430,21 +430,21 @@ def test_splits_without_transcripts_are_named(work: Work, here: Callable, small_
 @pytest.mark.parametrize(
     "settings", [{"weight_average": 0.9}, {"row_learning_rate": 1e-3}, {"row_steps": 3}, {"train": "lora"}]
 )
-def test_what_needs_whole_weights_is_refused_where_there_are_parts(recipe: Callable, kind: str, settings: dict) -> None:
+def test_settings_that_need_full_weights_are_refused_with_sharding(recipe: Callable, kind: str, settings: dict) -> None:
     module = recipe("train_asr.py")
     config = module.AsrConfig(codes="", codec="", output="", **settings)
-    whole, parts = (SimpleNamespace(distributed_type=DistributedType(name)) for name in ("MULTI_GPU", kind))
-    module.refuse_sharding(whole, config)
+    unsharded, sharded = (SimpleNamespace(distributed_type=DistributedType(name)) for name in ("MULTI_GPU", kind))
+    module.refuse_sharding(unsharded, config)
     if settings == {"train": "lora"}:
         config.row_learning_rate = 1e-3
         with pytest.raises(RunError, match="cannot shard an adapter's rows") if kind == "FSDP" else nullcontext():
-            module.refuse_sharding(parts, config)
+            module.refuse_sharding(sharded, config)
         config.row_steps = 3  # DeepSpeed steps by itself, before the other gradients can be dropped
         with pytest.raises(RunError, match="adapter" if kind == "FSDP" else "row_steps"):
-            module.refuse_sharding(parts, config)
+            module.refuse_sharding(sharded, config)
     else:
         with pytest.raises(RunError, match="FSDP and DeepSpeed shard them"):
-            module.refuse_sharding(parts, config)
+            module.refuse_sharding(sharded, config)
 
 
 # Accelerate has FSDP for GPUs only: these processes it takes for such, on gloo
@@ -460,7 +460,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_two_processes_that_hold_half_of_the_weights_each_learn_the_same(work: Work) -> None:
+def test_two_processes_with_sharded_weights_train_the_same(work: Work) -> None:
     words = f"{BASE} model=base weight_decay=0.1 micro_batch_tokens=200"
     work.run(f"{words} output=undivided")
     (work.folder / "fsdp.py").write_text(FSDP_ON_CPU)
@@ -476,7 +476,7 @@ def test_two_processes_that_hold_half_of_the_weights_each_learn_the_same(work: W
     assert_close(work.weights("divided"), work.weights("undivided"), atol=1e-4)
 
 
-def test_an_adapter_learns_the_same_in_two_processes(work: Work) -> None:
+def test_two_processes_train_the_same_adapter_as_one(work: Work) -> None:
     words = LORA.replace("lora.dropout=0.2", "lora.dropout=0")
     work.run(f"{words} output=adapter_1")
     work.run(f"{words} output=adapter_2", processes=2)
@@ -484,7 +484,7 @@ def test_an_adapter_learns_the_same_in_two_processes(work: Work) -> None:
 
 
 @pytest.mark.parametrize("name, kind", [("fsdp2", "FSDP"), ("deepspeed_zero2", "DEEPSPEED")])
-def test_accelerate_takes_the_configurations_for_many_gpus(name: str, kind: str) -> None:
+def test_accelerate_accepts_the_multi_gpu_configurations(name: str, kind: str) -> None:
     file = ROOT / "configs" / "accelerate" / f"{name}.yaml"
     config = load_config_from_file(str(file))
     assert config.distributed_type == kind and config.num_processes > 1

@@ -1,4 +1,4 @@
-"""Emotion recognition: what file names say, fair folds, a classifier that learns, and runs that go on."""
+"""Emotion recognition: labels in file names, balanced folds, the classifier, and resumed runs."""
 
 import json
 from collections.abc import Callable
@@ -101,7 +101,7 @@ def test_the_official_example_name_is_understood() -> None:
 
 
 @pytest.mark.parametrize("emotion", NUMBERS)
-def test_every_emotion_has_its_number(emotion: str) -> None:
+def test_every_emotion_is_recognised_by_its_number(emotion: str) -> None:
     assert parse_ravdess(f"ravdess-{ravdess_id(emotion, 3)}").emotion == emotion
 
 
@@ -164,7 +164,7 @@ def make_classifier(codebooks: torch.Tensor, init: str = "codebook") -> EmotionC
 
 
 @torch.no_grad()
-def test_an_utterance_gets_the_same_in_any_batch() -> None:
+def test_logits_do_not_depend_on_the_batch() -> None:
     draw = torch.Generator().manual_seed(0)
     classifier = make_classifier(torch.randn(2, 16, 8, generator=draw))
     utterances = [torch.randint(16, (2, frames), generator=draw) for frames in (3, 9, 1)]
@@ -175,7 +175,7 @@ def test_an_utterance_gets_the_same_in_any_batch() -> None:
 
 
 @torch.no_grad()
-def test_layers_add_up_within_a_frame() -> None:
+def test_embeddings_of_layers_are_summed() -> None:
     """So their order does not matter, and every frame keeps one position: of 4 places one is the marker's."""
     draw = torch.Generator().manual_seed(0)
     codebooks, codes = torch.randn(2, 16, 8, generator=draw), torch.randint(16, (1, 2, 3), generator=draw)
@@ -187,7 +187,7 @@ def test_layers_add_up_within_a_frame() -> None:
     assert tight(Codes(codes, lengths)).shape == (1, len(EMOTIONS))
 
 
-def test_embeddings_start_as_the_code_vectors_are() -> None:
+def test_embeddings_are_initialised_with_the_code_vectors() -> None:
     codebooks = torch.randn(1, 16, 8, generator=torch.Generator().manual_seed(0))
     codebooks[0, 5] = codebooks[0, 9]
     same = {}
@@ -198,7 +198,7 @@ def test_embeddings_start_as_the_code_vectors_are() -> None:
     assert same == {"codebook": True, "random": False}
 
 
-def test_the_picture_shows_the_counts() -> None:
+def test_the_figure_shows_the_counts() -> None:
     axis = confusion_figure([[3, 1], [0, 5]], ["sad", "happy"]).axes[0]
     shown = {text.get_position(): text.get_text() for text in axis.texts}
     assert shown == {(0, 0): "3\n75%", (1, 0): "1\n25%", (0, 1): "0\n0%", (1, 1): "5\n100%"}
@@ -207,7 +207,7 @@ def test_the_picture_shows_the_counts() -> None:
 # ---- the recipe
 
 
-def test_codes_that_tell_the_emotion_are_learnt_and_permuted_labels_are_not(finished: Path) -> None:
+def test_informative_codes_are_learnt_and_permuted_labels_are_not(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
     assert results["accuracy"] == results["unweighted_average_recall"] == 1
     assert results["ci95"] == results["ci95_actors"] == [1, 1]
@@ -219,7 +219,7 @@ def test_codes_that_tell_the_emotion_are_learnt_and_permuted_labels_are_not(fini
     assert {path.name for path in finished.iterdir()} >= {"confusion.png", "report.html", "done.json"}
 
 
-def test_every_utterance_is_answered_once_by_a_fold_that_has_its_actor(finished: Path) -> None:
+def test_every_utterance_is_tested_once_in_the_fold_of_its_actor(finished: Path) -> None:
     lines = (finished / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     folds = json.loads((finished / "results.json").read_text(encoding="utf-8"))["folds"]
@@ -230,7 +230,7 @@ def test_every_utterance_is_answered_once_by_a_fold_that_has_its_actor(finished:
         assert name.actor in folds[int(row["fold"])]["actors"]
 
 
-def test_a_killed_run_keeps_finished_folds_and_ends_the_same(
+def test_a_killed_run_keeps_finished_folds_and_gives_the_same_result(
     train: Callable[..., dict],
     recipe: Callable[[str], ModuleType],
     codes: Path,
@@ -269,7 +269,7 @@ def test_a_pretrained_bert_and_two_layers(train: Callable[..., dict], codes: Pat
     assert [len(fold["actors"]) for fold in results["folds"]] == [3, 3, 2]
 
 
-def test_bad_input_says_what_is_wrong(
+def test_bad_input_is_reported(
     train: Callable[..., dict], codes: Path, small_codec: SpeechCodec, other_codec: SpeechCodec, tmp_path: Path
 ) -> None:
     draw = np.random.default_rng(0)
@@ -280,13 +280,13 @@ def test_bad_input_says_what_is_wrong(
         with pytest.raises(DataError, match=message):
             train(write_codes(tmp_path / name, rows, encoding), tmp_path / "run", *words)
 
-    refused("unlabelled", [("84-121123-0001", one[0][1])], "expected ids such as .*, found '84-121123-0001'")
-    refused("other", [(ravdess_id("calm", 1), one[0][1])], "no utterance has an emotion of neutral, happy, sad, angry")
-    refused("alone", one, "2 folds need as many actors, but there are 1")
+    refused("unlabelled", [("84-121123-0001", one[0][1])], "as ids, such as .*, found '84-121123-0001'")
+    refused("other", [(ravdess_id("calm", 1), one[0][1])], "no utterance has one of the emotions neutral, hap")
+    refused("alone", one, "2 folds need at least as many actors, found 1")
     refused("shallow", one, r"the codes have 1 layer\(s\), counted from 0, but not layer 1", encoding, "layers=[1]")
     refused("foreign", one, "encode the speech with the same codec", Encoding.of(other_codec, 1))
     many = [(ravdess_id(emotion, actor), np.zeros((1, 512))) for emotion in EMOTIONS for actor in ACTORS]
-    refused("long", many, "an utterance has 512 frames, this BERT has room for 511", encoding)
+    refused("long", many, "an utterance has 512 frames, but this BERT has room for 511", encoding)
     rows, encoding = load_codes(codes)
     with pytest.raises(DataError, match="encoded as features"):
         emotional_speech(rows, Encoding("x", 16_000, 50.0, 1, 1, "features", 8), [0])

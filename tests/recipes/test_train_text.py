@@ -58,7 +58,7 @@ def weights(config: object) -> dict[str, torch.Tensor]:
     return load_file(Path(config.output) / "model" / "model.safetensors")
 
 
-def test_blocks_are_the_sentences_end_to_end(train_text: ModuleType) -> None:
+def test_blocks_are_concatenated_sentences(train_text: ModuleType) -> None:
     texts = ["red lamp", "the door opens", "now"] * 5
     text_tokenizer = small_text_tokenizer(texts, 280)
     found = train_text.blocks(Dataset.from_dict({"text": texts}), text_tokenizer, 7)
@@ -66,9 +66,7 @@ def test_blocks_are_the_sentences_end_to_end(train_text: ModuleType) -> None:
     assert found["input_ids"][:] == [stream[i : i + 7] for i in range(0, len(stream) - 6, 7)] == found["labels"][:]
 
 
-def test_it_leaves_a_language_model_that_takes_new_words(
-    train_text: ModuleType, config: object, small_codec: SpeechCodec
-) -> None:
+def test_the_language_model_can_be_extended(train_text: ModuleType, config: object, small_codec: SpeechCodec) -> None:
     train_text.main(config)
     run = Path(config.output)
     losses = [line["loss"] for line in read_log(run) if "loss" in line]
@@ -96,7 +94,7 @@ def test_the_last_step_is_validated_once(train_text: ModuleType, config: object)
         assert json.loads((run / "done.json").read_text(encoding="utf-8"))["dev_loss"] == losses[steps]
 
 
-def test_a_killed_run_ends_as_if_never_killed(
+def test_a_killed_run_resumes_bit_for_bit(
     train_text: ModuleType, config: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_text.main(config)
@@ -118,7 +116,9 @@ def test_a_killed_run_ends_as_if_never_killed(
     assert read_log(killed.output) == read_log(config.output)
 
 
-def test_what_cannot_be_is_named(train_text: ModuleType, config: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_settings_are_reported(
+    train_text: ModuleType, config: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train_text.main(replace(config, text=["nowhere.txt"], output=f"{config.output}_1"))
     with pytest.raises(DataError, match="shorter than a block of 5000 tokens"):

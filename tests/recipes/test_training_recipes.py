@@ -94,7 +94,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("codec, losses, adversary, message", WRONG.values(), ids=WRONG.keys())
-def test_settings_that_cannot_work_are_refused_at_once(
+def test_impossible_settings_are_refused(
     tokenizer_recipe: ModuleType, codec: dict, losses: dict, adversary: dict, message: str
 ) -> None:
     module = tokenizer_recipe
@@ -109,7 +109,7 @@ def test_settings_that_cannot_work_are_refused_at_once(
     assert ";" not in str(error.value)
 
 
-def test_settings_that_can_work_are_not_refused(tokenizer_recipe: ModuleType) -> None:
+def test_possible_settings_are_accepted(tokenizer_recipe: ModuleType) -> None:
     module = tokenizer_recipe
     none = {"semantic": module.SemanticConfig(teacher=None), "acoustic": module.AcousticConfig(teacher=None)}
     for settings in (
@@ -123,7 +123,7 @@ def test_settings_that_can_work_are_not_refused(tokenizer_recipe: ModuleType) ->
 
 
 @pytest.mark.parametrize("clip", [1.0, None])
-def test_a_gradient_that_is_no_number_stops_the_run_and_spoils_nothing(
+def test_a_non_finite_gradient_stops_the_run_and_keeps_the_checkpoint(
     train: Callable[..., Path], tmp_path: Path, clip: float | None
 ) -> None:
     with pytest.raises(RunError, match=r"gradient norm of step 2 is \w+; the last checkpoint is kept: try a lower"):
@@ -134,7 +134,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_and_spoils_nothing(
     assert not (tmp_path / "run" / "done.json").exists()
 
 
-def test_the_tokenizers_dev_recordings_are_spread_read_once_and_skipped_where_unusable(
+def test_dev_recordings_are_evenly_chosen_read_once_and_skipped_if_unusable(
     train: Callable[..., Path], tokenizer_recipe: ModuleType, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
@@ -170,7 +170,7 @@ SCORES = {"ctc": "dev_cer", "alignment": "dev_frame_accuracy", "speaker": "dev_e
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_teacher_leaves_unusable_recordings_out_and_lists_them(
+def test_a_teacher_skips_unusable_recordings_and_lists_them(
     recipe: Callable[[str], ModuleType], corpus: Path, tmp_path: Path, name: str
 ) -> None:
     module, run = recipe("train_teacher.py"), tmp_path / "run"
@@ -190,7 +190,7 @@ def test_a_teacher_leaves_unusable_recordings_out_and_lists_them(
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_teachers_mistyped_dev_split_is_told_before_training(
+def test_a_teachers_mistyped_dev_split_is_reported_before_training(
     recipe: Callable[[str], ModuleType], corpus: Path, tmp_path: Path, name: str
 ) -> None:
     module = recipe("train_teacher.py")

@@ -221,7 +221,7 @@ def test_merging_without_an_adapter_does_nothing(make_speech_llm: Callable) -> N
     assert merge(speech_llm) is speech_llm
 
 
-def test_an_adapter_can_stand_on_a_model_that_reads_codes_already(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+def test_an_adapter_works_on_an_extended_model(tmp_path: Path, make_adapter: MakeAdapter) -> None:
     first = make_adapter("rows")
     train(first)
     merge(first).save(tmp_path / "first")
@@ -247,9 +247,7 @@ def test_weights_are_loaded_in_the_type_asked_for(tmp_path: Path, make_adapter: 
 # ---- the language model under an adapter
 
 
-def test_an_adapter_is_loaded_on_what_it_was_trained_on_however_that_is_stored(
-    tmp_path: Path, make_adapter: MakeAdapter
-) -> None:
+def test_an_adapter_is_loaded_on_its_language_model_in_any_precision(tmp_path: Path, make_adapter: MakeAdapter) -> None:
     make_adapter()
     base = tmp_path / "base"
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
@@ -261,7 +259,7 @@ def test_an_adapter_is_loaded_on_what_it_was_trained_on_however_that_is_stored(
     assert_close(logits(merge(loaded)), logits(speech_llm), rtol=0, atol=1e-4)
 
 
-def test_the_language_model_may_live_elsewhere(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+def test_the_language_model_may_be_moved(tmp_path: Path, make_adapter: MakeAdapter) -> None:
     speech_llm = make_adapter()
     train(speech_llm)
     speech_llm.save(tmp_path / "adapter")
@@ -293,17 +291,17 @@ def test_another_language_model_is_refused(tmp_path: Path, make_adapter: MakeAda
     other.get_parameter(place).data.mul_(1.01)
     other.save_pretrained(tmp_path / "other")
     fingerprints = [base_fingerprint(model, speech_llm.vocabulary.offset) for model in (speech_llm.model, other)]
-    with pytest.raises(ValueError, match=rf"{fingerprints[0]} \(.*base\), .*other has {fingerprints[1]}: name"):
+    with pytest.raises(ValueError, match=rf"{fingerprints[0]} \(.*base\), .*other has {fingerprints[1]}: set"):
         load_speech_llm(tmp_path / "adapter", base=tmp_path / "other")
 
 
-def test_training_in_another_precision_makes_no_other_language_model(tmp_path: Path, make_adapter: MakeAdapter) -> None:
+def test_the_fingerprint_does_not_depend_on_the_precision(tmp_path: Path, make_adapter: MakeAdapter) -> None:
     make_adapter(dtype=torch.bfloat16).save(tmp_path / "adapter")
     assert load_speech_llm(tmp_path / "adapter").model.get_base_model().dtype == torch.float32
 
 
 @kinds
-def test_the_fingerprint_outlives_new_rows_and_adapters_and_knows_every_weight(
+def test_the_fingerprint_covers_every_weight_except_new_rows_and_adapters(
     tmp_path: Path, make_adapter: MakeAdapter, kind: dict
 ) -> None:
     speech_llm = make_adapter(**kind)
@@ -323,9 +321,9 @@ def test_the_fingerprint_outlives_new_rows_and_adapters_and_knows_every_weight(
 # ---- what is refused
 
 
-def test_a_model_from_nowhere_is_refused_before_it_is_trained(make_speech_llm: Callable) -> None:
+def test_a_model_without_a_name_is_refused_before_training(make_speech_llm: Callable) -> None:
     speech_llm = make_speech_llm()
-    with pytest.raises(ValueError, match="loaded from no folder or hub name: write it with save_pretrained"):
+    with pytest.raises(ValueError, match="not loaded from a folder or the hub: save it with save_pretrained"):
         prepare_adapter(speech_llm.model, speech_llm.vocabulary)
     assert all(p.requires_grad for p in speech_llm.model.parameters())
 

@@ -1,4 +1,4 @@
-"""Transcribing: batches, order, beams, what may be answered, how long, and what becomes of a runaway answer."""
+"""Transcription: batches, order, beams, allowed tokens, maximum lengths, and runaway answers."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def random_codes(*frames: int) -> list[Tensor]:
 
 
 def with_opinions(speech_llm: SpeechLLM, opinions: dict[int, float]) -> SpeechLLM:
-    """The model whose logit of an id is what `opinions` says (0 for the others), whatever it hears."""
+    """The model with constant logits, independent of its input: those of `opinions`, 0 for other ids."""
     head = speech_llm.model.lm_head
     answer = nn.Linear(head.in_features, head.out_features)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def letter(speech_llm: SpeechLLM) -> int:
 
 
 @pytest.mark.parametrize("layers, beams, batch_size", [(1, 1, 2), (1, 1, 16), (2, 1, 3), (2, 1, 16), (1, 3, 16)])
-def test_a_batch_is_transcribed_like_each_alone_in_the_order_given(
+def test_transcriptions_do_not_depend_on_the_batch_and_keep_the_order(
     make_speech_llm: MakeSpeechLLM, layers: int, beams: int, batch_size: int
 ) -> None:
     speech_llm = make_speech_llm(layers=layers)
@@ -113,7 +113,7 @@ def test_the_model_keeps_its_mode_and_gets_no_gradients(make_speech_llm: MakeSpe
 
 # ---- beams
 
-# after a, four ways to go on; b is the worse beginning of the better answer
+# after a, four continuations; b is the less likely beginning of the more likely answer
 GARDEN_PATH = {
     "<": {"a": 0.6, "b": 0.4},
     "a": {"b": 0.22, "c": 0.26, "d": 0.26, "e": 0.26},
@@ -121,7 +121,7 @@ GARDEN_PATH = {
 }
 
 
-def test_beams_find_the_likelier_answer_whose_beginning_is_less_likely(make_speech_llm: MakeSpeechLLM) -> None:
+def test_beam_search_finds_a_likelier_answer_with_a_less_likely_beginning(make_speech_llm: MakeSpeechLLM) -> None:
     speech_llm = with_chances(make_speech_llm(tied=False), GARDEN_PATH)
     codes = random_codes(3, 8)
     assert all(text in ("ac", "ad", "ae") for text in transcribe_codes(codes, speech_llm))
@@ -129,7 +129,7 @@ def test_beams_find_the_likelier_answer_whose_beginning_is_less_likely(make_spee
 
 
 @pytest.mark.parametrize("beams", [0, -1])
-def test_fewer_beams_than_one_are_refused(make_speech_llm: MakeSpeechLLM, beams: int) -> None:
+def test_less_than_one_beam_is_refused(make_speech_llm: MakeSpeechLLM, beams: int) -> None:
     with pytest.raises(ValueError, match=f"beams must be at least 1, got {beams}"):
         transcribe_codes(random_codes(3), make_speech_llm(), beams=beams)
 
@@ -137,7 +137,7 @@ def test_fewer_beams_than_one_are_refused(make_speech_llm: MakeSpeechLLM, beams:
 # ---- what may be answered
 
 
-def test_the_models_own_penalty_for_repetitions_does_not_count(make_speech_llm: MakeSpeechLLM) -> None:
+def test_the_models_own_repetition_penalty_is_ignored(make_speech_llm: MakeSpeechLLM) -> None:
     speech_llm = with_chances(make_speech_llm(tied=False), {"<": {"x": 1.0}, "x": {"x": 0.8, "a": 0.2}})
     speech_llm.model.generation_config.repetition_penalty = 50.0
     assert transcribe_codes(random_codes(0), speech_llm) == ["x" * 16]
@@ -173,9 +173,7 @@ def test_an_answer_ends_with_the_end_token(make_speech_llm: MakeSpeechLLM) -> No
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_a_model_that_runs_away_stops_at_12_tokens_a_second_and_16_more(
-    make_speech_llm: MakeSpeechLLM, beams: int
-) -> None:
+def test_a_runaway_model_stops_at_12_tokens_per_second_plus_16(make_speech_llm: MakeSpeechLLM, beams: int) -> None:
     speech_llm = make_speech_llm(tied=False)
     speech_llm = with_opinions(speech_llm, {letter(speech_llm): 50.0})
     codes = [torch.zeros(1, frames, dtype=torch.long) for frames in (100, 0, 50, 25)]
@@ -190,7 +188,7 @@ def test_a_model_that_runs_away_stops_at_12_tokens_a_second_and_16_more(
     "text, at_bound, reason",
     [
         ("turn on the red lamp", False, None),
-        ("no no no no", False, None),  # may have been said
+        ("no no no no", False, None),  # may be correct
         ("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen", False, None),
         ("turn on the red lamp", True, "bound"),
         ("", False, "empty"),
@@ -202,7 +200,7 @@ def test_a_model_that_runs_away_stops_at_12_tokens_a_second_and_16_more(
         ("as an aim in itself", False, None),
     ],
 )
-def test_runaway_answers_are_told_from_others(text: str, at_bound: bool, reason: str | None) -> None:
+def test_runaway_answers_are_recognised(text: str, at_bound: bool, reason: str | None) -> None:
     assert runaway_reason(text, at_bound) == reason
 
 
@@ -217,7 +215,7 @@ def test_a_loop_is_decoded_again_without_repetitions(make_speech_llm: MakeSpeech
     assert transcribe_codes(codes, speech_llm, fallback=True) == ["xxxxx"] * 2
 
 
-def test_the_second_answer_may_say_what_stands_in_the_prompt() -> None:
+def test_the_second_answer_may_repeat_the_prompt() -> None:
     rule = _NoRepeats(3, prompt_size=4)
     ids = torch.tensor([[1, 2, 3, 4, 1, 2], [5, 6, 7, 8, 1, 2]])
     assert torch.equal(rule(ids, torch.zeros(2, 9)), torch.zeros(2, 9))
@@ -225,7 +223,7 @@ def test_the_second_answer_may_say_what_stands_in_the_prompt() -> None:
     assert rule(ids, torch.zeros(1, 9)).isinf().nonzero().tolist() == [[0, 3]]
 
 
-def test_a_text_tokenizer_without_a_padding_token_will_do(make_speech_llm: MakeSpeechLLM) -> None:
+def test_a_text_tokenizer_without_a_padding_token_is_supported(make_speech_llm: MakeSpeechLLM) -> None:
     speech_llm = make_speech_llm()
     codes = random_codes(9, 2, 5)
     texts = transcribe_codes(codes, speech_llm)
@@ -236,16 +234,16 @@ def test_a_text_tokenizer_without_a_padding_token_will_do(make_speech_llm: MakeS
 def test_only_runaways_are_decoded_again(make_speech_llm: MakeSpeechLLM) -> None:
     speech_llm = with_chances(make_speech_llm(tied=False), GARDEN_PATH)  # beams would find "b"
     found = recognize(random_codes(3, 8), speech_llm, fallback=True)
-    assert all(len(heard.text) == 2 and heard.runaway is None and not heard.repaired for heard in found)
+    assert all(len(each.text) == 2 and each.runaway is None and not each.repaired for each in found)
 
 
-def test_the_first_answer_stays_where_the_second_runs_away_too(make_speech_llm: MakeSpeechLLM) -> None:
+def test_the_first_answer_is_kept_if_the_second_is_a_runaway(make_speech_llm: MakeSpeechLLM) -> None:
     endless = {"<": {"x": 1.0}, "x": {"x": 0.8, "a": 0.2}, "a": {"x": 0.5, "b": 0.5}, "b": {"x": 0.5, "a": 0.5}}
     speech_llm = with_chances(make_speech_llm(tied=False), endless)
     assert recognize(random_codes(50), speech_llm, fallback=True) == [Transcription("x" * 28, "looped")]
 
 
-def test_an_answer_that_stays_empty_is_counted_and_not_mended(make_speech_llm: MakeSpeechLLM) -> None:
+def test_an_answer_that_stays_empty_is_counted_and_not_repaired(make_speech_llm: MakeSpeechLLM) -> None:
     speech_llm = with_chances(make_speech_llm(tied=False), {"<": {">": 1.0}})
     found = recognize(random_codes(3, 9), speech_llm, fallback=True)
     assert found == [Transcription("", "empty")] * 2
@@ -253,7 +251,7 @@ def test_an_answer_that_stays_empty_is_counted_and_not_mended(make_speech_llm: M
     assert count_runaways(found) == {"empty": 2, "looped": 1, "refused": 0, "bound": 1, "repaired": 1}
 
 
-def test_eval_asr_tells_what_ran_away_and_scores_what_is_left(
+def test_eval_asr_counts_runaways_and_scores_the_final_answers(
     tmp_path: Path, recipe: Callable[[str], ModuleType], make_speech_llm: MakeSpeechLLM, noise: Callable[..., Tensor]
 ) -> None:
     utterances = []

@@ -99,9 +99,7 @@ def as_text(codes: Tensor, speech_llm: SpeechLLM) -> str:
     return f"Transcribe this speech<|audio_start|>{audio}<|audio_end|>"
 
 
-def test_plain_transformers_reads_the_same_prompt_and_gives_the_same_answer(
-    tmp_path: Path, make_trained: MakeTrained
-) -> None:
+def test_plain_transformers_gives_the_same_answer(tmp_path: Path, make_trained: MakeTrained) -> None:
     codes = random_codes(30, 4, 11, 0)
     questions, expected = {}, {}
     for name, kind in KINDS.items():
@@ -124,7 +122,7 @@ def test_plain_transformers_reads_the_same_prompt_and_gives_the_same_answer(
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_the_folder_says_what_engines_go_by(tmp_path: Path, make_trained: MakeTrained, kind: dict) -> None:
+def test_the_folder_has_the_settings_that_engines_use(tmp_path: Path, make_trained: MakeTrained, kind: dict) -> None:
     speech_llm = make_trained(**kind)
     end = speech_llm.text_tokenizer.eos_token_id
     export_model(speech_llm, tmp_path / "served")
@@ -143,7 +141,7 @@ def test_the_folder_says_what_engines_go_by(tmp_path: Path, make_trained: MakeTr
     }
 
 
-def test_what_a_chat_model_asks_of_generation_is_not_passed_on(tmp_path: Path, make_trained: MakeTrained) -> None:
+def test_generation_settings_of_a_chat_model_are_replaced(tmp_path: Path, make_trained: MakeTrained) -> None:
     speech_llm = make_trained(eos_token_id=[0, 1])
     base = speech_llm.model.get_base_model()
     base.generation_config = GenerationConfig(do_sample=True, repetition_penalty=1.1, eos_token_id=[0, 1])
@@ -166,7 +164,7 @@ def test_the_folder_is_still_a_speech_language_model(tmp_path: Path, make_traine
     assert loaded.codec.fingerprint == speech_llm.codec.fingerprint
 
 
-def test_an_output_that_is_there_already_is_left_alone(tmp_path: Path, make_trained: MakeTrained) -> None:
+def test_an_existing_output_is_refused_and_not_changed(tmp_path: Path, make_trained: MakeTrained) -> None:
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / "thesis.txt").write_text("mine")
     speech_llm = make_trained()

@@ -53,7 +53,7 @@ def ids_of(speech_llm: SpeechLLM) -> Tensor:
 # ---- the loss (against transformers' own: see test_packing.py)
 
 
-def test_logits_are_computed_only_where_there_is_a_label(make_speech_llm: MakeSpeechLLM) -> None:
+def test_logits_are_computed_only_at_labels(make_speech_llm: MakeSpeechLLM) -> None:
     speech_llm = make_speech_llm(layers=2)
     rows = []
     speech_llm.model.lm_head.register_forward_hook(lambda _, inputs, output: rows.append(output.shape[0]))
@@ -112,7 +112,7 @@ def test_a_saved_model_is_loaded_equal(tmp_path: Path, make_speech_llm: MakeSpee
     assert not loaded.model.training and not loaded.codec.training
 
 
-def test_the_codec_may_live_elsewhere(tmp_path: Path, make_speech_llm: MakeSpeechLLM) -> None:
+def test_the_codec_may_be_moved(tmp_path: Path, make_speech_llm: MakeSpeechLLM) -> None:
     speech_llm = make_speech_llm()
     speech_llm.save(tmp_path / "model")
     shutil.move(tmp_path / "model" / "codec", tmp_path / "elsewhere")
@@ -217,7 +217,7 @@ def test_a_missing_codec_is_named_also_in_a_relative_folder(
 # ---- the small text tokenizer
 
 
-def test_a_small_text_tokenizer_keeps_to_its_size_and_knows_its_ends() -> None:
+def test_a_small_text_tokenizer_has_its_size_and_end_tokens() -> None:
     texts = ["TURN ON THE RED LAMP", "OPEN THE BLUE DOOR"] * 3
     for size in (259, 270):
         assert len(small_text_tokenizer(texts, size)) == size

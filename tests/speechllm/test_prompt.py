@@ -32,7 +32,7 @@ def characters() -> object:
     return small_text_tokenizer([], 259)
 
 
-def test_an_example_is_prompt_audio_transcript_end_and_only_the_last_two_are_learnt(characters) -> None:
+def test_an_example_is_prompt_audio_transcript_end_with_labels_on_the_last_two(characters) -> None:
     example = transcription_example(CODES, "ON A", VOCABULARY, characters)
     answer = [49, 48, 223, 35, END]
     assert example.input_ids.tolist() == PROMPT + AUDIO + answer
@@ -41,14 +41,14 @@ def test_an_example_is_prompt_audio_transcript_end_and_only_the_last_two_are_lea
     assert len(example) == len(PROMPT) + len(AUDIO) + 5
 
 
-def test_speech_is_learnt_where_asked_for_without_its_markers(characters) -> None:
+def test_codes_are_labels_with_learn_speech_but_markers_are_not(characters) -> None:
     example = transcription_example(CODES, "ON", VOCABULARY, characters, learn_speech=True)
     answer = [49, 48, END]
     assert example.input_ids.tolist() == PROMPT + AUDIO + answer
     assert example.labels.tolist() == [-100] * (len(PROMPT) + 1) + AUDIO[1:-1] + [-100] + answer
 
 
-def test_labels_are_counted_by_kind_and_the_first_token_is_predicted_by_nothing(characters) -> None:
+def test_labels_are_counted_by_kind_without_the_first_token(characters) -> None:
     both = transcription_example(CODES, "ON A", VOCABULARY, characters, learn_speech=True)
     one = transcription_example(CODES, "ON A", VOCABULARY, characters)
     sentence = text_example("ON", characters)
@@ -56,19 +56,19 @@ def test_labels_are_counted_by_kind_and_the_first_token_is_predicted_by_nothing(
     assert label_counts([one], VOCABULARY).tolist() == [5, 0]
 
 
-def test_an_empty_transcript_is_the_end_alone(characters) -> None:
+def test_an_empty_transcript_is_the_end_token(characters) -> None:
     example = transcription_example(CODES, "", VOCABULARY, characters)
     assert example.input_ids.tolist() == PROMPT + AUDIO + [END]
     assert example.labels.tolist() == [-100] * (len(PROMPT) + len(AUDIO)) + [END]
 
 
-def test_a_sentence_alone_is_learnt_wholly(characters) -> None:
+def test_every_token_of_a_sentence_is_a_label(characters) -> None:
     example = text_example("ON", characters)
     assert example.input_ids.tolist() == example.labels.tolist() == [49, 48, END]
     assert example.input_ids is not example.labels
 
 
-def test_the_prompt_of_evaluation_is_the_beginning_of_the_training_example(make_speech_llm: Callable) -> None:
+def test_the_evaluation_prompt_is_a_prefix_of_the_training_example(make_speech_llm: Callable) -> None:
     speech_llm: SpeechLLM = make_speech_llm(layers=2)
     parts = speech_llm.vocabulary, speech_llm.text_tokenizer
     generator = torch.Generator().manual_seed(0)

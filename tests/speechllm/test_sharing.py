@@ -134,7 +134,7 @@ def test_every_public_name_exists_and_there_are_at_most_60() -> None:
     assert set(speechllm.__all__) <= set(dir(speechllm))
 
 
-def test_a_name_that_does_not_exist_is_an_error_as_ever() -> None:
+def test_a_name_that_does_not_exist_is_an_error() -> None:
     with pytest.raises(AttributeError, match="No speechllm attribute transcribble"):
         _ = speechllm.transcribble
     with pytest.raises(ImportError, match="cannot import name 'transcribble'"):

@@ -67,7 +67,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_codes_of_several_layers_are_read_in_the_order_asked_for(order: str) -> None:
+def test_codes_of_several_layers_are_in_the_requested_order(order: str) -> None:
     vocabulary = replace(hand_vocabulary(layers=3), order=order)
     codes = torch.tensor([[0, 1, 2], [0, 1, 2], [0, 1, 2]])  # code t in frame t
     expected = [100 + K * int(q) + int(t) for q, t in ORDERS[order].split()]
@@ -88,7 +88,7 @@ def test_ids_are_offset_plus_layer_times_size_plus_code_frame_after_frame() -> N
     assert ids.dtype == torch.long
 
 
-def test_one_layer_of_more_is_the_first_one() -> None:
+def test_a_single_layer_is_the_first_one() -> None:
     assert hand_vocabulary(1).token_ids(torch.tensor([[3, 0, 15], [1, 2, 0]])).tolist() == [116, 103, 100, 115, 117]
 
 
@@ -136,7 +136,7 @@ def test_ids_by_arithmetic_are_those_of_the_token_strings(
 
 
 @pytest.mark.parametrize("place", ["", "Transcribe this speech", "TURN ON ", "e\u0301", "日本語", "\n"])
-def test_an_audio_token_is_one_id_wherever_it_stands(
+def test_an_audio_token_is_one_id_in_any_context(
     make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, place: str
 ) -> None:
     vocabulary = extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec, 2)
@@ -150,7 +150,7 @@ def test_an_audio_token_is_one_id_wherever_it_stands(
 
 @models
 @pytest.mark.parametrize("init", ["codebook", "random", "mean"])
-def test_every_new_row_is_initialised_and_every_text_row_bit_for_bit_as_before(
+def test_every_new_row_is_initialised_and_text_rows_are_bit_identical(
     make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, kind: dict, init: str
 ) -> None:
     model, texts = make_qwen2(text_tokenizer, **kind), len(text_tokenizer)
@@ -170,7 +170,7 @@ def test_every_new_row_is_initialised_and_every_text_row_bit_for_bit_as_before(
 
 
 @models
-def test_tied_matrices_stay_tied_and_untied_ones_stay_two(
+def test_tied_matrices_stay_tied_and_untied_ones_untied(
     make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, kind: dict
 ) -> None:
     model = make_qwen2(text_tokenizer, **kind)
@@ -181,7 +181,7 @@ def test_tied_matrices_stay_tied_and_untied_ones_stay_two(
 
 
 @models
-def test_what_the_model_says_about_text_does_not_change_in_any_bit(
+def test_the_logits_of_text_are_bit_identical(
     make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, kind: dict
 ) -> None:
     model, texts = make_qwen2(text_tokenizer, **kind), len(text_tokenizer)
@@ -256,7 +256,7 @@ def test_rows_are_a_function_of_the_seed(
     assert not torch.isclose(rows[0], rows[2]).all(1).any()
 
 
-def test_described_rows_are_those_counted_one_by_one(
+def test_described_rows_match_a_direct_computation(
     make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec
 ) -> None:
     model, texts = make_qwen2(text_tokenizer, spare=60), len(text_tokenizer)
@@ -275,9 +275,7 @@ def test_described_rows_are_those_counted_one_by_one(
     assert describe_rows(model, vocabulary)["distinct_new_rows"] == K + 1
 
 
-def test_rows_that_are_all_the_same_are_described_so(
-    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec
-) -> None:
+def test_identical_rows_are_described_as_such(make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec) -> None:
     model = make_qwen2(text_tokenizer)
     found = describe_rows(model, extend_vocabulary(model, text_tokenizer, small_codec, init="mean"))
     assert found["distinct_new_rows"] == 1
@@ -368,7 +366,7 @@ def test_neighbours_are_the_closest_other_codes_of_the_same_layer(small_codec: S
             assert found[100 + layer * K + code].tolist() == [100 + layer * K + i for _, i in others[:3]]
 
 
-def test_what_is_no_code_is_its_own_neighbour(small_codec: SpeechCodec) -> None:
+def test_other_tokens_are_their_own_neighbours(small_codec: SpeechCodec) -> None:
     vocabulary = hand_vocabulary()
     found = vocabulary.neighbours(small_codec.codebooks)
     for token in (*range(100), vocabulary.start_id, vocabulary.end_id):
@@ -391,7 +389,7 @@ def test_small_codebooks_have_neighbours_too(size: int) -> None:
     "text",
     ["<|audio_5|>", "<|im_end|>", "<|im_start|>", "a <|audio_start|><|audio_5|><|audio_end|> b", "<|endoftext|>"],
 )
-def test_text_cannot_smuggle_in_special_tokens(
+def test_text_never_becomes_special_tokens(
     make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, text: str
 ) -> None:
     vocabulary = extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec)
@@ -426,7 +424,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_every_text_comes_back_from_its_ids(
+def test_texts_are_restored_from_their_ids(
     make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, text: str
 ) -> None:
     vocabulary = extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec)

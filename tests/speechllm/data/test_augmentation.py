@@ -59,7 +59,7 @@ def test_it_is_a_pure_function_of_examples_and_seed(example: Example) -> None:
     assert torch.equal(example.input_ids, before[0]) and torch.equal(example.labels, before[1])
 
 
-def test_about_the_asked_share_of_codes_becomes_close_codes_of_the_same_layer(example: Example) -> None:
+def test_the_configured_share_of_codes_is_substituted_by_close_codes(example: Example) -> None:
     found = augment(example, substitute=0.3)
     codes, _, _ = parts(example)
     changed = found.input_ids != example.input_ids
@@ -72,7 +72,7 @@ def test_about_the_asked_share_of_codes_becomes_close_codes_of_the_same_layer(ex
         assert (closer[old != new] <= 8).all() and (new[old != new] >= 0).all() and (new < 16).all()
 
 
-def test_about_the_asked_share_of_codes_and_transcript_is_hidden(example: Example) -> None:
+def test_the_configured_share_of_codes_and_transcript_is_masked(example: Example) -> None:
     found = augment(example, mask=0.3)
     codes, text, rest = parts(example)
     changed = found.input_ids != example.input_ids
@@ -82,7 +82,7 @@ def test_about_the_asked_share_of_codes_and_transcript_is_hidden(example: Exampl
         assert float(changed[part].float().mean()) == pytest.approx(0.3, abs=0.1)
 
 
-def test_spans_are_stretches_of_audio_of_at_most_their_share(example: Example) -> None:
+def test_spans_are_contiguous_and_not_longer_than_their_share(example: Example) -> None:
     codes, _, _ = parts(example)
     sizes = set()
     for seed in range(200):
@@ -97,7 +97,7 @@ def test_spans_are_stretches_of_audio_of_at_most_their_share(example: Example) -
     assert 20 < int((many.input_ids != example.input_ids).sum()) <= 200
 
 
-def test_tempo_leaves_out_or_repeats_whole_frames_evenly(example: Example) -> None:
+def test_tempo_drops_or_repeats_frames_evenly(example: Example) -> None:
     frames = audio(example)
     counts = []
     for seed in range(60):
@@ -116,13 +116,13 @@ def test_tempo_leaves_out_or_repeats_whole_frames_evenly(example: Example) -> No
     assert abs(sum(counts) / len(counts) - FRAMES) < 10
 
 
-def test_labels_of_speech_are_what_was_said_not_what_is_shown(example: Example) -> None:
+def test_speech_labels_are_the_original_codes(example: Example) -> None:
     found = augment(example, tempo=0.2, substitute=0.3, mask=0.3, spans=5)
     alone = augment(example, tempo=0.2)  # the same draw: tempo comes first
     assert torch.equal(found.labels, alone.labels)
 
 
-def test_what_has_no_audio_or_one_frame_goes_through() -> None:
+def test_examples_without_audio_or_with_one_frame_are_supported() -> None:
     characters = small_text_tokenizer([], 259)
     settings = {"tempo": 0.9, "substitute": 0.5, "spans": 3, "span": 0.9}
     sentence = text_example("ON", characters)
@@ -162,7 +162,7 @@ def test_tempo_keeps_the_order_in_which_layers_are_read(order: str) -> None:
         assert torch.equal(found.input_ids, expected.input_ids) and torch.equal(found.labels, expected.labels)
 
 
-def test_features_go_where_their_placeholders_go() -> None:
+def test_features_follow_their_placeholders() -> None:
     vocabulary = AudioVocabulary(Encoding("f" * 16, 16_000, 50.0, 1, 1, "features", width=3), 300, 301, 302, 303)
     features = torch.arange(60.0).view(20, 3)
     example = transcription_example(features, "ON", vocabulary, small_text_tokenizer([], 259))
@@ -173,6 +173,6 @@ def test_features_go_where_their_placeholders_go() -> None:
     assert torch.equal(found.features, features[rows]) and bool((rows.diff() >= 0).all())
 
 
-def test_only_codes_have_close_ones() -> None:
+def test_substitution_requires_codes() -> None:
     with pytest.raises(ValueError, match="substitute replaces codes by close ones, but this speech has no codes"):
         Augmentation(AugmentationConfig(substitute=0.1), VOCABULARY, None)

@@ -45,7 +45,7 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 # ---- one row
 
 
-def test_examples_lie_end_to_end_and_predict_nothing_across_a_border() -> None:
+def test_examples_are_concatenated_without_labels_across_borders() -> None:
     first = Example(torch.tensor([5, 6, 7]), torch.tensor([-100, 6, 7]))
     second = Example(torch.tensor([8, 9]), torch.tensor([8, 9]))  # its first label must not be the last one's target
     packed = pack([first, second])
@@ -57,7 +57,7 @@ def test_examples_lie_end_to_end_and_predict_nothing_across_a_border() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("tied", [True, False])
-def test_loss_and_gradients_are_the_sums_over_the_examples_alone(
+def test_loss_and_gradients_are_sums_over_single_examples(
     make_speech_llm: MakeSpeechLLM, tied: bool, checkpointing: bool
 ) -> None:
     speech_llm = make_speech_llm(layers=2, tied=tied)
@@ -82,7 +82,7 @@ def test_loss_and_gradients_are_the_sums_over_the_examples_alone(
         assert scale > 0
 
 
-def test_an_example_does_not_see_the_others(make_speech_llm: MakeSpeechLLM) -> None:
+def test_examples_do_not_attend_to_each_other(make_speech_llm: MakeSpeechLLM) -> None:
     speech_llm = make_speech_llm(layers=2)
     first, second, third = some_examples(speech_llm, 9, 12)
     loss_of = LabelledLoss(speech_llm.model, speech_llm.vocabulary)
@@ -94,7 +94,7 @@ def test_an_example_does_not_see_the_others(make_speech_llm: MakeSpeechLLM) -> N
             torch.testing.assert_close(loss_of([first, between, third]), alone, rtol=1e-6, atol=0)
 
 
-def test_one_call_for_all_examples_attends_like_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_attention_call_equals_one_per_example(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU. Here in the place of its kernel stands what that is documented to compute."""
 
     def varlen(q, k, v, starts, ends, longest, longest_key, *, scale, window_size) -> Tensor:
@@ -117,7 +117,7 @@ def test_one_call_for_all_examples_attends_like_one_for_each(monkeypatch: pytest
     torch.testing.assert_close(found, expected)
 
 
-def test_the_kernel_for_all_examples_takes_what_it_is_given() -> None:
+def test_the_variable_length_kernel_gets_its_arguments() -> None:
     with FakeTensorMode():
         query, key, value = (torch.empty(1, heads, 14, 8, device="cuda") for heads in (6, 2, 2))
         borders = torch.tensor([0, 4, 13, 14], dtype=torch.int32, device="cuda")
@@ -125,7 +125,7 @@ def test_the_kernel_for_all_examples_takes_what_it_is_given() -> None:
         assert attended.shape == (1, 14, 6, 8) and attended.dtype == torch.bfloat16
 
 
-def test_transformers_own_mask_for_packed_rows_gives_the_same(make_speech_llm: MakeSpeechLLM) -> None:
+def test_transformers_own_mask_gives_the_same_result(make_speech_llm: MakeSpeechLLM) -> None:
     """It is exact as well, without a cache; a cache, which is transformers' default, silently switches it off."""
     speech_llm = make_speech_llm(layers=2)
     examples = some_examples(speech_llm, 9, 2, 30)
@@ -140,7 +140,7 @@ def test_transformers_own_mask_for_packed_rows_gives_the_same(make_speech_llm: M
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=0)
 
 
-def test_generation_pads_as_ever_after_training_on_packed_rows(make_speech_llm: MakeSpeechLLM) -> None:
+def test_generation_with_padding_works_after_packed_training(make_speech_llm: MakeSpeechLLM) -> None:
     speech_llm = make_speech_llm()
     prompts = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]])
     inputs = {"input_ids": prompts, "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1] * 5])}
@@ -168,7 +168,7 @@ def test_a_sliding_window_shorter_than_an_example_is_refused(make_speech_llm: Ma
 
 
 @pytest.mark.parametrize("tokens, processes", [(1000, 1), (100, 1), (30, 1), (1, 1), (100, 2), (30, 3), (1, 2)])
-def test_the_parts_of_all_processes_are_the_batch_and_alike_in_number_and_size(tokens: int, processes: int) -> None:
+def test_micro_batches_of_all_processes_form_the_batch_and_are_balanced(tokens: int, processes: int) -> None:
     batch = examples_of(40, 10, 25, 30, 5, 20, 35, 15, 10, 10)
     shares = [micro_batches(batch, tokens, process, processes) for process in range(processes)]
     parts = [part for share in shares for part in share]
@@ -180,7 +180,7 @@ def test_the_parts_of_all_processes_are_the_batch_and_alike_in_number_and_size(t
     assert max(sum(map(len, part)) for part in parts) <= 4 / 3 * max(40, 200 / len(parts))
 
 
-def test_a_process_without_an_example_learns_nothing_from_one(make_speech_llm: MakeSpeechLLM) -> None:
+def test_a_process_without_an_example_gets_one_without_labels(make_speech_llm: MakeSpeechLLM) -> None:
     speech_llm = make_speech_llm()
     batch = some_examples(speech_llm, 9)[:1]
     busy, idle = (micro_batches(batch, 1000, process, 2) for process in (0, 1))

@@ -83,7 +83,7 @@ def test_codes_are_those_of_the_codec_with_everything_known_about_the_utterance(
         assert row["duration_s"] == pytest.approx(len(waveform) / RATE)
 
 
-def test_only_the_layers_asked_for_are_stored(
+def test_only_the_requested_layers_are_stored(
     tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
 ) -> None:
     for layers in (1, 2):
@@ -103,7 +103,7 @@ def test_encoding_again_changes_nothing(tmp_path: Path, speech: list[Utterance],
     assert {path.name for path in tmp_path.iterdir()} == {*SHARDS, "request.json"}  # nothing half written
 
 
-def test_a_lost_shard_is_made_again_and_the_others_are_left_alone(
+def test_a_missing_shard_is_made_again_and_the_others_are_kept(
     tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
 ) -> None:
     encode(speech, small_codec, tmp_path)
@@ -117,7 +117,7 @@ def test_a_lost_shard_is_made_again_and_the_others_are_left_alone(
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_run_stopped_after_one_shard_goes_on_behind_it(
+def test_a_run_stopped_after_one_shard_continues_with_the_next(
     tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
 ) -> None:
     encode(speech, small_codec, tmp_path / "whole")
@@ -152,14 +152,14 @@ def test_any_process_may_be_the_first_to_write(
     assert len(load_codes(tmp_path / "codes")[0]) == 10
 
 
-def test_texts_are_normalised_once_and_the_folder_says_how(
+def test_texts_are_normalised_and_the_normalizer_is_recorded(
     tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
 ) -> None:
-    said = [replace(utterance, text=utterance.text and f"{utterance.text}, “Don’t!”") for utterance in speech]
-    encode(said, small_codec, tmp_path / "normal", normalizer="librispeech")
-    encode(said, small_codec, tmp_path / "plain")
+    punctuated = [replace(utterance, text=utterance.text and f"{utterance.text}, “Don’t!”") for utterance in speech]
+    encode(punctuated, small_codec, tmp_path / "normal", normalizer="librispeech")
+    encode(punctuated, small_codec, tmp_path / "plain")
     normal, plain = (load_codes(tmp_path / name)[0] for name in ("normal", "plain"))
-    assert plain["text"] == [utterance.text for utterance in said]
+    assert plain["text"] == [utterance.text for utterance in punctuated]
     assert normal["text"] == [None if i == 4 else f"word {i} é don't" for i in range(10)]
     assert normal["codes"] == plain["codes"]
     for folder, name in (("normal", "librispeech"), ("plain", "none")):
@@ -222,14 +222,14 @@ def test_the_recipe_lists_all_recordings_it_skipped_and_prints_the_first(
     listed = read_jsonl(output / "skipped.jsonl")
     assert [(row["id"], row["path"]) for row in listed] == [(u.id, u.path) for u in bad_speech[1:-1]]
     assert Counter(row["reason"] for row in listed) == REASONS
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped: ")]
-    assert said == [
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped: ")]
+    assert printed == [
         *(f"skipped: {row['detail']}" for row in listed[:5]),
         f"skipped: 2 more, see {output}/skipped.jsonl",
     ]
 
 
-def test_merged_repeats_are_told_apart(tmp_path: Path, speech: list[Utterance]) -> None:
+def test_codes_with_and_without_merged_repeats_are_distinguished(tmp_path: Path, speech: list[Utterance]) -> None:
     """Of codes without a fixed rate nobody can say when they are spoken; older folders do not know."""
     torch.manual_seed(0)
     encoder = FeatureEncoder(SemanticTeacher(small_hubert(hidden_size=16, layers=1), 1))
@@ -241,7 +241,7 @@ def test_merged_repeats_are_told_apart(tmp_path: Path, speech: list[Utterance]) 
     assert Encoding("f" * 16, RATE, 50.0, 1, 4).deduplicated is False
 
 
-def test_a_folder_in_which_nothing_could_be_used_is_an_empty_one(
+def test_a_folder_without_usable_recordings_is_empty(
     tmp_path: Path, bad_speech: list[Utterance], small_codec: SpeechCodec
 ) -> None:
     encode(bad_speech[1:-1], small_codec, tmp_path, max_duration_s=0.4)
@@ -253,7 +253,7 @@ def test_a_folder_in_which_nothing_could_be_used_is_an_empty_one(
 # ---- what is refused
 
 
-def test_a_folder_of_another_codec_is_refused_and_stays_as_it_is(
+def test_a_folder_of_another_codec_is_refused_and_not_changed(
     tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec, other_codec: SpeechCodec
 ) -> None:
     encode(speech, small_codec, tmp_path)
@@ -291,7 +291,7 @@ def test_ids_must_be_unique(tmp_path: Path, speech: list[Utterance], small_codec
     assert not list(tmp_path.iterdir())
 
 
-def test_codes_are_only_for_the_codec_they_were_made_with(small_codec: SpeechCodec, other_codec: SpeechCodec) -> None:
+def test_codes_of_another_codec_are_refused(small_codec: SpeechCodec, other_codec: SpeechCodec) -> None:
     encoding = Encoding.of(small_codec)
     encoding.require(small_codec.fingerprint, "the model")
     message = f"codes are from codec {small_codec.fingerprint}, but the model is for codec {other_codec.fingerprint}"
@@ -299,13 +299,13 @@ def test_codes_are_only_for_the_codec_they_were_made_with(small_codec: SpeechCod
         encoding.require(other_codec.fingerprint, "the model")
 
 
-def test_a_folder_without_codes_says_which_recipe_makes_them(tmp_path: Path) -> None:
+def test_a_folder_without_codes_is_reported_with_the_recipe(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(DataError, match=r"holds no encoded speech .*run recipes/encode_speech\.py first"):
             load_codes(folder)
 
 
-def test_splits_are_chosen_and_a_missing_one_lists_those_there_are(
+def test_splits_are_selected_and_a_missing_one_is_reported(
     tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
 ) -> None:
     encode(speech, small_codec, tmp_path)
@@ -350,7 +350,7 @@ def test_batches_are_a_pure_function_of_seed_and_epoch() -> None:
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
 
-def test_lengths_within_a_batch_are_neighbours() -> None:
+def test_lengths_within_a_batch_are_similar() -> None:
     lengths = some_lengths(200)  # one window: its batches are slices of the sorted lengths
     batches = sorted(grouped_batches(lengths, 4, 0, 0), key=lambda batch: lengths[batch[0]])
     ordered = [sorted(lengths[i] for i in batch) for batch in batches]
@@ -367,7 +367,7 @@ def test_little_is_padding_also_over_many_windows() -> None:
     assert (at_random.max(1) * 16).sum() > 1.5 * lengths.sum()
 
 
-def test_what_one_epoch_leaves_out_comes_in_another() -> None:
+def test_the_remainder_differs_between_epochs() -> None:
     seen = Counter(
         int(i) for epoch in range(30) for batch in grouped_batches(some_lengths(7), 4, 0, epoch) for i in batch
     )
@@ -392,7 +392,7 @@ def first_batches(lengths: list[int], tokens: int, count: int, seed: int = 0, st
 
 
 @pytest.mark.parametrize("count, tokens", [(1, 30), (5, 30), (23, 100), (400, 250), (3, 10_000)])
-def test_a_batch_is_as_much_as_fits_and_every_example_comes_equally_often(count: int, tokens: int) -> None:
+def test_batches_are_as_large_as_possible_and_examples_equally_frequent(count: int, tokens: int) -> None:
     lengths = [int(length) for length in some_lengths(count)]
     batches = first_batches(lengths, tokens, 60)
     stream = [i for batch in batches for i in batch]
@@ -403,7 +403,7 @@ def test_a_batch_is_as_much_as_fits_and_every_example_comes_equally_often(count:
         assert size <= tokens < size + lengths[behind[0]]
 
 
-def test_an_example_longer_than_a_batch_is_one_alone() -> None:
+def test_an_example_longer_than_a_batch_is_a_batch_of_its_own() -> None:
     batches = first_batches([5, 50, 5], 12, 40)
     assert [1] in batches and [len(batch) for batch in batches if 1 in batch] == [1] * batches.count([1])
 

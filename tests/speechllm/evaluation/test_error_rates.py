@@ -52,7 +52,7 @@ def random_pairs(count: int, seed: int) -> tuple[list[str], list[str]]:
         ("a b c d e f", "x b d e y f z", 1, 1, 2),
     ],
 )
-def test_errors_are_those_counted_by_hand(
+def test_errors_match_manual_counts(
     reference: str, hypothesis: str, substitutions: int, deletions: int, insertions: int
 ) -> None:
     found = word_error_rate([reference], [hypothesis])
@@ -66,7 +66,7 @@ def test_the_rate_is_of_all_words_not_a_mean_of_rates() -> None:
     assert found.wer == 0.1 and found.words == 10 and found.utterances == 2
 
 
-def test_words_said_where_the_reference_has_none_are_insertions() -> None:
+def test_words_without_a_reference_are_insertions() -> None:
     found = word_error_rate(["a b", "", "  "], ["a b", "c d", "e"])
     assert (found.substitutions, found.deletions, found.insertions, found.words) == (0, 0, 3, 2)
     assert found.wer == 1.5
@@ -84,7 +84,7 @@ def test_random_texts_are_scored_like_jiwer_and_an_own_edit_distance(seed: int) 
     assert sum(counts) == sum(edit_distance(a.split(), b.split()) for a, b in pairs) > 0
 
 
-def test_words_are_the_same_whatever_white_space_parts_them() -> None:
+def test_white_space_between_words_does_not_matter() -> None:
     assert word_error_rate(["a\tb\nc"], ["a b c"], "none").wer == 0
 
 
@@ -106,7 +106,7 @@ def test_random_texts_have_the_character_errors_of_an_own_edit_distance() -> Non
 # ---- speakers
 
 
-def test_every_speaker_has_the_rate_of_the_own_utterances() -> None:
+def test_the_rate_of_a_speaker_is_over_that_speakers_utterances() -> None:
     references, hypotheses = random_pairs(20, 0)
     speakers = ["bert", "anna", "carl", "anna"] * 5
     found = speaker_error_rates(references, hypotheses, speakers)
@@ -125,9 +125,9 @@ def test_a_speaker_without_words_has_no_rate() -> None:
 # ---- comparison
 
 
-def test_a_difference_is_that_of_the_two_rates_and_turns_its_sign_with_the_order() -> None:
+def test_the_difference_of_two_rates_changes_sign_with_their_order() -> None:
     references, a = random_pairs(60, 0)
-    b = [said if i % 3 else heard for i, (said, heard) in enumerate(zip(references, a, strict=True))]
+    b = [right if i % 3 else wrong for i, (right, wrong) in enumerate(zip(references, a, strict=True))]
     found, turned = paired_bootstrap(references, a, b, seed=3), paired_bootstrap(references, b, a, seed=3)
     assert found.difference == pytest.approx(word_error_rate(references, b).wer - word_error_rate(references, a).wer)
     assert found.ci95[0] < found.difference < found.ci95[1] < 0
@@ -142,7 +142,7 @@ def test_two_equal_sets_of_texts_do_not_differ() -> None:
     assert (found.difference, found.ci95, found.improvement, found.p_value) == (0, (0, 0), 0, 1)
 
 
-def test_a_difference_is_as_sure_as_the_utterances_that_changed_say() -> None:
+def test_the_certainty_of_a_difference_depends_on_the_changed_utterances() -> None:
     # of 400 utterances of one word, b mends 30 and breaks 10: mean -0.05, variance 40 / 400 - 0.05 ** 2
     references = ["a"] * 400
     a, b = ["x"] * 100 + ["a"] * 300, ["a"] * 30 + ["x"] * 80 + ["a"] * 290
@@ -157,7 +157,7 @@ def test_a_difference_is_as_sure_as_the_utterances_that_changed_say() -> None:
     assert found.improvement == pytest.approx(1 - found.p_value / 2, abs=0.03)
 
 
-def test_a_comparison_says_everything_in_one_line() -> None:
+def test_a_comparison_is_printed_in_one_line() -> None:
     text = str(PairedBootstrap(-0.0125, (-0.02, 0.005), 0.97, 0.0612, 9, "none"))
     assert text == (
         "difference -1.25% (95 % interval -2.00% to +0.50%; p = 0.061, better in 97.0% of the samples; 9 utterances, "
@@ -168,7 +168,7 @@ def test_a_comparison_says_everything_in_one_line() -> None:
 # ---- interval
 
 
-def test_the_interval_contains_the_estimate_and_repeats_itself() -> None:
+def test_the_interval_contains_the_estimate_and_is_reproducible() -> None:
     for seed in range(5):
         found = word_error_rate(*random_pairs(30, seed))
         assert 0 <= found.ci95[0] < found.wer < found.ci95[1]
@@ -189,13 +189,13 @@ def test_the_interval_narrows_with_the_root_of_the_data() -> None:
     assert (high - low) / (narrow_high - narrow_low) == pytest.approx(5, rel=0.15)
 
 
-def test_the_interval_is_a_point_where_all_utterances_err_alike() -> None:
+def test_the_interval_is_a_point_if_all_utterances_have_the_same_rate() -> None:
     found = word_error_rate(["a b c d"] * 7, ["a b c x"] * 7)
     assert found.wer == 0.25 and found.ci95 == (0.25, 0.25)
     assert word_error_rate(["a b"], ["a x"]).ci95 == (0.5, 0.5)
 
 
-def test_the_interval_of_a_right_and_a_wrong_utterance_is_everything() -> None:
+def test_the_interval_of_a_right_and_a_wrong_utterance_is_0_to_1() -> None:
     # a sample of two is wholly right or wholly wrong in a quarter of the cases each, far more than 2.5 %
     assert word_error_rate(["a", "b"], ["a", "x"]).ci95 == (0.0, 1.0)
 
@@ -220,7 +220,7 @@ def test_an_unknown_normalizer_is_refused_and_the_known_ones_named(score: Callab
         score(["a"], ["a"], "w")
 
 
-def test_without_its_package_whispers_normalizer_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_whisper_normalizer_is_reported_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     normalizers._whisper_english.cache_clear()
     monkeypatch.setitem(sys.modules, "whisper_normalizer.english", None)
     with pytest.raises(ImportError, match=r'pip install "speechllm\[eval\]"'):
@@ -257,12 +257,12 @@ def test_the_normalizer_keeps_letters_digits_and_apostrophes_in_lower_case(text:
     assert librispeech_normalizer(normal) == normal
 
 
-def test_whispers_normalizer_writes_numbers_contractions_and_spellings_alike() -> None:
+def test_whispers_normalizer_unifies_numbers_contractions_and_spellings() -> None:
     pytest.importorskip("whisper_normalizer", reason="needs the eval extra")
-    said = "Mr. Park won't repeat the COLOUR, um, it's twenty-five dollars (laughs)"
-    assert whisper_english_normalizer(said) == "mister park will not repeat the color it is $25"
+    spoken = "Mr. Park won't repeat the COLOUR, um, it's twenty-five dollars (laughs)"
+    assert whisper_english_normalizer(spoken) == "mister park will not repeat the color it is $25"
     assert whisper_english_normalizer(" uh ") == ""
-    found = word_error_rate([said], ["mister park will not repeat the color it is 25 dollars"], "whisper_english")
+    found = word_error_rate([spoken], ["mister park will not repeat the color it is 25 dollars"], "whisper_english")
     assert found.wer == 0 and found.normalizer == "whisper_english"
 
 
@@ -272,11 +272,11 @@ def test_case_and_punctuation_count_only_without_normalizer() -> None:
     assert found.wer == 1 and found.normalizer == "none"
 
 
-def test_the_two_ways_to_write_a_letter_are_the_same() -> None:
+def test_composed_and_decomposed_letters_are_equal() -> None:
     assert word_error_rate(["caf\u00e9s"], ["cafe\u0301s"]).wer == 0
 
 
-def test_a_result_says_everything_in_one_line() -> None:
+def test_a_result_is_printed_in_one_line() -> None:
     text = str(WordErrorRate(0.125, (0.1, 0.15), 3, 2, 5, 80, 9, "none"))
     assert text == (
         "WER 12.50% (95 % interval 10.00% to 15.00%; 3 substitutions, 2 deletions, 5 insertions in 80 words of "

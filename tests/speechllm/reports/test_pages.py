@@ -149,7 +149,7 @@ def test_codebook_usage_counts_dead_codes(page: str) -> None:
     assert re.findall("<td>(.*?)</td>", row) == ["2\u00a0/\u00a04", "2", "2", "14"]
 
 
-def test_players_hold_the_sounds(page: str) -> None:
+def test_players_contain_the_sounds(page: str) -> None:
     sounds = re.findall(r"data:audio/wav;base64,([^\"]+)", page)
     waves = [soundfile.read(io.BytesIO(base64.b64decode(s))) for s in sounds]
     assert [len(wave) for wave, _ in waves] == [RATE, RATE, RATE - 100]  # original, most codebooks, fewest
@@ -267,7 +267,7 @@ def test_layers_share_one_picture_with_a_line_each(tmp_path: Path, drawn: dict[s
     assert drawn["mel by step"].get_title(loc="left") == "mel"
 
 
-def test_the_median_of_a_long_log_leaves_out_single_jumps(tmp_path: Path, drawn: dict[str, Any]) -> None:
+def test_the_median_of_a_long_log_ignores_single_jumps(tmp_path: Path, drawn: dict[str, Any]) -> None:
     log = [{"step": i, "mel": 1000.0 if i % 50 == 0 else 2.0} for i in range(1, 5001)]
     write_codec_report(tmp_path / "r.html", **{**codec_inputs(), "log": log})
     values, median = drawn["mel by step"].get_lines()
@@ -326,7 +326,7 @@ def test_the_page_of_results_holds_tables_failures_and_codebooks(tmp_path: Path)
 
 
 def recognition_inputs() -> dict[str, Any]:
-    """Forty utterances of 1 to 4 s; the longer half misses a word of four, the last text runs on without end."""
+    """Forty utterances of 1 to 4 s; the longer half misses a word of four, the last answer is a runaway."""
     texts = ["one two three four"] * 20 + ["one two three"] * 19 + ["one two three four" + " five" * 401]
     predictions = [
         {
@@ -372,7 +372,7 @@ def test_the_recognition_page_scores_the_texts_as_the_results_do(tmp_path: Path)
         "Configuration",
         "Versions",
     ]
-    # 19 deletions and 401 insertions in 160 words; s1 has said the text with the insertions and lost 9 words, s0 10
+    # 19 deletions and 401 insertions in 160 words; s1 has the text with the insertions and 9 deletions, s0 10 deletions
     assert "<b>262.5\u00a0%</b>" in page and "not recorded" in page.split("Shuffled-audio control")[1][:40]
     errors = re.findall(r'row">(\w+)</th><td>([\d,]+)</td><td>([\d.]+)', section(page, "Errors"))
     assert errors == [("substitutions", "0", "0.0"), ("deletions", "19", "11.9"), ("insertions", "401", "250.6")]
@@ -390,7 +390,7 @@ def test_error_rates_by_duration_count_all_words_of_a_group(tmp_path: Path, draw
     np.testing.assert_allclose(points.get_xdata(), 1 + 3 * np.arange(40) / 39)
     np.testing.assert_allclose(line.get_xdata(), 1 + 3 * (4.5 + 10 * np.arange(4)) / 39)
     np.testing.assert_allclose(line.get_ydata(), [0, 0, 25, 100 * (9 + 401) / 40])
-    # the text that runs on without end stands at the edge, and the edge is where the line still fits
+    # the runaway answer is drawn at the edge, which lies above the line
     bottom, top = axis.get_ylim()
     assert points.get_ydata()[:39].tolist() == [0.0] * 20 + [25.0] * 19
     assert max(line.get_ydata()) < points.get_ydata()[39] < top < 10_000 and bottom < 0

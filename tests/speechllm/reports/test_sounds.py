@@ -38,7 +38,7 @@ def test_the_sounds_are_those_of_the_first_codebooks(noise: Noise, codebooks: in
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_codec_in_training_is_heard_as_it_will_be_and_not_changed(noise: Noise, training: bool) -> None:
+def test_a_codec_in_training_decodes_in_eval_mode_and_is_not_changed(noise: Noise, training: bool) -> None:
     codec = make_codec(num_codebooks=3, norm="batch_norm")
     fingerprint, expected = codec.fingerprint, Reconstruction.of(codec, "a", noise(5_000)[0])
     found = Reconstruction.of(codec.train(training), "a", noise(5_000)[0])
@@ -54,7 +54,7 @@ def test_a_codec_on_the_gpu_gives_sounds_on_the_cpu(noise: Noise) -> None:
     assert all(isinstance(sound, np.ndarray) and len(sound) == 5_000 for sound in found.reconstructions.values())
 
 
-def test_sounds_come_back_from_their_files(tmp_path: Path) -> None:
+def test_saved_sounds_are_read_again(tmp_path: Path) -> None:
     save_sounds(tmp_path, some("b"))
     names = {"b_original.wav", "b_1_codebooks.wav", "b_3_codebooks.wav"}
     assert {path.name for path in tmp_path.iterdir()} == names
@@ -72,7 +72,7 @@ def test_the_first_utterance_is_read_and_no_other_is_mixed_in(tmp_path: Path) ->
     np.testing.assert_array_equal(found.reconstructions[1], some("a[1]", 1.0).reconstructions[1])
 
 
-def test_an_id_that_is_a_path_makes_no_folders(tmp_path: Path) -> None:
+def test_an_id_with_slashes_creates_no_folders(tmp_path: Path) -> None:
     save_sounds(tmp_path / "samples", some("dev/a.flac"))
     assert read_sounds(tmp_path / "samples").name == "dev_a.flac"
     assert [path.name for path in tmp_path.iterdir()] == ["samples"]

@@ -1,4 +1,4 @@
-"""A run folder: one configuration, whole files, and a log without what was not kept."""
+"""A run folder: one configuration, atomic files, a log that matches the checkpoints."""
 
 import json
 import platform
@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from speechllm import RunError
-from speechllm.runs.machine import versions
+from speechllm.runs.machine import command_line, versions
 from speechllm.runs.run import Run, read_log
 from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
 from tokenizer.files import atomic_folder, read_jsonl, write_json, write_jsonl, write_text
@@ -43,7 +43,7 @@ class OtherProcess:
         self.waited += 1
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Trackers listen to the main process only."""
+        """Trackers receive the log of the main process only."""
 
 
 def files_in(folder: Path) -> set[str]:
@@ -63,7 +63,7 @@ def test_a_new_run_writes_its_configuration_and_versions(tmp_path: Path) -> None
     assert files_in(run.folder) == {"config.yaml", "versions.json"}
 
 
-def test_the_same_configuration_goes_on(tmp_path: Path) -> None:
+def test_a_run_is_resumed_with_the_same_configuration(tmp_path: Path) -> None:
     Run(tmp_path, Job()).log(1, loss=2.0)
     Run(tmp_path, Job())
     assert read_log(tmp_path) == [{"step": 1, "loss": 2.0}]
@@ -92,7 +92,7 @@ def test_another_configuration_is_refused_and_what_changed_is_named(tmp_path: Pa
     assert (tmp_path / "config.yaml").read_text() == before
 
 
-def test_what_the_result_does_not_depend_on_may_change_in_the_middle(tmp_path: Path) -> None:
+def test_free_keys_may_change_during_a_run(tmp_path: Path) -> None:
     Run(tmp_path, Job())
     Run(tmp_path, Job(steps=4), free=["steps"])
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["steps"] == 4
@@ -119,24 +119,24 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
     assert accelerator.waited == 1 and not (tmp_path / "run").exists()
 
 
-def test_trackers_are_told_what_is_logged(tmp_path: Path) -> None:
+def test_trackers_receive_the_log(tmp_path: Path) -> None:
     """A tracker of our own: Accelerate passes everything on to it."""
-    told: list[tuple[dict, int | None]] = []
+    received: list[tuple[dict, int | None]] = []
 
-    class Listener(GeneralTracker):
-        name, requires_logging_directory, main_process_only = "listener", False, True
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, main_process_only = "tracker", False, True
         tracker = None
 
         def store_init_configuration(self, values: dict) -> None:
-            told.append((values, None))
+            received.append((values, None))
 
         def log(self, values: dict, step: int | None = None, **_: object) -> None:
-            told.append((values, step))
+            received.append((values, step))
 
-    accelerator = Accelerator(cpu=True, log_with=Listener())
+    accelerator = Accelerator(cpu=True, log_with=Tracker())
     accelerator.init_trackers("run")
     Run(tmp_path, Job(), accelerator).log(3, loss=1.5)
-    assert told[-1] == ({"loss": 1.5}, 3)
+    assert received[-1] == ({"loss": 1.5}, 3)
     assert read_log(tmp_path) == [{"step": 3, "loss": 1.5}]
 
 
@@ -158,6 +158,23 @@ def test_two_checkpoints_are_kept_and_no_part_of_one(tmp_path: Path) -> None:
         run.save(step, {})
         kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
         assert kept == [f"step_{n:08d}.pt" for n in range(max(1, step - 1), step + 1)]
+
+
+def test_a_resumed_run_counts_the_seconds_before_its_checkpoint(tmp_path: Path) -> None:
+    run = Run(tmp_path, Job())
+    run._seconds_before = 1000.0
+    run.save(2, {})
+    again = Run(tmp_path, Job())
+    assert set(again.resume()) == {"step"}
+    assert 1000 < again.provenance["seconds"] < 2000
+    assert again.provenance["config"]["steps"] == 3 and again.provenance["versions"] == versions()
+
+
+@pytest.mark.parametrize("processes, launcher", [(1, "python"), (2, "accelerate launch")])
+def test_the_command_line_can_be_used_again(monkeypatch: pytest.MonkeyPatch, processes: int, launcher: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr("sys.argv", ["recipes/a.py", "data=my corpus", "splits=[a,b]"])
+    assert command_line() == f"{launcher} recipes/a.py 'data=my corpus' 'splits=[a,b]'"
 
 
 def test_a_checkpoint_half_written_when_the_run_was_killed_is_not_read(tmp_path: Path) -> None:
@@ -217,10 +234,10 @@ def test_no_step_is_skipped_between_start_and_stop() -> None:
     assert list(run.steps(3, 7, "test")) == [3, 4, 5, 6]
 
 
-# ---- whole files
+# ---- atomic files
 
 
-def test_text_and_json_come_back_and_leave_nothing_beside_them(tmp_path: Path) -> None:
+def test_text_and_json_are_read_again_and_leave_no_other_files(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "é\n")
     write_json(tmp_path / "b.json", {"text": "é", "list": [1, None]})
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "é\n"
@@ -270,7 +287,7 @@ def test_a_folder_is_not_touched_when_writing_it_fails(tmp_path: Path) -> None:
 # ---- seeds and rates
 
 
-def test_a_step_draws_the_same_whenever_it_runs_and_other_than_its_neighbours() -> None:
+def test_random_numbers_depend_on_the_step_only() -> None:
     draws = {}
     for seed, step, process in [(0, 5, 0), (0, 6, 0), (0, 5, 1), (1, 5, 0), (0, 0, 0)]:
         seed_step(seed, step, process)
@@ -287,7 +304,7 @@ def test_the_rate_rises_linearly_and_falls_like_half_a_cosine() -> None:
     assert factors[4:] == sorted(factors[4:], reverse=True)
 
 
-def test_the_rate_climbs_again_where_more_weights_join() -> None:
+def test_the_warm_up_is_repeated_when_more_weights_join() -> None:
     once, again = ([warmup_cosine(step, 20, 4, joined) for step in range(20)] for joined in (0, 8))
     assert again[:8] == once[:8] and again[11:] == once[11:]
     assert [a / b for a, b in zip(again[8:11], once[8:11], strict=True)] == pytest.approx([0.25, 0.5, 0.75])

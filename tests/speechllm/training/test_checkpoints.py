@@ -51,9 +51,9 @@ def same(a: object, b: object) -> bool:
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
-def test_a_training_goes_on_from_a_file_as_if_never_interrupted(tmp_path: Path, decay: float | None) -> None:
-    whole, first, second = (make_training(decay=decay) for _ in range(3))
-    train(whole, 0, 7)
+def test_a_resumed_training_ends_like_an_uninterrupted_one(tmp_path: Path, decay: float | None) -> None:
+    uninterrupted, first, second = (make_training(decay=decay) for _ in range(3))
+    train(uninterrupted, 0, 7)
     train(first, 0, 4)
     with first.evaluation_weights():
         first.record_validation(4, 0.5, keep=True)
@@ -63,11 +63,11 @@ def test_a_training_goes_on_from_a_file_as_if_never_interrupted(tmp_path: Path, 
     with first.evaluation_weights():
         assert same(second.best.weights, trained_weights(first.evaluated))
     train(second, 4, 7)
-    found, expected = second.state_dict(), whole.state_dict()
+    found, expected = second.state_dict(), uninterrupted.state_dict()
     assert found.pop("best") != expected.pop("best") and same(found, expected)
 
 
-def test_only_what_is_trained_is_kept_and_nothing_of_it_changes_later() -> None:
+def test_only_trained_weights_are_saved_and_later_steps_do_not_change_them() -> None:
     training = make_training()
     train(training, 0, 1)
     state = training.state_dict()
@@ -78,7 +78,7 @@ def test_only_what_is_trained_is_kept_and_nothing_of_it_changes_later() -> None:
     assert same(state["model"], copies) and torch.equal(state["optimizer"]["state"][0]["exp_avg"], moments)
 
 
-def test_the_average_is_what_is_evaluated_and_follows_exponentially() -> None:
+def test_the_exponential_moving_average_is_evaluated() -> None:
     training = make_training(decay=0.75)
     expected = None
     for step in range(5):
@@ -93,7 +93,7 @@ def test_the_average_is_what_is_evaluated_and_follows_exponentially() -> None:
     assert same(trained_weights(training.model), last)
 
 
-def test_the_best_validation_is_kept_and_the_worse_ones_after_it_are_counted() -> None:
+def test_the_best_checkpoint_is_kept_and_validations_without_improvement_are_counted() -> None:
     training = make_training()
     assert training.best.wer == math.inf
     history = []
@@ -109,7 +109,7 @@ def test_the_best_validation_is_kept_and_the_worse_ones_after_it_are_counted() -
     assert same(trained_weights(training.model), best)
 
 
-def test_without_keeping_the_last_weights_stay() -> None:
+def test_without_keep_the_last_weights_remain() -> None:
     training = make_training()
     training.record_validation(0, 0.5, keep=False)
     train(training, 0, 1)
@@ -118,7 +118,7 @@ def test_without_keeping_the_last_weights_stay() -> None:
     assert same(trained_weights(training.model), last)
 
 
-def test_other_processes_keep_nothing() -> None:
+def test_only_the_main_process_keeps_the_state() -> None:
     training = make_training(accelerator=accelerator(main=False), decay=0.9)
     train(training, 0, 1)
     state = training.state_dict()
@@ -133,7 +133,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("process_group")
-def test_weights_cut_into_parts_go_through_whole_tensors(tmp_path: Path) -> None:
+def test_sharded_weights_are_saved_and_loaded_as_full_tensors(tmp_path: Path) -> None:
     from torch.distributed.fsdp import fully_shard
 
     def sharded() -> TrainingState:

@@ -31,7 +31,9 @@ def is_matrix(name: str) -> bool:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_rows_in_a_matrix_go_as_with_a_rate_of_their_own(make_speech_llm: MakeSpeechLLM, tied: bool) -> None:
+def test_rows_of_a_matrix_are_updated_as_with_their_own_learning_rate(
+    make_speech_llm: MakeSpeechLLM, tied: bool
+) -> None:
     speech_llm = make_speech_llm(tied=tied, spare=60)
     model, first, last = speech_llm.model, speech_llm.vocabulary.offset, speech_llm.vocabulary.end_id + 1
     reference = {name: nn.Parameter(value) for name, value in weights(model).items()}
@@ -77,9 +79,7 @@ def test_embeddings_norms_and_biases_are_not_decayed(make_speech_llm: MakeSpeech
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_first_the_new_rows_alone_and_then_all_as_if_the_rest_began_then(
-    make_speech_llm: MakeSpeechLLM, tied: bool
-) -> None:
+def test_training_the_new_rows_first_equals_starting_the_rest_later(make_speech_llm: MakeSpeechLLM, tied: bool) -> None:
     speech_llm = make_speech_llm(tied=tied)
     model, vocabulary = speech_llm.model, speech_llm.vocabulary
     before = weights(model)
@@ -102,7 +102,7 @@ def test_first_the_new_rows_alone_and_then_all_as_if_the_rest_began_then(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_rows_with_a_rate_of_nothing_stay_as_they_are(make_speech_llm: MakeSpeechLLM, tied: bool) -> None:
+def test_rows_with_a_learning_rate_of_0_are_frozen(make_speech_llm: MakeSpeechLLM, tied: bool) -> None:
     speech_llm = make_speech_llm(tied=tied)
     model, new = speech_llm.model, speech_llm.vocabulary.new_ids
     before = weights(model)
@@ -115,7 +115,9 @@ def test_rows_with_a_rate_of_nothing_stay_as_they_are(make_speech_llm: MakeSpeec
 
 
 @pytest.mark.parametrize("form", ["lora", "rows"])
-def test_an_adapter_rows_have_their_rate_too(make_speech_llm: MakeSpeechLLM, tmp_path: Path, form: str) -> None:
+def test_the_rows_of_an_adapter_have_their_own_learning_rate(
+    make_speech_llm: MakeSpeechLLM, tmp_path: Path, form: str
+) -> None:
     speech_llm = make_speech_llm()
     speech_llm.model.save_pretrained(tmp_path)
     speech_llm.model.name_or_path = str(tmp_path)
