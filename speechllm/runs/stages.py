@@ -1,7 +1,7 @@
 """A job of several recipes, each run once as a command of its own: finished stages are remembered and skipped."""
 
 import functools
-import runpy
+import re
 import subprocess
 import sys
 import threading
@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 import yaml
@@ -51,13 +51,13 @@ class Stages:
 
         That is their configurations, and splits which the corpus named by `data` lacks.
         """
-        mains = {name: runpy.run_path(f"{self.recipes}/{name}")["main"] for name in {c[0] for c in commands.values()}}
+        classes = {name: config_class(self.recipes / name) for name in {words[0] for words in commands.values()}}
         problems: list[str] = []
         splits: dict[str, set[str]] = defaultdict(set)
         for stage, (recipe, *words) in commands.items():
             file = words.pop(0).removeprefix(CONFIG) if words[0].startswith(CONFIG) else None
             try:
-                config = load_config(get_type_hints(mains[recipe])["config"], file, words)
+                config = load_config(classes[recipe], file, words)
             except ConfigError as error:
                 problems.append(f"[{stage}] {recipe}: {error}")
                 continue
@@ -166,6 +166,14 @@ class Stages:
                 process.terminate()
         if failed:
             raise SystemExit("a stage failed, see above; what is finished is kept, the same command goes on from there")
+
+
+def config_class(recipe: Path) -> type:
+    """The configuration of a recipe, which stands above the line that reads it; what is imported below takes long."""
+    head, _, rest = recipe.read_text(encoding="utf-8").partition('\nif __name__ == "__main__":')
+    names: dict[str, Any] = {"__name__": recipe.stem, "__file__": str(recipe)}
+    exec(compile(head, recipe, "exec"), names)
+    return names[re.findall(r"parse_config\((\w+)\)", rest)[0]]
 
 
 def spelt_out(word: str) -> list[str]:

@@ -4,11 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from speechllm.runs.launch import find_recipe, recipe_command
+from speechllm.runs.stages import config_class as read_head
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
@@ -43,6 +46,12 @@ def test_help_and_mistakes_of_every_recipe_do_not_wait_for_torch() -> None:
     assert len(files) > 10
     ended = python("-c", STARTED, "", *files)
     assert ended.stdout == "[]\n", ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "synthesize_speech"])
+def test_a_job_of_several_recipes_knows_what_each_would_read(name: str, config_class: Callable[[str], type]) -> None:
+    found, whole = read_head(ROOT / "recipes" / f"{name}.py"), config_class(f"{name}.py")
+    assert found.__name__ == whole.__name__ and [f.name for f in fields(found)] == [f.name for f in fields(whole)]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["run", "--help"], ["run", "train_txt"], ["wre"]])
