@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("speechllm", "tokenizer", "recipes")
-MAX_LINES = 320
+MAX_LINES = 400  # beyond which a file probably does two things
 # From the ground up: a file imports what stands in its own layer or below. `python tests/test_layers.py` draws it.
 LAYERS = {
     "tokenizer: interface, rates, files": ("interface", "rates", "errors", "files", "frames"),
