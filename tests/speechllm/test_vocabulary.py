@@ -296,7 +296,7 @@ def test_a_vocabulary_is_extended_once_only(
     assert torch.equal(matrices(model)[0], before) and len(text_tokenizer) == words
     model.save_pretrained(tmp_path)  # nor with the text tokenizer of before
     for extended in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
-        with pytest.raises(VocabularyError, match=f"already reads codes, of codec {small_codec.fingerprint}"):
+        with pytest.raises(VocabularyError, match=f"already reads codes of codec {small_codec.fingerprint}"):
             extend_vocabulary(extended, make_text_tokenizer(), small_codec)
         assert torch.equal(matrices(extended)[0], before)
 
