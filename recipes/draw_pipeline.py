@@ -41,7 +41,9 @@ def main(config: DrawConfig) -> None:
     waveform = load_audio(config.audio, codec.sample_rate)
     with torch.no_grad():
         codes = codec.encode(waveform[None])
-    read = speech_llm.vocabulary.token_ids(codes.first(speech_llm.vocabulary.encoding.layers), speech_llm.text_tokenizer)
+    read = speech_llm.vocabulary.token_ids(
+        codes.first(speech_llm.vocabulary.encoding.layers), speech_llm.text_tokenizer
+    )
     words = speech_llm.text_tokenizer.convert_ids_to_tokens(read.tolist())
     answer = transcribe([config.audio], speech_llm, fallback=True)[0]
     seconds = len(waveform) / codec.sample_rate
@@ -56,7 +58,9 @@ def main(config: DrawConfig) -> None:
         label(398, "Qwen2", "answers"),
         *dialogue(answer),
     ]
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui, sans-serif">'
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui, sans-serif">'
+    )
     write_text(config.output, "\n".join([head, *parts, "</svg>"]) + "\n")
     print(f"{Path(config.audio).name}: {' '.join(words[: SHOWN + 1])} ... -> {answer}")
 
@@ -113,7 +117,9 @@ def spelt(words: list[str], row: Tensor, codes: int) -> list[str]:
         plain = not 1 <= number <= SHOWN
         if not plain:
             start, middle = LEFT + (number - 0.5) * cell, x + width / 2
-            parts.append(f'<path d="M{start:g} 176C{start:g} 240 {middle:g} 236 {middle:g} {y}" fill="none" stroke="{LINE}"/>')
+            parts.append(
+                f'<path d="M{start:g} 176C{start:g} 240 {middle:g} 236 {middle:g} {y}" fill="none" stroke="{LINE}"/>'
+            )
         fill = "#f3f4f6" if plain else colour(int(row[number - 1]), codes, 0.82)
         if word != "…":
             parts.append(f'<rect x="{x:g}" y="{y}" width="{width:g}" height="26" rx="6" fill="{fill}"/>')

@@ -96,7 +96,7 @@ def recognize(
         axis = -1 if encoding.kind == "codes" else 0
         frames = [utterance.shape[axis] for utterance in speech if isinstance(utterance, Tensor)]
         if len(frames) < len(speech):
-            raise ValueError("the duration of the speech cannot be told from texts: pass durations_s")
+            raise ValueError("the duration of the speech is not known from texts: pass durations_s")
         durations_s = [count / encoding.frame_rate for count in frames]
     prompts = [transcription_prompt(utterance, speech_llm.vocabulary, text_tokenizer) for utterance in speech]
     bounds = [answer_bound(duration_s) for duration_s in durations_s]

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    # the package's own errors are of these kinds and say how to mend them
+    # the package's own errors are of these kinds and say how to fix them
     except (ValueError, OSError, ImportError) as error:
         print(f"speechllm {arguments.command}: {error}", file=sys.stderr)
         return 1
@@ -189,7 +189,7 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     speech_llm = merge(load_speech_llm(arguments.model, arguments.codec, device, dtype, arguments.base))
     assert speech_llm.codec is not None
     files, done = arguments.files, 0
-    for start in range(0, len(files), CHUNK):  # what is heard is printed before more is read
+    for start in range(0, len(files), CHUNK):  # print the texts before more is read
         recordings = [*usable(files[start : start + CHUNK], speech_llm.codec.sample_rate, arguments.max_duration)]
         waveforms = [waveform for _, waveform in recordings]
         texts = transcribe(waveforms, speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True)
@@ -232,10 +232,10 @@ def _compare(arguments: argparse.Namespace) -> int:
     if found:
         raise DataError(f"of the utterances {'; '.join(found)}: give predictions for the same splits of one corpus")
     references = [reference for reference, _ in a.values()]
-    heard_a, heard_b = [heard for _, heard in a.values()], [b[name][1] for name in a]
-    print(f"A: {word_error_rate(references, heard_a, arguments.normalizer)}")
-    print(f"B: {word_error_rate(references, heard_b, arguments.normalizer)}")
-    print(f"B - A: {paired_bootstrap(references, heard_a, heard_b, arguments.normalizer)}")
+    texts_a, texts_b = [text for _, text in a.values()], [b[name][1] for name in a]
+    print(f"A: {word_error_rate(references, texts_a, arguments.normalizer)}")
+    print(f"B: {word_error_rate(references, texts_b, arguments.normalizer)}")
+    print(f"B - A: {paired_bootstrap(references, texts_a, texts_b, arguments.normalizer)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Configuration of a recipe: a dataclass filled from a YAML file and `key=value` words, checked before it runs."""
+"""Configuration of a recipe: a dataclass filled from a YAML file and `key=value` arguments, checked before it runs."""
 
 import argparse
 import difflib
@@ -18,22 +18,22 @@ import yaml
 from tokenizer.errors import InputError
 
 T = TypeVar("T")
-# Names that keys had before: the first of the new ones that a configuration knows is meant.
+# Former names of keys, each with its new names: the first that the configuration has is suggested.
 RENAMED = {
     "judge": ("evaluation_recognizer", "recognizer"),
     "speaker_judge": ("evaluation_speaker",),
     "judge_speaker": ("evaluation_speaker",),
 }
-PATIENCE_S = 10.0  # that other processes have until the first one has said what is wrong
+PATIENCE_S = 10.0  # time for the first process to print an error that the others found too
 PYTHON_WORDS = {"None": "null", "True": "true", "False": "false"}
 
 
 class ConfigError(InputError):
-    """Every problem of a configuration at once, one a line."""
+    """All problems of a configuration, one per line."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 2e-4, without a dot, is a number too; only true and false are truth values, not no."""
+    """YAML as people write it: 2e-4 is a number, even without a dot; true and false are booleans, yes and no are not."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -47,15 +47,15 @@ _Loader.add_implicit_resolver(
 
 
 def shipped(folder: str) -> Path:
-    """The folder `recipes` or `configs`: inside the installed package, or beside it where the sources lie."""
+    """The folder `recipes` or `configs`: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).parents[1]
     return package / folder if (package / folder).is_dir() else package.parent / folder
 
 
 def find_config(file: str | Path) -> Path:
-    """A configuration file: as given, or else the shipped one of that name, with or without `configs/` before it.
+    """A configuration file: as given, or else the shipped one of that name, with or without the prefix `configs/`.
 
-    Raises ConfigError where there is neither.
+    Raises ConfigError if neither exists.
     """
     file = Path(file)
     if file.exists():
@@ -65,7 +65,7 @@ def find_config(file: str | Path) -> Path:
         return configs / name
     known = [path.relative_to(configs).as_posix() for path in configs.rglob("*.yaml")]
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"shipped are those in {configs}"
+    hint = f"did you mean {near[0]}?" if near else f"the shipped ones are in {configs}"
     raise ConfigError(f"cannot read the configuration {file}: no such file, here or among the shipped ones; {hint}")
 
 
@@ -78,29 +78,30 @@ def parse_config(cls: type[T], argv: list[str] | None = None) -> T:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with the keys below, yours or a shipped one")
-    parser.add_argument("--check", action="store_true", help="only look for mistakes in the configuration")
+    parser.add_argument("--check", action="store_true", help="only check the configuration")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="change single keys; nested ones as a.b=1; --key is short for key=true",
+        help="set single keys, nested ones as a.b=1; --key is short for key=true",
     )
-    arguments, rest = parser.parse_known_args(argv)  # the rest: flags, and what stands behind one
+    arguments, rest = parser.parse_known_args(argv)  # the rest: flags, and arguments after one
     overrides = arguments.overrides + [f"{word[2:]}=true" if word.startswith("--") else word for word in rest]
     try:
         config = load_config(cls, arguments.config, overrides)
     except ConfigError as error:
-        let_first_speak()
+        yield_to_first_process()
         parser.exit(2, f"{error}\n")
     if arguments.check:
         parser.exit()
     return config
 
 
-def let_first_speak() -> None:
-    """Before an error is told: of several processes that find the same, only the first one tells it.
+def yield_to_first_process() -> None:
+    """Call before printing an error: of several processes that find the same one, only the first prints it.
 
-    The launcher ends all when one ends, so the others give it time; what they alone have found they then tell.
+    The launcher ends all processes when one ends. The others therefore wait; an error that only they found, they print
+    after that.
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(PATIENCE_S)

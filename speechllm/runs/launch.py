@@ -1,7 +1,7 @@
-"""How a recipe is started: as one process, or as several that share the work.
+"""Starting a recipe: as one process, or as several that share the work.
 
-`python -m speechllm.runs.launch N FILE WORDS` starts several through Accelerate's launcher, each on a GPU of its own.
-Where there is no GPU that would start a single one: there torch's own launcher does it.
+`python -m speechllm.runs.launch N FILE ARGUMENTS` starts N processes with Accelerate's launcher, one per GPU. Without a
+GPU that launcher would start a single process, so torch's own is used.
 """
 
 import difflib
@@ -31,19 +31,19 @@ def find_recipe(name: str) -> Path:
 
 
 def recipe_command(file: str | Path, words: Sequence[str], processes: int = 1) -> list[str]:
-    """The words behind `python` that start a recipe."""
+    """The arguments of `python` that start a recipe."""
     several = ["-m", "speechllm.runs.launch", str(processes)] if processes > 1 else []
     return [*several, str(file), *words]
 
 
 def recipe_environment() -> dict[str, str]:
-    """The environment in which recipes find the package, also when it is not installed."""
+    """An environment in which recipes find the package even if it is not installed."""
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def launch(processes: int, file: str, words: Sequence[str]) -> int:
-    """Start the processes and wait for them; the exit code. What goes wrong they tell themselves."""
+    """Start the processes, wait for them and return the exit code. The processes print their own errors."""
     import torch
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -53,21 +53,21 @@ def launch(processes: int, file: str, words: Sequence[str]) -> int:
 
     gpus = torch.cuda.device_count()
     if 0 < gpus < processes:
-        raise InputError(f"{processes} processes need a GPU each, here are {gpus}")
+        raise InputError(f"{processes} processes need one GPU each, but there are {gpus}: use --processes {gpus}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // processes)))
-    logging.disable(logging.ERROR)  # the launchers' own lines around what a process has said
+    logging.disable(logging.ERROR)  # the launchers' own lines around the error of a process
     try:
         if gpus:
             from accelerate.commands.launch import launch_command, launch_command_parser
 
-            # all that it would warn of otherwise; the recipes choose the precision
+            # its defaults, which it warns about unless given; the recipes choose the precision
             kind = ["--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
             launch_command(launch_command_parser().parse_args([*kind, f"--num_processes={processes}", file, *words]))
         else:
             run.main(["--standalone", f"--nproc_per_node={processes}", file, *words])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:  # it could not tell
+        if failure.exitcode < 0:  # killed, so it printed nothing
             print(f"process {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         return abs(failure.exitcode) or 1
     except SignalException as ended:

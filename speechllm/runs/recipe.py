@@ -1,17 +1,17 @@
-"""How a recipe starts: configuration from the command line, and one clear line instead of a traceback.
+"""The entry point of a recipe: one clear line instead of a traceback for expected errors.
 
-Its configuration stands first and is read (`parse_config`) before anything heavy is imported; `run_recipe` comes last.
+A recipe parses its configuration (`parse_config`) before it imports anything heavy, and ends with `run_recipe`.
 """
 
 import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from speechllm.runs.config import let_first_speak
+from speechllm.runs.config import yield_to_first_process
 from tokenizer.errors import InputError
 
 T = TypeVar("T")
-EXPECTED = (InputError, OSError, ImportError)  # their messages say how to mend what is wrong
+EXPECTED = (InputError, OSError, ImportError)  # their messages say how to fix the problem
 
 
 def run_recipe(main: Callable[[T], None], config: T) -> None:
@@ -19,8 +19,8 @@ def run_recipe(main: Callable[[T], None], config: T) -> None:
     try:
         main(config)
     except EXPECTED as error:
-        let_first_speak()
+        yield_to_first_process()
         sys.exit(f"error: {error}")
     except SystemExit:
-        let_first_speak()
+        yield_to_first_process()
         raise

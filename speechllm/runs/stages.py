@@ -1,4 +1,4 @@
-"""A job of several recipes, each run once as a command of its own: finished stages are remembered and skipped."""
+"""Jobs of several recipes, each run as its own command; finished stages are recorded and skipped next time."""
 
 import functools
 import re
@@ -28,10 +28,10 @@ SPLITS = ("splits", "dev_splits", "train_splits", "test_splits")  # keys of the 
 
 
 class Stages:
-    """Runs each stage once; remembers in RUN/stages.json what is finished and the seconds it took.
+    """Runs each stage once; RUN/stages.json records which are finished and how many seconds they took.
 
-    run: folder of the job; recipes: folder of the recipes; processes: per training where there is no GPU, the largest
-    power of two up to the number of cores and 8 when None (a batch must be shared equally).
+    run: folder of the job; recipes: folder of the recipes; processes: per training without a GPU; when None the largest
+    power of two up to the number of cores, at most 8 (processes share a batch equally).
     """
 
     def __init__(self, run: Path, recipes: Path, processes: int | None = None):
@@ -43,13 +43,13 @@ class Stages:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """What each finished stage took."""
+        """Duration of each finished stage."""
         return {name: stage["seconds"] for name, stage in self.done.items() if stage["finished"]}
 
     def check(self, commands: Mapping[str, list[str]]) -> None:
-        """Raise RunError with all that recipes would find wrong with their commands, by name of the stage.
+        """Check the configuration of every command, by name of the stage, and the splits of the corpora they read.
 
-        That is their configurations, and splits which the corpus named by `data` lacks.
+        Raises RunError listing all problems.
         """
         classes = {name: config_class(self.recipes / name) for name in {words[0] for words in commands.values()}}
         problems: list[str] = []
@@ -72,10 +72,10 @@ class Stages:
             raise RunError("\n".join(problems))
 
     def run(self, commands: Mapping[str, list[str]], shared: Container[str], single: Container[str]) -> None:
-        """Run commands by name of the stage, in this order; one that fails costs only those that need what it makes.
+        """Run commands, by name of the stage, in this order; a failure affects only stages that need its output.
 
-        shared: recipes whose processes share the work; single: recipes of which several run side by side, since one
-        would leave cores idle, but on GPUs each on its own. Raises SystemExit at the end if anything failed.
+        shared: recipes whose processes share the work; single: recipes that run concurrently on a CPU, because one alone
+        would leave cores idle. Raises SystemExit at the end if any stage failed.
         """
         failed = False
         for recipe, group in groupby(commands.items(), key=lambda item: item[1][0]):
@@ -87,21 +87,21 @@ class Stages:
             for job in jobs:
                 try:
                     job()
-                except SystemExit:  # the recipe has said why
+                except SystemExit:  # the recipe has printed why
                     failed = True
         if failed:
-            raise SystemExit("not everything could be done, see above: the same command tries again what is missing")
+            raise SystemExit("some stages failed, see above: the same command retries them")
 
     def stage(self, name: str, *commands: list[str]) -> None:
-        """Run recipes side by side, sharing the processor cores; stop the job when one fails."""
+        """Run recipes concurrently, sharing the processor cores; stop the job if one fails."""
         words = [["python", f"{self.recipes}/{recipe}", *rest] for recipe, *rest in commands]
         self.call(name, lambda: self._run(words), commands)
 
     def side_by_side(self, commands: Mapping[str, list[str]]) -> None:
-        """Run recipes that do not need each other, each a stage of its own, as many at a time as there are cores.
+        """Run independent recipes, each as its own stage, as many at a time as there are cores.
 
-        Small trainings end sooner so than one after the other with several threads each. When one fails, the others
-        still end before the job stops.
+        Small trainings finish sooner this way than one after another with several threads each. If one fails, the
+        others finish before the job stops.
         """
         at_once = min(len(commands), available_cpus())
 
@@ -114,24 +114,24 @@ class Stages:
                 running.result()
 
     def launch(self, name: str, command: list[str]) -> None:
-        """Run one recipe on all GPUs, or else in several processes.
+        """Run one recipe on all GPUs, or in several processes if there is none.
 
-        On CPU these are faster than one process with several threads, which mostly wait for each other in small
-        models, and far faster when other programs use the cores too.
+        On a CPU several processes are faster than one with several threads, which mostly wait for each other in small
+        models, and much faster when other programs use the cores too.
         """
         processes = torch.cuda.device_count() or self.processes
         words = ["python", *recipe_command(f"{self.recipes}/{command[0]}", command[1:], processes)]
         self.call(name, lambda: self._run([words], processes), [command])
 
     def call(self, name: str, work: Callable[[], None], asked: Sequence[list[str]] = ()) -> None:
-        """Do `work` unless it was done before; a stage that was interrupted adds to the time it took before.
+        """Do `work` unless it was done before; the recorded time includes that of interrupted attempts.
 
-        asked: what is to be done, in words; what a configuration file says counts, not its name. Raises RunError where
-        a stage of this name was done with other ones.
+        asked: the commands; a configuration file counts by its content, not its name. Raises RunError if the stage was
+        done with other settings.
         """
-        words = [said for command in asked for word in command for said in spelt_out(word)]
+        words = [setting for command in asked for word in command for setting in expand(word)]
         before = self.done.get(name, {"seconds": 0.0, "finished": False, "words": words})
-        if before["finished"] and before.get("words", words) != words:  # earlier versions did not keep them
+        if before["finished"] and before.get("words", words) != words:  # earlier versions did not record them
             changed = set(before["words"]) ^ set(words)
             raise RunError(
                 f"[{name}] was done with other settings ({', '.join(sorted(changed))}) in {self.file.parent}: "
@@ -165,19 +165,19 @@ class Stages:
             for process in running:
                 process.terminate()
         if failed:
-            raise SystemExit("a stage failed, see above; what is finished is kept, the same command goes on from there")
+            raise SystemExit("a stage failed, see above; finished work is kept, and the same command continues from there")
 
 
 def config_class(recipe: Path) -> type:
-    """The configuration of a recipe, which stands above the line that reads it; what is imported below takes long."""
+    """The configuration class of a recipe, without the slow imports below the line that parses it."""
     head, _, rest = recipe.read_text(encoding="utf-8").partition('\nif __name__ == "__main__":')
     names: dict[str, Any] = {"__name__": recipe.stem, "__file__": str(recipe)}
     exec(compile(head, recipe, "exec"), names)
     return names[re.findall(r"parse_config\((\w+)\)", rest)[0]]
 
 
-def spelt_out(word: str) -> list[str]:
-    """A word of a command; for a configuration file the words that would say the same."""
+def expand(word: str) -> list[str]:
+    """An argument of a command; for a configuration file the equivalent `key=value` arguments."""
     if not word.startswith(CONFIG):
         return [word]
     values = yaml.safe_load(find_config(word.removeprefix(CONFIG)).read_text(encoding="utf-8")) or {}
