@@ -243,7 +243,7 @@ def test_an_unreadable_recording_affects_only_its_pairs(
     found = evaluate(tmp_path, "splits=[broken]")
     assert found["methods"] == {} and found["pairs"] == 2
     assert [failure["reason"] for failure in found["failed"]] == ["unreadable"] * 2
-    assert "2 without scores" in capsys.readouterr().out
+    assert "2 not scored" in capsys.readouterr().out
 
 
 def test_without_parallel_text_only_similarity_is_measured_which_is_reported(
@@ -260,7 +260,7 @@ def test_without_parallel_text_only_similarity_is_measured_which_is_reported(
     found = evaluate(tmp_path / "out", *words)
     assert found["parallel"] == 0 and found["methods"]["target"].keys() == {"speaker_similarity", "pairs"}
     printed = capsys.readouterr().out
-    assert "neither distortion nor pitch correlation" in printed
+    assert "distortion and pitch correlation were not measured" in printed
     assert "| method | speaker similarity | pairs |" in printed
 
 
@@ -333,7 +333,7 @@ def test_code_vectors_are_collected_once(recipe: Callable[[str], ModuleType], co
 @pytest.mark.parametrize(
     "word, message",
     [
-        ("layers=[[3]]", r"layers must be sets of numbers from 0 to 2, as \[\[1\]\]; got \[\[3\]\]"),
+        ("layers=[[3]]", r"layers must be sets of numbers from 0 to 2, such as \[\[1\]\]; got \[\[3\]\]"),
         ("layers=[]", "layers must be sets"),
         ("layers=[[]]", "layers must be sets"),
     ],
@@ -347,7 +347,7 @@ def test_errors_are_reported_in_one_line(
 
 
 def test_one_speaker_is_not_enough(recipe: Callable[[str], ModuleType]) -> None:
-    with pytest.raises(ValueError, match="recordings of two speakers, these are of 1"):
+    with pytest.raises(ValueError, match="recordings of two speakers, found 1"):
         recipe(RECIPE).choose_pairs([recording("a", "ONE"), recording("a", "TWO")], 9, 0)
 
 

@@ -98,14 +98,14 @@ def test_folder_of_other_arguments_is_refused(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call(recipe, monkeypatch, tmp_path, "--train=8")
-    with pytest.raises(SystemExit, match="holds a corpus of .*'train': 8"):
+    with pytest.raises(SystemExit, match="holds a corpus made with .*'train': 8"):
         call(recipe, monkeypatch, tmp_path, "--train=4")
     assert len((tmp_path / "manifest.jsonl").read_text().splitlines()) == 12
 
 
 def test_foreign_folder_is_refused(recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.txt").touch()
-    with pytest.raises(SystemExit, match="something else"):
+    with pytest.raises(SystemExit, match="holds other files"):
         call(recipe, monkeypatch, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

@@ -380,7 +380,7 @@ def test_the_plan_is_printed_first(work: Work, here: Callable, capsys: pytest.Ca
             "model=null train=lora",
             "row_steps need a pretrained language model, but model is null",
         ),
-        ("dev_splits=null patience=3", "patience needs dev_splits to measure a WER on"),
+        ("dev_splits=null patience=3", "patience needs dev_splits for measuring the WER"),
         (
             "batch_tokens=0 max_utterances=-1",
             "batch_tokens must be at least 1, got 0; max_utterances must be at least 1, got -1",

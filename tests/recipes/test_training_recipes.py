@@ -88,7 +88,7 @@ WRONG = {
     ),
     "no loss before the adversary": ({}, {"time": 0, "mel": 0}, {"start": 5}, "steps have no loss: set losses.time"),
     "no loss at all": ({}, {"time": 0, "mel": 0, **SILENT}, {}, "the first steps have no loss"),
-    "another rate": ({"sample_rate": 24_000}, {}, {}, "set codec.sample_rate to that, not 24000, or both teachers"),
+    "another rate": ({"sample_rate": 24_000}, {}, {}, "teachers need codec.sample_rate=16000, got 24000"),
     "another hop": ({"strides": (2, 4, 5, 4)}, {}, {}, "strides with a product of 320, got 160"),
 }
 
