@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -187,6 +188,20 @@ def test_the_tokenizer_of_ones_own_works_everywhere(
     assert json.loads(capsys.readouterr().out)["codes"] == codec.encode(waveform[:1]).ids[0].tolist()
     assert command_line(["reconstruct", str(tmp_path / "a.wav"), "--codec", name, "--output", str(tmp_path)]) == 1
     assert "cannot turn its tokens into speech again" in capsys.readouterr().err
+
+
+def test_the_picture_is_one_that_its_command_draws(
+    tmp_path: Path, noise: Callable, make_speech_llm: Callable, recipe: Callable[[str], ModuleType]
+) -> None:
+    make_speech_llm().save(tmp_path / "model")
+    save_audio(tmp_path / "a.wav", noise(16_000)[0], 16_000)
+    module = recipe("draw_pipeline.py")
+    module.main(module.DrawConfig(*(str(tmp_path / name) for name in ("model", "a.wav", "drawn/a.svg"))))
+    drawn, shown = tmp_path / "drawn" / "a.svg", ROOT / "recipes" / "pipeline.svg"
+    assert "(recipes/pipeline.svg)" in read("README.md") and shown.stat().st_size < 40_000
+    for file in (drawn, shown):
+        texts = [element.text for element in ElementTree.parse(file).iter() if element.tag.endswith("}text")]
+        assert {"speech", "codes", "prompt", "text", "Transcribe this speech", "<|audio_start|>"} < set(texts)
 
 
 def test_a_file_without_such_a_tokenizer_is_refused(tmp_path: Path) -> None:
