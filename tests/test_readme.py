@@ -138,15 +138,19 @@ def test_every_speechllm_command_exists_with_its_options(line: str, capsys: pyte
     assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= known
 
 
-def test_the_demo_ends_with_the_lines_of_the_readme(recipe: Callable[[str], ModuleType]) -> None:
+def test_the_demo_ends_with_the_figures_of_the_readme(recipe: Callable[[str], ModuleType]) -> None:
     results = {
         **{"wer": 0.095, "wer_ci95": (0.076, 0.114), "utterances": 200, "tokens_per_second": 50.3},
-        **{"wer_shuffled_audio": 0.94, "seconds": 450},
+        **{"wer_shuffled_audio": 0.94, "wer_shuffled_audio_ci95": (0.9, 0.98), "seconds": 450},
         "content": {"label": "phone", "layer_0": {"pnmi": 0.71}, "log_mel_kmeans": {"pnmi": 0.59}},
         "speaker": {"layer_0": 0.19, "layer_1": 0.36, "chance": 0.01},
     }
-    lines = recipe("demo.py").summary(Path("runs/demo"), results)
-    assert lines.strip() + "\n" in blocks("README.md", "text")
+    lines = recipe("demo.py").summary(Path("runs/demo"), results).splitlines()
+    figures = re.compile(r"\d[\d.]*")
+    (shown,) = [text.splitlines() for text in blocks("README.md", "text") if text.startswith("WER")]
+    measured = [line for line in shown if not line.startswith("The model uses the audio")]
+    assert len(measured) == 5
+    assert {tuple(figures.findall(line)) for line in measured} <= {tuple(figures.findall(line)) for line in lines}
 
 
 @documents
