@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -137,15 +138,19 @@ def test_every_speechllm_command_exists_with_its_options(line: str, capsys: pyte
     assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= known
 
 
-def test_the_demo_ends_with_the_lines_of_the_readme(recipe: Callable[[str], ModuleType]) -> None:
+def test_the_demo_ends_with_the_figures_of_the_readme(recipe: Callable[[str], ModuleType]) -> None:
     results = {
         **{"wer": 0.095, "wer_ci95": (0.076, 0.114), "utterances": 200, "tokens_per_second": 50.3},
-        **{"wer_shuffled_audio": 0.94, "seconds": 450},
+        **{"wer_shuffled_audio": 0.94, "wer_shuffled_audio_ci95": (0.9, 0.98), "seconds": 450},
         "content": {"label": "phone", "layer_0": {"pnmi": 0.71}, "log_mel_kmeans": {"pnmi": 0.59}},
         "speaker": {"layer_0": 0.19, "layer_1": 0.36, "chance": 0.01},
     }
-    lines = recipe("demo.py").summary(Path("runs/demo"), results)
-    assert lines.strip() + "\n" in blocks("README.md", "text")
+    lines = recipe("demo.py").summary(Path("runs/demo"), results).splitlines()
+    figures = re.compile(r"\d[\d.]*")
+    (shown,) = [text.splitlines() for text in blocks("README.md", "text") if text.startswith("WER")]
+    measured = [line for line in shown if not line.startswith("The model uses the audio")]
+    assert len(measured) == 5
+    assert {tuple(figures.findall(line)) for line in measured} <= {tuple(figures.findall(line)) for line in lines}
 
 
 @documents
@@ -187,6 +192,20 @@ def test_the_tokenizer_of_ones_own_works_everywhere(
     assert json.loads(capsys.readouterr().out)["codes"] == codec.encode(waveform[:1]).ids[0].tolist()
     assert command_line(["reconstruct", str(tmp_path / "a.wav"), "--codec", name, "--output", str(tmp_path)]) == 1
     assert "cannot turn its tokens into speech again" in capsys.readouterr().err
+
+
+def test_the_picture_is_one_that_its_command_draws(
+    tmp_path: Path, noise: Callable, make_speech_llm: Callable, recipe: Callable[[str], ModuleType]
+) -> None:
+    make_speech_llm().save(tmp_path / "model")
+    save_audio(tmp_path / "a.wav", noise(16_000)[0], 16_000)
+    module = recipe("draw_pipeline.py")
+    module.main(module.DrawConfig(*(str(tmp_path / name) for name in ("model", "a.wav", "drawn/a.svg"))))
+    drawn, shown = tmp_path / "drawn" / "a.svg", ROOT / "recipes" / "pipeline.svg"
+    assert "(recipes/pipeline.svg)" in read("README.md") and shown.stat().st_size < 40_000
+    for file in (drawn, shown):
+        texts = [element.text for element in ElementTree.parse(file).iter() if element.tag.endswith("}text")]
+        assert {"speech", "codes", "prompt", "text", "Transcribe this speech", "<|audio_start|>"} < set(texts)
 
 
 def test_a_file_without_such_a_tokenizer_is_refused(tmp_path: Path) -> None:

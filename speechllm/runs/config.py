@@ -33,7 +33,7 @@ class ConfigError(InputError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 2e-4 is a number, even without a dot; true and false are booleans, yes and no are not."""
+    """YAML as people write it: 2e-4 is a number even without a dot; only true and false are booleans, not yes or no."""
 
 
 _Loader.yaml_implicit_resolvers = {

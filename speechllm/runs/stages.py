@@ -74,8 +74,8 @@ class Stages:
     def run(self, commands: Mapping[str, list[str]], shared: Container[str], single: Container[str]) -> None:
         """Run commands, by name of the stage, in this order; a failure affects only stages that need its output.
 
-        shared: recipes whose processes share the work; single: recipes that run concurrently on a CPU, because one alone
-        would leave cores idle. Raises SystemExit at the end if any stage failed.
+        shared: recipes whose processes share the work; single: recipes that run concurrently on a CPU, because one
+        alone would leave cores idle. Raises SystemExit at the end if any stage failed.
         """
         failed = False
         for recipe, group in groupby(commands.items(), key=lambda item: item[1][0]):
@@ -165,7 +165,9 @@ class Stages:
             for process in running:
                 process.terminate()
         if failed:
-            raise SystemExit("a stage failed, see above; finished work is kept, and the same command continues from there")
+            raise SystemExit(
+                "a stage failed, see above; finished work is kept, and the same command continues from there"
+            )
 
 
 def config_class(recipe: Path) -> type:

@@ -91,7 +91,7 @@ def test_recipes_and_makefile_name_configs_that_exist(file: str) -> None:
 
 
 def test_every_config_is_named_somewhere() -> None:
-    files = [ROOT / "Makefile", *(ROOT / "configs").rglob("*.yaml"), *ROOT.glob("*.md"), *(ROOT / "recipes").glob("*")]
+    files = [ROOT / "Makefile", *(ROOT / "configs").rglob("*.*"), *ROOT.glob("*.md"), *(ROOT / "recipes").glob("*")]
     named = {file: config_paths(file.read_text(encoding="utf-8")) for file in files if file.is_file()}
     for config in CONFIGS:
         assert any(config in paths for file, paths in named.items() if file != ROOT / config), f"who uses {config}?"

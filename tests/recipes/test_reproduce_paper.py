@@ -1,4 +1,4 @@
-"""Every command of the README's "Reproduce the paper", in miniature: real names of splits, the formats of real models."""
+"""Every command of the README's "Reproduce the paper" in miniature: real splits' names, real models' formats."""
 
 import json
 import re
