@@ -131,7 +131,8 @@ def test_both_kinds_of_units_are_learnt_in_training_and_scored_in_the_test(
 def test_the_whole_evaluation_with_a_probe(evaluation: types.ModuleType, work: Path) -> None:
     found = evaluate(evaluation, work, **SPLITS, probe_steps=2)
     assert set(found["probe"]) == {"steps", "layer_0", "log_mel_kmeans"}
-    assert evaluate(evaluation, work, **SPLITS, probe_steps=2) == found
+    again = evaluate(evaluation, work, **SPLITS, probe_steps=2)
+    assert again | {"seconds": found["seconds"]} == found
 
 
 def test_a_probe_is_not_tested_on_what_it_learns_from(evaluation: types.ModuleType, work: Path) -> None:
