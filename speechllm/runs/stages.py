@@ -57,7 +57,7 @@ class Stages:
         for stage, (recipe, *words) in commands.items():
             file = words.pop(0).removeprefix(CONFIG) if words[0].startswith(CONFIG) else None
             try:
-                config = load_config(classes[recipe], file, words)
+                config: Any = load_config(classes[recipe], file, words)
             except ConfigError as error:
                 problems.append(f"[{stage}] {recipe}: {error}")
                 continue
