@@ -45,7 +45,7 @@ def test_wheel_holds_the_two_packages_only(wheel: zipfile.ZipFile) -> None:
 
 
 def test_wheel_holds_recipes_and_configurations_inside_the_package(wheel: zipfile.ZipFile) -> None:
-    files = [*(ROOT / "recipes").glob("*.py"), *(ROOT / "configs").rglob("*.yaml")]
+    files = [*(ROOT / "recipes").glob("*.py"), *(ROOT / "configs").rglob("*.yaml"), ROOT / "recipes/COPYING.GPL-3.0"]
     expected = {f"speechllm/{path.relative_to(ROOT).as_posix()}" for path in files}
     assert len(expected) > 30
     assert {

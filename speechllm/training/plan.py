@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from speechllm.prompt import IGNORED, Example
 
 SHARE = 0.4  # share of a device's speed in one large matrix product that a training may reach
-SIZES = {"cpu": 1024, "cuda": 8192}  # size of that product's square matrices
+SIZES = {"cpu": 512, "cuda": 8192}  # of the square matrices in that product
 
 
 def training_flops(model: Any, examples: Sequence[Example], frozen: bool) -> float:
@@ -35,7 +35,7 @@ def _labels(examples: Sequence[Example]) -> int:
 
 def product_speed(device: torch.device, dtype: torch.dtype) -> float:
     """Floating point operations per second in the product of two large square matrices, measured briefly."""
-    size = SIZES.get(device.type, 1024)
+    size = SIZES.get(device.type, 512)
     square = torch.ones(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(4):  # the first ones warm the device up

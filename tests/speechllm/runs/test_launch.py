@@ -140,5 +140,5 @@ def test_on_gpus_accelerate_starts_them_and_each_needs_one(monkeypatch: pytest.M
     (arguments,) = asked
     assert arguments.multi_gpu and arguments.num_processes == 2 and arguments.training_script == "job.py"
     assert arguments.training_script_args == ["--config", "x.yaml", "steps=1"]
-    with pytest.raises(ValueError, match="3 processes need a GPU each, here are 2"):
+    with pytest.raises(ValueError, match="3 processes need one GPU each, but there are 2"):
         launch.launch(3, "job.py", [])
