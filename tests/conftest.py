@@ -305,18 +305,21 @@ class Started:
                 os.kill(process, signal.SIGKILL)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For pytest-xdist: a file stays in one process, and all files that start recipes share the one with the server."""
+    started = {item.path for item in items if "start_recipe" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("recipes" if item.path in started else str(item.path)))
+
+
 def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _fork_server(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen | None]:
-    """Started before the first test where any test needs it: it imports while the others run."""
-    if not any("start_recipe" in getattr(test, "fixturenames", ()) for test in request.session.items):
-        yield None
-        return
+@pytest.fixture(scope="session")
+def _fork_server() -> Iterator[subprocess.Popen]:
     file = Path(__file__).with_name("fork_server.py")
     environment = {
         **os.environ,
@@ -346,7 +349,9 @@ def start_recipe(_fork_server: subprocess.Popen, tmp_path_factory: pytest.TempPa
         _fork_server.stdin.flush()
         return json.loads(_fork_server.stdout.readline())
 
-    def start(name: str, words: str, folder: Path, processes: int = 1) -> Started:
+    def start(
+        name: str, words: str, folder: Path, processes: int = 1, environment: dict[str, str] | None = None
+    ) -> Started:
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{_free_port()}"} if processes > 1 else {}
         requests = []
         for rank in range(processes):
@@ -358,7 +363,7 @@ def start_recipe(_fork_server: subprocess.Popen, tmp_path_factory: pytest.TempPa
                     "folder": str(folder),
                     "output": f"{log}.out",
                     "errors": f"{log}.err",
-                    "environment": {**meeting, **place, **size} if meeting else {},
+                    "environment": {**(environment or {}), **meeting, **(place | size if meeting else {})},
                 }
             )
         return Started(ask, requests)
