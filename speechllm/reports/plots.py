@@ -186,7 +186,9 @@ def _curve(name: str, series: Mapping[str, np.ndarray]) -> str:
     """The plot of one quantity: float [points, 2] of (step, value) by key."""
     from matplotlib.ticker import EngFormatter
 
-    figure, (axis,) = _panels(1, 1, 2.1, width=3.2)
+    # fixed margins: the layout engine draws everything twice, and a report has dozens of these
+    figure, (axis,) = _panels(1, 1, 2.1, width=3.2, layout=None)
+    figure.subplots_adjust(left=0.19, right=0.97, bottom=0.14, top=0.88)
     for key, points in series.items():
         steps, values = points.T
         if layer := LAYER.search(key):
@@ -233,11 +235,13 @@ def _power(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
     return np.abs(np.fft.rfft(frames * np.hanning(window))).T ** 2
 
 
-def _panels(rows: int, columns: int, height: float, width: float = 9.5, **shared: Any) -> tuple[Any, list[Any]]:
+def _panels(
+    rows: int, columns: int, height: float, width: float = 9.5, layout: str | None = "constrained", **shared: Any
+) -> tuple[Any, list[Any]]:
     """A figure of `height` and `width` in inches, by default as wide as the page, and its axes row by row."""
     from matplotlib.figure import Figure  # without pyplot, which would need a display or a global backend
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout)
     axes = list(figure.subplots(rows, columns, squeeze=False, **shared).ravel())
     for axis in axes:
         axis.tick_params(labelsize=8)
