@@ -27,9 +27,12 @@ def make_accelerator(precision: str = "no") -> "Accelerator":
 
 
 def command_line() -> str:
-    """The command that started this process, ready to be used again."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return shlex.join([*(["accelerate", "launch"] if several else ["python"]), *sys.argv])
+    """The command that repeats this process, or the processes that share its work, in shell syntax."""
+    recipe, *words = sys.argv
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        return shlex.join(["speechllm", "run", recipe, "--processes", str(processes), *words])
+    return shlex.join(["python", recipe, *words])
 
 
 def provenance(config: Any, seconds: float, *packages: str) -> dict[str, Any]:

@@ -170,11 +170,13 @@ def test_a_resumed_run_counts_the_seconds_before_its_checkpoint(tmp_path: Path) 
     assert again.provenance["config"]["steps"] == 3 and again.provenance["versions"] == versions()
 
 
-@pytest.mark.parametrize("processes, launcher", [(1, "python"), (2, "accelerate launch")])
-def test_the_command_line_can_be_used_again(monkeypatch: pytest.MonkeyPatch, processes: int, launcher: str) -> None:
+@pytest.mark.parametrize(
+    "processes, started", [(1, "python recipes/a.py"), (2, "speechllm run recipes/a.py --processes 2")]
+)
+def test_the_command_line_can_be_used_again(monkeypatch: pytest.MonkeyPatch, processes: int, started: str) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setattr("sys.argv", ["recipes/a.py", "data=my corpus", "splits=[a,b]"])
-    assert command_line() == f"{launcher} recipes/a.py 'data=my corpus' 'splits=[a,b]'"
+    assert command_line() == f"{started} 'data=my corpus' 'splits=[a,b]'"
 
 
 def test_a_checkpoint_half_written_when_the_run_was_killed_is_not_read(tmp_path: Path) -> None:
