@@ -214,7 +214,7 @@ def plan(config: DemoConfig) -> str:
     return (
         f"Demo in {config.output} on {available_cpus()} cores: {speech} -> two small teachers -> codec (content "
         "distilled into layer 0, voice into layer 1) -> codes -> small Qwen2 with the codes as new tokens -> WER -> "
-        "report.\nWith synthetic speech this takes 5 to 8 minutes on two cores. Finished stages are not repeated."
+        "report.\nWith synthetic speech this takes 7 to 14 minutes on two cores. Finished stages are not repeated."
     )
 
 
