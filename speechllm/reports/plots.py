@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -236,7 +236,12 @@ def _power(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
 
 
 def _panels(
-    rows: int, columns: int, height: float, width: float = 9.5, layout: str | None = "constrained", **shared: Any
+    rows: int,
+    columns: int,
+    height: float,
+    width: float = 9.5,
+    layout: Literal["constrained"] | None = "constrained",
+    **shared: Any,
 ) -> tuple[Any, list[Any]]:
     """A figure of `height` and `width` in inches, by default as wide as the page, and its axes row by row."""
     from matplotlib.figure import Figure  # without pyplot, which would need a display or a global backend
