@@ -41,6 +41,12 @@ def _no_network() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws from the global generator does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 def _noise(samples: int, batch: int = 1, seed: int = 0) -> Tensor:
     """Noise float [B, N] whose level rises and falls, so that frames differ from each other."""
     generator = torch.Generator().manual_seed(seed)
