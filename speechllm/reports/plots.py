@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from speechllm.reports.html import grid
+from tokenizer.files import atomic_file
 
 LAYER = re.compile(r"_(\d+)$")  # suffix of a quantity's name
 
@@ -162,13 +162,8 @@ def spectrogram_figure(sounds: Mapping[str, np.ndarray], sample_rate: int) -> An
 def save_figure(figure: Any, path: str | Path) -> None:
     """Write a figure atomically as PNG, PDF or SVG, depending on the file's suffix."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with atomic_file(path) as part:
         figure.savefig(part, format=path.suffix[1:], dpi=130)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _series(log: Sequence[Mapping[str, object]]) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from tokenizer.audio import AudioError, load_audio
 from tokenizer.corpus import Utterance
 from tokenizer.errors import InputError
-from tokenizer.files import atomic_file
+from tokenizer.files import atomic_file, read_json, write_text
 from tokenizer.frames import frame_count
 
 
@@ -116,7 +116,7 @@ class _Hashes:
         self.folder = folder
         self.known: dict[str, list] = {}  # path: [size, modification time in ns, SHA-256]
         for file in folder.glob("hashes_*.json"):
-            self.known |= _read_json(file)
+            self.known |= read_json(file)
         self.new: dict[str, list] = {}
 
     def __getitem__(self, path: str) -> str:
@@ -131,8 +131,7 @@ class _Hashes:
     def save(self, process: int) -> None:
         if self.new:
             file = self.folder / f"hashes_{process}.json"
-            with atomic_file(file) as part:
-                part.write_text(json.dumps(_read_json(file) | self.new), encoding="utf-8")
+            write_text(file, json.dumps(read_json(file) | self.new))
 
 
 def _stat(path: str) -> tuple[str, int, int]:
@@ -157,7 +156,3 @@ def _hash_content(path: str, size: int, changed_ns: int) -> str:
 def _save_features(file: Path, features: np.ndarray) -> None:
     with atomic_file(file) as part, part.open("wb") as stream:
         np.save(stream, features)
-
-
-def _read_json(file: Path) -> dict[str, list]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
