@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 import uuid
+import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from speechllm.runs.machine import provenance, versions
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_file, read_json, read_jsonl, write_json, write_jsonl, write_text
+from tokenizer.progress import progress_bar
 
 T = TypeVar("T")
 KEPT_CHECKPOINTS = 2
@@ -117,8 +119,8 @@ class Run:
         """Let a finished run go on, which it can while it has a checkpoint."""
         if steps < before or not self._checkpoints():
             raise RunError(
-                f"{self.folder} is finished after steps={before}, and what would be needed to go on to steps={steps} is "
-                "deleted at the end: choose another output folder (train_asr goes on from the model with model=RUN/model)"
+                f"{self.folder} is finished with steps={before}, and has no checkpoint to go on from to steps={steps}: "
+                "choose another output folder (train_asr can start from the finished model, model=RUN/model)"
             )
         (self.folder / "done.json").unlink()
 
@@ -175,7 +177,7 @@ class Run:
                 os.fsync(file.fileno())  # or a power cut may leave the new name and not yet its content
         except (OSError, RuntimeError) as error:  # torch hides the first in the second
             raise RunError(
-                f"cannot write the checkpoint {name}: {error}; those before are kept: the same command goes on from there"
+                f"cannot write the checkpoint {name}: {error}; those before are kept, the same command goes on there"
             ) from error
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
             old.unlink()
@@ -188,10 +190,7 @@ class Run:
         if self.main:
             for part in (self.folder / "checkpoints").glob("*.part"):  # of a process that was killed
                 part.unlink()
-        # memory-mapped: otherwise every process would hold a second copy of all weights and moments
-        state = newest_usable(
-            self._checkpoints(), lambda file: torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        )
+        state = newest_usable(self._checkpoints(), _load_checkpoint, self.main)
         done = state["step"] if state else 0
         self.cut_log(done)
         self._start_trackers(done)
@@ -210,37 +209,40 @@ class Run:
 
     def steps(self, start: int, stop: int, description: str) -> tqdm:
         """Progress bar over training steps, shown in the main process only."""
-        return tqdm(
-            range(start, stop),
-            description,
-            initial=start,
-            total=stop,
-            disable=not self.main,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10,  # less often in log files
-        )
+        return progress_bar(range(start, stop), description, initial=start, total=stop, disable=not self.main, delay=0)
 
 
-def newest_usable(files: Sequence[Path], load: Callable[[Path], T]) -> T | None:
+def _load_checkpoint(file: Path) -> dict[str, Any]:
+    check_archive(file)
+    # memory-mapped: otherwise every process would hold a second copy of all weights and moments
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def check_archive(file: Path) -> None:
+    """Compare the content of a file that `torch.save` wrote with its checksums, which torch does not do."""
+    with zipfile.ZipFile(file) as archive:
+        if (broken := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {broken}")
+
+
+def newest_usable(files: Sequence[Path], load: Callable[[Path], T], tell: bool = True) -> T | None:
     """What `load` returns for the last of these checkpoints, oldest first, that it can read; None without files.
 
-    Raises RunError if it can read none.
+    tell: print which it cannot. Raises RunError if it can read none.
     """
     for file in reversed(files):
         try:
             return load(file)
         except Exception as error:  # of many kinds: whatever a file that was cut short makes a reader stumble over
-            print(f"{file} cannot be read, the checkpoint before it is used ({_first_line(error)})", file=sys.stderr)
+            if tell:
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                print(f"{file} cannot be read ({reason}): trying the checkpoint before it", file=sys.stderr)
     if files:
         raise RunError(
             f"none of the checkpoints in {files[0].parent} can be read: restore one, or delete the folder "
             f"{files[0].parent} to start the training anew"
         )
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _logged_step(line: str) -> float:
