@@ -38,6 +38,7 @@ from speechllm import AudioError, Utterance, load_audio, read_corpus
 from speechllm.evaluation.normalizers import librispeech_normalizer
 from speechllm.runs.machine import available_cpus
 from speechllm.runs.recipe import run_recipe
+from speechllm.runs.signals import follow_parent
 from tokenizer.files import write_jsonl
 from tokenizer.rates import SAMPLE_RATE
 
@@ -46,9 +47,9 @@ def main(config: AlignConfig) -> None:
     try:
         decoder()
     except ImportError:
-        raise SystemExit('error: PocketSphinx is required: pip install "speechllm[align]"') from None
+        raise ImportError('PocketSphinx is required: pip install "speechllm[align]"') from None
     utterances = read_corpus(config.data, config.splits)
-    with ProcessPoolExecutor(available_cpus()) as pool:
+    with ProcessPoolExecutor(available_cpus(), initializer=follow_parent) as pool:
         results = list(tqdm(pool.map(align, utterances, chunksize=8), "align", len(utterances), unit="utt"))
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)

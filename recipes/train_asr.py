@@ -103,7 +103,7 @@ class AsrConfig:
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
-    CONFIG = parse_config(AsrConfig)
+    CONFIG = parse_config(AsrConfig, shares_work=True)
 
 import numpy as np
 import torch

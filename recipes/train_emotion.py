@@ -61,7 +61,7 @@ class EmotionConfig:
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
-    CONFIG = parse_config(EmotionConfig)
+    CONFIG = parse_config(EmotionConfig, shares_work=True)
 
 import numpy as np
 import torch

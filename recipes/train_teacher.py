@@ -54,7 +54,7 @@ class TeacherConfig:
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
-    CONFIG = parse_config(TeacherConfig)
+    CONFIG = parse_config(TeacherConfig, shares_work=True)
 
 import torch
 import torch.nn.functional as F

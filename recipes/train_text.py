@@ -40,7 +40,7 @@ class TextConfig:
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
-    CONFIG = parse_config(TextConfig)
+    CONFIG = parse_config(TextConfig, shares_work=True)
 
 import torch
 from accelerate.utils import set_seed
@@ -71,7 +71,7 @@ class TextTrainer(Trainer):
 
 
 class RunCallback(TrainerCallback):
-    """Gives a `Trainer` what the other trainings get from their `TrainingLoop`: log, skipped steps, an end by signal."""
+    """Gives a `Trainer` what the other trainings get from a `TrainingLoop`: log, skipped steps, an end by signal."""
 
     def __init__(self, run: Run, guard: StepGuard, text: list[str]):
         self.run, self.guard, self.text = run, guard, text

@@ -126,7 +126,7 @@ class TokenizerConfig:
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
-    CONFIG = parse_config(TokenizerConfig)
+    CONFIG = parse_config(TokenizerConfig, shares_work=True)
 
 import torch
 from accelerate import Accelerator

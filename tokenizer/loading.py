@@ -46,7 +46,7 @@ def load_tokenizer(name: str | Path) -> AudioTokenizer:
             return FeatureEncoder.from_pretrained(folder, _layer(layer))
         if prefix == "recognizer":
             return Recognizer.from_pretrained(rest)
-        raise ValueError(f"unknown kind {prefix!r}; {SPELLINGS}")
+        raise InputError(f"unknown kind {prefix!r}; {SPELLINGS}")
     except ValueError as error:
         raise TokenizerError(f"{name}: {error}") from error
 
@@ -90,7 +90,7 @@ def _layer(text: str) -> int | str | None:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"expected a number or avg after #, got {text!r}") from None
+        raise InputError(f"expected a number or avg after #, got {text!r}") from None
 
 
 def _by_files(name: str) -> AudioTokenizer:
@@ -110,7 +110,7 @@ def _by_files(name: str) -> AudioTokenizer:
     if model_type in PUBLISHED:
         return PublishedCodec.from_pretrained(name)
     if model_type == "whisper" or "conv_stride" in config:
-        raise ValueError(
+        raise InputError(
             f"it is a {model_type} model: write features:{name} for its features, recognizer:{name} for text"
         )
     if "num_codebooks" in config and not model_type:
@@ -118,7 +118,7 @@ def _by_files(name: str) -> AudioTokenizer:
     if "n_q" in config:
         return convert_speechtokenizer(name)
     found = f"a {model_type} model" if model_type else f"no audio tokenizer in {', '.join(config) or 'it'}"
-    raise ValueError(f"found {found}; {SPELLINGS}")
+    raise InputError(f"found {found}; {SPELLINGS}")
 
 
 def load_recognizer(name: str) -> AudioTokenizer:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speechllm.runs.config import shipped
+from speechllm.runs.signals import catch_early_interrupts, child_environment, end_with_parent
 from tokenizer.errors import InputError
 
 
@@ -55,6 +56,9 @@ def launch(processes: int, file: str, words: Sequence[str]) -> int:
     if 0 < gpus < processes:
         raise InputError(f"{processes} processes need one GPU each, but there are {gpus}: use --processes {gpus}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // processes)))
+    # forwarded to the processes, which save a checkpoint: torch's own, and the one by which Slurm announces the end
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    os.environ |= child_environment()
     logging.disable(logging.ERROR)  # the launchers' own lines around the error of a process
     try:
         if gpus:
@@ -76,6 +80,8 @@ def launch(processes: int, file: str, words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    catch_early_interrupts()
+    end_with_parent()
     try:
         sys.exit(launch(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
     except InputError as error:
