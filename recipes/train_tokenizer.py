@@ -21,8 +21,10 @@ from tokenizer.rates import HOP_LENGTH, SAMPLE_RATE
 class SemanticConfig:
     teacher: str | None = "facebook/hubert-base-ls960"  # folder or hub name; null: no distillation
     layer: int | Literal["avg"] = "avg"  # hidden state, or the mean of all
-    gradient_ratio: float | None = 1.0  # norm of its gradient at z0 relative to the reconstruction's; null: use weight
-    weight: float = 0.5  # lambda_s of eq. 7
+    weight: float = 120.0  # lambda of eq. 7; the paper's 0.5 next to EnCodec's losses, SpeechTokenizer's 120 to its own
+    gradient_ratio: float | None = (
+        1.0  # most that its gradient at the latents may be of the reconstruction's; null: any
+    )
     center: bool = True  # subtract the mean over time first; false is the paper's literal form
     cache: str | None = None  # folder for the teacher's features of whole utterances; null: recomputed for every crop
 
@@ -30,8 +32,11 @@ class SemanticConfig:
 @dataclass
 class AcousticConfig:
     teacher: str | None = "speechbrain/spkrec-ecapa-voxceleb"  # folder or hub name; null: no distillation
-    gradient_ratio: float | None = 0.2  # above about 1 it degrades the content of layer 0; null: use weight
-    weight: float = 0.5  # lambda_a of eq. 7
+    target: Literal["embedding", "frames"] = (
+        "embedding"  # speaker embedding from pooled layer 1, or eq. 5 to the letter
+    )
+    weight: float = 10.0  # lambda of eq. 7; the paper's is 0.5
+    gradient_ratio: float | None = 0.2  # as above; from about 1 on it degrades the content of layer 0
     cache: str | None = None  # as above
 
 
@@ -46,7 +51,7 @@ class LossConfig:
     balance: bool = True  # EnCodec's balancer: weights are shares of the gradient at the waveform
     mel_windows: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048])  # samples
     mel_bands: list[int] | None = None  # per window; one sixteenth of it when null
-    mel_weights: list[float] | None = None  # per window; their mean when null
+    mel_weights: list[float] | None = None  # per window; their mean when null, all 1 is the sum
     mel_squared: bool = True  # L2 in addition to L1
 
 
@@ -88,6 +93,11 @@ class TokenizerConfig:
     precision: Literal["no", "bf16"] = "no"
     log_every: int = 10  # steps
     validate_every: int = 2000  # steps
+    dev_utterances: int = 16  # at most, evenly chosen, for validation
+    best: Literal["mel", "pesq_wb", "stoi"] | None = (
+        "mel"  # figure by which the exported weights are chosen; null: last
+    )
+    patience: int | None = None  # number of validations without a better figure after which to stop; null: never
     save_every: int = 2000  # steps between checkpoints
     num_workers: int = 2  # data loading processes, per training process
     seed: int = 0
@@ -105,6 +115,8 @@ class TokenizerConfig:
             problems.append("acoustic distillation is on layer 1: codec.num_codebooks must be at least 2")
         if self.quantizer_dropout and not all(1 <= n <= self.codec.num_codebooks for n in self.quantizer_dropout):
             problems.append(f"quantizer_dropout must be numbers from 1 to {self.codec.num_codebooks}")
+        if self.patience is not None and not (self.dev_splits and self.best):
+            problems.append("patience needs dev_splits and best, the figure to watch")
         losses, adversary = self.losses, self.adversary
         for name in ("mel_bands", "mel_weights"):
             if (values := getattr(losses, name)) is not None and len(values) != len(losses.mel_windows):
@@ -147,20 +159,20 @@ from tokenizer.corpus import load_usable, spread
 from tokenizer.files import atomic_folder
 from tokenizer.training.crops import Crops, StepSampler
 from tokenizer.training.discriminators import Adversary, make_discriminators
-from tokenizer.training.distillation import AcousticDistillation, SemanticDistillation
-from tokenizer.training.distributed import average_gradients
+from tokenizer.training.distillation import AcousticDistillation, SemanticDistillation, SpeakerDistillation
 from tokenizer.training.feature_cache import FeatureCache
 from tokenizer.training.losses import Balancer, MultiScaleMelLoss, ReconstructionLoss
 from tokenizer.training.step import (
+    CodecLoss,
     DistillationLoss,
     average_weights,
-    codec_backward,
     draw_layers,
     initialize_codebooks,
+    parameter_groups,
     remember_statistics,
 )
 from tokenizer.training.teachers import SemanticTeacher, SpeakerTeacher
-from tokenizer.training.validation import validate_codec
+from tokenizer.training.validation import BestWeights, validate_codec
 
 Distillations = dict[str, DistillationLoss]  # by name
 
@@ -168,7 +180,7 @@ Distillations = dict[str, DistillationLoss]  # by name
 def main(config: TokenizerConfig) -> None:
     accelerator = make_accelerator(config.precision)
     utterances = read_corpus(config.data, config.splits)
-    held_out = spread(read_corpus(config.data, config.dev_splits), 16) if config.dev_splits else []
+    held_out = spread(read_corpus(config.data, config.dev_splits), config.dev_utterances) if config.dev_splits else []
     run = Run(config.output, config, accelerator, free=MAY_CHANGE)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
@@ -181,48 +193,48 @@ def main(config: TokenizerConfig) -> None:
     distillations = make_distillations(config, device)
     criterion = make_criterion(config, distillations, device)
     adversary = criterion.adversary
-    students = nn.ModuleList(distillation.student for distillation in distillations.values())
-    parameters = [*codec.parameters(), *students.parameters()]
-    optimizer = optim.AdamW(parameters, config.learning_rate, tuple(config.betas), weight_decay=config.weight_decay)
+    loss_of = CodecLoss(codec, criterion, [*distillations.values()]).to(device)
+    groups = parameter_groups(loss_of, config.weight_decay)
+    optimizer = optim.AdamW(groups, config.learning_rate, tuple(config.betas), fused=True)
     averaged = average_weights(codec, config.weight_average)
+    best = BestWeights(config.best) if config.best else None
     caches = make_caches(config, distillations, utterances, accelerator)
     crops = Crops(utterances, config.crop_s, config.codec.sample_rate, config.seed, caches, run.skipped)
     dev = {u.id: x for u, x in load_usable(held_out if run.main else [], config.codec.sample_rate, run.skipped)}
-    hours = sum(u.duration_s for u in utterances) / 3600
-    millions, batch = sum(p.numel() for p in codec.parameters()) / 1e6, f"{config.batch_size} x {config.crop_s:g} s"
-    accelerator.print(f"tokenizer: {hours:.2f} h, {config.steps} steps of {batch}; {millions:.1f} M parameters")
+    accelerator.print(plan(config, codec, utterances))
 
     # 2. resume a killed run, or initialise the codebooks with the encoder's latents
-    parts = Parts(codec=codec, students=students, optimizer=optimizer)
-    optional = {"averaged": averaged, "adversary": adversary, "balancer": criterion.balancer}
+    parts = Parts(loss=loss_of, optimizer=optimizer)
+    optional = {"averaged": averaged, "adversary": adversary, "balancer": criterion.balancer, "best": best}
     parts |= {name: part for name, part in optional.items() if part is not None}
     loop = TrainingLoop(run, parts, "tokenizer", steps=config.steps, seed=config.seed, save_every=config.save_every)
     if not loop.done:
         initialize_codebooks(codec, crops, config.batch_size, config.seed)
 
-    # 3. train. Gradients are combined, weighted by their norms, at the waveform and at the latents z0; processes
-    # therefore average gradients here instead of in a wrapper, which expects a single backward pass
+    # 3. train. The discriminators have an optimizer of their own, and average their gradients themselves
+    forward, optimizer = accelerator.prepare(loss_of, optimizer)
     place = accelerator.process_index, accelerator.num_processes
     sampler = StepSampler(config.batch_size, loop.done, config.steps, *place)
     workers = {"num_workers": config.num_workers, "persistent_workers": config.num_workers > 0}
     loader = DataLoader(crops, batch_sampler=sampler, worker_init_fn=follow_parent, **workers)
     window = None if config.decode_s is None else round(config.decode_s * codec.frame_rate)
-    codec.train()
+    loss_of.train()
     for step, batch in zip(loop, loader, strict=True):
         set_learning_rate(optimizer, factor := warmup_cosine(step, config.steps, config.warmup))
         if adversary:
             set_learning_rate(adversary.optimizer, factor)
             criterion.adversary = adversary if step >= config.adversary.start else None
         optimizer.zero_grad()
-        batch = {name: value.to(device) for name, value in batch.items()}
-        restore = remember_statistics(codec, students, balancer=criterion.balancer)
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        restore = remember_statistics(loss_of, balancer=criterion.balancer)
         num_layers = draw_layers(config.quantizer_dropout, len(batch["length"]), device)
-        with accelerator.autocast():
-            metrics = codec_backward(codec, batch, criterion, [*distillations.values()], num_layers, window)
-        average_gradients(parameters)
+        logging = loop.due(config.log_every)
+        loss, metrics = forward(batch, num_layers, window, shares=logging)
+        accelerator.backward(loss)
+        metrics |= loss_of.caps.update()
         # of the codec only: AdamW's updates of a student do not depend on the scale of its gradient
         metrics["gradient_norm"] = norm = nn.utils.clip_grad_norm_(codec.parameters(), config.clip or math.inf)
-        own = nn.utils.get_total_norm([p.grad for p in students.parameters() if p.grad is not None])
+        own = nn.utils.get_total_norm([p.grad for p in loss_of.students.parameters() if p.grad is not None])
         names = functools.partial(named, batch["utterance"], utterances)
         if loop.skips(norm, own, *metrics.values(), recordings=names):
             restore()
@@ -231,25 +243,46 @@ def main(config: TokenizerConfig) -> None:
         if averaged:
             averaged.update_parameters(codec)
 
-        # 4. log and validate
-        if loop.due(config.log_every):
+        # 4. log, validate, and keep the best weights
+        if logging:
             loop.log(**{name: float(value) for name, value in metrics.items()})
-        if dev and loop.due(config.validate_every):
-            report(
-                run, loop.done, averaged.module if averaged else codec, criterion.mel, [*distillations.values()], dev
-            )
+        if config.dev_splits and loop.due(config.validate_every):
+            if dev:
+                evaluated = averaged.module if averaged else codec
+                found = report(run, loop.done, evaluated, criterion.mel, [*distillations.values()], dev)
+                if best:
+                    best.record(loop.done, found, evaluated)
+                    if best.validations_without_improvement == config.patience:
+                        accelerator.set_trigger()
+            if accelerator.check_trigger():
+                accelerator.print(f"no better {config.best} in {config.patience} validations: training stops")
+                break
 
     # 5. export
     codec = (averaged.module if averaged else codec).eval()
     if run.main:
+        if best:
+            best.load_into(codec)
         with atomic_folder(run.folder / "model") as folder:
             codec.save_pretrained(folder)
-        summary = {"steps": config.steps, "fingerprint": codec.fingerprint, **loop.figures}
+        summary = {"steps": loop.done, "fingerprint": codec.fingerprint, **loop.figures}
+        if best and best.weights:
+            summary |= {"best_step": best.step, f"best_dev_{best.figure}": best.score}
         if not dev:  # otherwise the last validation has written the report
             write_training_report(run, summary)
         run.finish(summary)
         print(f"codec {codec.fingerprint} saved in {run.folder / 'model'}")
     accelerator.wait_for_everyone()
+
+
+def plan(config: TokenizerConfig, codec: SpeechCodec, utterances: list[Utterance]) -> str:
+    """What the training will do, in one line."""
+    hours, millions = sum(u.duration_s for u in utterances) / 3600, sum(p.numel() for p in codec.parameters()) / 1e6
+    read = config.steps * config.batch_size * config.crop_s / 3600
+    return (
+        f"tokenizer: {millions:.1f} M parameters, {config.steps} steps of {config.batch_size} x {config.crop_s:g} s: "
+        f"{read:.1f} h of speech, {read / max(hours, 1e-9):.1f} passes over {hours:.2f} h"
+    )
 
 
 def named(numbers: Tensor, utterances: list[Utterance]) -> list[str]:
@@ -268,7 +301,10 @@ def make_distillations(config: TokenizerConfig, device: torch.device) -> Distill
         )
     if (acoustic := config.acoustic).teacher:
         teacher = SpeakerTeacher.from_pretrained(acoustic.teacher).to(device)
-        student = AcousticDistillation(config.codec.dimension, teacher.width).to(device)
+        if acoustic.target == "frames":
+            student = AcousticDistillation(config.codec.dimension, teacher.width).to(device)
+        else:
+            student = SpeakerDistillation(config.codec.dimension, teacher.embedding_size, teacher.pool).to(device)
         distillations["acoustic"] = DistillationLoss(
             "acoustic", 1, teacher, student, gradient_ratio=acoustic.gradient_ratio, weight=acoustic.weight
         )
@@ -315,8 +351,11 @@ def report(
     mel: MultiScaleMelLoss,
     distillations: list[DistillationLoss],
     dev: dict[str, Tensor],
-) -> None:
-    """Validate, and write samples and the report with metrics, curves, spectrograms and sounds into the run folder."""
+) -> dict[str, float]:
+    """Validate, and write samples and the report with metrics, curves, spectrograms and sounds into the run folder.
+
+    Returns what was measured.
+    """
     validation = validate_codec(codec, dev.values(), mel, distillations)
     run.log(step, **validation.metrics)
     save_sounds(run.folder / "samples", sounds := Reconstruction.of(codec, *next(iter(dev.items()))))
@@ -329,6 +368,7 @@ def report(
         reconstruction=sounds,
         provenance=run.provenance,
     )
+    return validation.metrics
 
 
 if __name__ == "__main__":

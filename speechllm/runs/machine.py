@@ -22,8 +22,10 @@ def make_accelerator(precision: str = "no") -> "Accelerator":
     """
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
 
-    return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+    buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # which all processes change in the same way
+    return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available(), kwargs_handlers=[buffers])
 
 
 def command_line() -> str:

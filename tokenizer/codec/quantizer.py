@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.progress import progress_bar
@@ -51,12 +50,19 @@ class ResidualVectorQuantizer(nn.Module):
         self.register_buffer("sums", self.codebooks.clone())
 
     @torch.no_grad()
-    def initialize(self, latents: Tensor, seed: int = 0) -> None:
+    def initialize(self, latents: Tensor | None, seed: int = 0) -> None:
         """Initialise the codebooks by k-means on latents float [M, D], each layer on the residual of the one before.
 
-        All processes take the result of the first, because latents computed on GPUs may differ in the last bits.
+        All processes take the result of the first, and may call this with None.
         Raises ValueError for fewer than 20 vectors per code, which would leave most centroids on single vectors.
         """
+        if latents is not None:
+            self._cluster(latents, seed)
+        if dist.is_initialized():
+            for buffer in self.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def _cluster(self, latents: Tensor, seed: int) -> None:
         from sklearn.cluster import MiniBatchKMeans
 
         num_codebooks, size, _ = self.codebooks.shape
@@ -72,9 +78,6 @@ class ResidualVectorQuantizer(nn.Module):
             self.usage[layer] = counts / counts.mean()
             self.sums[layer] = self.codebooks[layer] * self.usage[layer, :, None]
             residual = residual - centroids[ids]
-        if dist.is_initialized():
-            for buffer in self.buffers():
-                dist.broadcast(buffer, src=0)
 
     def nearest(self, vectors: Tensor, layer: int) -> Tensor:
         """Ids long [M] of the code vectors closest to `vectors` float [M, D].
@@ -129,9 +132,9 @@ class ResidualVectorQuantizer(nn.Module):
             chosen = self.nearest(residual.detach(), layer)
             vectors = self.codebooks[layer][chosen]
             if self.training:
-                self._update(layer, residual.detach()[valid], chosen[valid])
+                self._update(layer, residual.detach(), chosen, valid)
             used = (num_layers > layer).repeat_interleave(frames)
-            commitment = commitment + F.mse_loss(residual[valid & used], vectors[valid & used], reduction="sum")
+            commitment = commitment + ((residual - vectors).square().sum(1) * (valid & used)).sum()
             output = output + vectors * used[:, None]
             layers.append((residual + (vectors - residual).detach()).unflatten(0, (batch, frames)).transpose(1, 2))
             ids.append(chosen.unflatten(0, (batch, frames)))
@@ -143,30 +146,33 @@ class ResidualVectorQuantizer(nn.Module):
         )
 
     @torch.no_grad()
-    def _update(self, layer: int, vectors: Tensor, ids: Tensor) -> None:
-        """Update the moving averages of usage and sums over all processes, then re-initialise dead codes."""
+    def _update(self, layer: int, vectors: Tensor, ids: Tensor, valid: Tensor) -> None:
+        """Update the moving averages of usage and sums over all processes, then re-initialise dead codes.
+
+        vectors: float [M, D] with their codes long [M]; valid: bool [M], those that count. Nothing is selected by a
+        mask, because a GPU would have to tell the processor how much that is.
+        """
         size, dimension = self.codebooks.shape[1:]
         statistics = vectors.new_zeros(size, dimension + 1)
-        statistics.index_add_(0, ids, torch.cat([vectors, torch.ones_like(vectors[:, :1])], 1))
+        counted = torch.cat([vectors, torch.ones_like(vectors[:, :1])], 1) * valid[:, None]
+        statistics.index_add_(0, ids, counted)
         if dist.is_initialized():
             dist.all_reduce(statistics)
         counts, sums = statistics[:, -1], statistics[:, :-1]
         self.usage[layer].lerp_(counts / counts.mean().clamp(min=1e-6), 1 - self.decay)
         self.sums[layer].lerp_(sums / counts.mean().clamp(min=1e-6), 1 - self.decay)
-        self._revive(layer, vectors)
+        self._revive(layer, vectors, valid)
         self.codebooks[layer] = self.sums[layer] / self.usage[layer, :, None].clamp(min=1e-6)
 
-    def _revive(self, layer: int, vectors: Tensor) -> None:
+    def _revive(self, layer: int, vectors: Tensor, valid: Tensor) -> None:
         """Replace dead codes by vectors of this batch.
 
         Resets usage and sum, because the next update would undo a change of the code vector alone.
         """
         dead = self.usage[layer] < DEAD_USAGE * self.usage[layer].mean()
-        if not dead.any():
-            return
-        pool = vectors if len(vectors) else self.codebooks[layer]
-        replacements = pool[torch.randint(len(pool), (int(dead.sum()),), device=pool.device)]
+        chances = valid.float() + 1e-9  # of a batch without speech anything is taken
+        replacements = vectors[torch.multinomial(chances, len(dead), replacement=True)]
         if dist.is_initialized():
             dist.broadcast(replacements, src=0)
-        self.usage[layer, dead] = 1.0
-        self.sums[layer, dead] = replacements
+        self.usage[layer] = torch.where(dead, 1.0, self.usage[layer])
+        self.sums[layer] = torch.where(dead[:, None], replacements, self.sums[layer])

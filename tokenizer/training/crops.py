@@ -1,5 +1,6 @@
 """Random crops of a corpus for training, each a pure function of its index."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,9 @@ ATTEMPTS = 10  # recordings tried for one crop before giving up
 class Crops(Dataset):
     """Endless random crops for training: item i is a pure function of (utterances, seed, i).
 
-    So no position in the data has to be saved: a resumed run continues with the next index. Every epoch visits each
-    utterance once, in a new order. Shorter utterances are zero-padded.
+    So no position in the data has to be saved: a resumed run continues with the next index. An epoch has as many crops
+    as fit into the corpus, in a new order, and every utterance gives as many of them as its share of the duration.
+    Utterances that are shorter than a crop are zero-padded.
     A recording that cannot be used is skipped with a warning and replaced by the next one; its path and the reason are
     appended to the file `skipped`, one JSON object per line.
     Crops start at any sample, so that frame boundaries vary; with cached features at whole codec frames (320 samples),
@@ -51,27 +53,32 @@ class Crops(Dataset):
         self.seed = seed
         self.caches = dict(caches or {})
         self.skipped = skipped
+        self.ends = np.cumsum([utterance.duration_s for utterance in self.utterances])  # in s, one after the other
+        self.per_epoch = max(1, math.ceil(self.ends[-1] / crop_s))
         self._epoch = -1
-        self._order = np.empty(0, int)  # of the utterances in this epoch
+        self._order = np.empty(0, int)  # of the places in this epoch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        epoch, position = divmod(index, len(self.utterances))
+        epoch, position = divmod(index, self.per_epoch)
         if self._epoch != epoch:
             self._epoch = epoch
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.utterances))
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.per_epoch)
+        draw = np.random.default_rng((self.seed, 1, index))
+        place_s = (self._order[position] + draw.random()) / self.per_epoch * self.ends[-1]
+        first = min(int(np.searchsorted(self.ends, place_s, "right")), len(self.utterances) - 1)
         for attempt in range(ATTEMPTS):  # a broken file must not end a long training run: the next one replaces it
-            number = int(self._order[(position + attempt) % len(self.utterances)])
+            number = (first + attempt) % len(self.utterances)
             try:
-                return {**self._crop(self.utterances[number], index), "utterance": number}
+                return {**self._crop(self.utterances[number], draw), "utterance": number}
             except AudioError as error:
                 problem = str(error)
                 record_skip(self.utterances[number], error, self.skipped)
         raise CorpusError(f"{ATTEMPTS} recordings in a row cannot be used; the last one is {problem}")
 
-    def _crop(self, utterance: Utterance, index: int) -> dict[str, Any]:
+    def _crop(self, utterance: Utterance, draw: np.random.Generator) -> dict[str, Any]:
         step = HOP_LENGTH if self.caches else 1
         room = round(max(0.0, utterance.duration_s - self.crop_s) * self.sample_rate) // step
-        start = step * int(np.random.default_rng((self.seed, 1, index)).integers(room + 1))
+        start = step * int(draw.integers(room + 1))
         start_s = start / self.sample_rate
         crop = load_audio(utterance.path, self.sample_rate, start_s=start_s, duration_s=self.crop_s)
         size = round(self.crop_s * self.sample_rate)

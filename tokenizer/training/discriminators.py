@@ -153,8 +153,8 @@ def make_discriminators(stft_filters: int = 32, period_channels: int = 0, scale_
 def discriminator_loss(real: list[DiscriminatorOutput], fake: list[DiscriminatorOutput], kind: Kind) -> Tensor:
     """The loss of the discriminators (eq. 6), low if real speech scores high and reconstructions score low.
 
-    hinge: E[max(0, 1 - D(x))] + E[max(0, 1 + D(x'))]; least_squares: E[(1 - D(x))^2] + E[D(x')^2]. Mean over
-    discriminators (HiFi-GAN sums), scalar.
+    hinge: E[max(0, 1 - D(x))] + E[max(0, 1 + D(x'))]; least_squares: E[(1 - D(x))^2] + E[D(x')^2]. Sum over the
+    discriminators as in HiFi-GAN and DAC, scalar.
     """
 
     def loss(real: Tensor, fake: Tensor) -> Tensor:
@@ -162,22 +162,22 @@ def discriminator_loss(real: list[DiscriminatorOutput], fake: list[Discriminator
             return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
         return (1 - real).square().mean() + fake.square().mean()
 
-    return torch.stack([loss(r.scores, f.scores) for r, f in zip(real, fake, strict=True)]).mean()
+    return torch.stack([loss(r.scores, f.scores) for r, f in zip(real, fake, strict=True)]).sum()
 
 
 def adversarial_loss(fake: list[DiscriminatorOutput], kind: Kind) -> Tensor:
-    """The loss of the generator: hinge -E[D(x')], least_squares E[(1 - D(x'))^2]; mean over discriminators."""
+    """The loss of the generator: hinge -E[D(x')], least_squares E[(1 - D(x'))^2]; sum over the discriminators."""
     losses = [-f.scores.mean() if kind == "hinge" else (1 - f.scores).square().mean() for f in fake]
-    return torch.stack(losses).mean()
+    return torch.stack(losses).sum()
 
 
 def feature_matching_loss(
     real: list[DiscriminatorOutput], fake: list[DiscriminatorOutput], relative: bool = True
 ) -> Tensor:
-    """L1 distance of hidden activations, mean over all layers of all discriminators; no gradient for `real`.
+    """L1 distance of hidden activations, sum over all layers of all discriminators; no gradient for `real`.
 
-    relative: divide each distance by the layer's mean activation for real speech (EnCodec, eq. 2); otherwise plain L1
-    (HiFi-GAN, eq. 4, which sums over layers instead).
+    relative: divide each distance by the layer's mean activation for real speech (EnCodec, eq. 2, whose mean over the
+    layers is the same for its balancer); otherwise plain L1 (HiFi-GAN, eq. 4; DAC).
     """
     distances = []
     for r, f in zip(real, fake, strict=True):
@@ -185,7 +185,17 @@ def feature_matching_loss(
             target = target.detach().float()
             unit = target.abs().mean().clamp(min=1e-5) if relative else 1.0
             distances.append(F.l1_loss(reconstructed.float(), target) / unit)
-    return torch.stack(distances).mean()
+    return torch.stack(distances).sum()
+
+
+def split_batch(
+    outputs: list[DiscriminatorOutput], size: int
+) -> tuple[list[DiscriminatorOutput], list[DiscriminatorOutput]]:
+    """Outputs for a batch -> those for its first `size` waveforms and those for the others."""
+    return (
+        [DiscriminatorOutput(o.scores[:size], [x[:size] for x in o.features]) for o in outputs],
+        [DiscriminatorOutput(o.scores[size:], [x[size:] for x in o.features]) for o in outputs],
+    )
 
 
 class Adversary(nn.Module):
@@ -205,7 +215,7 @@ class Adversary(nn.Module):
         super().__init__()
         self.discriminators = nn.ModuleList(discriminators)
         self.kind, self.relative_features = kind, relative_features
-        self.optimizer = torch.optim.Adam(self.parameters(), learning_rate, betas)
+        self.optimizer = torch.optim.Adam(self.parameters(), learning_rate, betas, fused=True)
 
     def discriminate(self, waveform: Tensor) -> list[DiscriminatorOutput]:
         """Waveform float [B, N] -> the outputs of all discriminators."""
@@ -217,7 +227,8 @@ class Adversary(nn.Module):
         `fake` receives no gradient; the gradients of the discriminators are averaged over all processes. If they are
         not finite, no step is made.
         """
-        loss = discriminator_loss(self.discriminate(real), self.discriminate(fake.detach()), self.kind)
+        both = self.discriminate(torch.cat([real, fake.detach()]))  # of each utterance by itself: one pass will do
+        loss = discriminator_loss(*split_batch(both, len(real)), self.kind)
         self.optimizer.zero_grad()
         loss.backward()
         average_gradients(list(self.parameters()))

@@ -1,5 +1,7 @@
 """Distillation of content into layer 0 (eq. 4) and of the speaker into layer 1 (eq. 5) from frozen teachers."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,6 +75,43 @@ class AcousticDistillation(nn.Module):
         student = F.log_softmax(layer1.transpose(1, 2).float(), -1)
         divergence = F.kl_div(F.log_softmax(aligned, -1), student, reduction="none", log_target=True).sum(-1)
         return masked_mean(divergence, mask)
+
+
+class SpeakerDistillation(nn.Module):
+    """Layer 1 tells the speaker: an alternative to eq. 5 whose target is fixed and therefore cannot collapse.
+
+    In eq. 5 both sides of the divergence learn, and they can agree on something that says nothing of the speaker. Here
+    the layer passes through the same 8-head attention, is pooled over time by attention, and predicts the speaker
+    embedding of the frozen teacher: L = mean over utterances of 1 - cos(u(q1), pool(E)).
+    """
+
+    def __init__(
+        self,
+        dimension: int,
+        embedding_size: int,
+        pool: Callable[[Tensor, Tensor], Tensor],
+        width: int = 256,
+        heads: int = 8,
+    ):
+        """pool: the teacher's, frames float [B, T_e, C] and mask bool [B, T] -> embeddings float [B, E]."""
+        super().__init__()
+        self.pool = pool
+        self.input = nn.Linear(dimension, width)
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.relevance = nn.Linear(width, 1)
+        self.output = nn.Linear(width, embedding_size)
+
+    def embed(self, layer1: Tensor, mask: Tensor) -> Tensor:
+        """layer1 float [B, D, T], mask bool [B, T] -> float [B, E]; ignores masked frames."""
+        x = self.norm(self.input(layer1.transpose(1, 2)))
+        x = x + self.attention(x, x, x, key_padding_mask=~mask, need_weights=False)[0]
+        share = self.relevance(x).masked_fill(~mask[..., None], -torch.inf).softmax(1)
+        return self.output((share * x).sum(1))
+
+    def forward(self, layer1: Tensor, frames: Tensor, mask: Tensor) -> Tensor:
+        """layer1 float [B, D, T], frames float [B, T_e, C], mask bool [B, T] -> scalar from 0 to 2."""
+        return (1 - F.cosine_similarity(self.embed(layer1, mask).float(), self.pool(frames, mask).float())).mean()
 
 
 def _positions(length: int, width: int, device: torch.device) -> Tensor:

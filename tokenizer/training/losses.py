@@ -1,4 +1,4 @@
-"""Losses of the reconstructed waveform: L_Encodec of eq. 7, and the weighting of its parts."""
+"""Losses of the reconstructed waveform: L_Encodec of eq. 7, and the weighting of its parts at the waveform."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchaudio.transforms import MelSpectrogram
 
 from tokenizer.training.discriminators import Adversary
-from tokenizer.training.distributed import mean_over_processes
+from tokenizer.training.distributed import mean_over_processes, process_count
 from tokenizer.training.teachers import SemanticTeacher
 
 
@@ -54,8 +54,8 @@ class Balancer:
     """EnCodec's balancer (arXiv 2210.13438, section 3.4): weights are shares of the gradient at the waveform.
 
     The gradient of each loss is divided by a moving average of its norm per utterance, so that weights do not depend on
-    the scales of the losses. It is also divided by the number of utterances, as for a mean over the batch, so that the
-    result does not depend on the number of processes that share a batch.
+    the scales of the losses. Every utterance of the batch adds a gradient of norm 1, in total, whatever the size of the
+    batch and the number of processes that share it: hence the factor for processes, which average their gradients.
     """
 
     def __init__(self, weights: Mapping[str, float], decay: float = 0.999):
@@ -63,10 +63,10 @@ class Balancer:
         self.norms: dict[str, Tensor] = {}  # moving averages, by name
         self.updates: dict[str, int] = {}
 
-    def combine(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """Gradients float [B, N] by name of the loss -> their balanced sum, float [B, N]."""
+    def weigh(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients float [B, N] by name of the loss -> the same, balanced."""
         total = sum(self.weights[name] for name in gradients)
-        combined = torch.zeros_like(next(iter(gradients.values())))
+        weighed = {}
         for name, gradient in gradients.items():
             norm = mean_over_processes(gradient.norm(dim=1).mean())
             self.updates[name] = self.updates.get(name, 0) + 1
@@ -74,8 +74,8 @@ class Balancer:
             before = before.to(norm.device)  # a norm from a checkpoint is on the CPU
             self.norms[name] = torch.lerp(before, norm, 1 - self.decay)
             average = self.norms[name] / (1 - self.decay ** self.updates[name])  # without the bias of the initial zero
-            combined += self.weights[name] / total / len(gradient) * gradient / average.clamp(min=1e-12)
-        return combined
+            weighed[name] = process_count() * self.weights[name] / total * gradient / average.clamp(min=1e-12)
+        return weighed
 
     def state_dict(self) -> dict[str, dict]:
         """The moving averages, for `load_state_dict`."""
@@ -109,31 +109,42 @@ class ReconstructionLoss:
         self.perceptual_model = perceptual_model
         self.balancer = balancer
 
-    def losses(self, reconstruction: Tensor, original: Tensor) -> dict[str, Tensor]:
-        """Waveforms float [B, N] -> scalars by name, for the losses that have a weight."""
+    def losses(self, reconstruction: Tensor, original: Tensor, features: Tensor | None = None) -> dict[str, Tensor]:
+        """Waveforms float [B, N] -> scalars by name, for the losses that have a weight.
+
+        features: of the original by the perceptual model, if they are known.
+        """
         losses = {"time": F.l1_loss(reconstruction, original), "mel": self.mel(reconstruction, original)}
         if self.adversary is not None:
             losses |= self.adversary.losses(original, reconstruction)
         if self.perceptual_model is not None:
-            features = self.perceptual_model.features(reconstruction)
-            losses["speech_features"] = F.l1_loss(features, self.perceptual_model(original))
+            features = self.perceptual_model(original) if features is None else features
+            losses["speech_features"] = F.l1_loss(self.perceptual_model.features(reconstruction), features)
         return {name: loss for name, loss in losses.items() if self.weights.get(name)}
 
-    def gradient(self, reconstruction: Tensor, original: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Waveforms float [B, N] -> gradient float [B, N] for the reconstruction, and the losses, detached."""
+    def __call__(
+        self, reconstruction: Tensor, original: Tensor, features: Tensor | None = None, shares: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `losses` -> a scalar with the weighted gradient of all of them, and the losses, detached.
+
+        The value of the scalar means nothing. shares: also return `<name>_share`, the part of each loss in the sum of
+        the norms of the weighted gradients at the reconstruction. It takes a backward pass to the reconstruction for
+        every loss, as a balancer always does, and changes nothing else.
+        """
         leaf = reconstruction.detach().requires_grad_()
-        losses = self.losses(leaf, original)
+        losses = self.losses(leaf, original, features)
+        each: dict[str, Tensor] = {}
+        if shares or self.balancer is not None:  # retained because two losses share the discriminators' graph
+            each = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0] for name, loss in losses.items()}
         if self.balancer is None:
             total = sum((self.weights[name] * loss for name, loss in losses.items()), leaf.new_zeros(()))
-            gradient = torch.autograd.grad(total, leaf)[0]
+            gradient = torch.autograd.grad(total, leaf)[0] if losses else torch.zeros_like(leaf)
+            each = {name: self.weights[name] * own for name, own in each.items()}
         else:
-            # retained because two losses share the discriminators' graph
-            each = {name: torch.autograd.grad(loss, leaf, retain_graph=True)[0] for name, loss in losses.items()}
-            gradient = self.balancer.combine(each)
-        return gradient, {name: loss.detach() for name, loss in losses.items()}
-
-
-def gradient_ratio(gradient: Tensor, reference: Tensor) -> Tensor:
-    """Ratio of the norms of two gradients over the whole batch on all processes, scalar."""
-    squares = mean_over_processes(torch.stack([gradient.square().sum(), reference.square().sum()]))
-    return (squares[0] / squares[1].clamp(min=1e-24)).sqrt()
+            each = self.balancer.weigh(each)
+            gradient = sum(each.values(), torch.zeros_like(leaf))
+        found = {name: loss.detach() for name, loss in losses.items()}
+        if shares and each:
+            norms = mean_over_processes(torch.stack([own.norm(dim=1).mean() for own in each.values()]))
+            found |= {f"{name}_share": share for name, share in zip(each, norms / norms.sum(), strict=True)}
+        return (reconstruction * gradient).sum(), found

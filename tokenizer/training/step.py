@@ -1,4 +1,4 @@
-"""One training step of the codec: reconstruction and distillation losses, weighted at the latents (eq. 7)."""
+"""The training loss of the codec: reconstruction and distillation of one batch (eq. 7)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,18 +12,19 @@ from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.frames import frame_mask
 from tokenizer.progress import progress_bar
 from tokenizer.training.crops import Crops
-from tokenizer.training.losses import Balancer, ReconstructionLoss, gradient_ratio
+from tokenizer.training.distributed import is_first_process
+from tokenizer.training.gradients import GradientCaps
+from tokenizer.training.losses import Balancer, ReconstructionLoss
 
 
 @dataclass(frozen=True)
 class DistillationLoss:
     """An auxiliary loss on one layer: student(layer [B, D, T], teacher(waveform [B, N], lengths [B]), mask [B, T]).
 
-    One of these determines its share of the codec's gradient:
-    gradient_ratio: norm of its gradient at z0 relative to the reconstruction's, the same at every step. Because the
-        gradients of the layers above the first are not lost (see `ResidualVectorQuantizer`), eq. 5 can reshape z0; at
-        ratios of about one and above it destroys the code, whichever weight that corresponds to.
-    weight: lambda of eq. 7, used if gradient_ratio is None.
+    weight: lambda of eq. 7. gradient_ratio: most that the norm of its gradient at the latents may be, relative to the
+    reconstruction's; None: anything. Because the gradients of the layers above the first are not lost (see
+    `ResidualVectorQuantizer`), eq. 5 can reshape the latents of layer 0; at ratios of about one and above it destroys
+    the code, whichever weight that corresponds to.
     """
 
     name: str
@@ -34,82 +35,124 @@ class DistillationLoss:
     weight: float = 0.5
 
 
-def codec_backward(
-    codec: SpeechCodec,
-    batch: Mapping[str, Tensor],
-    criterion: ReconstructionLoss,
-    distillations: Sequence[DistillationLoss] = (),
-    num_layers: Tensor | None = None,
-    window: int | None = None,
-) -> dict[str, Tensor]:
-    """Forward and backward pass of one batch; sets the gradients of all parameters and returns the detached losses.
+class CodecLoss(nn.Module):
+    """Codec and students as one module whose forward pass returns the loss of a batch, for an ordinary backward pass.
 
-    batch: "waveform" float [B, N], "length" long [B] in samples, and optionally, under the name of a distillation, the
-    cached output of its teacher (see `Crops`). num_layers: long [B], codebooks each utterance is decoded from (all when
-    None). window: frames to decode, from a random position in the speech of each utterance (all when None).
-
-    The graph is cut at the reconstruction and at the latents z0. At each cut the gradients of all losses are weighted
-    by their norms and summed, so that the decoder and the encoder need one backward pass each.
     The criterion's adversary, if any, is trained on the same reconstruction before its losses are computed.
     """
-    waveform, lengths = batch["waveform"], batch["length"]
-    z = codec.latents(waveform)
-    z0 = z.detach().float().requires_grad_()
-    frames, hop = z.shape[2], codec.hop_length
-    mask = frame_mask(lengths, frames, hop)
-    quantized = codec.quantizer(z0, mask, num_layers)
 
-    window = frames if window is None else min(window, frames)
-    starts = draw_starts(mask.sum(1), window)
-    latents = torch.stack([x[:, start : start + window] for x, start in zip(quantized.output, starts, strict=True)])
-    reconstruction = codec.decoder(latents)[:, 0].float()
-    padded = F.pad(waveform, (0, frames * hop - waveform.shape[1]))
-    original = torch.stack([x[s * hop : (s + window) * hop] for x, s in zip(padded, starts, strict=True)])
+    def __init__(
+        self, codec: SpeechCodec, criterion: ReconstructionLoss, distillations: Sequence[DistillationLoss] = ()
+    ):
+        super().__init__()
+        self.codec = codec
+        self.students = nn.ModuleList(distillation.student for distillation in distillations)
+        self.caps = GradientCaps({one.name: one.gradient_ratio for one in distillations})
+        self.criterion = criterion
+        self.distillations = tuple(distillations)  # of frozen teachers, which are no part of this module
 
-    metrics: dict[str, Tensor] = {}
-    if criterion.adversary is not None:
-        metrics["discriminator"] = criterion.adversary.train_step(original, reconstruction)
-    at_waveform, losses = criterion.gradient(reconstruction, original)
-    commitment = criterion.weights.get("commitment", 1.0) * quantized.commitment
-    torch.autograd.backward([reconstruction, commitment], [at_waveform, None], retain_graph=bool(distillations))
-    metrics |= losses | {"commitment": quantized.commitment.detach()}
-    assert z0.grad is not None
-    gradient, reference = z0.grad.clone(), z0.grad
-    for distillation in distillations:
-        target = batch[distillation.name] if distillation.name in batch else distillation.teacher(waveform, lengths)
-        loss = distillation.student(quantized.layers[distillation.layer], target, mask)
-        own = list(distillation.student.parameters())
-        # as in eq. 7 the weight also applies to the student's gradient, but the factor of a ratio, which can be huge,
-        # does not
-        weight = distillation.weight if distillation.gradient_ratio is None else 1.0
-        at_z0, *own_gradients = torch.autograd.grad(weight * loss, [z0, *own], retain_graph=True)
-        ratio = gradient_ratio(at_z0, reference)
-        factor = 1.0 if distillation.gradient_ratio is None else distillation.gradient_ratio / ratio.clamp(min=1e-12)
-        gradient += factor * at_z0
-        for parameter, value in zip(own, own_gradients, strict=True):
-            parameter.grad = value
-        metrics |= {distillation.name: loss.detach(), f"{distillation.name}_gradient": factor * ratio}
-    z.backward(gradient.to(z.dtype))
-    return metrics
+    def forward(
+        self,
+        batch: Mapping[str, Tensor],
+        num_layers: Tensor | None = None,
+        window: int | None = None,
+        shares: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts by name, detached. After the backward pass call `caps.update`.
+
+        batch: "waveform" float [B, N], "length" long [B] in samples, and optionally, under the name of a distillation,
+        the cached output of its teacher (see `Crops`). num_layers: long [B], codebooks each utterance is decoded from
+        (all when None). window: frames to decode, from a random position in the speech of each utterance (all when
+        None). shares: see `ReconstructionLoss`.
+        """
+        codec, criterion, waveform, lengths = self.codec, self.criterion, batch["waveform"], batch["length"]
+        z = codec.latents(waveform).float()
+        frames, hop = z.shape[2], codec.hop_length
+        mask = frame_mask(lengths, frames, hop)
+        quantized = codec.quantizer(z, mask, num_layers)
+
+        window = frames if window is None else min(window, frames)
+        starts = draw_starts(mask.sum(1), window)
+        latents = cut(self.caps.reference(quantized.output), starts, window)
+        with torch.autocast(waveform.device.type, enabled=False):  # bfloat16 has a noise as large as the codec's
+            reconstruction = codec.decoder(latents)[:, 0]
+        padded = F.pad(waveform, (0, frames * hop - waveform.shape[1]))
+        original = cut(padded[:, None], starts * hop, window * hop)[:, 0]
+        # padding is nothing that a loss or a discriminator should see
+        speech = lengths - starts * hop
+        reconstruction, original = repeat_speech(reconstruction, speech), repeat_speech(original, speech)
+
+        metrics: dict[str, Tensor] = {}
+        if criterion.adversary is not None:
+            metrics["discriminator"] = criterion.adversary.train_step(original, reconstruction)
+        features = None
+        if criterion.perceptual_model is not None and window == frames:  # then a distillation may need the same
+            features = criterion.perceptual_model(original)
+        loss, losses = criterion(reconstruction, original, features, shares)
+        metrics |= losses | {"commitment": quantized.commitment.detach()}
+        loss = loss + criterion.weights.get("commitment", 1.0) * quantized.commitment
+        for one in self.distillations:
+            if one.name in batch:
+                target = batch[one.name]
+            elif features is not None and one.teacher is criterion.perceptual_model:
+                target = features
+            else:
+                target = one.teacher(waveform, lengths)
+            own = one.student(self.caps.limit(one.name, quantized.layers[one.layer]), target, mask)
+            metrics[one.name] = own.detach()
+            loss = loss + one.weight * own
+        return loss, metrics
 
 
-def draw_starts(frames: Tensor, window: int) -> list[int]:
-    """Random first frames of windows in utterances of `frames` long [B] frames; no padding in longer ones."""
-    room = (frames - window).clamp(min=0).cpu()
-    return (torch.rand(len(room)) * (room + 1)).long().tolist()
+def draw_starts(frames: Tensor, window: int) -> Tensor:
+    """Random first frames, long [B], of windows in utterances of `frames` long [B] frames, free of padding if longer."""
+    room = (frames - window).clamp(min=0)
+    return (torch.rand(len(room), device=room.device) * (room + 1)).long().clamp(max=room)
+
+
+def cut(x: Tensor, starts: Tensor, size: int) -> Tensor:
+    """Windows float [B, C, size] of x float [B, C, T] from `starts` long [B] on."""
+    if size == x.shape[2]:
+        return x
+    index = starts[:, None, None] + torch.arange(size, device=x.device)
+    return x.gather(2, index.expand(-1, x.shape[1], -1))
+
+
+def repeat_speech(waveform: Tensor, lengths: Tensor) -> Tensor:
+    """Waveforms float [B, N] with their first `lengths` long [B] samples again and again in place of what follows."""
+    size = waveform.shape[1]
+    index = torch.arange(size, device=waveform.device)
+    return waveform.gather(1, index % lengths.clamp(1, size)[:, None])
 
 
 def draw_layers(choices: Sequence[int] | None, batch: int, device: torch.device) -> Tensor | None:
     """Quantiser dropout: number of codebooks to decode each utterance from, long [B]; None without choices."""
     if not choices:
         return None
-    return torch.tensor(choices, device=device)[torch.randint(len(choices), (batch,), device=device)]
+    return torch.tensor(choices)[torch.randint(len(choices), (batch,))].to(device, non_blocking=True)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Trained parameters for an optimizer: weight decay for weights, none for biases, gains and norms."""
+    named = [(name, p) for name, p in module.named_parameters() if not name.endswith("caps.squares")]
+    plain = [p for name, p in named if p.ndim < 2 or name.endswith("weight.original0")]  # the gains of weight_norm
+    others = {id(p) for p in plain}
+    decayed = [p for _, p in named if id(p) not in others]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
 @torch.no_grad()
 def initialize_codebooks(codec: SpeechCodec, crops: Crops, batch_size: int, seed: int = 0) -> None:
-    """Initialise the codebooks by k-means on the latents of as many crops as necessary, the same in every process."""
+    """Initialise the codebooks by k-means on the latents of as many crops as necessary; one process does it for all."""
     codec.train()
+    if is_first_process():
+        codec.quantizer.initialize(_first_latents(codec, crops, batch_size), seed)
+    else:
+        codec.quantizer.initialize(None)
+
+
+def _first_latents(codec: SpeechCodec, crops: Crops, batch_size: int) -> Tensor:
+    """Latents float [M, D] of the first crops, 20 for every code."""
     device = codec.codebooks.device
     latents: list[Tensor] = []
     first, wanted = 0, 20 * codec.codebook_size
@@ -124,7 +167,7 @@ def initialize_codebooks(codec: SpeechCodec, crops: Crops, batch_size: int, seed
         latents.append(z.transpose(1, 2)[mask])
     bar.update(wanted - bar.n)
     bar.close()
-    codec.quantizer.initialize(torch.cat(latents), seed)
+    return torch.cat(latents)
 
 
 @torch.no_grad()

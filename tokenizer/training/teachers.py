@@ -175,6 +175,20 @@ class SpeakerTeacher(nn.Module):
             hook.remove()
         return frames[0].transpose(1, 2)
 
+    @property
+    def embedding_size(self) -> int:
+        """E, the dimension of a speaker embedding: 192 in the published model."""
+        return self.ecapa.fc.conv.out_channels
+
+    @torch.no_grad()
+    def pool(self, frames: Tensor, mask: Tensor) -> Tensor:
+        """Frames float [B, T_e, C] of which those with speech come first, mask bool [B, T] -> embeddings float [B, E].
+
+        The mask may have another frame rate.
+        """
+        pooled = self.ecapa.asp(frames.transpose(1, 2), lengths=mask.float().mean(1))
+        return self.ecapa.fc(self.ecapa.asp_bn(pooled))[:, :, 0]
+
     @torch.no_grad()
     def embedding(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """The speaker embedding, pooled by ECAPA itself: waveforms as for `forward` -> float [B, E].

@@ -1,7 +1,10 @@
-"""Validation of a codec during training: all metrics in one pass over a few utterances."""
+"""Validation of a codec during training: all metrics in one pass over a few utterances, and the best weights so far."""
 
-from collections.abc import Iterable, Sequence
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.metrics.code_usage import usage_of_counts
-from tokenizer.metrics.quality import QualityError, speech_quality
+from tokenizer.metrics.quality import QualityError, layer_counts, speech_quality
 from tokenizer.training.distillation import SemanticDistillation
 from tokenizer.training.losses import MultiScaleMelLoss
 from tokenizer.training.step import DistillationLoss
@@ -24,6 +27,44 @@ class Validation:
     counts: np.ndarray
 
 
+class BestWeights:
+    """The weights of the best validation so far; part of a checkpoint.
+
+    figure: what is compared, by the name that it has in a `Validation`, without dev_.
+    """
+
+    HIGHER = ("pesq_wb", "stoi")  # of these figures the highest is best, of losses the lowest
+
+    def __init__(self, figure: str):
+        self.figure = figure
+        self.step, self.validations_without_improvement = 0, 0
+        self.score = -math.inf if figure in self.HIGHER else math.inf
+        self.weights: dict[str, Tensor] | None = None
+
+    def record(self, step: int, metrics: Mapping[str, float], codec: SpeechCodec) -> None:
+        """Keep a copy of the weights if the validation is the best. ValueError if it lacks the figure."""
+        if (score := metrics.get(f"dev_{self.figure}")) is None:
+            raise ValueError(f"the validation has no dev_{self.figure}: no utterance of the dev splits could be scored")
+        if score > self.score if self.figure in self.HIGHER else score < self.score:
+            self.step, self.score, self.validations_without_improvement = step, score, 0
+            self.weights = {name: value.cpu() for name, value in copy.deepcopy(codec.state_dict()).items()}
+        else:
+            self.validations_without_improvement += 1
+
+    def load_into(self, codec: SpeechCodec) -> None:
+        """Load the best weights, if there are any."""
+        if self.weights is not None:
+            codec.load_state_dict(self.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `load_state_dict`."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        vars(self).update(state)
+
+
 @torch.no_grad()
 def validate_codec(
     codec: SpeechCodec,
@@ -31,9 +72,10 @@ def validate_codec(
     mel: MultiScaleMelLoss,
     distillations: Sequence[DistillationLoss] = (),
 ) -> Validation:
-    """Waveforms float [N] -> quality of the reconstruction from all codebooks, distillation losses, codebook usage.
+    """Waveforms float [N] -> quality of the reconstruction, distillation losses, codebook usage.
 
-    dev_mel: `mel` loss. dev_pesq_wb, dev_stoi: if the packages are installed and the utterances can be scored.
+    dev_mel: `mel` loss from all codebooks. dev_pesq_wb, dev_stoi: if the packages are installed and the utterances can
+    be scored. dev_mel_<n> and so on: from the first n codebooks, 1, 2, 4 and so on.
     dev_<distillation>: the loss of that name; dev_semantic_cosine: mean cosine of eq. 4. dev_perplexity_<layer>,
     dev_dead_<layer>: codebook usage. Restores the mode (training or eval) of the codec.
     """
@@ -46,9 +88,14 @@ def validate_codec(
     for waveform in waveforms:
         waveform = F.pad(waveform, (0, max(0, shortest - len(waveform))))[None].to(device)
         quantized = codec.quantizer(codec.latents(waveform))
-        reconstruction = codec.decoder(quantized.output)[:, 0, : waveform.shape[1]]
-        values = {"mel": float(mel(reconstruction, waveform))}
-        values |= _quality(waveform[0], reconstruction[0], codec.sample_rate)
+        values: dict[str, float] = {}
+        for count in layer_counts(codec):
+            suffix = "" if count == codec.num_codebooks else f"_{count}"
+            latents = codec.quantizer.decode(quantized.ids[:, :count])
+            reconstruction = codec.decoder(latents)[:, 0, : waveform.shape[1]]
+            found = {"mel": float(mel(reconstruction, waveform))}
+            found |= _quality(waveform[0], reconstruction[0], codec.sample_rate)
+            values |= {name + suffix: value for name, value in found.items()}
         for distillation in distillations:
             values |= _distillation_metrics(distillation, quantized.layers[distillation.layer], waveform)
         for name, value in values.items():

@@ -1,4 +1,4 @@
-"""One training step: gradients cut at the waveform and at the latents add up to those of one loss."""
+"""The training loss: its gradients are those of the sum of all losses, limited and balanced as configured."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from speechllm import SpeechCodec, SpeechCodecConfig
 from tokenizer.training.discriminators import Adversary, MultiScaleSTFTDiscriminator
 from tokenizer.training.losses import Balancer, MultiScaleMelLoss, ReconstructionLoss
-from tokenizer.training.step import DistillationLoss, codec_backward
+from tokenizer.training.gradients import GradientCaps
+from tokenizer.training.step import CodecLoss, DistillationLoss, draw_starts, parameter_groups, repeat_speech
 
 B, N, D, P = 3, 6_400, 8, 6
 LENGTHS = torch.tensor([6_400, 5_000, 6_400])
@@ -74,9 +75,10 @@ def step(
 ) -> dict:
     codec.zero_grad()
     targets = options.pop("targets", {})
-    return codec_backward(
-        codec, {"waveform": waveform, "length": LENGTHS, **targets}, criterion, distillations, **options
-    )
+    loss_of = CodecLoss(codec, criterion, distillations)
+    loss, metrics = loss_of({"waveform": waveform, "length": LENGTHS, **targets}, **options)
+    loss.backward()
+    return metrics | loss_of.caps.update()
 
 
 def test_the_gradients_are_those_of_the_sum_of_all_losses(
@@ -99,9 +101,13 @@ def test_the_gradients_are_those_of_the_sum_of_all_losses(
     mask = torch.arange(z.shape[2]) * codec.hop_length < LENGTHS[:, None]
     quantized = codec.quantizer(z, mask)
     reconstruction = codec.decoder(quantized.output)[:, 0]
+    heard, original = (
+        torch.stack([torch.cat([row[:n], row[: N - n]]) for row, n in zip(x, LENGTHS, strict=True)])
+        for x in (reconstruction, waveform)
+    )
     parts = {
-        "time": F.l1_loss(reconstruction, waveform),
-        "mel": mel(reconstruction, waveform),
+        "time": F.l1_loss(heard, original),
+        "mel": mel(heard, original),
         "commitment": quantized.commitment,
         "content": students[0](quantized.layers[0], Teacher(0)(waveform), mask),
         "speaker": students[1](quantized.layers[1], Teacher(1)(waveform), mask),
@@ -115,39 +121,88 @@ def test_the_gradients_are_those_of_the_sum_of_all_losses(
         assert_equal(gradients(student), own)
 
 
+def test_padding_has_no_gradient_and_changes_nothing(
+    codec: SpeechCodec, mel: MultiScaleMelLoss, waveform: Tensor
+) -> None:
+    seen = []
+    criterion = ReconstructionLoss({"time": 1.0, "mel": 1.0}, mel)
+    codec.decoder.register_forward_hook(lambda module, inputs, output: output.register_hook(seen.append) and None)
+    step(codec, waveform, criterion)
+    padding = torch.arange(N) >= LENGTHS[:, None]
+    assert padding.any() and not seen[0][:, 0][padding].any()
+    assert (seen[0][:, 0][~padding] != 0).float().mean() > 0.99
+    reconstruction = waveform.flip(1)
+    alone, _ = criterion(reconstruction, waveform, shares=False)
+    assert alone.shape == ()
+    for size in (1, 3, 8):
+        repeated = repeat_speech(torch.arange(8.0)[None], torch.tensor([size]))
+        assert repeated[0].tolist() == [i % size for i in range(8)]
+
+
+def test_windows_start_within_the_speech() -> None:
+    frames = torch.tensor([20, 7, 5, 3])
+    starts = torch.stack([draw_starts(frames, 5) for _ in range(300)])
+    assert starts.min(0).values.tolist() == [0, 0, 0, 0] and starts.max(0).values.tolist() == [15, 2, 0, 0]
+
+
 @pytest.mark.parametrize("ratio", [0.2, 3.0])
-def test_a_distillation_has_the_configured_share_of_the_gradient_at_the_latents(
+def test_a_distillation_has_at_most_the_configured_share_of_the_gradient_at_the_latents(
     codec: SpeechCodec, mel: MultiScaleMelLoss, waveform: Tensor, ratio: float
 ) -> None:
-    seen: dict[str, Tensor] = {}
+    seen: list[Tensor] = []
     latents = codec.latents
 
-    def watched(name: str) -> Callable[[Tensor], Tensor]:
-        def run(waveform: Tensor) -> Tensor:
-            z = latents(waveform)
-            z.register_hook(lambda gradient: seen.__setitem__(name, gradient.clone()))
-            return z
+    def watched(waveform: Tensor) -> Tensor:
+        z = latents(waveform)
+        z.register_hook(lambda gradient: seen.append(gradient.clone()))
+        return z
 
-        return run
-
-    criterion = ReconstructionLoss({"mel": 1.0}, mel)
-    codec.latents = watched("alone")
+    codec.latents = watched
+    criterion = ReconstructionLoss({"mel": 1.0, "commitment": 0.0}, mel)
     step(codec, waveform, criterion)
-    codec.latents = watched("distilled")
     student = Student()
-    metrics = step(
-        codec, waveform, criterion, DistillationLoss("speaker", 1, Teacher(), student, gradient_ratio=ratio, weight=9.0)
-    )
-    added = seen["distilled"] - seen["alone"]
-    assert float(added.norm() / seen["alone"].norm()) == pytest.approx(ratio, rel=1e-3)
-    assert float(metrics["speaker_gradient"]) == pytest.approx(ratio, rel=1e-4)
-    # the student itself learns from its loss as it is
-    found = gradients(student)
+    limited = DistillationLoss("speaker", 1, Teacher(), student, gradient_ratio=ratio, weight=1e6)
+    loss_of = CodecLoss(codec, criterion, [limited])
+    found = []
+    for _ in range(3):
+        codec.zero_grad(), student.zero_grad()
+        loss_of({"waveform": waveform, "length": LENGTHS})[0].backward()
+        found.append(loss_of.caps.update())
+    alone, first, *others = seen
+    torch.testing.assert_close(first, alone)  # in the first step nothing is known of the norms
+    for gradient, figures in zip(others, found[1:], strict=True):
+        assert float((gradient - alone).norm() / alone.norm()) == pytest.approx(ratio, rel=1e-3)
+        assert float(figures["speaker_gradient"]) == pytest.approx(ratio, rel=1e-3)
+    # the student itself learns from its loss, whatever the limit
+    own = gradients(student)
     student.zero_grad()
     z = latents(waveform)
     mask = torch.arange(z.shape[2]) * codec.hop_length < LENGTHS[:, None]
-    student(codec.quantizer(z, mask).layers[1], Teacher()(waveform), mask).backward()
-    assert_equal(found, gradients(student))
+    (1e6 * student(codec.quantizer(z, mask).layers[1], Teacher()(waveform), mask)).backward()
+    assert_equal(own, gradients(student))
+
+
+def test_a_gradient_below_the_limit_is_left_as_it_is() -> None:
+    caps = GradientCaps({"weak": 2.0, "strong": 0.5, "free": None})
+    x = torch.ones(1, 3, requires_grad=True)
+    for _ in range(2):
+        x.grad = None
+        losses = [caps.reference(x).sum(), *(k * caps.limit(name, x).sum() for name, k in zip(caps.names, (1, 4, 9)))]
+        sum(losses).backward()
+        found = caps.update()
+    assert [float(found[f"{name}_factor"]) for name in caps.names] == pytest.approx([1, 0.125, 1])
+    assert [float(found[f"{name}_gradient"]) for name in caps.names] == pytest.approx([1, 0.5, 9])
+    torch.testing.assert_close(x.grad, torch.full((1, 3), 1 + 1 + 0.5 + 9.0))
+
+
+def test_gains_and_biases_do_not_decay(codec: SpeechCodec, mel: MultiScaleMelLoss) -> None:
+    loss_of = CodecLoss(codec, ReconstructionLoss({"mel": 1.0}, mel), [DistillationLoss("a", 0, Teacher(), Student())])
+    decayed, plain = parameter_groups(loss_of, 0.1)
+    names = {id(p): name for name, p in loss_of.named_parameters()}
+    assert all(names[id(p)].endswith(("weight", "weight.original1")) for p in decayed["params"])
+    assert all(names[id(p)].endswith(("bias", "weight.original0")) for p in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(names) - 1  # all but what was measured
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0
 
 
 def test_known_targets_replace_the_teacher(codec: SpeechCodec, mel: MultiScaleMelLoss, waveform: Tensor) -> None:
@@ -169,15 +224,59 @@ def test_losses_without_a_weight_do_not_count(mel: MultiScaleMelLoss, waveform: 
     assert list(losses) == ["mel"]
 
 
+def gradient_of(criterion: ReconstructionLoss, reconstruction: Tensor, original: Tensor, **options: object) -> Tensor:
+    leaf = reconstruction.clone().requires_grad_()
+    loss, _ = criterion(leaf, original, **options)
+    return torch.autograd.grad(loss, leaf)[0]
+
+
 def test_speech_features_of_the_reconstruction_are_matched(mel: MultiScaleMelLoss, waveform: Tensor) -> None:
     criterion = ReconstructionLoss({"speech_features": 2.0}, mel, perceptual_model=Teacher())
     reconstruction = waveform.flip(1)
-    gradient, losses = criterion.gradient(reconstruction, waveform)
     leaf = reconstruction.clone().requires_grad_()
     loss = (Teacher()(leaf) - Teacher()(waveform)).abs().mean()
     (2 * loss).backward()
-    torch.testing.assert_close(gradient, leaf.grad)
-    assert float(losses["speech_features"]) == pytest.approx(float(loss))
+    torch.testing.assert_close(gradient_of(criterion, reconstruction, waveform), leaf.grad)
+    assert float(criterion(reconstruction, waveform)[1]["speech_features"]) == pytest.approx(float(loss))
+
+
+def test_a_teacher_of_both_semantic_losses_runs_once_on_the_original(
+    codec: SpeechCodec, mel: MultiScaleMelLoss, waveform: Tensor
+) -> None:
+    calls = []
+
+    class Counting(Teacher):
+        def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
+            calls.append(waveform)
+            return self.features(waveform)
+
+    teacher = Counting()
+    criterion = ReconstructionLoss({"speech_features": 1.0}, mel, perceptual_model=teacher)
+    step(codec, waveform, criterion, DistillationLoss("content", 0, teacher, Student()))
+    assert len(calls) == 1
+    step(codec, waveform, criterion, DistillationLoss("content", 0, teacher, Student()), window=5)
+    assert [len(call[0]) for call in calls[1:]] == [5 * 320, N]
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_the_shares_are_those_of_the_weighted_gradients_and_change_nothing(
+    mel: MultiScaleMelLoss, waveform: Tensor, balanced: bool
+) -> None:
+    weights, other = {"time": 1.0, "mel": 3.0}, waveform.flip(1)
+
+    def criterion() -> ReconstructionLoss:
+        return ReconstructionLoss(weights, mel, balancer=Balancer(weights) if balanced else None)
+
+    _, found = criterion()(other, waveform, shares=True)
+    if balanced:
+        expected = [0.25, 0.75]
+    else:
+        each = [gradient_of(ReconstructionLoss({name: w}, mel), other, waveform) for name, w in weights.items()]
+        norms = [gradient.norm(dim=1).mean() for gradient in each]
+        expected = [float(norm / sum(norms)) for norm in norms]
+    assert [float(found[f"{name}_share"]) for name in weights] == pytest.approx(expected, rel=1e-4)
+    plain, shared = (gradient_of(criterion(), other, waveform, shares=shares) for shares in (False, True))
+    assert torch.equal(plain, shared)
 
 
 def test_the_adversary_learns_and_is_applied_in_the_same_step(
@@ -203,34 +302,29 @@ def test_only_the_chosen_window_is_decoded(codec: SpeechCodec, mel: MultiScaleMe
 
 
 def test_balanced_weights_are_shares_whatever_the_scale_of_a_loss() -> None:
-    """With a forgetful average each gradient has the norm weight / total / B per utterance."""
+    """As EnCodec has it: with a forgetful average the mean norm of an utterance's gradient is weight / total."""
     draw = torch.Generator().manual_seed(0)
     small, large = torch.randn(B, 50, generator=draw), 1e4 * torch.randn(B, 50, generator=draw)
-    combined = Balancer({"a": 1.0, "b": 3.0}, decay=0.0).combine({"a": small, "b": large})
-    expected = sum(
-        share / B * gradient / gradient.norm(dim=1).mean() for share, gradient in ((0.25, small), (0.75, large))
-    )
-    torch.testing.assert_close(combined, expected)
+    weighed = Balancer({"a": 1.0, "b": 3.0}, decay=0.0).weigh({"a": small, "b": large})
+    for share, gradient, found in ((0.25, small, weighed["a"]), (0.75, large, weighed["b"])):
+        torch.testing.assert_close(found, share * gradient / gradient.norm(dim=1).mean())
 
 
 def test_the_balancers_average_has_no_bias_and_survives_a_restart() -> None:
     """The first average is the first norm itself; a restored balancer continues like the original."""
     gradient = torch.ones(1, 4)
     balancer = Balancer({"a": 1.0})
-    torch.testing.assert_close(balancer.combine({"a": gradient}), gradient / 2)
+    torch.testing.assert_close(balancer.weigh({"a": gradient})["a"], gradient / 2)
     restored = Balancer({"a": 1.0})
     restored.load_state_dict(balancer.state_dict())
-    assert torch.equal(restored.combine({"a": 3 * gradient}), balancer.combine({"a": 3 * gradient}))
+    assert torch.equal(restored.weigh({"a": 3 * gradient})["a"], balancer.weigh({"a": 3 * gradient})["a"])
 
 
 def test_a_balanced_criterion_weighs_each_loss_by_its_own_gradient(mel: MultiScaleMelLoss, waveform: Tensor) -> None:
-    weights = {"time": 1.0, "mel": 1.0}
-    reconstruction = waveform.flip(1)
-    plain, _ = ReconstructionLoss({"time": 1.0}, mel).gradient(reconstruction, waveform)
-    other, _ = ReconstructionLoss({"mel": 1.0}, mel).gradient(reconstruction, waveform)
-    balanced, _ = ReconstructionLoss(weights, mel, balancer=Balancer(weights)).gradient(reconstruction, waveform)
-    expected = sum(0.5 / B * gradient / gradient.norm(dim=1).mean() for gradient in (plain, other))
-    torch.testing.assert_close(balanced, expected)
+    weights, other = {"time": 1.0, "mel": 1.0}, waveform.flip(1)
+    each = [gradient_of(ReconstructionLoss({name: 1.0}, mel), other, waveform) for name in weights]
+    balanced = gradient_of(ReconstructionLoss(weights, mel, balancer=Balancer(weights)), other, waveform)
+    torch.testing.assert_close(balanced, sum(0.5 * gradient / gradient.norm(dim=1).mean() for gradient in each))
 
 
 @pytest.mark.parametrize("bands, weights", [(None, None), ([10, 20], [45.0, 1.0])])
