@@ -25,7 +25,7 @@ demo: $(READY) ## speech -> tokens -> language model -> text, from nothing to a 
 	$(BIN)/python recipes/demo.py $(if $(DATA),--config configs/demo_data.yaml data="$(DATA)",--config configs/demo.yaml) $(ARGS)
 
 test: $(READY) ## run all tests (no network, no GPU needed)
-	$(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadgroup $(ARGS)
+	$(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 lint: $(READY) ## ruff (rules and format) and mypy
 	$(BIN)/python -m ruff check .

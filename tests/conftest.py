@@ -311,14 +311,6 @@ class Started:
                 os.kill(process, signal.SIGKILL)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist: a file stays in one process, and all files that start recipes share the one with the server."""
-    started = {item.path for item in items if "start_recipe" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("recipes" if item.path in started else item.path.name))
-
-
 def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

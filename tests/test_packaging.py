@@ -93,7 +93,7 @@ def test_an_installed_wheel_trains_from_another_folder(wheel_file: Path, tmp_pat
     found = start("-c", "import speechllm, tokenizer; print(speechllm.__file__); print(tokenizer.__file__)")
     assert found.splitlines() == [str(target / package / "__init__.py") for package in PACKAGES]
     # the wheel's recipe and configuration, by their short names
-    tiny = "steps=1 batch_size=1 crop_s=0.5 num_workers=0 semantic.teacher=null acoustic.teacher=null"
+    tiny = "steps=1 batch_size=1 crop_s=0.5 num_workers=0 semantic.teacher=null acoustic.teacher=null codec.n_filters=4"
     words = f"train_tokenizer --config tokenizer/demo.yaml {tiny} data=. output=run"
     start("-m", "speechllm.cli.main", "run", *words.split())
     assert (folder / "run" / "model" / "model.safetensors").is_file()

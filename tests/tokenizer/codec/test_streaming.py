@@ -3,7 +3,6 @@
 Codes are compared except in frames that lie between two of them, because other chunks change the rounding.
 """
 
-import itertools
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -17,7 +16,12 @@ pytestmark = pytest.mark.numeric
 MakeCodec = Callable[..., SpeechCodec]
 Noise = Callable[..., Tensor]
 Same = Callable[..., None]
-STYLES = list(itertools.product(["reflect", "constant"], ["forward", "none"], ["weight_norm", "batch_norm"]))
+STYLES = [  # every pair of settings is in one of them
+    ("reflect", "forward", "weight_norm"),
+    ("reflect", "none", "batch_norm"),
+    ("constant", "forward", "batch_norm"),
+    ("constant", "none", "weight_norm"),
+]
 # frames that the last convolution's mirrored beginning needs: its kernel of 7
 FIRST_FRAMES = {"reflect": 7, "constant": 1}
 
@@ -140,7 +144,7 @@ def test_other_strides(
     make_causal: MakeCodec, noise: Noise, assert_streams_equal: Same, strides: tuple[int, ...], pad_mode: str
 ) -> None:
     codec = make_causal(strides=strides, pad_mode=pad_mode)
-    for samples in [*range(1, 20), 333]:
+    for samples in (1, 2, 3, 5, 6, 7, 12, 19, 333):
         assert_streams_equal(codec, noise(samples)[0], lambda x, seed=samples: random_chunks(x, 6, seed))
 
 
