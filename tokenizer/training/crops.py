@@ -27,7 +27,7 @@ class Crops(Dataset):
     So no position in the data has to be saved: a resumed run continues with the next index. An epoch has as many crops
     as fit into the corpus, in a new order, and every utterance gives as many of them as its share of the duration.
     Utterances that are shorter than a crop are zero-padded.
-    A recording that cannot be used is skipped with a warning and replaced by the next one; its path and the reason are
+    A recording that cannot be used is skipped with a warning and replaced by another one; its path and the reason are
     appended to the file `skipped`, one JSON object per line.
     Crops start at any sample, so that frame boundaries vary; with cached features at whole codec frames (320 samples),
     so that the frames of the crop are frames of the utterance.
@@ -65,14 +65,14 @@ class Crops(Dataset):
             self._order = np.random.default_rng((self.seed, epoch)).permutation(self.per_epoch)
         draw = np.random.default_rng((self.seed, 1, index))
         place_s = (self._order[position] + draw.random()) / self.per_epoch * self.ends[-1]
-        first = min(int(np.searchsorted(self.ends, place_s, "right")), len(self.utterances) - 1)
-        for attempt in range(ATTEMPTS):  # a broken file must not end a long training run: the next one replaces it
-            number = (first + attempt) % len(self.utterances)
+        number = min(int(np.searchsorted(self.ends, place_s, "right")), len(self.utterances) - 1)
+        for _ in range(ATTEMPTS):  # a broken file must not end a long training run: any other one replaces it
             try:
                 return {**self._crop(self.utterances[number], draw), "utterance": number}
             except AudioError as error:
                 problem = str(error)
                 record_skip(self.utterances[number], error, self.skipped)
+                number = int(draw.integers(len(self.utterances)))
         raise CorpusError(f"{ATTEMPTS} recordings in a row cannot be used; the last one is {problem}")
 
     def _crop(self, utterance: Utterance, draw: np.random.Generator) -> dict[str, Any]:
