@@ -16,11 +16,14 @@ class SpeechCodecConfig:
     """
 
     sample_rate: int = 16_000  # Hz
-    front_end: Literal["seanet", "log_mel"] = "seanet"  # log_mel: a cheaper encoder for small runs
+    body: Literal["seanet", "convnext"] = "seanet"  # convnext: at the frame rate, many times cheaper
+    front_end: Literal["seanet", "log_mel"] = "seanet"  # of body seanet; log_mel: a cheaper encoder for small runs
     dimension: int = 128  # D, dimension of the latents and the codebooks (EnCodec 128, SpeechTokenizer 1024)
     n_filters: int = 32  # width of the first layer (EnCodec 32, SpeechTokenizer 64)
     strides: tuple[int, ...] = (2, 4, 5, 8)  # in the order of the encoder; their product is the hop in samples
     lstm: Literal["none", "forward", "bidirectional"] = "forward"  # of the encoder
+    width: int = 384  # of body convnext, which has no n_filters and no lstm
+    depth: int = 8  # of body convnext: blocks in the encoder, and in the decoder
     causal: bool = False
     norm: Literal["weight_norm", "batch_norm"] = "weight_norm"  # batch_norm also standardises the latents
     pad_mode: Literal["reflect", "constant"] = "reflect"
@@ -31,7 +34,7 @@ class SpeechCodecConfig:
         self.strides = tuple(self.strides)
         problems = [
             f"{name} must be positive, got {getattr(self, name)}"
-            for name in ("sample_rate", "dimension", "n_filters", "num_codebooks", "codebook_size")
+            for name in ("sample_rate", "dimension", "n_filters", "width", "depth", "num_codebooks", "codebook_size")
             if getattr(self, name) <= 0
         ]
         for name, hint in get_type_hints(type(self)).items():
@@ -41,6 +44,8 @@ class SpeechCodecConfig:
             problems.append(f"codebook_size is at most 65536 (codes are stored as uint16), got {self.codebook_size}")
         if self.front_end == "log_mel" and (self.causal or self.hop_length != HOP_LENGTH):
             problems.append("front_end log_mel needs causal: false and strides with a product of 320")
+        if self.body == "convnext" and (self.hop_length % 4 or self.causal):
+            problems.append("body convnext needs strides with a product that is a multiple of 4, and causal: false")
         if self.causal and self.lstm == "bidirectional":
             problems.append("a causal codec cannot have a bidirectional lstm: choose forward or none")
         if problems:

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from tokenizer.codec.config import SpeechCodecConfig
+from tokenizer.codec.convnext import ConvNeXtDecoder, ConvNeXtEncoder
 from tokenizer.codec.log_mel import LogMelEncoder
 from tokenizer.codec.model_card import CODEC_CARD
 from tokenizer.codec.quantizer import ResidualVectorQuantizer
@@ -42,19 +43,11 @@ class SpeechCodec(
     def __init__(self, config: SpeechCodecConfig):
         super().__init__()
         self.config = config
-        style = ConvStyle(config.norm, config.causal, config.pad_mode)
-        if config.front_end == "seanet":
-            self.encoder: nn.Module = SEANetEncoder(
-                config.dimension, config.n_filters, config.strides, config.lstm, style
-            )
-        else:
-            self.encoder = LogMelEncoder(config.dimension, 16 * config.n_filters, config.sample_rate, style)
+        self.encoder, self.decoder = _body(config)
         # without it, a small, briefly trained encoder returns a constant plus a little signal, and k-means finds only
         # a few codes; a fixed scale also makes loss weights comparable between runs
         self.latent_norm = nn.BatchNorm1d(config.dimension, affine=False) if config.norm == "batch_norm" else None
         self.quantizer = ResidualVectorQuantizer(config.dimension, config.num_codebooks, config.codebook_size)
-        decoder_lstm = "none" if config.lstm == "none" else "forward"
-        self.decoder = SEANetDecoder(config.dimension, config.n_filters, config.strides, decoder_lstm, style)
 
     @property
     def device(self) -> torch.device:
@@ -160,3 +153,18 @@ class SpeechCodec(
         except (RuntimeError, TypeError, KeyError) as error:
             raise InputError(f"{pretrained_model_name_or_path} holds no codec of this package: {error}") from error
         return codec.eval()
+
+
+def _body(config: SpeechCodecConfig) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder."""
+    dimension = config.dimension
+    if config.body == "convnext":
+        shape = dimension, config.width, config.depth
+        rate, hop = config.sample_rate, config.hop_length
+        return ConvNeXtEncoder(*shape, rate, hop, config.causal), ConvNeXtDecoder(*shape, hop, config.causal)
+    style = ConvStyle(config.norm, config.causal, config.pad_mode)
+    lstm = "none" if config.lstm == "none" else "forward"
+    decoder = SEANetDecoder(dimension, config.n_filters, config.strides, lstm, style)
+    if config.front_end == "log_mel":
+        return LogMelEncoder(dimension, 16 * config.n_filters, config.sample_rate, style), decoder
+    return SEANetEncoder(dimension, config.n_filters, config.strides, config.lstm, style), decoder

@@ -1,0 +1,179 @@
+"""A codec body that works at the frame rate: spectra in, ConvNeXt blocks and local attention, spectra out.
+
+SEANet computes mostly on samples, and two cores train it for hours before it speaks. Here the convolutions see 50
+frames a second: the encoder starts from log-mel spectra, and the decoder ends with an inverse short-time Fourier
+transform, as in Vocos (arXiv 2306.00814) and WavTokenizer (arXiv 2408.16532). Attention over nearby frames takes the
+place of SEANet's LSTM.
+Shapes as in SEANet: waveform float [B, 1, N], latents float [B, D, T] with T = ceil(N / hop).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchaudio.functional import melscale_fbanks
+
+SPECTRA = ((1024, 100, 1), (512, 80, 2))  # window in samples, mel bands, spectra per frame
+KERNEL = 7
+HEAD_WIDTH = 64  # channels of an attention head
+REACH = 25  # frames that attention sees on each side: half a second
+SUBFRAMES = 2  # spectra per frame that the decoder predicts
+LOUDEST = 100.0  # magnitude of a bin, above which the head does not go
+
+
+class LogMelSpectra(nn.Module):
+    """Waveform float [B, N], N a multiple of the hop -> log-mel spectra of several resolutions, float [B, C, T]."""
+
+    def __init__(self, sample_rate: int, hop_length: int, causal: bool):
+        super().__init__()
+        self.hop_length, self.causal = hop_length, causal
+        self.channels = sum(bands * count for _, bands, count in SPECTRA)
+        for i, (window, bands, _) in enumerate(SPECTRA):
+            filters = melscale_fbanks(window + 1, 0.0, sample_rate / 2, bands, sample_rate)  # of twice as many points
+            self.register_buffer(f"filters_{i}", filters.T.contiguous(), persistent=False)
+            self.register_buffer(f"window_{i}", torch.hann_window(window), persistent=False)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        with torch.autocast(waveform.device.type, enabled=False):
+            return torch.cat([self._spectra(waveform.float(), i, *SPECTRA[i]) for i in range(len(SPECTRA))], 1)
+
+    def _spectra(self, waveform: Tensor, i: int, size: int, bands: int, count: int) -> Tensor:
+        step = self.hop_length // count
+        right = 0 if self.causal else (size - step) // 2
+        frames = F.pad(waveform, (size - step - right, right)).unfold(1, size, step)
+        power = torch.fft.rfft(frames * getattr(self, f"window_{i}"), 2 * size).abs().square()
+        mel = torch.log(power @ getattr(self, f"filters_{i}").T + 1e-4)
+        return mel.unflatten(1, (-1, count)).flatten(2).transpose(1, 2)
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise convolution over time and two linear layers over channels, with a skip connection: [B, C, T] -> same.
+
+    ConvNeXt (arXiv 2201.03545) in one dimension; `scale` is the initial factor of what the block adds.
+    """
+
+    def __init__(self, channels: int, scale: float, causal: bool):
+        super().__init__()
+        self.pad = (KERNEL - 1, 0) if causal else (KERNEL // 2, KERNEL // 2)
+        self.depthwise = nn.Conv1d(channels, channels, KERNEL, groups=channels)
+        self.norm = nn.LayerNorm(channels)
+        self.expand = nn.Linear(channels, 3 * channels)
+        self.shrink = nn.Linear(3 * channels, channels)
+        self.gain = nn.Parameter(torch.full((channels,), scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.depthwise(F.pad(x, self.pad)).transpose(1, 2))
+        return x + (self.gain * self.shrink(F.gelu(self.expand(y)))).transpose(1, 2)
+
+
+class LocalAttention(nn.Module):
+    """Self-attention over REACH frames on each side (of the past only if causal), with a skip connection.
+
+    Positions are relative (rotary), so that a frame depends on its surroundings and not on its place.
+    """
+
+    def __init__(self, channels: int, scale: float, causal: bool):
+        super().__init__()
+        self.heads, self.causal = max(1, channels // HEAD_WIDTH), causal
+        self.norm = nn.LayerNorm(channels)
+        self.input = nn.Linear(channels, 3 * channels)
+        self.output = nn.Linear(channels, channels)
+        self.gain = nn.Parameter(torch.full((channels,), scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[2], device=x.device)
+        distance = places[:, None] - places
+        seen = (distance <= REACH) & (distance >= (0 if self.causal else -REACH))
+        query, key, value = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for part in self.input(self.norm(x.transpose(1, 2))).chunk(3, -1)
+        )
+        y = F.scaled_dot_product_attention(rotate(query, places), rotate(key, places), value, attn_mask=seen)
+        return x + (self.gain * self.output(y.transpose(1, 2).flatten(2))).transpose(1, 2)
+
+
+def rotate(x: Tensor, places: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864): x float [..., T, C] with C even, places long [T]."""
+    rates = torch.exp(torch.arange(0, x.shape[-1], 2, device=x.device) * (-math.log(1000.0) / x.shape[-1]))
+    angles = places[:, None] * rates
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    even, odd = x.chunk(2, -1)
+    return torch.cat([even * cos - odd * sin, even * sin + odd * cos], -1)
+
+
+def frame_blocks(channels: int, depth: int, causal: bool) -> nn.Sequential:
+    """`depth` ConvNeXt blocks with attention after each third of them, float [B, C, T] -> the same shape."""
+    scale, third = 1 / depth, max(1, depth // 3)
+    layers: list[nn.Module] = []
+    for block in range(1, depth + 1):
+        layers.append(ConvNeXtBlock(channels, scale, causal))
+        if block % third == 0 and block < depth:
+            layers.append(LocalAttention(channels, scale, causal))
+    return nn.Sequential(*layers)
+
+
+def _initialize(module: nn.Module) -> None:
+    """Small weights, as Vocos has them."""
+    if isinstance(module, nn.Linear | nn.Conv1d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class ConvNeXtEncoder(nn.Module):
+    """Waveform float [B, 1, N] -> latents float [B, D, ceil(N / hop)]."""
+
+    def __init__(self, dimension: int, width: int, depth: int, sample_rate: int, hop_length: int, causal: bool):
+        super().__init__()
+        self.hop_length = hop_length
+        self.spectra = LogMelSpectra(sample_rate, hop_length, causal)
+        self.input_norm = nn.BatchNorm1d(self.spectra.channels)
+        self.input = nn.Conv1d(self.spectra.channels, width, 1)
+        self.blocks = frame_blocks(width, depth, causal)
+        self.norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, dimension)
+        self.apply(_initialize)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        waveform = F.pad(waveform.squeeze(1), (0, -waveform.shape[-1] % self.hop_length))
+        x = self.blocks(self.input(self.input_norm(self.spectra(waveform))))
+        return self.output(self.norm(x.transpose(1, 2))).transpose(1, 2)
+
+
+class ConvNeXtDecoder(nn.Module):
+    """Latents float [B, D, T] -> waveform float [B, 1, T * hop]."""
+
+    def __init__(self, dimension: int, width: int, depth: int, hop_length: int, causal: bool):
+        super().__init__()
+        self.step, self.causal = hop_length // SUBFRAMES, causal
+        self.bins = 2 * self.step + 1  # of windows of four steps
+        self.input = nn.Conv1d(dimension, width, 1)
+        self.blocks = frame_blocks(width, depth, causal)
+        self.norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, SUBFRAMES * 2 * self.bins)
+        self.register_buffer("window", torch.hann_window(4 * self.step), persistent=False)
+        self.apply(_initialize)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.norm(self.blocks(self.input(z)).transpose(1, 2))
+        with torch.autocast(z.device.type, enabled=False):
+            spectra = self.output(x.float()).unflatten(2, (SUBFRAMES, -1)).flatten(1, 2)  # [B, T * SUBFRAMES, 2 * bins]
+            level, phase = spectra.chunk(2, -1)
+            return self._inverse(torch.polar(level.exp().clamp(max=LOUDEST), phase))[:, None]
+
+    def _inverse(self, spectra: Tensor) -> Tensor:
+        """Overlapping windows of complex spectra [B, M, bins] -> samples float [B, M * step]."""
+        size = len(self.window)
+        frames = torch.fft.irfft(spectra, size) * self.window
+        weights = self.window.square().expand(1, frames.shape[1], size)
+        # where few windows overlap, at an end of the utterance, the samples fade instead of being blown up
+        samples = self._overlap(frames) / self._overlap(weights).clamp(min=0.1)
+        first = 0 if self.causal else (size - self.step) // 2
+        return samples[:, first : first + frames.shape[1] * self.step]
+
+    def _overlap(self, frames: Tensor) -> Tensor:
+        """Windows float [B, M, size] added at their places, float [B, (M - 1) * step + size]."""
+        count, size = frames.shape[1:]
+        shape = {"output_size": (1, (count - 1) * self.step + size), "kernel_size": (1, size), "stride": (1, self.step)}
+        return F.fold(frames.transpose(1, 2), **shape)[:, 0, 0]
