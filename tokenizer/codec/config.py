@@ -27,6 +27,7 @@ class SpeechCodecConfig:
     causal: bool = False
     norm: Literal["weight_norm", "batch_norm"] = "weight_norm"  # batch_norm also standardises the latents
     pad_mode: Literal["reflect", "constant"] = "reflect"
+    quantizer: Literal["residual", "split"] = "residual"  # split: the first codebook beside the cascade of the others
     num_codebooks: int = 8  # Q
     codebook_size: int = 1024  # K
 
@@ -44,6 +45,8 @@ class SpeechCodecConfig:
             problems.append(f"codebook_size is at most 65536 (codes are stored as uint16), got {self.codebook_size}")
         if self.front_end == "log_mel" and (self.causal or self.hop_length != HOP_LENGTH):
             problems.append("front_end log_mel needs causal: false and strides with a product of 320")
+        if self.quantizer == "split" and self.num_codebooks < 2:
+            problems.append(f"quantizer split needs at least 2 codebooks, got {self.num_codebooks}")
         if self.body == "convnext" and (self.hop_length % 4 or self.causal):
             problems.append("body convnext needs strides with a product that is a multiple of 4, and causal: false")
         if self.causal and self.lstm == "bidirectional":

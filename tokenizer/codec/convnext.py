@@ -144,6 +144,8 @@ class ConvNeXtEncoder(nn.Module):
 class ConvNeXtDecoder(nn.Module):
     """Latents float [B, D, T] -> waveform float [B, 1, T * hop]."""
 
+    window: Tensor
+
     def __init__(self, dimension: int, width: int, depth: int, hop_length: int, causal: bool):
         super().__init__()
         self.step, self.causal = hop_length // SUBFRAMES, causal

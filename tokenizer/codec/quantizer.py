@@ -32,6 +32,11 @@ class Quantized:
 class ResidualVectorQuantizer(nn.Module):
     """A cascade of Q codebooks of K vectors; each quantises the residual of the ones before it.
 
+    With `split`, the first codebook has a branch of its own beside the cascade of the others (as in Mimi): both
+    quantise the same latents, each behind its own projection, and what they give is projected back and added. So the first code
+    can be about content, without having to be the best first approximation of the sound, and a loss on one branch
+    reaches the other only through the encoder.
+
     The residual is detached from the preceding code vectors, never from z, so that a loss on layer k has the same
     gradient at the encoder as a loss on layer 0. (Subtracting the straight-through output instead gives every layer but
     the first a gradient of exactly zero, which silently removes eq. 5 of the paper.)
@@ -42,8 +47,13 @@ class ResidualVectorQuantizer(nn.Module):
     usage: Tensor
     sums: Tensor
 
-    def __init__(self, dimension: int, num_codebooks: int = 8, codebook_size: int = 1024):
+    def __init__(self, dimension: int, num_codebooks: int = 8, codebook_size: int = 1024, split: bool = False):
         super().__init__()
+        self.branches = [range(1), range(1, num_codebooks)] if split else [range(num_codebooks)]  # layers of each
+        self.inward, self.outward = (
+            nn.ModuleList(_scaled_identity(dimension, scale) if split else nn.Identity() for _ in self.branches)
+            for scale in (1.0, 0.5)
+        )
         self.decay = 0.99  # of the moving averages, per step; short training runs need a smaller one
         self.register_buffer("codebooks", torch.randn(num_codebooks, codebook_size, dimension))
         self.register_buffer("usage", torch.ones(num_codebooks, codebook_size))
@@ -68,8 +78,10 @@ class ResidualVectorQuantizer(nn.Module):
         num_codebooks, size, _ = self.codebooks.shape
         if len(latents) < 20 * size:
             raise ValueError(f"k-means for {size} codes needs at least {20 * size} latent vectors, got {len(latents)}")
-        residual = latents.float().cpu()
+        latents = latents.float()
         for layer in progress_bar(range(num_codebooks), "k-means for the codebooks", unit="codebook"):
+            if (start := self._start(layer)) is not None:
+                residual = start(latents).cpu()
             kmeans = MiniBatchKMeans(size, batch_size=4096, n_init=1, max_iter=30, random_state=seed + layer)
             ids = torch.from_numpy(kmeans.fit_predict(residual.numpy())).long()
             centroids = torch.from_numpy(kmeans.cluster_centers_).float()
@@ -94,18 +106,30 @@ class ResidualVectorQuantizer(nn.Module):
         The ids equal those of `forward`, except for vectors between two codes: see `nearest`.
         """
         batch, _, frames = z.shape
-        residual = z.float().transpose(1, 2).flatten(0, 1)
+        flat = z.float().transpose(1, 2).flatten(0, 1)
         ids = []
         with torch.autocast(z.device.type, enabled=False):
             for layer in range(len(self.codebooks) if layers is None else layers):
+                if (start := self._start(layer)) is not None:
+                    residual = start(flat)
                 ids.append(self.nearest(residual, layer))
                 residual = residual - self.codebooks[layer][ids[-1]]
         return torch.stack(ids, 1).unflatten(0, (batch, frames)).transpose(1, 2)
 
+    def _start(self, layer: int) -> nn.Module | None:
+        """The projection of the latents with which a branch begins, if it begins with this layer."""
+        return next((inward for inward, own in zip(self.inward, self.branches, strict=True) if own[0] == layer), None)
+
     def decode(self, ids: Tensor) -> Tensor:
-        """Ids long [B, Q', T], Q' <= Q -> sum of code vectors, float [B, D, T]."""
-        vectors = [self.codebooks[layer][ids[:, layer]] for layer in range(ids.shape[1])]
-        return torch.stack(vectors).sum(0).transpose(1, 2)
+        """Ids long [B, Q', T], Q' <= Q -> what they stand for, float [B, D, T]: with `split` of the branches, else
+        the sum of code vectors.
+        """
+        total = torch.zeros(())
+        with torch.autocast(ids.device.type, enabled=False):
+            for own, outward in zip(self.branches, self.outward, strict=True):
+                if vectors := [self.codebooks[layer][ids[:, layer]] for layer in own if layer < ids.shape[1]]:
+                    total = total + outward(torch.stack(vectors).sum(0)).transpose(1, 2)
+        return total
 
     def forward(self, z: Tensor, mask: Tensor | None = None, num_layers: Tensor | None = None) -> Quantized:
         """Quantise z float [B, D, T] and, in training mode, update the codebooks.
@@ -122,25 +146,30 @@ class ResidualVectorQuantizer(nn.Module):
         mask = torch.ones(batch, frames, dtype=torch.bool, device=z.device) if mask is None else mask
         if num_layers is None:
             num_layers = torch.full((batch,), num_codebooks, device=z.device)
-        flat = z.transpose(1, 2).flatten(0, 1)
+        latents = z.transpose(1, 2).flatten(0, 1)
         valid = mask.flatten()
-        subtracted = torch.zeros_like(flat)  # sum of the preceding code vectors, constant for the gradient
-        output = torch.zeros_like(flat)
+        output = torch.zeros_like(latents)
         ids, layers, commitment = [], [], z.new_zeros(())
-        for layer in range(num_codebooks):
-            residual = flat - subtracted
-            chosen = self.nearest(residual.detach(), layer)
-            vectors = self.codebooks[layer][chosen]
-            if self.training:
-                self._update(layer, residual.detach(), chosen, valid)
-            used = (num_layers > layer).repeat_interleave(frames)
-            commitment = commitment + ((residual - vectors).square().sum(1) * (valid & used)).sum()
-            output = output + vectors * used[:, None]
-            layers.append((residual + (vectors - residual).detach()).unflatten(0, (batch, frames)).transpose(1, 2))
-            ids.append(chosen.unflatten(0, (batch, frames)))
-            subtracted = subtracted + vectors
+        for own, inward, outward in zip(self.branches, self.inward, self.outward, strict=True):
+            flat = inward(latents)
+            subtracted = torch.zeros_like(flat)  # sum of the preceding code vectors, constant for the gradient
+            decoded = torch.zeros_like(flat)
+            for layer in own:
+                residual = flat - subtracted
+                chosen = self.nearest(residual.detach(), layer)
+                vectors = self.codebooks[layer][chosen]
+                if self.training:
+                    self._update(layer, residual.detach(), chosen, valid)
+                used = (num_layers > layer).repeat_interleave(frames)
+                commitment = commitment + ((residual - vectors).square().sum(1) * (valid & used)).sum()
+                decoded = decoded + vectors * used[:, None]
+                layers.append((residual + (vectors - residual).detach()).unflatten(0, (batch, frames)).transpose(1, 2))
+                ids.append(chosen.unflatten(0, (batch, frames)))
+                subtracted = subtracted + vectors
+            # a branch without any codebook in use is silent: neither its bias nor its gradient
+            here = (num_layers > own[0]).repeat_interleave(frames)[:, None]
+            output = output + outward(flat + (decoded - flat).detach()) * here
         entries = (mask.sum(1) * num_layers).sum().clamp(min=1) * z.shape[1]
-        output = flat + (output - flat).detach()
         return Quantized(
             torch.stack(ids, 1), layers, output.unflatten(0, (batch, frames)).transpose(1, 2), commitment / entries
         )
@@ -176,3 +205,12 @@ class ResidualVectorQuantizer(nn.Module):
             dist.broadcast(replacements, src=0)
         self.usage[layer] = torch.where(dead, 1.0, self.usage[layer])
         self.sums[layer] = torch.where(dead[:, None], replacements, self.sums[layer])
+
+
+def _scaled_identity(dimension: int, scale: float) -> nn.Linear:
+    """A projection that begins as a multiple of the identity."""
+    projection = nn.Linear(dimension, dimension)
+    with torch.no_grad():
+        projection.weight.copy_(scale * torch.eye(dimension))
+        projection.bias.zero_()
+    return projection

@@ -47,7 +47,9 @@ class SpeechCodec(
         # without it, a small, briefly trained encoder returns a constant plus a little signal, and k-means finds only
         # a few codes; a fixed scale also makes loss weights comparable between runs
         self.latent_norm = nn.BatchNorm1d(config.dimension, affine=False) if config.norm == "batch_norm" else None
-        self.quantizer = ResidualVectorQuantizer(config.dimension, config.num_codebooks, config.codebook_size)
+        self.quantizer = ResidualVectorQuantizer(
+            config.dimension, config.num_codebooks, config.codebook_size, config.quantizer == "split"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -155,7 +157,7 @@ class SpeechCodec(
         return codec.eval()
 
 
-def _body(config: SpeechCodecConfig) -> tuple[nn.Module, nn.Module]:
+def _body(config: SpeechCodecConfig) -> tuple[Any, Any]:
     """Encoder and decoder."""
     dimension = config.dimension
     if config.body == "convnext":

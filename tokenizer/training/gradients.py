@@ -66,7 +66,7 @@ class GradientCaps(nn.Module):
 
 
 class _Measured(torch.autograd.Function):
-    """The identity of x; multiplies its gradient by `factor` and gives its squared norm before that to squares[index]."""
+    """The identity of x; multiplies its gradient by `factor` and gives its squared norm to squares[index]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, squares: Tensor, factor: Tensor, index: int) -> Tensor:

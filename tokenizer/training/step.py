@@ -105,7 +105,7 @@ class CodecLoss(nn.Module):
 
 
 def draw_starts(frames: Tensor, window: int) -> Tensor:
-    """Random first frames, long [B], of windows in utterances of `frames` long [B] frames, free of padding if longer."""
+    """Random first frames, long [B], of windows within the `frames` long [B] frames of speech of each utterance."""
     room = (frames - window).clamp(min=0)
     return (torch.rand(len(room), device=room.device) * (room + 1)).long().clamp(max=room)
 
