@@ -33,9 +33,9 @@ class ResidualVectorQuantizer(nn.Module):
     """A cascade of Q codebooks of K vectors; each quantises the residual of the ones before it.
 
     With `split`, the first codebook has a branch of its own beside the cascade of the others (as in Mimi): both
-    quantise the same latents, each behind its own projection, and what they give is projected back and added. So the first code
-    can be about content, without having to be the best first approximation of the sound, and a loss on one branch
-    reaches the other only through the encoder.
+    quantise the same latents, each behind its own projection, and what they give is projected back and added. So the
+    first code can be about content, without having to be the best first approximation of the sound, and a loss on one
+    branch reaches the other only through the encoder.
 
     The residual is detached from the preceding code vectors, never from z, so that a loss on layer k has the same
     gradient at the encoder as a loss on layer 0. (Subtracting the straight-through output instead gives every layer but

@@ -429,3 +429,53 @@ def test_two_processes_revive_a_code_at_the_same_place(
     place = first["revived"]["codebooks"][0, 5]
     seen = latents(batch=4, seed=9)[:2].transpose(1, 2).flatten(0, 1)
     assert (seen - place).abs().amax(1).min() < 1e-6
+
+
+# ---- two branches
+
+
+@pytest.fixture
+def split() -> ResidualVectorQuantizer:
+    torch.manual_seed(0)
+    quantizer = ResidualVectorQuantizer(D, Q, K, split=True).eval()
+    for projection in (*quantizer.inward, *quantizer.outward):
+        torch.nn.init.orthogonal_(projection.weight)
+    return quantizer
+
+
+def test_both_branches_quantise_the_latents_and_are_added(split: ResidualVectorQuantizer) -> None:
+    z = torch.randn(2, D, 9)
+    found = split(z)
+    assert torch.equal(split.encode(z), found.ids)
+    torch.testing.assert_close(split.decode(found.ids), found.output)
+    expected = torch.zeros(2, D, 9)
+    for number, layers in enumerate((range(1), range(1, Q))):
+        left, chosen = split.inward[number](z.transpose(1, 2)), torch.zeros(2, 9, D)
+        for layer in layers:
+            ids = torch.cdist(left, split.codebooks[layer].expand(2, -1, -1)).argmin(-1)
+            assert torch.equal(ids, found.ids[:, layer])
+            chosen, left = chosen + split.codebooks[layer][ids], left - split.codebooks[layer][ids]
+        expected += split.outward[number](chosen).transpose(1, 2)
+    torch.testing.assert_close(found.output, expected)
+    for count in range(1, Q):
+        fewer = split(z, num_layers=torch.tensor([count, Q]))
+        torch.testing.assert_close(fewer.output[0], split.decode(found.ids[:, :count])[0])
+        torch.testing.assert_close(fewer.output[1], found.output[1])
+
+
+def test_a_loss_on_one_branch_leaves_the_projection_of_the_other(split: ResidualVectorQuantizer) -> None:
+    found = split(torch.randn(2, D, 9))
+    found.layers[0].square().sum().backward(retain_graph=True)
+    assert split.inward[0].weight.grad.any() and split.inward[1].weight.grad is None
+    split.zero_grad()
+    found.layers[1].square().sum().backward()
+    assert split.inward[1].weight.grad.any() and split.inward[0].weight.grad is None
+
+
+def test_k_means_begins_each_branch_at_its_projection(split: ResidualVectorQuantizer) -> None:
+    latents = torch.randn(40 * K, D)
+    split.initialize(latents)
+    for number, layer in enumerate((0, 1)):
+        seen = split.inward[number](latents)
+        distances = torch.cdist(seen, split.codebooks[layer]).min(1).values
+        assert distances.square().mean() < 0.8 * seen.var(0).sum()

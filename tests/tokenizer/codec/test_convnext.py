@@ -1,0 +1,99 @@
+"""The codec body at the frame rate: its spectra, its local attention, exact lengths."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchaudio.transforms import MelSpectrogram
+
+from speechllm import SpeechCodec, SpeechCodecConfig
+from tokenizer.codec.convnext import (
+    REACH,
+    SPECTRA,
+    ConvNeXtDecoder,
+    ConvNeXtEncoder,
+    LocalAttention,
+    LogMelSpectra,
+    rotate,
+)
+from tokenizer.errors import InputError
+
+pytestmark = pytest.mark.numeric
+
+SMALL = {"body": "convnext", "width": 16, "depth": 2}
+
+
+@pytest.mark.parametrize("samples", [1, 319, 320, 321, 5_000])
+def test_lengths_are_exact(noise: Callable[..., Tensor], samples: int) -> None:
+    frames = math.ceil(samples / 320)
+    z = ConvNeXtEncoder(8, 16, 2, 16_000, 320, causal=False).eval()(noise(samples, 2)[:, None])
+    assert z.shape == (2, 8, frames)
+    assert ConvNeXtDecoder(8, 16, 2, 320, causal=False)(z).shape == (2, 1, 320 * frames)
+
+
+def test_the_spectra_are_those_of_torchaudio_centred_on_the_frame(noise: Callable[..., Tensor]) -> None:
+    waveform = noise(320 * 20)
+    found = LogMelSpectra(16_000, 320, causal=False)(waveform)
+    assert found.shape == (1, 260, 20)
+    size, bands, _ = SPECTRA[0]
+    settings = {"n_fft": 2 * size, "win_length": size, "hop_length": 320, "n_mels": bands, "center": False}
+    mel = MelSpectrogram(16_000, **settings)
+    margin = (size - 320) // 2 + size // 2  # torch.stft centres a short window in its longer transform
+    expected = torch.log(mel(F.pad(waveform, (margin, margin))) + 1e-4)
+    torch.testing.assert_close(found[:, :bands], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_spectra_that_a_waveform_has_give_the_waveform_back(noise: Callable[..., Tensor]) -> None:
+    decoder, waveform = ConvNeXtDecoder(8, 16, 2, 320, causal=False), noise(320 * 12)
+    margin = (640 - 160) // 2
+    frames = F.pad(waveform, (margin, margin)).unfold(1, 640, 160)
+    found = decoder._inverse(torch.fft.rfft(frames * decoder.window))
+    torch.testing.assert_close(found, waveform, atol=1e-5, rtol=0)
+
+
+def test_attention_sees_nearby_frames_only_wherever_they_are() -> None:
+    torch.manual_seed(0)
+    attention = LocalAttention(16, 1.0, causal=False)
+    x = torch.randn(1, 16, 80)
+    changed = x.clone()
+    changed[..., 40] += torch.randn(16)
+    moved = (attention(changed) - attention(x)).abs().amax((0, 1)) > 1e-7
+    assert moved.nonzero().flatten().tolist() == list(range(40 - REACH, 40 + REACH + 1))
+    shifted = attention(F.pad(x, (9, 0), value=5.0))[..., 9 + REACH :]
+    torch.testing.assert_close(shifted, attention(x)[..., REACH:], atol=1e-5, rtol=1e-5)
+
+
+def test_rotations_depend_on_distances_only() -> None:
+    query, key = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0))
+    scores = [
+        (rotate(query, torch.tensor([place + 3])) * rotate(key, torch.tensor([place]))).sum() for place in (0, 50)
+    ]
+    torch.testing.assert_close(*scores)
+
+
+def test_a_causal_body_sees_no_future() -> None:
+    torch.manual_seed(0)
+    encoder = ConvNeXtEncoder(8, 16, 2, 16_000, 320, causal=True).eval()
+    decoder = ConvNeXtDecoder(8, 16, 2, 320, causal=True)
+    waveform = torch.randn(1, 1, 320 * 30, requires_grad=True)
+    (gradient,) = torch.autograd.grad(encoder(waveform)[..., 10].sum(), waveform)
+    assert gradient[..., : 320 * 11].any() and not gradient[..., 320 * 11 :].any()
+    z = torch.randn(1, 8, 30, requires_grad=True)
+    (gradient,) = torch.autograd.grad(decoder(z)[..., : 320 * 11].sum(), z)
+    assert gradient[..., 10].any() and not gradient[..., 11:].any()
+
+
+def test_a_codec_is_saved_and_loaded_with_its_body(tmp_path: Path, noise: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    codec = SpeechCodec(SpeechCodecConfig(**SMALL, dimension=8, num_codebooks=2, codebook_size=8)).eval()
+    codec.save_pretrained(tmp_path)
+    loaded = SpeechCodec.from_pretrained(tmp_path)
+    codes = loaded.encode(noise(5_000))
+    assert loaded.fingerprint == codec.fingerprint and codes.ids.shape == (1, 2, 16)
+    assert torch.equal(loaded.decode(codes), codec.decode(codes))
+    with pytest.raises(InputError, match="body convnext needs"):
+        SpeechCodecConfig(**SMALL, strides=(2, 5, 5))
