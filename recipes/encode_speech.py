@@ -6,7 +6,8 @@
 The codec is any audio tokenizer: `features:NAME` stores continuous features (float16; 100 h of 768 dimensions at 50
 frames/s are 28 GB), `recognizer:NAME` the texts of a recogniser.
 Runs in several processes, resumes a killed run, and lists skipped recordings with the reason in CODES/skipped.jsonl.
-Texts are stored as they are: train_asr and eval_asr normalise them. recipes/import_speech.py imports data sets of the hub.
+Texts are stored as they are; train_asr and eval_asr normalise them. recipes/import_speech.py imports data sets of the
+hub.
 """
 
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ import jiwer
 import numpy as np
 
 from speechllm.evaluation.normalizers import find_normalizer
-from speechllm.evaluation.scripts import spell
+from speechllm.evaluation.scripts import primary_rate, spell
 from tokenizer.errors import InputError, text_list
 
 BOOTSTRAP_SAMPLES = 1000
@@ -121,7 +121,7 @@ def split_error_rates(
     normalizer: str = "librispeech",
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """By split: wer and cer with their intervals wer_ci95 and cer_ci95, None without reference words; words, utterances.
+    """By split: wer, cer, their intervals wer_ci95 and cer_ci95 (all None without reference words), words, utterances.
 
     Raises InputError as `word_error_rate`.
     """
@@ -206,6 +206,23 @@ def mean_and_interval(values: Sequence[float], seed: int = 0) -> dict[str, float
         raise InputError(f"expected finite numbers to take the mean of, got {reprlib.repr(list(values))}")
     means = _resampled_rates(array, np.ones(len(array)), seed)
     return {"mean": float(array.mean()), "ci95": [*_interval(means)]}
+
+
+def recognition_measures(
+    references: Sequence[str], hypotheses: Sequence[str], seed: int = 0, normalizer: str = "librispeech"
+) -> dict[str, dict[str, Any]]:
+    """The WER, and the CER where it steers (`primary_rate`), as measures of a table: "mean", "ci95" and counts.
+
+    Empty if no reference has words. empty_references: how many have none, if any.
+    """
+    if not any(map(find_normalizer(normalizer), text_list(references, "references"))):
+        return {}
+    rates = {"wer": word_error_rate(references, hypotheses, normalizer, seed)}
+    if primary_rate(references) == "cer":
+        rates["cer"] = word_error_rate(spell(references, normalizer), spell(hypotheses, normalizer), "none", seed)
+    empty = rates["wer"].empty_references
+    counts = {"words": rates["wer"].words, "normalizer": normalizer} | ({"empty_references": empty} if empty else {})
+    return {name: {"mean": rate.wer, "ci95": list(rate.ci95), **counts} for name, rate in rates.items()}
 
 
 def shuffled_audio_verdict(

@@ -30,17 +30,21 @@ def primary_rate(references: Iterable[str]) -> Literal["wer", "cer"]:
 
 
 def spell(texts: Sequence[str], normalizer: str = "librispeech", name: str = "texts") -> list[str]:
-    """Normalised texts with their characters as words, so that `word_error_rate` (normaliser "none") counts them.
+    """Normalised texts, `spelled`, so that `word_error_rate` (normaliser "none") counts characters.
+
+    name: of the argument, for the InputError if these are no texts.
+    """
+    normalize = find_normalizer(normalizer)
+    return [spelled(normalize(text)) for text in text_list(texts, name)]
+
+
+def spelled(text: str) -> str:
+    """A text with its characters as words.
 
     The spaces between words are characters, too, but for those beside a script that is written without spaces.
     """
-    normalize = find_normalizer(normalizer)
-    return [_spell(normalize(text)) for text in text_list(texts, name)]
-
-
-def _spell(text: str) -> str:
     words = text.split()
-    spelled = [*words[:1]]
+    parts = [*words[:1]]
     for before, word in itertools.pairwise(words):
-        spelled += ["" if unspaced(before[-1]) or unspaced(word[0]) else SPACE, word]
-    return " ".join("".join(spelled))
+        parts += ["" if unspaced(before[-1]) or unspaced(word[0]) else SPACE, word]
+    return " ".join("".join(parts))
