@@ -101,6 +101,8 @@ def main(config: EvalCodecConfig) -> None:
     write_json(folder / "results.json", results)
     table = quality_table({config.codec: {"quality": results}})
     write_results_report(folder / "report.html", f"{config.codec}: speech quality", results, [table])
+    if results["splits"]:
+        print(f"pooled over the splits {', '.join(results['splits'])}; each of them in {folder / 'results.json'}")
     print(table.markdown())
     if failed:
         print(f"{len(failed)} not scored, see {folder / 'results.json'}; the first: {failed[0]['detail']}")

@@ -20,7 +20,7 @@ RESULTS/results.json, pairs.jsonl, report.html and the sounds of some pairs, and
 import contextlib
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +124,7 @@ def main(config: EvalConversionConfig) -> None:
     results = {
         "codec_fingerprint": codec.fingerprint,
         "pairs": len(rows),
+        "splits": dict(Counter(pair.source.split for pair in pairs)),  # pooled; a target may come from another one
         "parallel": sum(pair.reference is not None for pair in pairs),
         "methods": summarize(rows, config.seed),
         "failed": [failure for row in rows for failure in row["failed"]],

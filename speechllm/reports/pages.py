@@ -36,8 +36,9 @@ from tokenizer.metrics.code_usage import usage_of_counts
 ALIGNMENTS_SHOWN = 10
 PROVENANCE = set("config command seconds versions codec_fingerprint".split())
 SHOWN_ELSEWHERE = PROVENANCE | set(
-    "wer wer_ci95 ci95 cer cer_ci95 cer_shuffled_audio cer_shuffled_audio_ci95 primary splits wer_shuffled_audio wer_shuffled_audio_ci95 utterances tokens_per_second substitutions "
-    "deletions insertions notes seconds_by_stage codebooks speakers".split()
+    "wer wer_ci95 ci95 cer cer_ci95 primary wer_shuffled_audio wer_shuffled_audio_ci95 cer_shuffled_audio "
+    "cer_shuffled_audio_ci95 utterances tokens_per_second substitutions deletions insertions notes seconds_by_stage "
+    "codebooks speakers splits empty_references".split()
 )
 INTERVALS = {"over actors": "ci95_actors", "over utterances": "ci95"}
 CODEC_METRICS = {  # in the order in which they are shown
