@@ -45,8 +45,13 @@ import torch
 from speechllm import WordErrorRate, load_codes, load_speech_llm, merge, speech_of, word_error_rate
 from speechllm.data.shards import require_texts, summarize_shards, transcribed
 from speechllm.decoding import count_runaways, recognize
-from speechllm.evaluation.error_rates import results_verdict, speaker_error_rates, split_error_rates
-from speechllm.evaluation.scripts import primary_rate, spell
+from speechllm.evaluation.error_rates import (
+    character_errors,
+    results_verdict,
+    speaker_error_rates,
+    split_error_rates,
+)
+from speechllm.evaluation.scripts import primary_rate
 from speechllm.evaluation.tables import plain
 from speechllm.reports.pages import write_recognition_report
 from speechllm.runs.machine import provenance
@@ -152,9 +157,8 @@ def main(config: EvalAsrConfig) -> None:
 
 def rates(references: list[str], hypotheses: list[str], config: EvalAsrConfig) -> tuple[WordErrorRate, WordErrorRate]:
     """Error rates of words and of characters."""
-    spelled = spell(references, config.normalizer), spell(hypotheses, config.normalizer)
-    words = word_error_rate(references, hypotheses, config.normalizer, config.seed)
-    return words, word_error_rate(*spelled, "none", config.seed)
+    texts = references, hypotheses, config.normalizer, config.seed
+    return word_error_rate(*texts), character_errors(*texts)
 
 
 def summary(score: WordErrorRate, results: dict[str, Any]) -> str:

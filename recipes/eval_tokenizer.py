@@ -53,7 +53,8 @@ from speechllm import (
     word_error_rate,
 )
 from speechllm.data.shards import codes_of, transcribed
-from speechllm.evaluation.scripts import primary_rate, spell
+from speechllm.evaluation.error_rates import character_errors
+from speechllm.evaluation.scripts import primary_rate
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import run_recipe
@@ -195,7 +196,7 @@ def probe(
     references = test["text"][:]
     hypotheses = ctc_probe(examples, [units_of(row) for row in test], size, config.probe_steps, config.seed)
     words = word_error_rate(references, hypotheses, PROBE_NORMALIZER)
-    characters = word_error_rate(spell(references, PROBE_NORMALIZER), spell(hypotheses, PROBE_NORMALIZER), "none")
+    characters = character_errors(references, hypotheses, PROBE_NORMALIZER)
     rates = {"wer": words.wer, "wer_ci95": words.ci95, "cer": characters.wer, "cer_ci95": characters.ci95}
     return {**rates, "primary": primary_rate(references)}
 

@@ -14,8 +14,8 @@ def text_list(texts: Iterable[str], name: str) -> list[str]:
     name: of the argument, for the message.
     """
     if isinstance(texts, str | bytes | Mapping | Set) or not isinstance(texts, Iterable):
-        found = f"{type(texts).__name__} {reprlib.repr(texts)}"
-        raise InputError(f"{name}: expected a list with one text each, got {found}: write [text] for a single one")
+        got = f"{type(texts).__name__} {reprlib.repr(texts)}"
+        raise InputError(f"{name}: expected a list with one text each, got {got}: write [text] for a single one")
     found = list(texts)
     for place, text in enumerate(found):
         if not isinstance(text, str):

@@ -2,7 +2,7 @@
 
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jiwer
@@ -34,10 +34,14 @@ class WordErrorRate:
     empty_references: int = 0
 
     def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self, rate: str = "WER", unit: str = "words") -> str:
+        """All of it in one line; with CER and characters for what `character_errors` returns."""
         empty = f", {self.empty_references} of them with a reference without words" if self.empty_references else ""
         return (
-            f"WER {self.wer:.2%} (95 % interval {self.ci95[0]:.2%} to {self.ci95[1]:.2%}; {self.substitutions} "
-            f"substitutions, {self.deletions} deletions, {self.insertions} insertions in {self.words} words of "
+            f"{rate} {self.wer:.2%} (95 % interval {self.ci95[0]:.2%} to {self.ci95[1]:.2%}; {self.substitutions} "
+            f"substitutions, {self.deletions} deletions, {self.insertions} insertions in {self.words} {unit} of "
             f"{self.utterances} utterances{empty}, normaliser {self.normalizer})"
         )
 
@@ -96,8 +100,15 @@ def character_error_rate(
 
     The spaces between words count as characters, but not in scripts that are written without (`spell`).
     """
+    return character_errors(references, hypotheses, normalizer).wer
+
+
+def character_errors(
+    references: Sequence[str], hypotheses: Sequence[str], normalizer: str = "librispeech", seed: int = 0
+) -> WordErrorRate:
+    """`character_error_rate` with its interval and counts: the error rate whose words are characters."""
     spelled = spell(references, normalizer, "references"), spell(hypotheses, normalizer, "hypotheses")
-    return word_error_rate(*spelled, "none").wer
+    return replace(word_error_rate(*spelled, "none", seed), normalizer=normalizer)
 
 
 def speaker_error_rates(
@@ -219,7 +230,7 @@ def recognition_measures(
         return {}
     rates = {"wer": word_error_rate(references, hypotheses, normalizer, seed)}
     if primary_rate(references) == "cer":
-        rates["cer"] = word_error_rate(spell(references, normalizer), spell(hypotheses, normalizer), "none", seed)
+        rates["cer"] = character_errors(references, hypotheses, normalizer, seed)
     empty = rates["wer"].empty_references
     counts = {"words": rates["wer"].words, "normalizer": normalizer} | ({"empty_references": empty} if empty else {})
     return {name: {"mean": rate.wer, "ci95": list(rate.ci95), **counts} for name, rate in rates.items()}
@@ -268,7 +279,7 @@ def _error_counts(references: Sequence[str], hypotheses: Sequence[str], normaliz
     normalize = find_normalizer(normalizer)
     counts = [_count_errors(*map(normalize, pair)) for pair in zip(references, hypotheses, strict=True)]
     if not sum(words for *_, words in counts):
-        raise InputError(f"the references contain no words (normaliser {normalizer}): there is nothing to score")
+        raise InputError("the references contain no words: there is nothing to score")
     return np.array(counts)
 
 

@@ -33,7 +33,8 @@ def speaker_table(alignments: Sequence[Alignment], rate: str = "WER") -> str:
 def duration_figure(alignments: Sequence[Alignment], rate: str = "WER") -> str:
     """HTML: error rate by duration, of the utterances with a known duration. rate: its name."""
     rows = sorted((a.duration_s, a.errors, a.words) for a in alignments if a.duration_s is not None and a.words)
-    return error_rates(*np.array(rows, dtype=float).T, rate=rate) if rows else ""
+    durations, errors, words = np.array(rows, dtype=float).reshape(-1, 3).T
+    return error_rates(durations, errors, words, rate) if rows else ""
 
 
 def alignment_list(alignments: Sequence[Alignment]) -> str:
