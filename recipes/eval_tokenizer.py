@@ -89,7 +89,7 @@ def main(config: EvalTokenizerConfig) -> None:
             name: content(pairs, units_of, rates[name]) for name, units_of in units.items()
         }
     if config.probe_steps:
-        results["probe"] = {"steps": config.probe_steps, "normalizer": PROBE_NORMALIZER} | {
+        results["probe"] = {"steps": config.probe_steps} | {
             name: probe(config, train, test, units_of, encoding.codebook_size) for name, units_of in units.items()
         }
     results |= provenance(config, time.perf_counter() - started, "scikit-learn")
@@ -198,7 +198,7 @@ def probe(
     words = word_error_rate(references, hypotheses, PROBE_NORMALIZER)
     characters = character_errors(references, hypotheses, PROBE_NORMALIZER)
     rates = {"wer": words.wer, "wer_ci95": words.ci95, "cer": characters.wer, "cer_ci95": characters.ci95}
-    return {**rates, "primary": primary_rate(references)}
+    return {**rates, "primary": primary_rate(references), "normalizer": PROBE_NORMALIZER}
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from speechllm.runs.launch import find_recipe, recipe_command, recipe_environmen
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
 BASE = "another place of the language model under an adapter than the recorded one"
 CHUNK = 256  # recordings in memory at a time
+ONE_LINE = dict.fromkeys(map(ord, "\t\r\n"), " ")  # a text must not look like a further line or column
 NORMALIZERS = "librispeech (default), whisper_english or none"
 
 
@@ -197,7 +198,7 @@ def _transcribe(arguments: argparse.Namespace) -> int:
         waveforms = [waveform for _, waveform in recordings]
         texts = transcribe(waveforms, speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True)
         for (file, _), text in zip(recordings, texts, strict=True):
-            print(f"{file}\t{' '.join(text.split())}", flush=True)  # one line, whatever the text holds
+            print(f"{file}\t{text.translate(ONE_LINE)}", flush=True)
         done += len(recordings)
     return int(done < len(files))
 
