@@ -12,7 +12,7 @@ import numpy as np
 from speechllm.evaluation.error_rates import seeds_error_rate
 from speechllm.evaluation.guidance import guidance
 from speechllm.evaluation.scripts import primary_rate, spell
-from speechllm.evaluation.tables import DASH, Measure, Result, Results, Table, cell, plain
+from speechllm.evaluation.tables import DASH, Measure, Result, Results, Table, cell, plain, primary_measure
 from tokenizer.errors import InputError
 
 QUALITY = {  # measures of eval_codec: label and format
@@ -184,7 +184,7 @@ def recognition_table(results: Results) -> Table:
         by_seed = ", ".join(f"{wer:.1%}" for wer in seeds) or DASH
         cer, words = plain(found.get("cer"), ".1%"), plain(found.get("words"))
         if found.get("primary") == "cer":
-            cer = f"{cell({'mean': found['cer'], 'ci95': found['cer_ci95']}, '.1%')}, the rate to go by"
+            cer = f"{cell(primary_measure(found), '.1%')}, the rate to go by"
         splits = {
             split: f"WER {one['wer']:.1%}, CER {one['cer']:.1%}" for split, one in found.get("splits", {}).items()
         }

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from speechllm.evaluation.tables import DASH, Measure, Result, Results, Table, cell
+from speechllm.evaluation.tables import DASH, Measure, Result, Results, Table, cell, primary_measure
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,7 @@ def _task(task: str) -> Callable[[Result], Iterator[Measure]]:
 
 
 def _recognition(result: Result) -> Iterator[Measure]:
-    """The error rate that steers: the WER, or the CER where texts are written without spaces."""
-    for found in _task("asr")(result):
-        yield {**found, "mean": found["cer"], "ci95": found["cer_ci95"]} if found.get("primary") == "cer" else found
+    yield from map(primary_measure, _task("asr")(result))
 
 
 def _single(key: str) -> Callable[[Result], Iterator[Measure]]:

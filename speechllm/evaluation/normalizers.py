@@ -47,10 +47,10 @@ def librispeech_normalizer(text: str) -> str:
 def whisper_english_normalizer(text: str) -> str:
     """Whisper's English normaliser (Radford et al. 2022, appendix C): digits, American spelling, full contractions.
 
-    Applied after `unify`, because it knows contractions by the apostrophe of ASCII alone. Raises ImportError if
-    whisper-normalizer is not installed.
+    Applied after `unify`, because it knows contractions by the apostrophe of ASCII alone; what it leaves of "..." is no
+    word. Raises ImportError if whisper-normalizer is not installed.
     """
-    return " ".join(_whisper_english()(unify(text)).split())
+    return " ".join(word for word in _whisper_english()(unify(text)).split() if any(map(str.isalnum, word)))
 
 
 NORMALIZERS: dict[str, Callable[[str], str]] = {

@@ -67,3 +67,9 @@ def test_every_character_alone_and_inside_a_word_is_normalised_for_good() -> Non
 def test_whispers_normalizer_sees_the_same_spellings(text: str, heard: str) -> None:
     pytest.importorskip("whisper_normalizer", reason="needs the eval extra")
     assert whisper_english_normalizer(text) == whisper_english_normalizer(heard) != ""
+
+
+@pytest.mark.parametrize("text", ["...", " . ", "\u2026", "?!", "$", "(laughs)", "\u200b"])
+def test_whispers_normalizer_leaves_no_word_of_punctuation(text: str) -> None:
+    pytest.importorskip("whisper_normalizer", reason="needs the eval extra")
+    assert whisper_english_normalizer(text) == ""
