@@ -25,7 +25,10 @@ def unify(text: str) -> str:
     Every kind of apostrophe is the one of ASCII, invisible characters are gone, and ligatures, full-width letters,
     composed accents and kinds of spaces are those of Unicode's NFKC.
     """
-    seen = (c for c in text.translate(_SPELLINGS) if unicodedata.category(c) != "Cf")
+    text = text.translate(_SPELLINGS)
+    if text.isascii():
+        return text
+    seen = (c for c in text if unicodedata.category(c) != "Cf")
     return unicodedata.normalize("NFKC", "".join(seen)).translate(_SPELLINGS)  # of which some are composed
 
 
@@ -37,10 +40,10 @@ def librispeech_normalizer(text: str) -> str:
     Idempotent; empty for a text without a letter or digit.
     """
     text = unicodedata.normalize("NFKC", unify(text).lower())
-    kept = [""]
+    kept = [" "]
     for c in text:
-        accent = unicodedata.category(c) in ("Mn", "Mc") and kept[-1] not in ("", " ", "'")
-        kept.append(c if c.isalnum() or c == "'" or accent else " ")
+        accent = not c.isascii() and kept[-1] not in " '" and unicodedata.category(c) in ("Mn", "Mc")
+        kept.append(c if accent or c.isalnum() or c == "'" else " ")
     return " ".join(_OUTER_APOSTROPHE.sub(" ", "".join(kept)).split())
 
 
