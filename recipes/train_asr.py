@@ -48,7 +48,7 @@ class AsrConfig:
     train: Literal["full", "lora", "rows"] = "full"  # all weights, LoRA and the new rows, or the new rows alone
     lora: LoraConfig = field(default_factory=LoraConfig)
     splits: list[str] | None = None  # training splits, all when null
-    dev_splits: list[str] | None = None  # for the WER while training (CER without spaces), none when null
+    dev_splits: list[str] | None = None  # pooled, for the WER while training (CER without spaces); none when null
     normalizer: Literal["librispeech", "whisper_english", "none"] = "librispeech"  # of the transcripts, also for dev
     max_utterances: int | None = None  # of the training splits, evenly chosen; all when null
     layers: int = 1  # codebooks the model reads; 1 is 50 tokens/s

@@ -198,7 +198,7 @@ def _transcribe(arguments: argparse.Namespace) -> int:
         waveforms = [waveform for _, waveform in recordings]
         texts = transcribe(waveforms, speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True)
         for (file, _), text in zip(recordings, texts, strict=True):
-            print(f"{file}\t{text.translate(ONE_LINE)}", flush=True)
+            print(f"{str(file).translate(ONE_LINE)}\t{text.translate(ONE_LINE)}", flush=True)
         done += len(recordings)
     return int(done < len(files))
 

@@ -221,7 +221,7 @@ def test_the_evaluation_matches_its_predictions(work: Work) -> None:
     predictions = [json.loads(line) for line in lines]
     corpus = read_corpus(work.folder / "corpus", ["test"])
     assert [(p["id"], p["speaker"], p["reference"]) for p in predictions] == [
-        (u.id, u.speaker, u.text.lower()) for u in corpus
+        (u.id, u.speaker, u.text) for u in corpus
     ]
     score = word_error_rate([p["reference"] for p in predictions], [p["hypothesis"] for p in predictions])
     assert found["wer"] == score.wer and tuple(found["ci95"]) == score.ci95 and found["words"] == 12
