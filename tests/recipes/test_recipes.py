@@ -225,6 +225,7 @@ def test_the_evaluation_matches_its_predictions(work: Work) -> None:
     ]
     score = word_error_rate([p["reference"] for p in predictions], [p["hypothesis"] for p in predictions])
     assert found["wer"] == score.wer and tuple(found["ci95"]) == score.ci95 and found["words"] == 12
+    assert found["training_normalizer"] == found["normalizer"] == "librispeech"
     assert found["tokens_per_second"] == pytest.approx(100) and found["audio_s"] == pytest.approx(3)
     low, high = found["wer_shuffled_audio_ci95"]
     assert 0 <= low <= found["wer_shuffled_audio"] <= high
