@@ -80,7 +80,7 @@ def main(config: BenchmarkConfig) -> None:
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows, encoding = load_codes(config.codes, config.splits)
-    rows = transcribed(rows)
+    rows = transcribed(rows, normalizer="librispeech")  # as train_asr does by default
     codec = load_tokenizer(config.codec)
     encoding.require(codec.fingerprint, config.codec)
     torch.manual_seed(config.seed)

@@ -19,6 +19,7 @@ from pathlib import Path
 from speechllm.runs.config import find_config, parse_config
 
 RECIPES = Path(os.path.relpath(Path(__file__).parent))
+RATES = "primary cer cer_ci95 cer_shuffled_audio cer_shuffled_audio_ci95 training_normalizer".split()  # of eval_asr
 
 
 @dataclass
@@ -45,7 +46,7 @@ import numpy as np
 import yaml
 
 from speechllm import CorpusError, Utterance, read_corpus
-from speechllm.evaluation.error_rates import shuffled_audio_verdict
+from speechllm.evaluation.error_rates import results_verdict
 from speechllm.reports.pages import write_report
 from speechllm.reports.sounds import read_sounds
 from speechllm.runs.machine import available_cpus, provenance
@@ -175,6 +176,7 @@ def collect(config: DemoConfig, run: Path, stages: Stages) -> dict[str, object]:
         "wer_ci95": evaluation["ci95"],
         "wer_shuffled_audio": evaluation.get("wer_shuffled_audio"),  # None with a single utterance
         "wer_shuffled_audio_ci95": evaluation.get("wer_shuffled_audio_ci95"),
+        **{name: evaluation[name] for name in RATES if name in evaluation},
         "utterances": evaluation["utterances"],
         "words": evaluation["words"],
         "normalizer": evaluation["normalizer"],
@@ -220,14 +222,15 @@ def plan(config: DemoConfig) -> str:
 
 def summary(run: Path, results: dict[str, object]) -> str:
     """The results, as printed at the end."""
-    low, high = results["wer_ci95"]
+    rate = results.get("primary", "wer")  # the rate to go by
+    low, high = results[f"{rate}_ci95"]
     lines = [
-        f"\nWER {results['wer']:.1%} (95 % interval {low:.1%} to {high:.1%}) on {results['utterances']} utterances of "
-        f"unseen speakers, at {results['tokens_per_second']:.1f} tokens/s",
+        f"\n{rate.upper()} {results[rate]:.1%} (95 % interval {low:.1%} to {high:.1%}) on {results['utterances']} "
+        f"utterances of unseen speakers, at {results['tokens_per_second']:.1f} tokens/s",
     ]
-    if (control := results["wer_shuffled_audio"]) is not None:
-        lines.append(f"WER with another utterance's audio {control:.1%}")
-    lines.append(shuffled_audio_verdict(results["wer_ci95"], results["wer_shuffled_audio_ci95"]))
+    if (control := results.get(f"{rate}_shuffled_audio")) is not None:
+        lines.append(f"{rate.upper()} with another utterance's audio {control:.1%}")
+    lines.append(results_verdict(results))
     if content := results["content"]:
         layer0, baseline = content["layer_0"]["pnmi"], content["log_mel_kmeans"]["pnmi"]
         lines.append(f"{content['label']} information (PNMI) in layer 0: {layer0:.2f}; log-mel k-means: {baseline:.2f}")

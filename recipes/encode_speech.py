@@ -6,12 +6,11 @@
 The codec is any audio tokenizer: `features:NAME` stores continuous features (float16; 100 h of 768 dimensions at 50
 frames/s are 28 GB), `recognizer:NAME` the texts of a recogniser.
 Runs in several processes, resumes a killed run, and lists skipped recordings with the reason in CODES/skipped.jsonl.
-Texts are normalised here, once for training and evaluation: lower case without punctuation, because LibriSpeech's
-capitals are rare in the training data of language models. recipes/import_speech.py imports data sets of the hub.
+Texts are stored as they are; train_asr and eval_asr normalise them. recipes/import_speech.py imports data sets of the
+hub.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from speechllm.runs.config import parse_config
 
@@ -24,7 +23,6 @@ class EncodeConfig:
     splits: list[str] | None = None  # all when null
     layers: int | None = 1  # codebooks to store, all when null
     max_duration_s: float = 60.0  # longer recordings are skipped, and counted
-    normalizer: Literal["librispeech", "none"] = "librispeech"  # of the texts; none: unchanged
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -53,7 +51,6 @@ def main(config: EncodeConfig) -> None:
         max_duration_s=config.max_duration_s,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
-        normalizer=config.normalizer,
     )
     share = len(utterances) // accelerator.num_processes
     with tqdm(total=share, desc="encode", unit="utt", disable=not accelerator.is_main_process) as bar:

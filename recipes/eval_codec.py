@@ -57,10 +57,9 @@ from speechllm import (
     read_corpus,
     reconstruct,
     speech_quality,
-    word_error_rate,
 )
 from speechllm.evaluation.comparison import quality_table
-from speechllm.evaluation.error_rates import mean_and_interval
+from speechllm.evaluation.error_rates import mean_and_interval, recognition_measures
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import available_cpus, provenance
 from speechllm.runs.recipe import run_recipe
@@ -92,6 +91,7 @@ def main(config: EvalCodecConfig) -> None:
         "utterances": len(rows),
         "original": means(rows, ORIGINAL, config.seed),
         "codebooks": {count: rates(count, codec) | means(rows, count, config.seed) for count in counts},
+        "splits": split_means(rows, [ORIGINAL, *counts], config.seed),
         "failed": failed,
         **provenance(config, time.perf_counter() - started, "pesq", "pystoi"),
     }
@@ -101,6 +101,8 @@ def main(config: EvalCodecConfig) -> None:
     write_json(folder / "results.json", results)
     table = quality_table({config.codec: {"quality": results}})
     write_results_report(folder / "report.html", f"{config.codec}: speech quality", results, [table])
+    if results["splits"]:
+        print(f"pooled over the splits {', '.join(results['splits'])}; each of them in {folder / 'results.json'}")
     print(table.markdown())
     if failed:
         print(f"{len(failed)} not scored, see {folder / 'results.json'}; the first: {failed[0]['detail']}")
@@ -157,6 +159,7 @@ def collect(
     utterance, sounds = waiting.utterance, waiting.sounds
     row: Row = {
         "id": utterance.id,
+        "split": utterance.split,
         "speaker": utterance.speaker,
         "text": utterance.text,
         "scores": {},
@@ -192,11 +195,16 @@ def means(rows: Sequence[Row], name: int | str, seed: int) -> Row:
     for measure in scores[0] if scores else ():
         found[measure] = mean_and_interval([score[measure] for score in scores], seed)
     recognized = [row for row in rows if name in row["recognized"]]
-    if recognized:
-        references = [row["text"] for row in recognized]
-        rate = word_error_rate(references, [row["recognized"][name] for row in recognized], seed=seed)
-        found["wer"] = {"mean": rate.wer, "ci95": list(rate.ci95), "words": rate.words, "normalizer": rate.normalizer}
-    return found
+    texts = [row["text"] for row in recognized], [row["recognized"][name] for row in recognized]
+    return found | recognition_measures(*texts, seed)
+
+
+def split_means(rows: Sequence[Row], names: Sequence[int | str], seed: int) -> dict[str, dict[int | str, Row]]:
+    """`means` of each split by number of codebooks, if there are several splits."""
+    splits = {row["split"]: [other for other in rows if other["split"] == row["split"]] for row in rows}
+    if len(splits) < 2:
+        return {}
+    return {split: {name: means(own, name, seed) for name in names} for split, own in splits.items()}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ RESULTS/results.json, pairs.jsonl, report.html and the sounds of some pairs, and
 import contextlib
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +67,9 @@ from speechllm import (
     read_corpus,
     save_audio,
     swap_layers,
-    word_error_rate,
 )
 from speechllm.evaluation.comparison import conversion_table
-from speechllm.evaluation.error_rates import mean_and_interval
+from speechllm.evaluation.error_rates import mean_and_interval, recognition_measures
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import run_recipe
@@ -125,6 +124,7 @@ def main(config: EvalConversionConfig) -> None:
     results = {
         "codec_fingerprint": codec.fingerprint,
         "pairs": len(rows),
+        "splits": dict(Counter(pair.source.split for pair in pairs)),  # pooled; a target may come from another one
         "parallel": sum(pair.reference is not None for pair in pairs),
         "methods": summarize(rows, config.seed),
         "failed": [failure for row in rows for failure in row["failed"]],
@@ -264,10 +264,9 @@ def means(scores: Sequence[Row], seed: int) -> Row:
         if values := [pair[measure] for pair in scores if measure in pair]:
             found[measure] = mean_and_interval(values, seed) | {"pairs": len(values)}
     if recognized := [pair for pair in scores if "recognized" in pair]:
-        hypotheses = [pair["recognized"] for pair in recognized]
-        rate = word_error_rate([pair["text"] for pair in recognized], hypotheses, seed=seed)
-        counts = {"pairs": len(recognized), "words": rate.words, "normalizer": rate.normalizer}
-        found["wer"] = {"mean": rate.wer, "ci95": list(rate.ci95), **counts}
+        texts = [pair["text"] for pair in recognized], [pair["recognized"] for pair in recognized]
+        measured = recognition_measures(*texts, seed)
+        found |= {rate: {**one, "pairs": len(recognized)} for rate, one in measured.items()}
     return found
 
 

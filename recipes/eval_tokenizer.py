@@ -17,6 +17,7 @@ from pathlib import Path
 from speechllm.runs.config import parse_config
 
 LOG_MEL_RATE = 50.0  # frames/s of the baseline
+PROBE_NORMALIZER = "librispeech"  # of the texts that the probe learns and is scored on
 Row = dict[str, object]  # of encoded speech
 
 
@@ -52,7 +53,8 @@ from speechllm import (
     word_error_rate,
 )
 from speechllm.data.shards import codes_of, transcribed
-from speechllm.evaluation.normalizers import librispeech_normalizer
+from speechllm.evaluation.error_rates import character_errors
+from speechllm.evaluation.scripts import primary_rate
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import run_recipe
@@ -181,7 +183,7 @@ def check_for_probe(train: Dataset, test: Dataset) -> None:
             "that do not overlap"
         )
     for name, rows in (("train_splits", train), ("test_splits", test)):
-        if not any(rows["text"]):
+        if not len(transcribed(rows, normalizer=PROBE_NORMALIZER)):
             raise DataError(f"the probe needs texts, but no utterance of {name} has one: choose probe_steps=0")
 
 
@@ -189,18 +191,14 @@ def probe(
     config: EvalTokenizerConfig, train: Dataset, test: Dataset, units_of: UnitsOf, size: int
 ) -> dict[str, object]:
     """Error rates of a small recogniser of units, trained on one part of the corpus and tested on the other."""
-    train, test = transcribed(train), transcribed(test)
-    examples = [(units_of(row), librispeech_normalizer(row["text"])) for row in train]
-    references = [librispeech_normalizer(text) for text in test["text"]]
+    train, test = (transcribed(part, normalizer=PROBE_NORMALIZER) for part in (train, test))
+    examples = [(units_of(row), row["text"]) for row in train]
+    references = test["text"][:]
     hypotheses = ctc_probe(examples, [units_of(row) for row in test], size, config.probe_steps, config.seed)
-    words = word_error_rate(references, hypotheses)
-    characters = word_error_rate([*map(spell, references)], [*map(spell, hypotheses)], normalizer="none")
-    return {"wer": words.wer, "wer_ci95": words.ci95, "cer": characters.wer, "cer_ci95": characters.ci95}
-
-
-def spell(text: str) -> str:
-    """A text with its characters as words, including spaces."""
-    return " ".join(text.replace(" ", "_"))
+    words = word_error_rate(references, hypotheses, PROBE_NORMALIZER)
+    characters = character_errors(references, hypotheses, PROBE_NORMALIZER)
+    rates = {"wer": words.wer, "wer_ci95": words.ci95, "cer": characters.wer, "cer_ci95": characters.ci95}
+    return {**rates, "primary": primary_rate(references), "normalizer": PROBE_NORMALIZER}
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ class AsrConfig:
     train: Literal["full", "lora", "rows"] = "full"  # all weights, LoRA and the new rows, or the new rows alone
     lora: LoraConfig = field(default_factory=LoraConfig)
     splits: list[str] | None = None  # training splits, all when null
-    dev_splits: list[str] | None = None  # for the WER while training, none when null
+    dev_splits: list[str] | None = None  # pooled, for the WER while training (CER without spaces); none when null
+    normalizer: Literal["librispeech", "whisper_english", "none"] = "librispeech"  # of the transcripts, also for dev
     max_utterances: int | None = None  # of the training splits, evenly chosen; all when null
     layers: int = 1  # codebooks the model reads; 1 is 50 tokens/s
     order: Literal["frame", "layer", "delay", "semantic"] = "frame"  # of the codes of several codebooks
@@ -71,7 +72,7 @@ class AsrConfig:
     validate_every: int = 1000  # steps
     dev_utterances: int = 100  # at most, evenly chosen, for the WER while training
     keep_best: bool = True  # export the best checkpoint instead of the last one
-    patience: int | None = None  # number of validations without a better WER after which to stop; null: never
+    patience: int | None = None  # number of validations without a better WER (or CER) after which to stop; null: never
     trackers: list[Literal["tensorboard", "wandb"]] | None = None  # that also receive the log
     log_every: int = 10  # steps
     save_every: int = 1000  # steps between checkpoints
@@ -116,6 +117,7 @@ from speechllm import (
     LabelledLoss,
     RunError,
     SpeechLLM,
+    character_error_rate,
     describe_rows,
     extend_vocabulary,
     load_codes,
@@ -129,8 +131,9 @@ from speechllm import (
 from speechllm.data.augmentation import Augmentation
 from speechllm.data.batches import token_batches
 from speechllm.data.packing import micro_batches
-from speechllm.data.shards import transcribed
+from speechllm.data.shards import require_texts, transcribed
 from speechllm.decoding import answer_bound, recognize
+from speechllm.evaluation.scripts import primary_rate
 from speechllm.extension import Extension
 from speechllm.prompt import label_counts, text_example
 from speechllm.reports.pages import finish_training
@@ -142,6 +145,7 @@ from speechllm.training.checkpoints import TrainingState, prepare
 from speechllm.training.optimization import keep_row_gradients, make_optimizer
 from speechllm.training.plan import training_plan
 from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
+from tokenizer.corpus import spread
 from tokenizer.files import atomic_folder
 
 
@@ -150,14 +154,21 @@ def main(config: AsrConfig) -> None:
     refuse_sharding(accelerator, config)
 
     # 1. encoded speech and its codec
+    require_texts(config.codes, config.normalizer)
     train, encoding = load_codes(config.codes, config.splits)
-    train = transcribed(train, config.max_utterances)
+    total, train = len(train), transcribed(train, normalizer=config.normalizer)
+    without_words = total - len(train)
+    train = train.select(spread(range(len(train)), config.max_utterances))
     dev = []
     if config.dev_splits:
-        dev = [*transcribed(load_codes(config.codes, config.dev_splits)[0], config.dev_utterances)]
+        held_out, _ = load_codes(config.codes, config.dev_splits)
+        dev = [*transcribed(held_out, config.dev_utterances, config.normalizer)]
     if not len(train) or (config.dev_splits and not dev):
         purpose = "validation" if len(train) else "training"
         raise DataError(f"{config.codes}: no utterance for {purpose} has a transcript")
+    primary = primary_rate(row["text"] for row in dev)  # steers: the best checkpoint and early stopping follow it
+    if without_words:
+        accelerator.print(f"left out: {without_words} utterances whose transcript holds no words ({config.normalizer})")
     codec = load_tokenizer(config.codec)
     encoding.require(codec.fingerprint, config.codec)
     run = Run(config.output, config, accelerator, config.trackers, free=FREE)
@@ -266,13 +277,14 @@ def main(config: AsrConfig) -> None:
         if validating:
             with training.evaluation_weights():
                 if run.main:
-                    wer = dev_wer(dev, encoding, speech_llm)
-                    run.log(done, dev_wer=wer)
-                    training.record_validation(done, wer, keep=config.keep_best)
+                    rates = dev_rates(dev, encoding, speech_llm, config.normalizer)
+                    run.log(done, **rates)
+                    training.record_validation(done, rates[f"dev_{primary}"], keep=config.keep_best)
                     if training.best.validations_without_improvement == config.patience:
                         accelerator.set_trigger()
             if accelerator.check_trigger():
-                accelerator.print(f"no better WER in {config.patience} validations: training stops after {done} steps")
+                better = f"no better {primary.upper()} in {config.patience} validations"
+                accelerator.print(f"{better}: training stops after {done} steps")
                 break
         if done % config.save_every == 0 and done < config.steps and not deepspeed:  # its moments are not accessible
             run.save(done, training.state_dict())
@@ -285,8 +297,9 @@ def main(config: AsrConfig) -> None:
             with atomic_folder(run.folder / "model") as folder:
                 speech_llm.save(folder)
     if run.main:
-        best = {"dev_wer": training.best.wer, "best_step": training.best.step} if dev else {}
-        summary = {"steps": done, "loss": loss, **best, "codec_fingerprint": codec.fingerprint}
+        best = {f"dev_{primary}": training.best.wer, "best_step": training.best.step} if dev else {}
+        texts = {"normalizer": config.normalizer} | ({"without_words": without_words} if without_words else {})
+        summary = {"steps": done, "loss": loss, **best, **texts, "codec_fingerprint": codec.fingerprint}
         finish_training(run, summary)
         print(f"speech language model saved in {run.folder / 'model'}")
     accelerator.wait_for_everyone()
@@ -315,11 +328,17 @@ def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[
         yield [examples[i] for i in indices]
 
 
-def dev_wer(dev: list[dict[str, object]], encoding: Encoding, speech_llm: SpeechLLM) -> float:
-    """WER on the dev utterances."""
+def dev_rates(
+    dev: list[dict[str, object]], encoding: Encoding, speech_llm: SpeechLLM, normalizer: str
+) -> dict[str, float]:
+    """WER on the dev utterances, and CER if it steers."""
     speech, durations_s = [speech_of(row, encoding) for row in dev], [row["duration_s"] for row in dev]
     found = recognize(speech, speech_llm, batch_size=50, durations_s=durations_s)
-    return word_error_rate([row["text"] for row in dev], [transcription.text for transcription in found]).wer
+    texts = [row["text"] for row in dev], [transcription.text for transcription in found]
+    rates = {"dev_wer": word_error_rate(*texts, normalizer).wer}
+    if primary_rate(texts[0]) == "cer":
+        rates["dev_cer"] = character_error_rate(*texts, normalizer)
+    return rates
 
 
 if __name__ == "__main__":

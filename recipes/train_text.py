@@ -82,7 +82,7 @@ def main(config: TextConfig) -> None:
         accelerator.print(f"{config.output} is finished: {run.summary}")
         return
 
-    # 1. sentences, normalised like the transcripts of encode_speech, and a text tokenizer trained on them
+    # 1. sentences, normalised as train_asr does by default, and a text tokenizer trained on them
     with accelerator.main_process_first():  # the others read the cache of `datasets`
         train, held_out = sentences(config)
         text_tokenizer = small_text_tokenizer(train["text"], config.text_tokens)

@@ -28,14 +28,23 @@ def write_text(file: str | Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, which knows neither NaN nor infinities: they become null."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+        return json.dumps(finite, indent=indent, ensure_ascii=False)
+
+
 def write_json(file: str | Path, value: Any) -> None:
     """Write indented JSON atomically."""
-    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(file, json_text(value, indent=2) + "\n")
 
 
 def write_jsonl(file: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line, atomically."""
-    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(file, "".join(json_text(row) + "\n" for row in rows))
 
 
 def read_json(file: str | Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The `speechllm` command: run recipes, transcribe, encode and decode speech, look into a codec, score transcripts."""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -18,12 +17,14 @@ from speechllm.cli.codec import (
     reconstruct_files,
     usable,
 )
+from speechllm.cli.scores import FORMATS, compare_files, score_files
 from speechllm.runs.config import shipped
 from speechllm.runs.launch import find_recipe, recipe_command, recipe_environment
 
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
 BASE = "another place of the language model under an adapter than the recorded one"
 CHUNK = 256  # recordings in memory at a time
+ONE_LINE = dict.fromkeys(map(ord, "\t\r\n"), " ")  # a text must not look like a further line or column
 NORMALIZERS = "librispeech (default), whisper_english or none"
 
 
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("words", nargs=argparse.REMAINDER, help="what the recipe takes, its --help among it")
     command.set_defaults(run=_run)
 
-    command = commands.add_parser("transcribe", help="recordings to text, one line each")
+    command = commands.add_parser("transcribe", help="recordings to text, one line each: the file, a tab, the text")
     command.add_argument("files", nargs="+", help="audio files")
     command.add_argument("--model", required=True, help="folder that recipes/train_asr.py wrote")
     command.add_argument("--codec", help="another place of the codec than the model's subfolder `codec`")
@@ -129,18 +130,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=import_codec)
 
-    command = commands.add_parser("wer", help="word error rate of two text files, one utterance a line")
-    command.add_argument("reference")
-    command.add_argument("hypothesis")
+    command = commands.add_parser(
+        "wer", help="word error rate of two text files, one utterance a line", description=FORMATS
+    )
+    command.add_argument("reference", help="text file of what was said")
+    command.add_argument("hypothesis", help="text file of what was recognised")
     command.add_argument("--normalizer", default="librispeech", help=NORMALIZERS)
     command.add_argument("--characters", action="store_true", help="also print the character error rate")
-    command.set_defaults(run=_wer)
+    command.set_defaults(run=score_files)
 
     command = commands.add_parser("compare", help="paired bootstrap between two predictions.jsonl of eval_asr")
     command.add_argument("a", metavar="A.jsonl")
     command.add_argument("b", metavar="B.jsonl", help="of the same utterances")
-    command.add_argument("--normalizer", default="librispeech", help=NORMALIZERS)
-    command.set_defaults(run=_compare)
+    results = "librispeech, whisper_english or none; by default the one in the results.json beside the files"
+    command.add_argument("--normalizer", help=results)
+    command.set_defaults(run=compare_files)
 
     command = commands.add_parser("export", help="a model as a folder for transformers, vLLM or llama.cpp's converter")
     command.add_argument("model", help="folder that recipes/train_asr.py wrote")
@@ -194,49 +198,9 @@ def _transcribe(arguments: argparse.Namespace) -> int:
         waveforms = [waveform for _, waveform in recordings]
         texts = transcribe(waveforms, speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True)
         for (file, _), text in zip(recordings, texts, strict=True):
-            print(f"{file}\t{text}", flush=True)
+            print(f"{str(file).translate(ONE_LINE)}\t{text.translate(ONE_LINE)}", flush=True)
         done += len(recordings)
     return int(done < len(files))
-
-
-def _wer(arguments: argparse.Namespace) -> int:
-    from speechllm import character_error_rate, word_error_rate
-
-    references, hypotheses = map(_lines, (arguments.reference, arguments.hypothesis))
-    print(word_error_rate(references, hypotheses, arguments.normalizer))
-    if arguments.characters:
-        print(f"CER {character_error_rate(references, hypotheses, arguments.normalizer):.2%}")
-    return 0
-
-
-def _lines(file: str) -> list[str]:
-    with open(file, encoding="utf-8") as lines:  # not splitlines, which also ends a line at what texts may hold
-        return [line.rstrip("\n") for line in lines]
-
-
-def _compare(arguments: argparse.Namespace) -> int:
-    """Print the word error rate of both files and how sure the difference, B minus A, is."""
-    from speechllm import DataError, paired_bootstrap, word_error_rate
-
-    a, b = _predictions(arguments.a), _predictions(arguments.b)
-    differing = {
-        f"are only in {arguments.a}": a.keys() - b.keys(),
-        f"are only in {arguments.b}": b.keys() - a.keys(),
-        "have another reference": {name for name in a.keys() & b.keys() if a[name][0] != b[name][0]},
-    }
-    found = [
-        f"{len(ids)} {what} ({', '.join(sorted(ids)[:3] + ['...'] * (len(ids) > 3))})"
-        for what, ids in differing.items()
-        if ids
-    ]
-    if found:
-        raise DataError(f"of the utterances {'; '.join(found)}: give predictions for the same splits of one corpus")
-    references = [reference for reference, _ in a.values()]
-    texts_a, texts_b = [text for _, text in a.values()], [b[name][1] for name in a]
-    print(f"A: {word_error_rate(references, texts_a, arguments.normalizer)}")
-    print(f"B: {word_error_rate(references, texts_b, arguments.normalizer)}")
-    print(f"B - A: {paired_bootstrap(references, texts_a, texts_b, arguments.normalizer)}")
-    return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -246,21 +210,6 @@ def _export(arguments: argparse.Namespace) -> int:
     export_model(load_speech_llm(arguments.model, base=arguments.base, with_codec=codec_too), arguments.output)
     print(arguments.output)
     return 0
-
-
-def _predictions(file: str) -> dict[str, tuple[str, str]]:
-    """Reference and hypothesis by utterance, as eval_asr writes them."""
-    from speechllm import DataError
-
-    pairs = {}
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                pairs[row["id"]] = row["reference"], row["hypothesis"]
-            except (KeyError, TypeError, ValueError) as error:
-                raise DataError(f"{file}, line {number}: not a line of eval_asr's predictions ({error!r})") from error
-    return pairs
 
 
 def _numbers(text: str) -> list[int]:

@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from torch import Tensor
 
 from speechllm.encoding import DataError, Encoding, Speech
-from speechllm.evaluation.normalizers import NORMALIZERS
+from speechllm.evaluation.normalizers import find_normalizer
 from tokenizer.audio import AudioError, load_audio
 from tokenizer.corpus import Utterance, skipped_row, spread
 from tokenizer.files import read_json, write_json
@@ -49,13 +49,12 @@ def encode_shards(
     max_duration_s: float = 60.0,
     process: int = 0,
     processes: int = 1,
-    normalizer: str = "none",
 ) -> Iterator[int]:
     """Encode utterances into Parquet shards; yields each shard's number of utterances when it is done.
 
     Each process writes every `processes`-th shard; existing shards are kept, so that a killed run loses at most one
-    shard per process. Unusable recordings are skipped and recorded in the shard with the reason.
-    normalizer: of the texts, a name that `word_error_rate` knows.
+    shard per process. Unusable recordings are skipped and recorded in the shard with the reason. Texts are stored as
+    they are; `transcribed` normalises them.
     Raises DataError if the folder holds codes made with other settings.
     """
     folder = Path(folder)
@@ -63,12 +62,15 @@ def encode_shards(
     ids = [utterance.id for utterance in utterances]
     if repeated := [name for name, count in Counter(ids).items() if count > 1]:
         raise DataError(f"utterance ids must be unique, but {repeated[0]} occurs more than once")
-    if normalizer not in NORMALIZERS:
-        raise DataError(f"unknown normalizer {normalizer!r}: choose one of {', '.join(NORMALIZERS)}")
-    settings = {**asdict(encoding), "max_duration_s": max_duration_s, "normalizer": normalizer}
+    settings = {**asdict(encoding), "max_duration_s": max_duration_s}
     settings |= {"utterances": len(utterances), "speech": identity(utterances)}
     claim = folder / "request.json"
     held = read_json(claim) or settings
+    if (former := held.get("normalizer", "none")) != "none":
+        raise DataError(
+            f"{folder} was begun by an earlier version, which stored texts normalised by {former}; now they are stored "
+            f"as they are: choose another folder or delete it. What it holds can be used with normalizer={former}"
+        )
     changed = [f"{name}: {held.get(name)} -> {settings[name]}" for name in settings if held.get(name) != settings[name]]
     if changed:
         raise DataError(
@@ -82,7 +84,7 @@ def encode_shards(
         part = utterances[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
         file = folder / f"codes_{shard:05d}.parquet"
         if not file.exists():
-            _write_shard(file, part, codec, encoding, max_duration_s, normalizer)
+            _write_shard(file, part, codec, encoding, max_duration_s)
         yield len(part)
 
 
@@ -92,7 +94,6 @@ def _write_shard(
     codec: AudioTokenizer,
     encoding: Encoding,
     max_duration_s: float,
-    normalizer: str,
 ) -> None:
     rows, skipped, seconds = [], [], 0.0
     # processor time on a CPU, which does not depend on other programs; wall-clock time on a GPU
@@ -111,14 +112,13 @@ def _write_shard(
                 "id": utterance.id,
                 "split": utterance.split,
                 "speaker": utterance.speaker,
-                "text": utterance.text and NORMALIZERS[normalizer](utterance.text),
+                "text": utterance.text,
                 "duration_s": len(waveform) / codec.sample_rate,
                 SPEECH[encoding.kind].name: _stored(speech),
             }
         )
     metadata = {
         "encoding": json.dumps(asdict(encoding)),
-        "normalizer": normalizer,
         "skipped": json.dumps(skipped),
         "seconds": json.dumps(seconds),
     }
@@ -143,7 +143,9 @@ def skipped_of_shards(folder: str | Path) -> list[dict[str, str]]:
 
 
 def summarize_shards(folder: str | Path) -> dict[str, object]:
-    """Totals over all shards of a folder: utterances, hours, skipped recordings by reason, normaliser.
+    """Totals over all shards of a folder: utterances, hours, skipped recordings by reason.
+
+    normalizer: by which an earlier version normalised the texts that it stored; "none": they are as they were.
 
     real_time_factor: seconds of encoding per second of speech, in processor time or in time of one GPU.
     """
@@ -157,7 +159,7 @@ def summarize_shards(folder: str | Path) -> dict[str, object]:
         "real_time_factor": sum(json.loads(note[b"seconds"]) for note in notes) / max(speech_s, 1e-9),
         "encoding": json.loads(notes[0][b"encoding"]),
         "skipped": dict(Counter(row["reason"] for row in skipped_of_shards(folder))),
-        "normalizer": ", ".join(sorted({note.get(b"normalizer", b"none").decode() for note in notes})),
+        "normalizer": ", ".join(_stored_normalizers(files)),
     }
 
 
@@ -184,10 +186,27 @@ def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple
     return Dataset(table), Encoding(**json.loads(encodings.pop()))
 
 
-def transcribed(speech: Dataset, limit: int | None = None) -> Dataset:
-    """The utterances with a transcript, at most `limit` of them, evenly chosen; all when None."""
-    speech = speech.filter(bool, input_columns="text")
-    return speech.select(spread(range(len(speech)), limit))
+def require_texts(folder: str | Path, normalizer: str) -> None:
+    """Raise DataError if the folder's texts were stored normalised, as earlier versions did, by another normaliser."""
+    if other := [name for name in _stored_normalizers(_shards(folder)) if name not in ("none", normalizer)]:
+        raise DataError(
+            f"{folder} holds texts that an earlier version normalised by {other[0]}, of which {normalizer} cannot be "
+            f"made: choose normalizer={other[0]}, or run encode_speech again into another folder"
+        )
+
+
+def _stored_normalizers(files: Sequence[Path]) -> list[str]:
+    """The normalisers of the stored texts, sorted."""
+    return sorted({pq.read_schema(file).metadata.get(b"normalizer", b"none").decode() for file in files})
+
+
+def transcribed(speech: Dataset, limit: int | None = None, normalizer: str = "none") -> Dataset:
+    """The utterances with words in their normalised text, at most `limit` of them, evenly chosen; all when None."""
+    normalize = find_normalizer(normalizer)
+    texts = [normalize(text or "") for text in speech["text"][:]]
+    kept = [place for place, text in enumerate(texts) if text.strip()]
+    speech = speech.remove_columns("text").add_column("text", texts, feature=Value("string"))
+    return speech.select(spread(kept, limit))
 
 
 def codes_of(row: dict[str, Any], encoding: Encoding) -> Tensor:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from speechllm.runs.machine import provenance, versions
 from tokenizer.errors import InputError
-from tokenizer.files import read_json, read_jsonl, write_json, write_jsonl, write_text
+from tokenizer.files import json_text, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 KEPT_CHECKPOINTS = 2
 PRINTED = 5  # skipped recordings that are printed
@@ -128,7 +128,7 @@ class Run:
             self.accelerator.log(metrics, step=step)
         if self.main:
             with self.log_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+                file.write(json_text({"step": step, **metrics}) + "\n")
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint after `step` finished steps and delete the oldest ones."""

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import yaml
 
-from speechllm import ConfigError, RunError, word_error_rate
+from speechllm import ConfigError, InputError, RunError, word_error_rate
 from speechllm.evaluation.comparison import comparison_markdown, pool_emotion, pool_recognition
 from speechllm.evaluation.error_rates import seeds_error_rate
 from speechllm.evaluation.guidance import guidance
@@ -292,6 +292,34 @@ def test_seeds_without_a_result_are_ignored() -> None:
     )
     assert emotion["mean"] == pytest.approx(0.55) and emotion["ci95"] == pytest.approx([0.4, 0.7])
     assert emotion["chance"] == 0.25
+
+
+def test_seeds_on_other_utterances_or_by_another_normalizer_are_not_pooled() -> None:
+    rows = [{"id": "u", "reference": "one two", "hypothesis": "one"}]
+    found = {"wer": 0.5, "tokens_per_second": 50.0, "words": 2, "utterances": 1, "normalizer": "none"}
+    other = [{**rows[0], "id": "v"}]
+    for results, predictions in (
+        ({0: found, 1: found}, {0: rows, 1: other}),
+        ({0: found, 1: found}, {0: rows, 1: []}),
+        ({0: found, 1: {**found, "normalizer": "librispeech"}}, {0: rows, 1: rows}),
+    ):
+        with pytest.raises(InputError, match="seed 1 cannot be pooled with seed 0"):
+            pool_recognition(results, predictions)
+
+
+def test_the_cer_leads_in_tables_where_texts_have_no_spaces() -> None:
+    def pooled(heard: str) -> dict[str, object]:
+        rows = [{"id": f"u{i}", "reference": "今天天气很好", "hypothesis": heard} for i in range(3)]
+        found = {"wer": 1.0, "cer": 0.5, "tokens_per_second": 50.0, "words": 1, "utterances": 3, "normalizer": "none"}
+        rates = {"wer": 1.0, "cer": 0.5, "words": 1}
+        return pool_recognition({0: {**found, "splits": {"a": rates, "b": rates}}}, {0: rows})
+
+    one = pooled("今天天")
+    assert one["primary"] == "cer" and one["mean"] == 1 and one["cer_ci95"] == [0.5, 0.5]
+    systems = {"one": {"asr": one}, "two": {"asr": {**pooled("今天天气很"), "cer": 1 / 6}}}
+    table = comparison_markdown(systems)
+    assert "50.0% (50.0% to 50.0%), the rate to go by" in table and "a: WER 100.0%, CER 50.0%; b: WER" in table
+    assert guidance(systems).rows[0][2] == "two"  # their WER is the same
 
 
 # ---- the page

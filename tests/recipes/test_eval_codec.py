@@ -134,6 +134,17 @@ def test_evaluators_score_what_was_decoded(
     assert line["recognized"] == {"original": "LOUD", "1": "LOW"}
 
 
+def test_several_splits_have_means_of_their_own(recipe: Callable[[str], ModuleType]) -> None:
+    rows = [
+        {"split": split, "text": text, "scores": {1: {"stoi": stoi}}, "recognized": {1: "loud"}}
+        for split, text, stoi in (("a", "loud", 0.5), ("b", "...", 1.0))
+    ]
+    found = recipe(RECIPE).split_means(rows, [1], seed=0)
+    assert {split: means[1]["stoi"]["mean"] for split, means in found.items()} == {"a": 0.5, "b": 1.0}
+    assert found["a"][1]["wer"]["mean"] == 0 and "wer" not in found["b"][1]  # without words there is none
+    assert recipe(RECIPE).split_means(rows[:1], [1], seed=0) == {}
+
+
 def test_failures_are_listed_once_with_the_reason(results: dict) -> None:
     assert results["utterances"] == 6
     found = [(failure["id"], failure["reason"], failure["codebooks"]) for failure in results["failed"]]

@@ -220,11 +220,10 @@ def test_the_evaluation_matches_its_predictions(work: Work) -> None:
     lines = (work.folder / "evaluation" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     predictions = [json.loads(line) for line in lines]
     corpus = read_corpus(work.folder / "corpus", ["test"])
-    assert [(p["id"], p["speaker"], p["reference"]) for p in predictions] == [
-        (u.id, u.speaker, u.text.lower()) for u in corpus
-    ]
+    assert [(p["id"], p["speaker"], p["reference"]) for p in predictions] == [(u.id, u.speaker, u.text) for u in corpus]
     score = word_error_rate([p["reference"] for p in predictions], [p["hypothesis"] for p in predictions])
     assert found["wer"] == score.wer and tuple(found["ci95"]) == score.ci95 and found["words"] == 12
+    assert found["training_normalizer"] == found["normalizer"] == "librispeech"
     assert found["tokens_per_second"] == pytest.approx(100) and found["audio_s"] == pytest.approx(3)
     low, high = found["wer_shuffled_audio_ci95"]
     assert 0 <= low <= found["wer_shuffled_audio"] <= high

@@ -21,6 +21,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from speechllm import (
+    Encoding,
     RunError,
     SpeechCodec,
     Utterance,
@@ -34,6 +35,7 @@ from speechllm import (
     word_error_rate,
 )
 from speechllm.decoding import recognize
+from speechllm.evaluation.normalizers import NORMALIZERS
 from speechllm.runs.run import read_log
 from speechllm.small_model import small_qwen2, small_text_tokenizer
 from tokenizer.files import read_jsonl
@@ -470,6 +472,27 @@ def test_two_processes_train_the_same_adapter_as_one(work: Work) -> None:
     work.run(f"{words} output=adapter_1")
     work.run(f"{words} output=adapter_2", processes=2)
     assert_close(work.weights("adapter_2"), work.weights("adapter_1"), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "text, heard, normalizer, rates",
+    [
+        ("3.5 percent", "three point five percent", "whisper_english", {"dev_wer": 0}),
+        ("It's 3.5!", "it's 3 5", "librispeech", {"dev_wer": 0}),
+        ("It's", "it's", "none", {"dev_wer": 1}),
+        ("今天天气很好", "今天 天汽很好", "librispeech", {"dev_wer": 2, "dev_cer": pytest.approx(1 / 6)}),
+    ],
+)
+def test_the_dev_rates_are_by_the_normalizer_of_the_training(
+    recipe: Callable, monkeypatch: pytest.MonkeyPatch, text: str, heard: str, normalizer: str, rates: dict
+) -> None:
+    if normalizer == "whisper_english":
+        pytest.importorskip("whisper_normalizer", reason="needs the eval extra")
+    train_asr = recipe("train_asr.py")
+    monkeypatch.setattr(train_asr, "recognize", lambda speech, *_, **__: [SimpleNamespace(text=heard)])
+    encoding = Encoding("f" * 16, 16_000, 50.0, 1, 4)
+    dev = [{"text": NORMALIZERS[normalizer](text), "codes": [1, 2], "duration_s": 0.04}]
+    assert train_asr.dev_rates(dev, encoding, None, normalizer) == rates
 
 
 @pytest.mark.parametrize("name, kind", [("fsdp2", "FSDP"), ("deepspeed_zero2", "DEEPSPEED")])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from speechllm import DataError, Encoding, SpeechCodec, Utterance, encode_shards, load_audio, load_codes, speech_of
 from speechllm.data.batches import grouped_batches, token_batches
-from speechllm.data.shards import skipped_of_shards, summarize_shards
+from speechllm.data.shards import require_texts, skipped_of_shards, summarize_shards, transcribed
 from tokenizer.files import read_jsonl
 from tokenizer.schemes.features import FeatureEncoder
 from tokenizer.schemes.units import UnitTokenizer
@@ -152,25 +152,45 @@ def test_any_process_may_be_the_first_to_write(
     assert len(load_codes(tmp_path / "codes")[0]) == 10
 
 
-def test_texts_are_normalised_and_the_normalizer_is_recorded(
+def test_texts_are_stored_as_they_are_and_normalised_when_they_are_used(
     tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
 ) -> None:
-    punctuated = [replace(utterance, text=utterance.text and f"{utterance.text}, “Don’t!”") for utterance in speech]
-    encode(punctuated, small_codec, tmp_path / "normal", normalizer="librispeech")
-    encode(punctuated, small_codec, tmp_path / "plain")
-    normal, plain = (load_codes(tmp_path / name)[0] for name in ("normal", "plain"))
-    assert plain["text"] == [utterance.text for utterance in punctuated]
-    assert normal["text"] == [None if i == 4 else f"word {i} é don't" for i in range(10)]
-    assert normal["codes"] == plain["codes"]
-    for folder, name in (("normal", "librispeech"), ("plain", "none")):
-        assert json.loads((tmp_path / folder / "request.json").read_text())["normalizer"] == name
-        assert summarize_shards(tmp_path / folder)["normalizer"] == name
+    texts = [utterance.text and f"{utterance.text}, “Don’t!” 3.5 %" for utterance in speech]
+    texts[5] = "…"
+    encode([replace(one, text=text) for one, text in zip(speech, texts, strict=True)], small_codec, tmp_path)
+    rows, _ = load_codes(tmp_path)
+    assert rows["text"] == texts and "normalizer" not in json.loads((tmp_path / "request.json").read_text())
+    assert transcribed(rows)["text"] == [text for text in texts if text]
+    normal = transcribed(rows, normalizer="librispeech")
+    assert normal["text"] == [f"word {i} é don't 3 5" for i in range(10) if i not in (4, 5)]  # without words: left out
+    assert normal["id"] == [f"u{i}" for i in range(10) if i not in (4, 5)]
+    assert transcribed(rows, 4, "librispeech")["id"] == normal["id"][::2]
+    with pytest.raises(ValueError, match="unknown normalizer 'loud': choose one of librispeech, "):
+        transcribed(rows, normalizer="loud")
+    for name in ("none", "librispeech", "whisper_english"):
+        require_texts(tmp_path, name)
 
 
-def test_an_unknown_normalizer_is_refused(tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec) -> None:
-    with pytest.raises(DataError, match="unknown normalizer 'loud': choose one of librispeech, "):
-        encode(speech, small_codec, tmp_path / "new", normalizer="loud")
-    assert not (tmp_path / "new").exists()
+def test_folders_of_earlier_versions_are_read_with_their_own_normalizer_only(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
+) -> None:
+    encode(speech, small_codec, tmp_path)
+    for file in tmp_path.glob("*.parquet"):  # as they were written with normalizer=librispeech
+        table = pq.read_table(file)
+        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, "normalizer": "librispeech"}), file)
+    claim = tmp_path / "request.json"
+    claim.write_text(json.dumps({**json.loads(claim.read_text()), "normalizer": "librispeech"}))
+    assert len(load_codes(tmp_path)[0]) == 10 and summarize_shards(tmp_path)["normalizer"] == "librispeech"
+    require_texts(tmp_path, "librispeech")
+    for other in ("none", "whisper_english"):
+        with pytest.raises(
+            DataError, match=f"by librispeech, of which {other} cannot be made: choose normalizer=libri"
+        ):
+            require_texts(tmp_path, other)
+    before = stamps(tmp_path)
+    with pytest.raises(DataError, match="earlier version, which stored texts normalised by librispeech; now"):
+        encode(speech, small_codec, tmp_path)
+    assert stamps(tmp_path) == before and "normalizer" in json.loads(claim.read_text())
 
 
 # ---- recordings that cannot be used
@@ -266,7 +286,6 @@ def test_a_folder_of_another_codec_is_refused_and_not_changed(
     refused += [(part, small_codec, {}, speech_changed) for part in (speech[::-1], corrected, moved)]
     refused += [(speech, small_codec, {"layers": 1}, "layers: 2 -> 1")]
     refused += [(speech, small_codec, {"max_duration_s": 5.0}, r"max_duration_s: 60\.0 -> 5\.0")]
-    refused += [(speech, small_codec, {"normalizer": "librispeech"}, "normalizer: none -> librispeech")]
     for utterances, codec, more, change in refused:
         for process in (0, 1):
             with pytest.raises(DataError, match=rf"another codec, other speech or other settings \({change}\)"):

@@ -236,6 +236,12 @@ class Comparison:
         (Comparison, "speaker_judge=x", "speaker_judge is called evaluation_speaker now"),
         (Comparison, "judge_speaker=x", "judge_speaker is called evaluation_speaker now"),
         (Comparison, "part.judge=x", "part.judge is called part.recognizer now"),
+        (
+            Scoring,
+            "normalizer=none",
+            "normalizer is no key of this recipe: texts are encoded as they are; set normalizer in train_asr and in "
+            "eval_asr",
+        ),
         (Scoring, "speaker_judge=x", "unknown key speaker_judge; known keys: recognizer"),
     ],
 )

@@ -17,7 +17,7 @@ from speechllm import RunError
 from speechllm.runs.machine import command_line, versions
 from speechllm.runs.run import Run, read_log
 from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
-from tokenizer.files import atomic_folder, read_jsonl, write_json, write_jsonl, write_text
+from tokenizer.files import atomic_folder, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 
 @dataclass
@@ -200,6 +200,16 @@ def test_resuming_cuts_the_log_at_the_checkpoint_and_drops_a_half_written_line(t
     again.log(4, loss=4.5)
     expected = [(1, "loss", 1.0), (2, "loss", 2.0), (3, "loss", 3.0), (3, "dev_wer", 0.5), (4, "loss", 4.5)]
     assert read_log(tmp_path) == [{"step": step, name: value} for step, name, value in expected]
+
+
+def test_numbers_that_json_does_not_know_are_null(tmp_path: Path) -> None:
+    run = Run(tmp_path, Job())
+    run.log(1, loss=float("nan"), norm=float("inf"), lr=0.5)
+    write_json(tmp_path / "r.json", {"é": [1.0, float("-inf")], "deep": {"x": float("nan")}})
+    for text in (run.log_file.read_text(), (tmp_path / "r.json").read_text(encoding="utf-8")):
+        assert json.loads(text, parse_constant=pytest.fail)
+    assert read_log(tmp_path) == [{"step": 1, "loss": None, "norm": None, "lr": 0.5}]
+    assert read_json(tmp_path / "r.json") == {"é": [1.0, None], "deep": {"x": None}}
 
 
 def test_without_a_checkpoint_the_log_starts_anew(tmp_path: Path) -> None:
