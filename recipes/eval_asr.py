@@ -14,26 +14,23 @@ from pathlib import Path
 from typing import Literal
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Count, Names, Seed, Settings
 
 
 @dataclass
-class EvalAsrConfig:
+class EvalAsrConfig(Settings):
     model: str  # folder of train_asr, or one that `SpeechLLM.save` wrote
     codes: str  # folder of encode_speech
     output: str  # folder for results.json, predictions.jsonl and report.html
     base: str | None = None  # location of an adapter's language model, if not the recorded one
-    splits: list[str] | None = None  # all when null
+    splits: Names | None = None  # all when null
     normalizer: Literal["librispeech", "whisper_english", "none"] = "librispeech"
-    beams: int = 1  # 1: greedy
+    beams: Count = 1  # 1: greedy
     fallback: bool = True  # decode runaway answers again, by beam search without repetitions
     shuffled_audio: bool = True  # also run the control
     precision: Literal["no", "bf16"] = "bf16"  # of the language model on a GPU
-    batch_size: int = 32  # answers decoded at a time: with 4 beams, those of 8 utterances
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if low := [name for name in ("beams", "batch_size") if getattr(self, name) < 1]:
-            raise ValueError(f"{' and '.join(low)} must be at least 1")
+    batch_size: Count = 32  # answers decoded at a time: with 4 beams, those of 8 utterances
+    seed: Seed = 0
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
