@@ -73,6 +73,7 @@ from speechllm.small_model import small_text_tokenizer
 from speechllm.training.optimization import make_optimizer
 from speechllm.training.plan import training_flops
 from tokenizer.files import write_json
+from tokenizer.pretrained import check_folder
 
 Step = Callable[[Sequence[Example]], None]
 
@@ -161,8 +162,8 @@ def main(config: BenchmarkConfig) -> None:
 def language_model(config: BenchmarkConfig, texts: list[str]) -> tuple[Any, Any]:
     """The named language model, or one with random weights, and its text tokenizer."""
     if config.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(config.model)
+        name = check_folder(config.model, ["config.json"], "a language model")
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
     hidden, intermediate, layers, heads, key_heads, rows = SHAPES[config.shape]
     text_tokenizer = small_text_tokenizer(texts, 400)
     shape = Qwen2Config(

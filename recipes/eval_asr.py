@@ -48,12 +48,14 @@ from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import read_log
 from tokenizer.files import write_json, write_jsonl
+from tokenizer.pretrained import check_folder
 
 
 def main(config: EvalAsrConfig) -> None:
     run_started = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" and config.precision == "bf16" else None
+    folder_of_model = Path(check_folder(config.model, [], "a speech language model"))
     loaded = load_speech_llm(config.model, device=device, dtype=dtype, base=config.base, with_codec=False)
     speech_llm = merge(loaded)
     rows, encoding = load_codes(config.codes, config.splits)
@@ -132,7 +134,7 @@ def main(config: EvalAsrConfig) -> None:
         title=f"{config.model} on {', '.join(config.splits or ['all splits'])}",
         results=results,
         predictions=predictions,
-        logs={"Training": read_log(Path(config.model).parent)},  # of the run folder, if the model is in one
+        logs={"Training": read_log(folder_of_model.parent)},  # of the run folder, if the model is in one
     )
     print(score)
     if "wer_shuffled_audio" in results:

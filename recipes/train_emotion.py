@@ -83,6 +83,7 @@ from speechllm.training.emotion import (
 )
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from tokenizer.files import write_json, write_jsonl
+from tokenizer.pretrained import check_folder
 
 
 def main(config: EmotionConfig) -> None:
@@ -174,7 +175,8 @@ def make_classifier(speech: Sequence[EmotionalSpeech], codebooks: Tensor, config
     if config.model is None:
         bert = small_bert(**asdict(config.bert))
     else:
-        bert = BertForSequenceClassification.from_pretrained(config.model, num_labels=len(EMOTIONS))
+        name = check_folder(config.model, ["config.json"], "a BERT")
+        bert = BertForSequenceClassification.from_pretrained(name, num_labels=len(EMOTIONS))
     longest, places = max(one.codes.shape[1] for one in speech), bert.config.max_position_embeddings
     if longest >= places:
         raise DataError(

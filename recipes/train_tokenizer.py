@@ -129,9 +129,9 @@ class TokenizerConfig(Settings):
         if losses.speech_features and not self.semantic.teacher:
             yield "losses.speech_features needs semantic.teacher"
         rate, hop = self.codec.sample_rate, self.codec.hop_length
-        shortest = rate * (self.crop_s if self.decode_s is None else self.decode_s)
-        if max(losses.mel_windows) >= 2 * shortest:
-            yield f"losses.mel_windows must be below {2 * shortest:g} samples, twice what is decoded at a time"
+        decoded = rate * (self.crop_s if self.decode_s is None else self.decode_s)  # samples at a time
+        if max(losses.mel_windows) >= 2 * decoded > 0:
+            yield f"losses.mel_windows must be below {2 * decoded:g}, twice the samples decoded at a time"
         if (self.semantic.teacher or self.acoustic.teacher) and rate != SAMPLE_RATE:
             yield f"teachers need codec.sample_rate=16000, got {rate}: set it, or both teachers to null"
         if self.semantic.teacher and hop != HOP_LENGTH:

@@ -241,9 +241,11 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from speechllm import export_model, load_speech_llm
+    from tokenizer.pretrained import check_folder
 
-    codec_too = (Path(arguments.model) / "codec").is_dir()  # what it exports needs none
-    export_model(load_speech_llm(arguments.model, base=arguments.base, with_codec=codec_too), arguments.output)
+    model = Path(check_folder(arguments.model, [], "a speech language model"))
+    codec_too = (model / "codec").is_dir()  # what it exports needs none
+    export_model(load_speech_llm(model, base=arguments.base, with_codec=codec_too), arguments.output)
     print(arguments.output)
     return 0
 

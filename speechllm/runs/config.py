@@ -54,12 +54,15 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(None, None, f"{names[index]} is given twice", key.start_mark)
         return node
 
+    def construct_word(self, node: yaml.ScalarNode) -> str:
+        return str(node.value) if node.style else Plain(node.value)
+
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_constructor("tag:yaml.org,2002:str", lambda _, node: str(node.value) if node.style else Plain(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_word)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -160,7 +163,9 @@ def load_config(cls: type[T], file: str | Path | None = None, overrides: list[st
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read the configuration {file}: {error}") from error
         if not isinstance(values, dict):
-            raise ConfigError(f"{file}: expected lines like `key: value`, got {type(values).__name__}")
+            raise ConfigError(
+                f"{file}: expected lines like `key: value`, got {'list' if isinstance(values, list) else 'str'}"
+            )
     for word in overrides:
         try:
             _override(values, word, cls)
@@ -198,7 +203,8 @@ def _override(values: dict[str, Any], word: str, cls: type) -> None:
     if equals and not text:
         raise ValueError("expected a value after =, or null for none")
     *sections, last = key.removeprefix("--").split(".")
-    section, hint = values, cls
+    section: Any = values
+    hint: Any = cls
     for name in sections:
         section, hint = section.setdefault(name, {}), _hints(hint).get(name)
         if not isinstance(section, dict):
@@ -215,6 +221,8 @@ def _read(text: str, hint: Any) -> Any:
     """What a word of the command line says to a key of this type: see `load_config`."""
     options = _options(hint)
     listed = any(get_origin(option) in (list, tuple) for option in options)
+    if text in PYTHON_WORDS:  # refused later
+        return Plain(text)
     if text == "null":
         return None
     if listed and os.path.exists(os.path.expanduser(text)):  # a file is a file, whatever its name looks like
