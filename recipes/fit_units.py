@@ -23,7 +23,7 @@ class UnitsConfig(Settings):
     model: str  # folder or hub name of HuBERT, WavLM, wav2vec 2.0 or Whisper
     data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
     output: str  # run folder; the tokenizer goes to its subfolder `model`
-    clusters: Annotated[int, Rule("2 to 65536", lambda k: 2 <= k <= 65_536)] = 500  # K
+    clusters: Annotated[int, Rule("from 2 to 65536", lambda k: 2 <= k <= 65_536)] = 500  # K
     layer: int | Literal["avg"] | None = 6  # hidden state, "avg" for the mean of all; null for Whisper
     splits: Names | None = None  # all when null
     deduplicate: bool = False  # merge repeats of a unit

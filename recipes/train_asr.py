@@ -16,8 +16,8 @@ from typing import Literal
 
 from speechllm.data.config import AugmentationConfig
 from speechllm.runs.config import parse_config
-from speechllm.small_model import SmallShape
-from tokenizer.settings import Count, Names, Natural, NonNegative, Positive, Seed, Settings, Share
+from speechllm.small_model import SmallShape, TextTokens
+from tokenizer.settings import Count, Decay, Names, Natural, NonNegative, Positive, Seed, Settings, Share
 
 FREE = "micro_batch_tokens gradient_checkpointing trackers log_every save_every".split()  # may change during a run
 
@@ -26,7 +26,7 @@ FREE = "micro_batch_tokens gradient_checkpointing trackers log_every save_every"
 class SmallModelConfig(SmallShape):
     """A Qwen2 with random weights and a text tokenizer trained on the transcripts."""
 
-    text_tokens: Count = 400  # byte-level BPE vocabulary
+    text_tokens: TextTokens = 400  # byte-level BPE vocabulary
     text_steps: Natural = 50  # first steps, on sentences without audio, so that the model learns the language
 
 
@@ -68,7 +68,7 @@ class AsrConfig(Settings):
     clip: Positive = 1.0  # largest gradient norm
     precision: Literal["no", "bf16"] = "bf16"
     gradient_checkpointing: bool = False  # less memory for one third more computation
-    weight_average: Share | None = None  # decay of a moving average of the weights, which is evaluated and exported
+    weight_average: Decay | None = None  # decay of a moving average of the weights, which is evaluated and exported
     validate_every: Count = 1000  # steps
     dev_utterances: Count = 100  # at most, evenly chosen, for the WER while training
     keep_best: bool = True  # export the best checkpoint instead of the last one

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from speechllm.runs.config import parse_config
-from speechllm.small_model import SmallShape
+from speechllm.small_model import SmallShape, TextTokens
 from tokenizer.settings import Count, Names, Natural, Positive, Seed, Settings, Several
 
 HELD_OUT = 0.01  # share of the sentences, unless files of held-out ones are given
@@ -26,7 +26,7 @@ class TextConfig(Settings):
     text: Names  # files with one sentence per line, .gz or not
     output: str  # run folder; the model goes to its subfolder `model`
     held_out: Names | None = None  # files for the perplexity; null: one in a hundred of the sentences
-    text_tokens: Count = 1000  # byte-level BPE vocabulary, learnt from the text
+    text_tokens: TextTokens = 1000  # byte-level BPE vocabulary, learnt from the text
     shape: SmallShape = field(default_factory=SmallShape)
     block: Several = 256  # tokens per example: concatenated sentences, each followed by the end token
     steps: Count = 1000

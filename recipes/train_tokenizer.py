@@ -21,6 +21,7 @@ from tokenizer.settings import (
     Count,
     Counts,
     CropLength,
+    Decay,
     Names,
     Natural,
     NonNegative,
@@ -93,7 +94,7 @@ class TokenizerConfig(Settings):
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     quantizer_dropout: Counts | None = None  # codebooks to decode from, drawn per utterance; all when null
     codebook_decay: Share = 0.99  # of the codebooks' moving averages; 0.99 is too slow for a few hundred steps
-    weight_average: Share | None = None  # decay of a moving average of the weights, which is exported; null: none
+    weight_average: Decay | None = None  # decay of a moving average of the weights, which is exported; null: none
     steps: Count = 200_000
     batch_size: Count = 32  # crops over all processes
     crop_s: CropLength = 3.0  # seconds per crop

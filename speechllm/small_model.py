@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from tokenizer.settings import Count, Settings
+from tokenizer.settings import Count, Rule, Settings
 
 if TYPE_CHECKING:  # the shape is a part of configurations, which must not wait for torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# of a byte-level BPE: every byte, and three special tokens
+TextTokens = Annotated[int, Rule("at least 259", lambda n: n >= 259)]
 
 
 def small_text_tokenizer(texts: list[str], size: int) -> "PreTrainedTokenizerBase":

@@ -1,5 +1,6 @@
 """Settings that say which values they take, checked when a configuration is made. Does not import torch."""
 
+import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
@@ -24,6 +25,7 @@ Positive = Annotated[float, Rule("above 0", lambda x: x > 0)]
 NonNegative = Annotated[float, Rule("at least 0", lambda x: x >= 0)]
 Share = Annotated[float, Rule("at least 0 and below 1", lambda x: 0 <= x < 1)]
 CropLength = Annotated[float, Rule("at least 0.08", lambda s: s >= 0.08)]  # above half of the longest windows
+Decay = Annotated[float, Rule("between 0 and 1", lambda x: 0 < x < 1)]
 NOT_EMPTY = Rule("not empty", bool)
 DISTINCT = Rule("without repetitions", lambda items: len(set(items)) == len(items))
 Counts = Annotated[list[Count], NOT_EMPTY]
@@ -56,6 +58,21 @@ def broken_rules(cls: type, values: Mapping[str, Any]) -> Iterator[str]:
     hints = get_type_hints(cls, include_extras=True)
     for key, value in values.items():
         yield from _broken(value, hints[key], key)
+
+
+def argument(hint: Any) -> Callable[[str], Any]:
+    """The type of an argument for argparse: a number that keeps the rule of `Count`, `Positive` or the like."""
+    kind, rule = get_args(hint)
+
+    def read(text: str) -> Any:
+        try:
+            if rule.holds(value := kind(text)):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"must be {kind.__name__} {rule.text}, got {text!r}")
+
+    return read
 
 
 def _broken(value: Any, hint: Any, key: str) -> Iterator[str]:

@@ -223,7 +223,7 @@ def _read(text: str, hint: Any) -> Any:
     listed = any(get_origin(option) in (list, tuple) for option in options)
     if text in PYTHON_WORDS:  # refused later
         return Plain(text)
-    if text == "null":
+    if text == "null" and (type(None) in options or str not in options):
         return None
     if listed and os.path.exists(os.path.expanduser(text)):  # a file is a file, whatever its name looks like
         return [Plain(text)]

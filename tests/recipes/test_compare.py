@@ -64,8 +64,8 @@ def test_all_problems_of_the_configuration_are_reported_at_once(config_of: Calla
         config_of(systems=systems, tasks=["asr", "asr"], seeds=[])
     for part in (
         "a/b",
-        "tasks: expected at least one, without repetitions",
-        "seeds: expected at least one",
+        "tasks must be without repetitions, got ['asr', 'asr']",
+        "seeds must be not empty, got []",
         "missing key asr",
         "missing key codec",
         "missing key recognizer",

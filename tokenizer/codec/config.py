@@ -28,7 +28,7 @@ class SpeechCodecConfig(Settings):
     norm: Literal["weight_norm", "batch_norm"] = "weight_norm"  # batch_norm also standardises the latents
     pad_mode: Literal["reflect", "constant"] = "reflect"
     num_codebooks: Count = 8  # Q
-    codebook_size: Annotated[int, Rule("from 1 to 65536", lambda k: 1 <= k <= 65_536)] = 1024  # K, stored as uint16
+    codebook_size: Annotated[int, Rule("from 2 to 65536", lambda k: 2 <= k <= 65_536)] = 1024  # K, stored as uint16
 
     def __post_init__(self) -> None:
         self.strides = tuple(self.strides)

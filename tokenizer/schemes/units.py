@@ -41,7 +41,7 @@ class UnitTokenizer(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "UnitTokenizer":
         """Load units from a folder or hub name; raises FileNotFoundError if it holds none."""
-        name = check_folder(name, [SETTINGS_FILE], "speech units")
+        name = check_folder(name, [], "speech units")
         settings = read_pretrained_json(name, SETTINGS_FILE)
         centroids = find_file(name, CENTROIDS_FILE.format(settings.get("fingerprint")))
         if settings.get("kind") != "units" or centroids is None:
