@@ -27,7 +27,7 @@ Share = Annotated[float, Rule("at least 0 and below 1", lambda x: 0 <= x < 1)]
 CropLength = Annotated[float, Rule("at least 0.08", lambda s: s >= 0.08)]  # above half of the longest windows
 Decay = Annotated[float, Rule("between 0 and 1", lambda x: 0 < x < 1)]
 NOT_EMPTY = Rule("not empty", bool)
-DISTINCT = Rule("without repetitions", lambda items: len(set(items)) == len(items))
+DISTINCT = Rule("without repetitions", lambda items: all(items.count(item) == 1 for item in items))
 Counts = Annotated[list[Count], NOT_EMPTY]
 Names = Annotated[list[str], NOT_EMPTY]
 Betas = Annotated[list[Share], Rule("two numbers", lambda betas: len(betas) == 2)]  # of Adam

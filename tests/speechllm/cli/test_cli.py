@@ -1,6 +1,7 @@
 """The `speechllm` command: what it prints and writes, and what becomes of files it cannot use."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,32 @@ def test_reconstruct_names_unusable_files_and_does_the_others(speak: Callable, f
     skipped = errors.splitlines()
     assert len(skipped) == 2 and "broken.wav: not a readable audio file" in skipped[0]
     assert skipped[1] == f"skipped: {folder / 'missing.wav'}: no such audio file"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("transcribe a.wav --model m --beams 0", "argument --beams: must be int at least 1, got '0'"),
+        ("transcribe a.wav --model m --batch-size -1", "argument --batch-size: must be int at least 1, got '-1'"),
+        ("transcribe a.wav --model m --max-duration nan", "argument --max-duration: must be float above 0, got 'nan'"),
+        ("encode a.wav --codec c --layers 0", "argument --layers: must be int at least 1, got '0'"),
+        ("run train_asr --processes 0", "argument --processes: must be int at least 1, got '0'"),
+        ("run --processes x train_asr", "argument --processes: must be int at least 1, got 'x'"),
+    ],
+)
+def test_a_number_that_cannot_work_is_refused_before_anything_loads(words: str, message: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words.split())
+    assert capsys.readouterr().err.endswith(f"{message}\n")
+
+
+def test_a_name_that_is_not_utf8_is_read_written_and_printed(speak: Callable, folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "a.flac", tmp_path / "caf\udce9.flac")
+    code, lines, _ = speak("reconstruct", tmp_path / "caf\udce9.flac", "--layers", "1", "--output", tmp_path / "out")
+    assert code == 0 and lines == [
+        str(tmp_path / "out" / "caf") + rf"\udce9{end}" for end in ("_1_codebooks.wav", ".png")
+    ]
+    assert (tmp_path / "out" / "caf\udce9_1_codebooks.wav").exists()
 
 
 def test_reconstruct_does_not_overwrite_one_file_by_another(speak: Callable, folder: Path, tmp_path: Path) -> None:
