@@ -372,7 +372,7 @@ def test_the_plan_is_printed_first(work: Work, here: Callable, capsys: pytest.Ca
         ("dev_splits=null patience=3", "patience needs dev_splits for measuring the WER"),
         (
             "batch_tokens=0 max_utterances=-1",
-            "2 problem(s) in the configuration:\n  max_utterances must be at least 1, got -1\n  batch_tokens must be at ",
+            "max_utterances must be at least 1, got -1\n  batch_tokens must be at least 1, got 0",
         ),
         ("augmentation.mask=2", "augmentation.mask must be at least 0 and below 1, got 2.0"),
         ("clip=0 lora.rank=0", "lora.rank must be at least 1, got 0\n  clip must be above 0, got 0.0"),

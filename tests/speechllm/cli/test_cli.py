@@ -1,7 +1,6 @@
 """The `speechllm` command: what it prints and writes, and what becomes of files it cannot use."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,15 +95,6 @@ def test_a_number_that_cannot_work_is_refused_before_anything_loads(words: str, 
     with pytest.raises(SystemExit, match="2"):
         main(words.split())
     assert capsys.readouterr().err.endswith(f"{message}\n")
-
-
-def test_a_name_that_is_not_utf8_is_read_written_and_printed(speak: Callable, folder: Path, tmp_path: Path) -> None:
-    shutil.copy(folder / "a.flac", tmp_path / "caf\udce9.flac")
-    code, lines, _ = speak("reconstruct", tmp_path / "caf\udce9.flac", "--layers", "1", "--output", tmp_path / "out")
-    assert code == 0 and lines == [
-        str(tmp_path / "out" / "caf") + rf"\udce9{end}" for end in ("_1_codebooks.wav", ".png")
-    ]
-    assert (tmp_path / "out" / "caf\udce9_1_codebooks.wav").exists()
 
 
 def test_reconstruct_does_not_overwrite_one_file_by_another(speak: Callable, folder: Path, tmp_path: Path) -> None:

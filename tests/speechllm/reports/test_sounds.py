@@ -89,3 +89,8 @@ def test_a_name_of_any_length_and_bytes_becomes_a_file_name(tmp_path: Path, name
     assert len(list(tmp_path.iterdir())) == 3
     cut = name.replace("/", "_").replace("\udce9", "").encode()[:200].decode(errors="ignore")
     assert read_sounds(tmp_path).name == cut
+
+
+def test_sounds_are_written_below_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    save_sounds(tmp_path / "caf\udce9", some("a"))
+    assert len(list((tmp_path / "caf\udce9").iterdir())) == 3
