@@ -8,7 +8,9 @@ recipes/train_asr.py can use like Qwen/Qwen2-1.5B (model=RUN/model). Uses the Tr
 started again with the same command, resumes from its newest checkpoint.
 """
 
+import glob
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -119,10 +121,10 @@ def main(config: TextConfig) -> None:
 
 def sentences(config: TextConfig) -> tuple[Dataset, Dataset]:
     """Normalised sentences for training, and held-out ones; column text."""
-    files = {"train": config.text}
-    if config.held_out:
-        files["held_out"] = config.held_out
-    texts = load_dataset("text", data_files=files)
+    files = {"train": config.text, **({"held_out": config.held_out} if config.held_out else {})}
+    # a file that exists is no pattern, whatever its name looks like
+    found = {part: [glob.escape(name) if os.path.exists(name) else name for name in files[part]] for part in files}
+    texts = load_dataset("text", data_files=found)
     texts = texts.map(lambda text: {"text": librispeech_normalizer(text)}, input_columns="text", desc="normalise")
     texts = texts.filter(bool, input_columns="text", desc="empty lines")
     if config.held_out:
