@@ -75,7 +75,7 @@ def test_a_file_is_read_by_its_name_which_is_no_pattern(
     (tmp_path / name).write_text("this file\n")
     files = [str(tmp_path / name)]
     train, held_out = train_text.sentences(replace(config, text=files, held_out=files))
-    assert train["text"][:] == held_out["text"][:] == ["THIS FILE"]
+    assert train["text"][:] == held_out["text"][:] == ["this file"]
 
 
 def test_the_language_model_can_be_extended(train_text: ModuleType, config: object, small_codec: SpeechCodec) -> None:
