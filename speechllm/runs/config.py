@@ -331,7 +331,8 @@ def _type_name(hint: Any) -> str:
 
 def describe(cls: type, prefix: str = "  ") -> str:
     """The keys of a configuration class, one a line: name, type, default and the comment behind it in the source."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+    source = "".join(inspect.getsource(base) for base in reversed(cls.__mro__) if is_dataclass(base))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     hints = _hints(cls)
     lines = []
     for field in fields(cls):
