@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Names, Settings
 
 FRAME_RATE = 100  # of PocketSphinx
 # beams wide enough for accents; only the first pass, because alignments of the later ones need not match its words
@@ -23,10 +24,10 @@ SEARCH = {"beam": 1e-80, "pbeam": 1e-80, "wbeam": 1e-60, "fwdflat": False, "best
 
 
 @dataclass
-class AlignConfig:
+class AlignConfig(Settings):
     data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
     output: str  # folder for manifest.jsonl; the recordings stay where they are
-    splits: list[str] | None = None  # all when null
+    splits: Names | None = None  # all when null
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any, Literal
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Count, Names, Positive, Seed, Settings
 
 SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, embedding rows
     "1.5b": (1536, 8960, 28, 12, 2, 151_936),
@@ -26,21 +27,21 @@ SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, em
 
 
 @dataclass
-class BenchmarkConfig:
+class BenchmarkConfig(Settings):
     codes: str  # folder of encode_speech
     codec: str  # the audio tokenizer that made them
     output: str  # folder for results.json and report.html
     model: str | None = None  # language model, folder or hub name; null: random weights in `shape`
     shape: Literal["1.5b", "small"] = "1.5b"
     train: Literal["full", "lora"] = "full"
-    splits: list[str] | None = None  # all when null
-    batch_tokens: int = 24_576  # per optimizer step
-    micro_batch_tokens: int = 8192  # computed at once; in padded batches including padding
+    splits: Names | None = None  # all when null
+    batch_tokens: Count = 24_576  # per optimizer step
+    micro_batch_tokens: Count = 8192  # computed at once; in padded batches including padding
     precision: Literal["no", "bf16"] = "bf16"
     gradient_checkpointing: bool = False
-    steps: int = 8  # timed steps per method, after one for warm-up
-    peak_tflops: float | None = None
-    seed: int = 0
+    steps: Count = 8  # timed steps per method, after one for warm-up
+    peak_tflops: Positive | None = None
+    seed: Seed = 0
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -72,6 +73,7 @@ from speechllm.small_model import small_text_tokenizer
 from speechllm.training.optimization import make_optimizer
 from speechllm.training.plan import training_flops
 from tokenizer.files import write_json
+from tokenizer.pretrained import check_folder
 
 Step = Callable[[Sequence[Example]], None]
 
@@ -160,8 +162,8 @@ def main(config: BenchmarkConfig) -> None:
 def language_model(config: BenchmarkConfig, texts: list[str]) -> tuple[Any, Any]:
     """The named language model, or one with random weights, and its text tokenizer."""
     if config.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(config.model)
+        name = check_folder(config.model, ["config.json"], "a language model")
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
     hidden, intermediate, layers, heads, key_heads, rows = SHAPES[config.shape]
     text_tokenizer = small_text_tokenizer(texts, 400)
     shape = Qwen2Config(

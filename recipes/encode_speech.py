@@ -13,16 +13,17 @@ hub.
 from dataclasses import dataclass
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Count, Names, Positive, Settings
 
 
 @dataclass
-class EncodeConfig:
+class EncodeConfig(Settings):
     codec: str  # audio tokenizer, as `load_tokenizer` takes it: a codec's folder or hub name, features:NAME, ...
     data: str  # corpus folder: manifest.jsonl, manifest.csv or LibriSpeech's layout
     output: str  # folder for the shards
-    splits: list[str] | None = None  # all when null
-    layers: int | None = 1  # codebooks to store, all when null
-    max_duration_s: float = 60.0  # longer recordings are skipped, and counted
+    splits: Names | None = None  # all when null
+    layers: Count | None = 1  # codebooks to store, all when null
+    max_duration_s: Positive = 60.0  # longer recordings are skipped, and counted
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded

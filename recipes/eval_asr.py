@@ -14,26 +14,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Count, Names, Seed, Settings
 
 
 @dataclass
-class EvalAsrConfig:
+class EvalAsrConfig(Settings):
     model: str  # folder of train_asr, or one that `SpeechLLM.save` wrote
     codes: str  # folder of encode_speech
     output: str  # folder for results.json, predictions.jsonl and report.html
     base: str | None = None  # location of an adapter's language model, if not the recorded one
-    splits: list[str] | None = None  # all when null
+    splits: Names | None = None  # all when null
     normalizer: Literal["librispeech", "whisper_english", "none"] = "librispeech"  # of references and answers
-    beams: int = 1  # 1: greedy
+    beams: Count = 1  # 1: greedy
     fallback: bool = True  # decode runaway answers again, by beam search without repetitions
     shuffled_audio: bool = True  # also run the control
     precision: Literal["no", "bf16"] = "bf16"  # of the language model on a GPU
-    batch_size: int = 32  # answers decoded at a time: with 4 beams, those of 8 utterances
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if low := [name for name in ("beams", "batch_size") if getattr(self, name) < 1]:
-            raise ValueError(f"{' and '.join(low)} must be at least 1")
+    batch_size: Count = 32  # answers decoded at a time: with 4 beams, those of 8 utterances
+    seed: Seed = 0
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -58,6 +55,7 @@ from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import read_log
 from tokenizer.files import read_json, write_json, write_jsonl
+from tokenizer.pretrained import check_folder
 
 
 def main(config: EvalAsrConfig) -> None:
@@ -65,6 +63,7 @@ def main(config: EvalAsrConfig) -> None:
     require_texts(config.codes, config.normalizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" and config.precision == "bf16" else None
+    folder_of_model = Path(check_folder(config.model, [], "a speech language model"))
     loaded = load_speech_llm(config.model, device=device, dtype=dtype, base=config.base, with_codec=False)
     speech_llm = merge(loaded)
     rows, encoding = load_codes(config.codes, config.splits)
@@ -150,7 +149,7 @@ def main(config: EvalAsrConfig) -> None:
         title=f"{config.model} on {', '.join(config.splits or ['all splits'])}",
         results=results,
         predictions=predictions,
-        logs={"Training": read_log(Path(config.model).parent)},  # of the run folder, if the model is in one
+        logs={"Training": read_log(folder_of_model.parent)},  # of the run folder, if the model is in one
     )
     print(summary(score, results))
 

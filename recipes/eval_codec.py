@@ -21,22 +21,23 @@ from pathlib import Path
 from typing import Any
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Count, Counts, Names, Seed, Settings
 
 ORIGINAL = "original"  # key of the original among the numbers of codebooks
 Row = dict[str, Any]
 
 
 @dataclass
-class EvalCodecConfig:
+class EvalCodecConfig(Settings):
     codec: str  # name of a codec, as load_tokenizer takes it
     data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
     output: str  # folder for results.json, utterances.jsonl and report.html
-    splits: list[str] | None = None  # all when null
-    layers: list[int] | None = None  # numbers of codebooks to decode from; 1, 2, 4, ... and all when null
-    max_utterances: int | None = None  # evenly chosen, all when null
+    splits: Names | None = None  # all when null
+    layers: Counts | None = None  # numbers of codebooks to decode from; 1, 2, 4, ... and all when null
+    max_utterances: Count | None = None  # evenly chosen, all when null
     speaker: str | None = None  # folder or hub name of a SpeechBrain ECAPA-TDNN, for speaker similarity
     recognizer: str | None = None  # recognizer:NAME, for the word error rate
-    seed: int = 0  # of the bootstrap
+    seed: Seed = 0  # of the bootstrap
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded

@@ -24,28 +24,30 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import NOT_EMPTY, Count, Names, Natural, Seed, Settings
 
 MEASURES = ("mcd", "f0_correlation", "speaker_similarity")
 LISTEN = 5  # pairs whose sounds are kept
 Row = dict[str, Any]
+LayerSets = Annotated[list[Annotated[list[Natural], NOT_EMPTY]], NOT_EMPTY]
 
 
 @dataclass
-class EvalConversionConfig:
+class EvalConversionConfig(Settings):
     codec: str  # name of a codec, as load_tokenizer takes it
     data: str  # corpus folder with speakers: manifest.jsonl or LibriSpeech's layout
     output: str  # folder for results.json, pairs.jsonl, report.html and audio/
-    splits: list[str] | None = None  # all when null
-    pairs: int = 100  # at most; each recording is the source of at most one pair
-    layers: list[list[int]] | None = None  # sets of layers to take from the target; [1] and [1, ..., last] when null
+    splits: Names | None = None  # all when null
+    pairs: Count = 100  # at most; each recording is the source of at most one pair
+    layers: LayerSets | None = None  # sets of layers to take from the target; [1] and [1, ..., last] when null
     speaker: str | None = None  # folder or hub name of a SpeechBrain ECAPA-TDNN, for speaker similarity
     recognizer: str | None = None  # recognizer:NAME, for the word error rate
     freevc: str | None = None  # folder of FreeVC's published files, as a further method
     wavlm: str = "microsoft/wavlm-large"  # folder or hub name, for FreeVC
-    seed: int = 0  # of the pairs and the bootstrap
+    seed: Seed = 0  # of the pairs and the bootstrap
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded

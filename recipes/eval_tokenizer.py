@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Count, Names, Natural, Seed, Settings
 
 LOG_MEL_RATE = 50.0  # frames/s of the baseline
 PROBE_NORMALIZER = "librispeech"  # of the texts that the probe learns and is scored on
@@ -22,16 +23,16 @@ Row = dict[str, object]  # of encoded speech
 
 
 @dataclass
-class EvalTokenizerConfig:
+class EvalTokenizerConfig(Settings):
     codes: str  # folder of encode_speech, with at least two layers for the voice
     data: str  # the corpus that was encoded
     output: str  # JSON file; the report beside it has the same name and the suffix .html
-    train_splits: list[str] | None = None  # for the k-means baseline and the voices, all when null
-    test_splits: list[str] | None = None  # for codebook use and content, all when null
+    train_splits: Names | None = None  # for the k-means baseline and the voices, all when null
+    test_splits: Names | None = None  # for codebook use and content, all when null
     baseline: bool = True  # also evaluate log-mel k-means units
-    kmeans_utterances: int = 400  # training utterances for the baseline's clusters
-    probe_steps: int = 0  # training steps of the probe of layer 0; 0: no probe
-    seed: int = 0
+    kmeans_utterances: Count = 400  # training utterances for the baseline's clusters
+    probe_steps: Natural = 0  # training steps of the probe of layer 0; 0: no probe
+    seed: Seed = 0
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded

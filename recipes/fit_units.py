@@ -9,29 +9,31 @@ lists unusable recordings.
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Count, Names, Positive, Rule, Seed, Settings
 
 
 @dataclass
-class UnitsConfig:
+class UnitsConfig(Settings):
     model: str  # folder or hub name of HuBERT, WavLM, wav2vec 2.0 or Whisper
     data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
     output: str  # run folder; the tokenizer goes to its subfolder `model`
-    clusters: int = 500  # K
-    layer: int | str | None = 6  # hidden state, "avg" for the mean of all; null for Whisper
-    splits: list[str] | None = None  # all when null
+    clusters: Annotated[int, Rule("from 2 to 65536", lambda k: 2 <= k <= 65_536)] = 500  # K
+    layer: int | Literal["avg"] | None = 6  # hidden state, "avg" for the mean of all; null for Whisper
+    splits: Names | None = None  # all when null
     deduplicate: bool = False  # merge repeats of a unit
-    max_frames: int = 500_000  # for k-means: 2.8 hours
-    max_duration_s: float = 60.0  # longer utterances are skipped
-    seed: int = 0
+    max_frames: Count = 500_000  # for k-means: 2.8 hours
+    max_duration_s: Positive = 60.0  # longer utterances are skipped
+    seed: Seed = 0
 
-    def __post_init__(self) -> None:
-        if not 1 < self.clusters <= min(self.max_frames, 65_536):
-            raise ValueError(f"clusters must be 2 to 65536 and at most max_frames, got {self.clusters}")
+    def contradictions(self) -> Iterable[str]:
+        if self.clusters > self.max_frames:
+            yield f"clusters must be at most max_frames = {self.max_frames}, got {self.clusters}"
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Names, Settings
 
 COLUMNS = {  # possible columns of a data set, by our names; the first existing one is used
     "id": ("id", "file"),
@@ -28,10 +29,10 @@ Row = dict[str, Any]  # of the manifest, or the reason why it was skipped; with 
 
 
 @dataclass
-class ImportConfig:
+class ImportConfig(Settings):
     data: str  # hub name, hub name:configuration, or folder
     output: str  # corpus folder
-    splits: list[str] | None = None  # all when null
+    splits: Names | None = None  # all when null
     text: str | None = None  # column of the transcripts; null: text, sentence, transcription or normalized_text
     streaming: bool = True  # false: download into the cache of `datasets` first
 

@@ -32,6 +32,8 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from tokenizer.settings import Count, Seed, argument
+
 # The grammar: a word in capitals is spoken as it is, a word in small letters stands for any word of that slot.
 # TO and FOR are avoided because they sound like TWO and FOUR.
 TEMPLATES = (
@@ -296,9 +298,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=style)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the corpus; created if needed")
     for split, count in {"train": 4000, "dev": 200, "test": 200}.items():
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"utterances of the {split} split")
-    parser.add_argument("--seed", type=int, default=0, help="fixes sentences, voices and speaking styles")
-    parser.add_argument("--jobs", type=int, default=2, help="number of processes; does not change the result")
+        parser.add_argument(f"--{split}", type=argument(Count), default=count, help=f"utterances of the {split} split")
+    parser.add_argument("--seed", type=argument(Seed), default=0, help="of sentences, voices and speaking styles")
+    parser.add_argument(
+        "--jobs", type=argument(Count), default=2, help="number of processes; does not change the result"
+    )
     args = parser.parse_args()
     if importlib.util.find_spec("espeakng_loader") is None:
         sys.exit('error: the speech synthesiser is missing: pip install "speechllm[demo]"')
@@ -307,7 +311,7 @@ def main() -> None:
     if not prepare_folder(args.out, arguments):
         print(f"{args.out} already holds this corpus, complete: nothing to do")
         return
-    lines = synthesize_all(args.out, plan, max(1, args.jobs))
+    lines = synthesize_all(args.out, plan, args.jobs)
     write_atomically(args.out / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     print(f"{len(lines)} utterances, {sum(line['duration_s'] for line in lines) / 3600:.2f} hours, in {args.out}")
 

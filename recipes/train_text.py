@@ -8,35 +8,38 @@ recipes/train_asr.py can use like Qwen/Qwen2-1.5B (model=RUN/model). Uses the Tr
 started again with the same command, resumes from its newest checkpoint.
 """
 
+import glob
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from speechllm.runs.config import parse_config
-from speechllm.small_model import SmallShape
+from speechllm.small_model import SmallShape, TextTokens
+from tokenizer.settings import Count, Names, Natural, Positive, Seed, Settings, Several
 
 HELD_OUT = 0.01  # share of the sentences, unless files of held-out ones are given
 
 
 @dataclass
-class TextConfig:
-    text: list[str]  # files with one sentence per line, .gz or not
+class TextConfig(Settings):
+    text: Names  # files with one sentence per line, .gz or not
     output: str  # run folder; the model goes to its subfolder `model`
-    held_out: list[str] | None = None  # files for the perplexity; null: one in a hundred of the sentences
-    text_tokens: int = 1000  # byte-level BPE vocabulary, learnt from the text
+    held_out: Names | None = None  # files for the perplexity; null: one in a hundred of the sentences
+    text_tokens: TextTokens = 1000  # byte-level BPE vocabulary, learnt from the text
     shape: SmallShape = field(default_factory=SmallShape)
-    block: int = 256  # tokens per example: concatenated sentences, each followed by the end token
-    steps: int = 1000
-    batch_size: int = 32  # blocks per optimizer step, over all processes
-    learning_rate: float = 2e-3
-    warmup: int = 100  # steps
+    block: Several = 256  # tokens per example: concatenated sentences, each followed by the end token
+    steps: Count = 1000
+    batch_size: Count = 32  # blocks per optimizer step, over all processes
+    learning_rate: Positive = 2e-3
+    warmup: Natural = 100  # steps
     precision: Literal["no", "bf16"] = "no"
-    validate_every: int = 250  # steps
-    save_every: int = 250  # steps between checkpoints
-    log_every: int = 10  # steps
-    seed: int = 0
+    validate_every: Count = 250  # steps
+    save_every: Count = 250  # steps between checkpoints
+    log_every: Count = 10  # steps
+    seed: Seed = 0
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -118,10 +121,10 @@ def main(config: TextConfig) -> None:
 
 def sentences(config: TextConfig) -> tuple[Dataset, Dataset]:
     """Normalised sentences for training, and held-out ones; column text."""
-    files = {"train": config.text}
-    if config.held_out:
-        files["held_out"] = config.held_out
-    texts = load_dataset("text", data_files=files)
+    files = {"train": config.text, **({"held_out": config.held_out} if config.held_out else {})}
+    # a file that exists is no pattern, whatever its name looks like
+    found = {part: [glob.escape(name) if os.path.exists(name) else name for name in files[part]] for part in files}
+    texts = load_dataset("text", data_files=found)
     texts = texts.map(lambda text: {"text": librispeech_normalizer(text)}, input_columns="text", desc="normalise")
     texts = texts.filter(bool, input_columns="text", desc="empty lines")
     if config.held_out:

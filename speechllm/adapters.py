@@ -82,7 +82,7 @@ def load_adapter(folder: str | Path, vocabulary: AudioVocabulary, base: str | Pa
     """
     recorded = json.loads((Path(folder) / BASE_FILE).read_text(encoding="utf-8"))
     name = recorded["name_or_path"] if base is None else base
-    check_folder(name, ["config.json"], "the language model that the adapter was trained on; set `base` to it")
+    name = check_folder(name, ["config.json"], "the language model that the adapter was trained on; set `base` to it")
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # as in train_asr
     if (found := base_fingerprint(model, vocabulary.offset)) != recorded["fingerprint"]:
         raise DataError(

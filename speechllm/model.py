@@ -59,6 +59,7 @@ def load_speech_llm(
     Raises FileNotFoundError, VocabularyError, or DataError (for another codec than the vocabulary's, or another
     language model than the adapter's).
     """
+    folder = check_folder(folder, [], "a speech language model")
     adapter = (Path(folder) / "adapter_config.json").is_file()
     if not adapter:
         check_folder(folder, ["config.json"], "a speech language model")
@@ -98,6 +99,7 @@ def load_language_model(
     Raises DataError for an adapter, or a saved model that reads another codec; VocabularyError for a saved model that
     reads other layers, or reads them differently.
     """
+    name = check_folder(name, [], "a language model")
     if (Path(name) / "adapter_config.json").is_file():
         raise DataError(f"{name} is an adapter: merge it with `speechllm export` and train the result further")
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)

@@ -67,7 +67,7 @@ def save_audio(path: str | Path, waveform: Tensor, sample_rate: int = 16_000) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        soundfile.write(part, waveform.detach().clamp(-1, 1).cpu().numpy(), sample_rate)
+        soundfile.write(os.fsencode(part), waveform.detach().clamp(-1, 1).cpu().numpy(), sample_rate)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)

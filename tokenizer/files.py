@@ -25,7 +25,8 @@ def atomic_file(file: str | Path) -> Iterator[Path]:
 def write_text(file: str | Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_file(file) as part:
-        part.write_text(text, encoding="utf-8")
+        # names that are not UTF-8 are spelt as JSON reads them back
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def json_text(value: Any, indent: int | None = None) -> str:

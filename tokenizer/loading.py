@@ -1,5 +1,6 @@
 """Loading any audio tokenizer by its name; the files of a folder or hub model determine its kind."""
 
+import os
 import runpy
 from pathlib import Path
 
@@ -34,19 +35,19 @@ def load_tokenizer(name: str | Path) -> AudioTokenizer:
     FILE.py:CLASS                       your own, an instance of the class made without arguments
     Raises FileNotFoundError for a missing folder, TokenizerError for a folder or model of another kind.
     """
-    name = str(name)
-    if ".py:" in name:
-        return _from_file(*name.rsplit(":", 1))
+    name = os.path.expanduser(name)
     prefix, colon, rest = name.partition(":")
+    found = os.path.exists(name)  # then it is no other spelling, whatever it looks like
+    if ".py:" in name and not found and prefix not in ("features", "recognizer"):
+        return _from_file(*name.rsplit(":", 1))
     try:
-        if not colon:
+        if found or not colon:
             return _by_files(name)
         if prefix == "features":
-            folder, _, layer = rest.partition("#")
-            return FeatureEncoder.from_pretrained(folder, _layer(layer))
+            return FeatureEncoder.from_pretrained(*_folder_and_layer(os.path.expanduser(rest)))
         if prefix == "recognizer":
             return Recognizer.from_pretrained(rest)
-        raise ValueError(f"unknown kind {prefix!r}; {SPELLINGS}")
+        raise ValueError(f"no such folder, and an unknown kind {prefix!r}; {SPELLINGS}")
     except ValueError as error:
         raise TokenizerError(f"{name}: {error}") from error
 
@@ -84,17 +85,21 @@ def _members(protocol: type) -> set[str]:
     return {member for member in vars(protocol) if not member.startswith("_")}
 
 
-def _layer(text: str) -> int | str | None:
-    if text in ("", "avg"):
-        return text or None
+def _folder_and_layer(name: str) -> tuple[str, int | str | None]:
+    """FOLDER_OR_HUB_NAME#LAYER; the folder may have a # of its own."""
+    folder, mark, layer = name.rpartition("#")
+    if not mark or os.path.exists(name):
+        return name, None
+    if layer in ("", "avg"):
+        return folder, layer or None
     try:
-        return int(text)
+        return folder, int(layer)
     except ValueError:
-        raise ValueError(f"expected a number or avg after #, got {text!r}") from None
+        raise ValueError(f"expected a number or avg after #, got {layer!r}") from None
 
 
 def _by_files(name: str) -> AudioTokenizer:
-    check_folder(name, [], "an audio tokenizer")
+    name = check_folder(name, [], "an audio tokenizer")
     settings = read_pretrained_json(name, SETTINGS_FILE)
     match settings.get("kind"):
         case "units":

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch
 from torch import nn
 
 from tokenizer.errors import InputError
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def module_fingerprint(module: nn.Module, settings: dict[str, Any]) -> str:
@@ -21,18 +25,27 @@ def module_fingerprint(module: nn.Module, settings: dict[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_folder(name: str | Path, files: Iterable[str], what: str) -> None:
-    """Raise FileNotFoundError if `name` is clearly meant as a folder but does not hold the files of `what`.
+def check_folder(name: str | Path, files: Sequence[str], what: str) -> str:
+    """The folder or hub name of `what`: `name`, or RUN/model for a finished run RUN, which lacks these files itself.
 
-    Hub libraries answer a mistyped path with a message about repository ids, after twenty seconds without a network.
+    Raises FileNotFoundError if `name` is clearly meant as a folder but does not hold the files, NotADirectoryError for
+    a file. Hub libraries answer a mistyped path with a message about repository ids, after twenty seconds without a
+    network.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        missing = [file for file in files if not (folder / file).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{folder} is not the folder of {what}: it lacks {', '.join(missing)}")
-    elif str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
-        raise FileNotFoundError(f"{folder}: no such folder (expected {what}, or a hub name like owner/model)")
+    name = os.path.expanduser(name)
+    if os.path.isdir(name):
+        folder = Path(name)
+        missing = [file for file in files or ["config.json"] if not (folder / file).is_file()]
+        if missing and (folder / "model").is_dir():
+            return check_folder(folder / "model", files, what)
+        if missing and files:
+            started = "; it holds a run that has not finished" if (folder / "config.yaml").is_file() else ""
+            raise FileNotFoundError(f"{folder} is not the folder of {what}: it lacks {', '.join(missing)}{started}")
+    elif os.path.exists(name):
+        raise NotADirectoryError(f"{name} is a file (expected {what}, which is a folder or a hub name)")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"{name}: no such folder (expected {what}, or a hub name like owner/model)")
+    return name
 
 
 SETTINGS_FILE = "audio_tokenizer.json"

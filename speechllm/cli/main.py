@@ -18,18 +18,21 @@ from speechllm.cli.codec import (
     usable,
 )
 from speechllm.cli.scores import FORMATS, compare_files, score_files
-from speechllm.runs.config import shipped
+from speechllm.runs.config import shipped, spell_unprintable
 from speechllm.runs.launch import find_recipe, recipe_command, recipe_environment
+from tokenizer.settings import Count, Positive, argument
 
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
 BASE = "another place of the language model under an adapter than the recorded one"
 CHUNK = 256  # recordings in memory at a time
 ONE_LINE = dict.fromkeys(map(ord, "\t\r\n"), " ")  # a text must not look like a further line or column
+COUNT = argument(Count)
 NORMALIZERS = "librispeech (default), whisper_english or none"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when all went well, 1 after an error (one line on stderr)."""
+    spell_unprintable()
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
@@ -61,16 +64,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", required=True, help="folder that recipes/train_asr.py wrote")
     command.add_argument("--codec", help="another place of the codec than the model's subfolder `codec`")
     command.add_argument("--base", help=BASE)
-    command.add_argument("--batch-size", type=int, default=16, help="answers written at a time; a beam counts as one")
-    command.add_argument("--beams", type=int, default=1, help="1, the default, is greedy")
+    command.add_argument("--batch-size", type=COUNT, default=16, help="answers written at a time; a beam counts as one")
+    command.add_argument("--beams", type=COUNT, default=1, help="1, the default, is greedy")
     longest = "seconds; longer recordings are skipped, as encode_speech leaves them out of training (default 60)"
-    command.add_argument("--max-duration", type=float, default=60.0, help=longest)
+    command.add_argument("--max-duration", type=argument(Positive), default=60.0, help=longest)
     command.set_defaults(run=_transcribe)
 
     command = commands.add_parser("encode", help="recordings to codes, one JSON line each")
     command.add_argument("files", nargs="+", help="audio files")
     command.add_argument("--codec", required=True, help="folder or hub name of a speech codec")
-    command.add_argument("--layers", type=int, help="codebooks, all by default")
+    command.add_argument("--layers", type=COUNT, help="codebooks, all by default")
     command.set_defaults(run=encode_files)
 
     command = commands.add_parser("decode", help="codes (JSON lines of `speechllm encode`) to WAV files")
@@ -157,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
 def _processes() -> argparse.ArgumentParser:
     """The option that may stand before and behind the recipe's name."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--processes", type=int, metavar="N", help="several that share the work, one on each GPU")
+    parser.add_argument("--processes", type=COUNT, metavar="N", help="several that share the work, one on each GPU")
     return parser
 
 
@@ -205,9 +208,11 @@ def _transcribe(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from speechllm import export_model, load_speech_llm
+    from tokenizer.pretrained import check_folder
 
-    codec_too = (Path(arguments.model) / "codec").is_dir()  # what it exports needs none
-    export_model(load_speech_llm(arguments.model, base=arguments.base, with_codec=codec_too), arguments.output)
+    model = Path(check_folder(arguments.model, [], "a speech language model"))
+    codec_too = (model / "codec").is_dir()  # what it exports needs none
+    export_model(load_speech_llm(model, base=arguments.base, with_codec=codec_too), arguments.output)
     print(arguments.output)
     return 0
 

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -157,7 +158,7 @@ class Stages:
         environment = recipe_environment() | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         running = []
         for command in commands:
-            print("$ " + " ".join(command), flush=True)
+            print("$ " + shlex.join(command), flush=True)
             running.append(subprocess.Popen([sys.executable, *command[1:]], env=environment))
         try:
             failed = [process for process in running if process.wait() != 0]

@@ -64,8 +64,8 @@ def test_all_problems_of_the_configuration_are_reported_at_once(config_of: Calla
         config_of(systems=systems, tasks=["asr", "asr"], seeds=[])
     for part in (
         "a/b",
-        "tasks: expected at least one, without repetitions",
-        "seeds: expected at least one",
+        "tasks must be without repetitions, got ['asr', 'asr']",
+        "seeds must be not empty, got []",
         "missing key asr",
         "missing key codec",
         "missing key recognizer",
@@ -97,6 +97,30 @@ def test_a_split_that_a_corpus_lacks_is_reported_before_anything_runs(
     with pytest.raises(RunError, match="no split nowhere"):
         compare.main(config_of(systems=[{"name": "a", "tokenizer": "folder"}], **keys))
     assert not (corpus / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["exp #2", "12:30", "a, b", "it's", 'a "b"', "a=b", "a\nb", "[x]", "caf\udce9"])
+def test_paths_reach_the_recipes_as_they_are(
+    compare: ModuleType,
+    config_of: Callable[..., object],
+    config_class: Callable[[str], type],
+    name: str,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / name
+    file.write_text("model: null\n")
+    systems = [{"name": name, "tokenizer": f"features:{name}#1"}, {"name": "units", "units": []}]
+    keys = {"tasks": ["asr", "content"], "asr": str(file), "data": name, "train_splits": [name, "b"]}
+    config = config_of(systems=systems, semantic_teacher=f"/{name}", output=f"run/{name}", **keys)
+    loaded = {}
+    for stage, (recipe, *words) in compare.plan(config, Path(config.output)).items():
+        file = words.pop(0).removeprefix("--config=") if words[0].startswith("--config=") else None
+        loaded[stage] = load_config(config_class(recipe), file, words)
+    run = f"run/{name}"
+    encoded, units, trained = (loaded[f"{stage}"] for stage in (f"{name}: codes", "units: tokenizer", f"{name}: asr 0"))
+    assert (encoded.codec, encoded.data, encoded.output) == (f"features:{name}#1", name, f"{run}/{name}/codes")
+    assert (units.model, units.splits, units.output) == (f"/{name}", [name, "b"], f"{run}/units/tokenizer")
+    assert (trained.model, trained.codes, trained.output) == (None, encoded.output, f"{run}/{name}/asr_0")
 
 
 def test_the_baseline_stays_with_the_system_it_was_measured_with(

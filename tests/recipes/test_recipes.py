@@ -288,8 +288,8 @@ def here(work: Work, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str,
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.chdir(work.folder)
 
-    def run(name: str, words: str) -> None:
-        monkeypatch.setattr(sys, "argv", [name, *words.split()])
+    def run(name: str, words: str, *names: str) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *words.split(), *names])
         runpy.run_path(str(ROOT / "recipes" / name), run_name="__main__")
 
     with torch.set_grad_enabled(True):
@@ -420,6 +420,28 @@ def test_fresh_deletes_only_what_the_demo_created(tmp_path: Path, here: Callable
     with pytest.raises(SystemExit, match="was not created by this demo and is not deleted"):
         here("demo.py", f"output={tmp_path} --fresh")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_demo_checks_the_configurations_of_its_stages_first(tmp_path: Path, here: Callable) -> None:
+    (tmp_path / "a #1.yaml").write_text("steps: 10\ncrop_s: 0.01\n")
+    for words, message in (
+        ("asr=nowhere.yaml", "nowhere.yaml: no such file"),
+        ("scale=1e-3", "small.text_steps must be"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            here("demo.py", f"output={tmp_path / 'new'} {words}")
+    with pytest.raises(SystemExit, match="crop_s must be at least"):
+        here("demo.py", f"output={tmp_path / 'new'}", f"speaker_teacher={tmp_path / 'a #1.yaml'}")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_steps_of_a_stage_of_the_demo_are_scaled(tmp_path: Path, recipe: Callable[[str], ModuleType]) -> None:
+    demo, file = recipe("demo.py"), tmp_path / "a #1.yaml"
+    file.write_text("kind: speaker\nsteps: 10\n")
+    words = [f"data={tmp_path}/x #2", "output=12:30"]
+    for scale, steps in ((1.0, []), (0.26, ["steps=3"]), (1e-9, ["steps=1"])):
+        found = demo.training("train_teacher.py", str(file), demo.DemoConfig(scale=scale), *words)
+        assert found == ["train_teacher.py", f"--config={file}", *steps, *words]
 
 
 def test_the_demo_recognises_splits_by_name(work: Work, tmp_path: Path, recipe: Callable[[str], ModuleType]) -> None:

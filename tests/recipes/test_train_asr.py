@@ -374,16 +374,16 @@ def test_the_plan_is_printed_first(work: Work, here: Callable, capsys: pytest.Ca
         ("dev_splits=null patience=3", "patience needs dev_splits for measuring the WER"),
         (
             "batch_tokens=0 max_utterances=-1",
-            "batch_tokens must be at least 1, got 0; max_utterances must be at least 1, got -1",
+            "max_utterances must be at least 1, got -1\n  batch_tokens must be at least 1, got 0",
         ),
-        ("augmentation.mask=2", "mask must be at least 0 and below 1, got 2.0"),
-        ("clip=0 lora.rank=0", "clip must be above 0, got 0.0; lora.rank must be above 0, got 0"),
-        ("learning_rate=.nan", "learning_rate must be above 0, got nan"),
+        ("augmentation.mask=2", "augmentation.mask must be at least 0 and below 1, got 2.0"),
+        ("clip=0 lora.rank=0", "lora.rank must be at least 1, got 0\n  clip must be above 0, got 0.0"),
+        ("learning_rate=.nan", "learning_rate must be float, got .nan"),
         (
             "row_learning_rate=-1e-3 speech_loss=-1",
-            "must not be negative, got -0.001; speech_loss must not be",
+            "speech_loss must be at least 0, got -1.0\n  row_learning_rate must be at least 0, got -0.001",
         ),
-        ("row_steps=13", "row_steps must be at most steps, got 13"),
+        ("row_steps=13", "row_steps must be at most steps = 12, got 13"),
         ("model=null row_steps=1", "row_steps need a pretrained language model, but model is null"),
     ],
 )

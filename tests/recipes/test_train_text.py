@@ -66,6 +66,18 @@ def test_blocks_are_concatenated_sentences(train_text: ModuleType) -> None:
     assert found["input_ids"][:] == [stream[i : i + 7] for i in range(0, len(stream) - 6, 7)] == found["labels"][:]
 
 
+@pytest.mark.parametrize("name", ["a*.txt", "a [1] #2.txt", "[x]/a.txt"])
+def test_a_file_is_read_by_its_name_which_is_no_pattern(
+    train_text: ModuleType, config: object, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "ab.txt").write_text("another file\n")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("this file\n")
+    files = [str(tmp_path / name)]
+    train, held_out = train_text.sentences(replace(config, text=files, held_out=files))
+    assert train["text"][:] == held_out["text"][:] == ["this file"]
+
+
 def test_the_language_model_can_be_extended(train_text: ModuleType, config: object, small_codec: SpeechCodec) -> None:
     train_text.main(config)
     run = Path(config.output)

@@ -17,6 +17,7 @@ from speechllm import (
     SpeechCodec,
     SpeechLLM,
     VocabularyError,
+    load_language_model,
     load_speech_llm,
     transcribe_codes,
     transcription_example,
@@ -173,6 +174,13 @@ def test_a_loaded_text_tokenizer_reads_text_like_the_one_trained_with(tmp_path: 
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')  # as beside a saved Qwen2
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert text_token_ids(loaded, [text]) == text_token_ids(made, [text])
+
+
+def test_a_run_is_taken_for_the_model_in_it(tmp_path: Path, make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = make_speech_llm()
+    speech_llm.save(tmp_path / "model")
+    assert load_speech_llm(tmp_path).codec.fingerprint == speech_llm.codec.fingerprint
+    assert load_language_model(tmp_path, speech_llm.codec).vocabulary == speech_llm.vocabulary
 
 
 # ---- what is missing is named

@@ -61,7 +61,7 @@ def convert_encodec(name: str | Path) -> SpeechCodec:
     """
     from transformers import AutoConfig, EncodecModel  # imported here because using a codec needs no transformers
 
-    check_folder(name, ["config.json"], "an EnCodec model")
+    name = check_folder(name, ["config.json"], "an EnCodec model")
     config = AutoConfig.from_pretrained(name)
     _check_settings(name, config.to_dict(), ENCODEC_SETTINGS)
     encodec, report = EncodecModel.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -87,7 +87,7 @@ def convert_speechtokenizer(name: str | Path) -> SpeechCodec:
     Raises FileNotFoundError if a file is missing, InputError listing all settings our modules do not support, or
     the parameters that do not fit.
     """
-    check_folder(name, ["config.json", "SpeechTokenizer.pt"], "SpeechTokenizer")
+    name = check_folder(name, ["config.json", "SpeechTokenizer.pt"], "SpeechTokenizer")
     config, checkpoint = read_pretrained_json(name, "config.json"), find_file(name, "SpeechTokenizer.pt")
     if not config or checkpoint is None:
         raise FileNotFoundError(f"{name} lacks config.json or SpeechTokenizer.pt: expected SpeechTokenizer's folder")

@@ -153,10 +153,10 @@ class SpeechCodec(
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SpeechCodec":
         """Load from a folder or hub name, in eval mode; FileNotFoundError or InputError if it holds no such codec."""
-        check_folder(pretrained_model_name_or_path, ["config.json", "model.safetensors"], "a speech codec")
+        name = check_folder(pretrained_model_name_or_path, ["config.json", "model.safetensors"], "a speech codec")
         try:
             with contextlib.redirect_stdout(None):  # the mixin prints where it loads from
-                codec = super().from_pretrained(pretrained_model_name_or_path, strict=True, **kwargs)
+                codec = super().from_pretrained(name, strict=True, **kwargs)
         except (RuntimeError, TypeError, KeyError) as error:
             raise InputError(f"{pretrained_model_name_or_path} holds no codec of this package: {error}") from error
         return codec.eval()

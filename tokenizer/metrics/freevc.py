@@ -218,7 +218,7 @@ class FreeVC(nn.Module):
 
         folder = Path(folder)
         _check_files(folder)
-        check_folder(wavlm, ["config.json"], "a WavLM model")
+        wavlm = check_folder(wavlm, ["config.json"], "a WavLM model")
         config = json.loads((folder / "freevc.json").read_text(encoding="utf-8")).get("model", {})
         _check_config(folder, config)
         synthesizer, speaker_encoder = Synthesizer(config), SpeakerEncoder()

@@ -67,7 +67,9 @@ class FeatureEncoder(nn.Module):
         layer: index into the hidden states, or "avg" (also None), their mean; must be None for Whisper.
         Raises InputError for another kind of model, or a layer that it does not have.
         """
-        check_folder(name, ["config.json", "preprocessor_config.json"], "a HuBERT, WavLM, wav2vec 2.0 or Whisper model")
+        name = check_folder(
+            name, ["config.json", "preprocessor_config.json"], "a HuBERT, WavLM, wav2vec 2.0 or Whisper model"
+        )
         if read_pretrained_json(name, "config.json").get("model_type") != "whisper":
             return cls(SemanticTeacher.from_pretrained(name, "avg" if layer is None else layer))
         if layer is not None:

@@ -39,7 +39,7 @@ class Recognizer(nn.Module):
         from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor
         from transformers.models.auto import modeling_auto as known
 
-        check_folder(name, ["config.json"], "a speech recogniser")
+        name = check_folder(name, ["config.json"], "a speech recogniser")
         model_type = read_pretrained_json(name, "config.json").get("model_type")
         if model_type in known.MODEL_FOR_CTC_MAPPING_NAMES:
             auto_class = AutoModelForCTC

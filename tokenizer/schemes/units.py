@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from tokenizer.errors import InputError
 from tokenizer.interface import Codes
-from tokenizer.pretrained import SETTINGS_FILE, find_file, module_fingerprint, read_pretrained_json, write_settings
+from tokenizer.pretrained import (
+    SETTINGS_FILE,
+    check_folder,
+    find_file,
+    module_fingerprint,
+    read_pretrained_json,
+    write_settings,
+)
 from tokenizer.schemes.features import FeatureEncoder
 
 CENTROIDS_FILE = "centroids_{}.safetensors"  # with the fingerprint, so that the file always matches the settings
@@ -34,6 +41,7 @@ class UnitTokenizer(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "UnitTokenizer":
         """Load units from a folder or hub name; raises FileNotFoundError if it holds none."""
+        name = check_folder(name, [], "speech units")
         settings = read_pretrained_json(name, SETTINGS_FILE)
         centroids = find_file(name, CENTROIDS_FILE.format(settings.get("fingerprint")))
         if settings.get("kind") != "units" or centroids is None:

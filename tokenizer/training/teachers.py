@@ -64,7 +64,7 @@ class SemanticTeacher(nn.Module):
         """
         from transformers import AutoFeatureExtractor, AutoModel
 
-        check_folder(name, ["config.json", "preprocessor_config.json"], "a HuBERT, WavLM or wav2vec 2.0 model")
+        name = check_folder(name, ["config.json", "preprocessor_config.json"], "a HuBERT, WavLM or wav2vec 2.0 model")
         model = load_complete(AutoModel, name)
         if not hasattr(model.config, "conv_stride"):
             raise InputError(f"{name} is a {model.config.model_type} model: expected HuBERT, WavLM or wav2vec 2.0")
@@ -143,7 +143,7 @@ class SpeakerTeacher(nn.Module):
         from speechbrain.inference.classifiers import EncoderClassifier
         from speechbrain.utils.fetching import LocalStrategy
 
-        check_folder(name, ["hyperparams.yaml"], "a SpeechBrain ECAPA-TDNN")
+        name = check_folder(name, ["hyperparams.yaml"], "a SpeechBrain ECAPA-TDNN")
         overrides = {}
         if (folder := Path(name)).is_dir():
             name = str(folder.resolve())

@@ -80,6 +80,23 @@ def test_reconstruct_names_unusable_files_and_does_the_others(speak: Callable, f
     assert skipped[1] == f"skipped: {folder / 'missing.wav'}: no such audio file"
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("transcribe a.wav --model m --beams 0", "argument --beams: must be int at least 1, got '0'"),
+        ("transcribe a.wav --model m --batch-size -1", "argument --batch-size: must be int at least 1, got '-1'"),
+        ("transcribe a.wav --model m --max-duration nan", "argument --max-duration: must be float above 0, got 'nan'"),
+        ("encode a.wav --codec c --layers 0", "argument --layers: must be int at least 1, got '0'"),
+        ("run train_asr --processes 0", "argument --processes: must be int at least 1, got '0'"),
+        ("run --processes x train_asr", "argument --processes: must be int at least 1, got 'x'"),
+    ],
+)
+def test_a_number_that_cannot_work_is_refused_before_anything_loads(words: str, message: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words.split())
+    assert capsys.readouterr().err.endswith(f"{message}\n")
+
+
 def test_reconstruct_does_not_overwrite_one_file_by_another(speak: Callable, folder: Path, tmp_path: Path) -> None:
     code, lines, errors = speak("reconstruct", folder / "a.flac", "other/a.wav", "--output", tmp_path / "out")
     assert code == 1 and not lines and not (tmp_path / "out").exists()
