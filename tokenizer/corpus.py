@@ -105,16 +105,18 @@ def _manifest(folder: Path) -> Path | None:
 
 
 def _read_manifest(manifest: Path) -> list[Row]:
-    rows = []
+    folder, rows = str(manifest.parent), []
     for place, row in read_table(manifest, COLUMNS):
-        phones, path = row["phones"], row["path"]
-        if "\\" in path and os.sep == "/" and not (manifest.parent / path).exists():  # written on Windows
-            path = path.replace("\\", "/")
+        path, phones = row["path"], row["phones"]
+        row["id"] = row["id"] or _readable(path)
+        row["path"] = os.path.join(folder, path)
+        if "\\" in path and not os.path.exists(row["path"]):  # written on Windows
+            row["path"] = os.path.join(folder, path.replace("\\", "/"))
+        row["split"] = row["split"] or "train"
         if phones and phones[-1][1] > row["duration_s"] + PHONE_SLACK_S:
             end, duration_s = phones[-1][1], row["duration_s"]
             raise CorpusError(f"{place}: phones end at {end:g} s, expected at most the duration of {duration_s:g} s")
-        row |= {"id": row["id"] or _readable(row["path"]), "path": os.path.join(manifest.parent, path)}
-        rows.append((place, Utterance(**row | {"split": row["split"] or "train"})))
+        rows.append((place, Utterance(**row)))
     if not rows:
         raise CorpusError(f"{manifest} holds no utterances, expected a row for each recording")
     return rows

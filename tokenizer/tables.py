@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import os
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -218,7 +219,13 @@ def required_name(cell: Any) -> str:
 
 def required_path(cell: Any) -> str:
     """As `required_name`; bytes of a file name that are not UTF-8 may stand there as Python reads them (surrogates)."""
-    return cell.strip() if isinstance(cell, str) and cell.strip() and "\0" not in cell else required_name(cell)
+    if not isinstance(cell, str) or cell.isascii() or "\0" in cell:
+        return required_name(cell)
+    try:
+        os.fsencode(cell)
+    except UnicodeEncodeError as error:
+        raise ValueError("the name of a file") from error
+    return cell.strip()
 
 
 def positive_seconds(cell: Any) -> float:
