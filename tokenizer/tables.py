@@ -43,7 +43,7 @@ def read_table(file: str | Path, columns: Mapping[str, Convert]) -> Iterator[tup
 def convert_rows(text: str, file: str, columns: Mapping[str, Convert]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of `text`, which was read from `file`, as in `read_table`."""
     ignored: dict[str, None] = {}
-    for place, cells in (_csv_rows if file.lower().endswith(".csv") else _json_rows)(file, text):
+    for place, cells in (_csv_rows if file.lower().endswith(".csv") else json_rows)(file, text):
         row = {}
         for name, convert in columns.items():
             try:
@@ -62,7 +62,8 @@ def convert_rows(text: str, file: str, columns: Mapping[str, Convert]) -> Iterat
         logger.info("%s: columns that are not read: %s", file, ", ".join(unread))
 
 
-def _json_rows(file: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_rows(file: str, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The JSON objects in the lines of `text`, which was read from `file`, each with its place."""
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines, which also splits at what texts may hold
         if not line or line.isspace():
             continue

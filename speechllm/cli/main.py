@@ -1,7 +1,6 @@
 """The `speechllm` command: run recipes, transcribe, encode and decode speech, look into a codec, score transcripts."""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -201,17 +200,13 @@ def _transcribe(arguments: argparse.Namespace) -> int:
 
 def _wer(arguments: argparse.Namespace) -> int:
     from speechllm import character_error_rate, word_error_rate
+    from tokenizer.tables import read_lines
 
-    references, hypotheses = map(_lines, (arguments.reference, arguments.hypothesis))
+    references, hypotheses = map(read_lines, (arguments.reference, arguments.hypothesis))
     print(word_error_rate(references, hypotheses, arguments.normalizer))
     if arguments.characters:
         print(f"CER {character_error_rate(references, hypotheses, arguments.normalizer):.2%}")
     return 0
-
-
-def _lines(file: str) -> list[str]:
-    with open(file, encoding="utf-8") as lines:  # not splitlines, which also ends a line at what texts may hold
-        return [line.rstrip("\n") for line in lines]
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -250,17 +245,14 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _predictions(file: str) -> dict[str, tuple[str, str]]:
     """Reference and hypothesis by utterance, as eval_asr writes them."""
-    from speechllm import DataError
+    from tokenizer.tables import TableError, read_table, refuse_repeats, required_name, required_text
 
-    pairs = {}
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                pairs[row["id"]] = row["reference"], row["hypothesis"]
-            except (KeyError, TypeError, ValueError) as error:
-                raise DataError(f"{file}, line {number}: not a line of eval_asr's predictions ({error!r})") from error
-    return pairs
+    columns = {"id": required_name, "reference": required_text, "hypothesis": required_text}
+    rows = [*read_table(file, columns)]
+    if not rows:
+        raise TableError(f"{file} is empty, expected predictions.jsonl of eval_asr")
+    refuse_repeats([place for place, _ in rows], [row["id"] for _, row in rows], "id", "give one prediction for each")
+    return {row["id"]: (row["reference"], row["hypothesis"]) for _, row in rows}
 
 
 def _numbers(text: str) -> list[int]:

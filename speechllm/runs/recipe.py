@@ -3,6 +3,8 @@
 A recipe parses its configuration (`parse_config`) before it imports anything heavy, and ends with `run_recipe`.
 """
 
+import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -14,8 +16,17 @@ T = TypeVar("T")
 EXPECTED = (InputError, OSError, ImportError)  # their messages say how to fix the problem
 
 
+def show_progress() -> None:
+    """Print what the packages log, such as what a corpus holds; of several processes, only the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        logging.basicConfig(format="%(message)s", stream=sys.stdout)
+        for package in ("tokenizer", "speechllm"):
+            logging.getLogger(package).setLevel(logging.INFO)
+
+
 def run_recipe(main: Callable[[T], None], config: T) -> None:
     """Call `main` with the configuration; exit with the message of an expected error."""
+    show_progress()
     try:
         main(config)
     except EXPECTED as error:
