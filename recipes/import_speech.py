@@ -5,8 +5,8 @@
 `data` is a name on the hub, with the configuration after a colon, a folder of Parquet files, or one that `save_to_disk`
 wrote (for a folder of audio files, write a manifest.csv or install torchcodec). All other recipes read CORPUS.
 Recordings are copied unchanged: CORPUS needs as much disk space as the data set, and streaming needs no more than that.
-A killed import is resumed in the file of the data set where it stopped. Unreadable recordings are skipped and counted
-by reason in CORPUS/done.json, and so are rows in which a text, id or speaker is no text or number. Texts are unchanged; encode_speech normalises them.
+A killed import is resumed in the file of the data set where it stopped. Unreadable recordings, and rows in which text,
+id or speaker is neither text nor number, are skipped and counted by reason in CORPUS/done.json. Texts are unchanged.
 """
 
 import contextlib
@@ -83,9 +83,7 @@ def open_splits(config: ImportConfig) -> dict[str, IterableDataset]:
     """The configured splits. Raises DataError for a data set, a configuration or a split that does not exist."""
     folder = Path(config.data)
     if folder.is_dir() and is_corpus(folder):
-        raise DataError(
-            f"{folder} is a corpus folder already: no import is needed, the other recipes take data={folder}"
-        )
+        raise DataError(f"{folder} is a corpus folder already: no import is needed, give it to the other recipes")
     with translated(config.data):
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             found = load_from_disk(config.data)
@@ -108,7 +106,7 @@ def translated(what: str) -> Iterator[None]:
     try:
         yield
     except UNREADABLE as error:
-        mend = ""
+        mend = ": correct the data set, or fetch it again"
         if isinstance(error, ImportError):
             mend = "; instead of importing a folder of audio files, write a manifest.csv for it (recipes/README.md)"
         raise DataError(f"{what}: {' '.join(str(error).split())[:500]}{mend}") from error
@@ -189,7 +187,7 @@ def import_row(row: Row, folder: Path, place: str) -> Row:
     except AudioError as error:
         return {"skipped": error.reason, "detail": str(error)}
     except ValueError as error:
-        return {"skipped": "no text", "detail": f"{place}: {error}"}
+        return {"skipped": "wrong type", "detail": f"{place}: {error}"}
     path = f"{place}.{info.format.lower()}"
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     (folder / path).write_bytes(content)
