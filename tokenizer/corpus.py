@@ -70,7 +70,7 @@ def read_corpus(folder: str | Path, splits: Sequence[str] | None = None) -> list
     file names contain text and speaker (`parse_ravdess`), Actor_01/03-01-05-01-02-02-01.wav, all in split "train".
     Utterances whose recording is missing stay in the list, for whoever loads it to skip and count; without a manifest
     they have the duration 0. Logs a line for each split.
-    Raises CorpusError for a missing folder, a bad row, ids or recordings that occur twice, splits that the corpus does
+    Raises CorpusError for a missing folder, a bad row, ids that occur twice, splits that the corpus does
     not have, and splits that lack more than one recording and more than `MOST_MISSING` of them, or all.
     """
     folder = Path(folder)
@@ -84,8 +84,6 @@ def read_corpus(folder: str | Path, splits: Sequence[str] | None = None) -> list
             raise CorpusError(f"{folder} has no split {', '.join(absent)}; it has {', '.join(found)}")
         places = [place for place, _ in rows]
         refuse_repeats(places, [one.id for _, one in rows], "id", "give every utterance an id of its own")
-        paths = [os.path.normpath(one.path) for _, one in rows]
-        refuse_repeats(places, paths, "recording", "list every recording once")
     except TableError as error:
         raise CorpusError(str(error)) from error
     utterances = [utterance for _, utterance in rows if splits is None or utterance.split in splits]
@@ -108,7 +106,7 @@ def _read_manifest(manifest: Path) -> list[Row]:
     folder, rows = str(manifest.parent), []
     for place, row in read_table(manifest, COLUMNS):
         path, phones = row["path"], row["phones"]
-        row["id"] = row["id"] or _readable(path)
+        row["id"] = row["id"] or _readable(os.path.normpath(path))
         row["path"] = os.path.join(folder, path)
         if "\\" in path and not os.path.exists(row["path"]):  # written on Windows
             row["path"] = os.path.join(folder, path.replace("\\", "/"))
@@ -246,6 +244,8 @@ def _duration_or_zero(file: str, duration: Callable[[Path], float]) -> float:
 
 def _report(source: Path, utterances: Sequence[Utterance], missing: set[str]) -> None:
     """Log a line for each split. Raises CorpusError where too many recordings, given by their paths, are missing."""
+    if listed_twice := len(utterances) - len({os.path.normpath(one.path) for one in utterances}):
+        logger.info("%s: %s rows name a recording that another row names, too", source, f"{listed_twice:,}")
     splits: dict[str, list[Utterance]] = {}
     for utterance in utterances:
         splits.setdefault(utterance.split, []).append(utterance)
