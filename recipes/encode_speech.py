@@ -65,9 +65,7 @@ def main(config: EncodeConfig) -> None:
         summary = summarize_shards(config.output)
         report_skipped(config.output, skipped_of_shards(config.output))
         if not summary["utterances"]:
-            raise DataError(
-                f"none of the {len(utterances)} recordings of {config.data} can be used: {summary['skipped']}"
-            )
+            raise DataError(f"{config.data}: no recording can be used, all are skipped ({summary['skipped']})")
         write_json(f"{config.output}/done.json", {**summary, "parameters": sum(p.numel() for p in codec.parameters())})
         print(f"encoded {summary['utterances']} utterances, {summary['hours']:.2f} h; skipped {summary['skipped']}")
 

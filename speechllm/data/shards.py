@@ -223,11 +223,11 @@ def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple
     if shards are missing or come from several codecs, or if a named split does not exist.
     """
     files = _shards(folder)
+    encodings = {_notes(file)[b"encoding"] for file in files}
     if asked := read_json(Path(folder) / "request.json").get("utterances"):
         there = sum(pq.read_metadata(file).num_rows for file in files) + len(skipped_of_shards(folder))
         if there < asked:
             raise DataError(f"{folder} holds {there} of {asked} utterances: run encode_speech again to finish it")
-    encodings = {_notes(file)[b"encoding"] for file in files}
     if len(encodings) > 1:
         raise DataError(f"{folder} mixes codes of {len(encodings)} codecs: encode into an empty folder")
     table = pa.concat_tables([*map(_read_shard, files)]).replace_schema_metadata(None)
