@@ -35,10 +35,11 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 
 from tqdm import tqdm
 
-from speechllm import AudioError, Utterance, load_audio, read_corpus
+from speechllm import AudioError, Utterance, read_corpus
 from speechllm.evaluation.normalizers import librispeech_normalizer
 from speechllm.runs.machine import available_cpus
 from speechllm.runs.recipe import run_recipe
+from tokenizer.corpus import load_utterance
 from tokenizer.files import write_jsonl
 from tokenizer.rates import SAMPLE_RATE
 
@@ -56,6 +57,7 @@ def main(config: AlignConfig) -> None:
     rows = [
         {**asdict(utterance), "path": os.path.relpath(utterance.path, folder), "phones": phones}
         for utterance, (phones, _) in zip(utterances, results, strict=True)
+        if utterance.duration_s  # otherwise there is no recording, and the manifest would be refused
     ]
     write_jsonl(folder / "manifest.jsonl", rows)
     problems = Counter(problem for _, problem in results if problem)
@@ -68,7 +70,7 @@ def align(utterance: Utterance) -> tuple[list[tuple[str, float]] | None, str | N
     if not text:
         return None, "no transcript"
     try:
-        waveform = load_audio(utterance.path, SAMPLE_RATE)
+        waveform = load_utterance(utterance, SAMPLE_RATE)
     except AudioError as error:
         return None, error.reason
     sound = (32767 * waveform.clamp(-1, 1)).short().numpy().tobytes()
@@ -81,7 +83,8 @@ def align(utterance: Utterance) -> tuple[list[tuple[str, float]] | None, str | N
         spans = [(phone.name, phone.start + phone.duration) for word in decoder().get_alignment() for phone in word]
     except RuntimeError:
         return None, "not aligned"
-    phones = [(name, end / FRAME_RATE) for name, end in spans]
+    # the last window may end a little after the recording
+    phones = [(name, min(end / FRAME_RATE, utterance.duration_s)) for name, end in spans]
     return phones, None if phones else "not aligned"
 
 

@@ -143,7 +143,7 @@ def gather(folder: str, output: Path) -> None:
     lines = [
         json.dumps({**asdict(u), "path": str(Path(u.path).resolve()), "split": named[u.id]}, ensure_ascii=False)
         for u in utterances
-        if named[u.id] in ("train", "dev", "test")
+        if named[u.id] in ("train", "dev", "test") and u.duration_s  # without one there is no recording
     ]
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "manifest.jsonl", "\n".join(lines) + "\n")

@@ -31,7 +31,7 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 
 from tqdm import tqdm
 
-from speechllm import encode_shards, load_tokenizer, read_corpus
+from speechllm import DataError, encode_shards, load_tokenizer, read_corpus
 from speechllm.data.shards import skipped_of_shards, summarize_shards
 from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
@@ -62,6 +62,8 @@ def main(config: EncodeConfig) -> None:
     if accelerator.is_main_process:
         summary = summarize_shards(config.output)
         report_skipped(config.output, skipped_of_shards(config.output))
+        if not summary["utterances"]:
+            raise DataError(f"{config.data}: no recording can be used, all are skipped ({summary['skipped']})")
         write_json(f"{config.output}/done.json", {**summary, "parameters": sum(p.numel() for p in codec.parameters())})
         print(f"encoded {summary['utterances']} utterances, {summary['hours']:.2f} h; skipped {summary['skipped']}")
 

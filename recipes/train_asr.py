@@ -73,9 +73,7 @@ class AsrConfig(Settings):
     validate_every: Count = 1000  # steps
     dev_utterances: Count = 100  # at most, evenly chosen, for the WER while training
     keep_best: bool = True  # export the best checkpoint instead of the last one
-    patience: Count | None = (
-        None  # validations without a better WER (or CER) after which to stop; null: never
-    )
+    patience: Count | None = None  # validations without a better WER (or CER) after which to stop; null: never
     trackers: list[Literal["tensorboard", "wandb"]] | None = None  # that also receive the log
     log_every: Count = 10  # steps
     save_every: Count = 1000  # steps between checkpoints

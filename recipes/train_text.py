@@ -59,6 +59,7 @@ from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import Run
 from speechllm.small_model import small_qwen2, small_text_tokenizer
 from tokenizer.files import atomic_folder
+from tokenizer.tables import require_utf8
 
 
 class RunLog(TrainerCallback):
@@ -124,6 +125,8 @@ def sentences(config: TextConfig) -> tuple[Dataset, Dataset]:
     files = {"train": config.text, **({"held_out": config.held_out} if config.held_out else {})}
     # a file that exists is no pattern, whatever its name looks like
     found = {part: [glob.escape(name) if os.path.exists(name) else name for name in files[part]] for part in files}
+    for file in (file for part in files.values() for file in part if Path(file).is_file()):
+        require_utf8(file)
     texts = load_dataset("text", data_files=found)
     texts = texts.map(lambda text: {"text": librispeech_normalizer(text)}, input_columns="text", desc="normalise")
     texts = texts.filter(bool, input_columns="text", desc="empty lines")

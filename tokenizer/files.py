@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenizer.tables import TableError, json_rows, read_text
+
 
 @contextlib.contextmanager
 def atomic_file(file: str | Path) -> Iterator[Path]:
@@ -54,11 +56,18 @@ def read_json(file: str | Path) -> dict[str, Any]:
 
 
 def read_jsonl(file: str | Path) -> list[dict[str, Any]]:
-    """The objects in a file with one JSON object per line, or none if there is no such file."""
+    """The objects in a file with one JSON object per line, or none if there is no such file.
+
+    A last line without its end, which a killed process may leave, is left out unless it is whole. Raises TableError,
+    which names the row, for any other that is no JSON object.
+    """
     if not Path(file).exists():
         return []
-    with open(file, encoding="utf-8") as lines:  # not splitlines, which also splits at characters a text may contain
-        return [json.loads(line) for line in lines]
+    whole, _, last = read_text(file).rpartition("\n")
+    rows = [cells for _, cells in json_rows(str(file), whole)]
+    with contextlib.suppress(TableError):
+        rows += [cells for _, cells in json_rows(str(file), last)]
+    return rows
 
 
 @contextlib.contextmanager

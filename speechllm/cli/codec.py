@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # every command imports what it needs: help and mistakes must not wait for torch
     from torch import Tensor
@@ -22,7 +22,7 @@ def encode_files(arguments: argparse.Namespace) -> int:
         waveform = load_audio(file, codec.sample_rate)
         ids = codec.encode(waveform[None], layers=arguments.layers).ids[0].tolist()
         row = {"file": file, "codec": codec.fingerprint, "samples": len(waveform), "codes": ids}
-        print(json.dumps(row, ensure_ascii=False))
+        print(json.dumps(row))  # in ASCII: names of files need not be UTF-8
     return 0
 
 
@@ -33,24 +33,51 @@ def decode_file(arguments: argparse.Namespace) -> int:
     from speechllm import Codes, DataError, load_codec, save_audio
 
     codec = load_codec(arguments.codec)
-    text = sys.stdin.read() if arguments.codes == "-" else Path(arguments.codes).read_text(encoding="utf-8")
-    for number, line in enumerate(text.rstrip("\n").split("\n"), 1):
-        try:
-            row = json.loads(line)
-            ids, samples, fingerprint = torch.tensor(row["codes"]), torch.tensor([row["samples"]]), row["codec"]
-            name = Path(row["file"]).with_suffix(".wav").name
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{arguments.codes}, line {number}: not a line of `speechllm encode` ({error!r})"
-            ) from error
+    for place, row in read_codes(arguments.codes):
+        ids, samples, fingerprint = torch.tensor(row["codes"]), torch.tensor([row["samples"]]), row["codec"]
+        name = Path(row["file"]).with_suffix(".wav").name
         if fingerprint != codec.fingerprint:
-            raise DataError(
-                f"line {number} holds codes of codec {fingerprint}, {arguments.codec} is {codec.fingerprint}"
-            )
+            raise DataError(f"{place} holds codes of codec {fingerprint}, {arguments.codec} is {codec.fingerprint}")
+        if len(ids) > codec.num_codebooks or ids.max() >= codec.codebook_size:
+            found = f"{len(ids)} layers of codes up to {ids.max()}"
+            held = f"{codec.num_codebooks} layers of codes below {codec.codebook_size}"
+            raise DataError(f"{place}: {found}, but {arguments.codec} has {held}: encode the recording again")
+        if row["samples"] > (ids.shape[1] + 1) * codec.sample_rate / codec.frame_rate:
+            raise DataError(f"{place}: {row['samples']} samples are more than {ids.shape[1]} frames of codes hold")
         waveform = codec.decode(Codes(ids[None], torch.tensor([ids.shape[1]]), samples))[0]
         save_audio(Path(arguments.output) / name, waveform, codec.sample_rate)
         print(Path(arguments.output) / name)
     return 0
+
+
+def read_codes(file: str) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of `speechllm encode`, from a file or standard input (-), each with its place for messages.
+
+    Raises TableError for a line that holds anything else.
+    """
+    from tokenizer.tables import TableError, convert_rows, decode, required_name, required_path
+
+    columns = {"file": required_path, "codec": required_name, "samples": _positive, "codes": _code_lists}
+    content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    rows = [*convert_rows(decode(content, file), "standard input" if file == "-" else file, columns)]
+    if not rows:
+        raise TableError(f"{file} holds no codes, expected lines of `speechllm encode`")
+    return rows
+
+
+def _positive(cell: Any) -> int:
+    if type(cell) is not int or not 0 < cell < 2**48:
+        raise ValueError("a number above 0")
+    return cell
+
+
+def _code_lists(cell: Any) -> list[list[int]]:
+    """Codes as lists, [layers][frames]."""
+    layers = cell if isinstance(cell, list) else []
+    rectangular = bool(layers) and all(isinstance(layer, list) and len(layer) == len(layers[0]) > 0 for layer in layers)
+    if not rectangular or not all(type(code) is int and 0 <= code < 2**31 for layer in layers for code in layer):
+        raise ValueError("a list of codes for each layer, all as long, such as [[5, 7, 7], [1, 0, 3]]")
+    return layers
 
 
 def reconstruct_files(arguments: argparse.Namespace) -> int:

@@ -1,9 +1,6 @@
 """The commands that score transcripts: what two text files or two files of predictions hold, utterance by utterance."""
 
 import argparse
-import codecs
-import io
-import json
 import re
 import sys
 from collections import Counter
@@ -13,6 +10,7 @@ from pathlib import Path, PurePath
 
 from tokenizer.errors import InputError
 from tokenizer.files import read_json
+from tokenizer.tables import TableError, read_lines, read_table, refuse_repeats, required_name, required_text
 
 FORMATS = (
     "One utterance a line: its text alone, and then line 1 of one file belongs to line 1 of the other; or its name, a "
@@ -95,23 +93,6 @@ def read_pairs(reference: str, hypothesis: str) -> tuple[list[str], list[str]]:
             f"(cut -f2 {named} leaves the texts behind tabs)"
         )
     return _same_length(reference, lines[reference], hypothesis, lines[hypothesis])
-
-
-def read_lines(file: str) -> list[str]:
-    """The lines of a text file in UTF-8 or, with a byte order mark, UTF-16. Raises InputError for other encodings."""
-    data = Path(file).read_bytes()
-    utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        text = data.decode("utf-16" if utf_16 else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        line, wrong = data[: error.start].count(b"\n") + 1, data[error.start : error.start + 1]
-        raise InputError(f"{file}, line {line}: {wrong!r} is no UTF-8: save the file as UTF-8") from error
-    if "\0" in text:
-        raise InputError(
-            f"{file}, line {text[: text.index(chr(0))].count(chr(10)) + 1}: holds a null: it is no text file"
-        )
-    # not splitlines, which also ends a line at what texts may hold
-    return [line.rstrip("\n") for line in io.StringIO(text, newline=None)]
 
 
 def _named(file: str, lines: list[str]) -> Named | None:
@@ -206,21 +187,9 @@ def _results(file: str) -> dict:
 
 def _predictions(file: str) -> dict[str, tuple[str, str]]:
     """Reference and hypothesis by utterance, as eval_asr writes them."""
-    pairs: dict[str, tuple[str, str]] = {}
-    for number, line in enumerate(read_lines(file), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name, *texts = row["id"], row["reference"], row["hypothesis"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{file}, line {number}: not a line of eval_asr's predictions ({error!r})") from error
-        if not all(isinstance(value, str) for value in (name, *texts)):
-            raise InputError(
-                f"{file}, line {number}: id, reference and hypothesis must be texts, got {[name, *texts]}; an answer "
-                'without words is ""'
-            )
-        if name in pairs:
-            raise InputError(f"{file}, line {number}: {name} occurs a second time: each utterance counts once")
-        pairs[name] = texts[0], texts[1]
-    return pairs
+    columns = {"id": required_name, "reference": required_text, "hypothesis": required_text}
+    rows = [*read_table(file, columns)]
+    if not rows:
+        raise TableError(f"{file} is empty, expected predictions.jsonl of eval_asr")
+    refuse_repeats([place for place, _ in rows], [row["id"] for _, row in rows], "id", "give one prediction for each")
+    return {row["id"]: (row["reference"], row["hypothesis"]) for _, row in rows}

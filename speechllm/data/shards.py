@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from torch import Tensor
 
 from speechllm.encoding import DataError, Encoding, Speech
 from speechllm.evaluation.normalizers import find_normalizer
-from tokenizer.audio import AudioError, load_audio
-from tokenizer.corpus import Utterance, skipped_row, spread
+from tokenizer.audio import AudioError
+from tokenizer.corpus import Utterance, load_utterance, skipped_row, spread
 from tokenizer.files import read_json, write_json
 from tokenizer.interface import AudioTokenizer
 
 SHARD_SIZE = 500  # utterances per Parquet file
+
+logger = logging.getLogger(__name__)
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -53,8 +56,9 @@ def encode_shards(
     """Encode utterances into Parquet shards; yields each shard's number of utterances when it is done.
 
     Each process writes every `processes`-th shard; existing shards are kept, so that a killed run loses at most one
-    shard per process. Unusable recordings are skipped and recorded in the shard with the reason. Texts are stored as
-    they are; `transcribed` normalises them.
+    shard per process, but those are written again that are cut short or of whose recordings one has another content
+    now. Unusable recordings are skipped and recorded in the shard with the reason. Texts are stored as they are;
+    `transcribed` normalises them.
     Raises DataError if the folder holds codes made with other settings.
     """
     folder = Path(folder)
@@ -83,7 +87,7 @@ def encode_shards(
     for shard in range(process, -(-len(utterances) // SHARD_SIZE), processes):
         part = utterances[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
         file = folder / f"codes_{shard:05d}.parquet"
-        if not file.exists():
+        if not _is_current(file, part):
             _write_shard(file, part, codec, encoding, max_duration_s)
         yield len(part)
 
@@ -96,11 +100,12 @@ def _write_shard(
     max_duration_s: float,
 ) -> None:
     rows, skipped, seconds = [], [], 0.0
+    stamp = _stamp(utterances)  # before they are read: what is changed meanwhile is encoded again
     # processor time on a CPU, which does not depend on other programs; wall-clock time on a GPU
     clock = time.process_time if codec.device.type == "cpu" else time.perf_counter
     for utterance in utterances:
         try:
-            waveform = load_audio(utterance.path, codec.sample_rate, max_duration_s=max_duration_s)
+            waveform = load_utterance(utterance, codec.sample_rate, max_duration_s)
         except AudioError as error:
             skipped.append(skipped_row(utterance, error))
             continue
@@ -121,11 +126,61 @@ def _write_shard(
         "encoding": json.dumps(asdict(encoding)),
         "skipped": json.dumps(skipped),
         "seconds": json.dumps(seconds),
+        "recordings": json.dumps({"stamp": stamp, "content": _content(utterances)}),
     }
     table = pa.Table.from_pylist(rows, SCHEMA.append(SPEECH[encoding.kind]).with_metadata(metadata))
     part = file.with_suffix(".part")
     pq.write_table(table, part, compression="zstd")
     os.replace(part, file)
+
+
+def _is_current(file: Path, utterances: Sequence[Utterance]) -> bool:
+    """Whether a shard is there, whole, and of these recordings as they are now."""
+    if not file.exists():
+        return False
+    try:
+        noted = _notes(file).get(b"recordings")
+    except DataError as error:
+        logger.info("%s", error)
+        return False
+    if noted is None:  # written before recordings were noted
+        return True
+    held = json.loads(noted)
+    # a copied corpus has other modification times and the same content
+    current = held["stamp"] == _stamp(utterances) or held["content"] == _content(utterances)
+    if not current:
+        logger.info("%s: recordings have changed and are encoded again", file)
+    return current
+
+
+def _stamp(utterances: Sequence[Utterance]) -> str:
+    """Fingerprint of the sizes and modification times of recordings, which may be missing, and stated durations."""
+
+    def stamp(path: str) -> tuple[int, int] | None:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None
+        return status.st_size, status.st_mtime_ns
+
+    return _fingerprint((stamp(one.path), one.duration_s) for one in utterances)
+
+
+def _content(utterances: Sequence[Utterance]) -> str:
+    """Fingerprint of the bytes of recordings, which may be missing, and of their stated durations."""
+
+    def digest(path: str) -> str | None:
+        try:
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return None
+
+    return _fingerprint((digest(one.path), one.duration_s) for one in utterances)
+
+
+def _fingerprint(parts: Iterable[object]) -> str:
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]
 
 
 def _stored(speech: Speech) -> str | np.ndarray:
@@ -138,7 +193,7 @@ def _stored(speech: Speech) -> str | np.ndarray:
 
 def skipped_of_shards(folder: str | Path) -> list[dict[str, str]]:
     """The recordings that could not be encoded, one `skipped_row` each."""
-    notes = (pq.read_schema(file).metadata for file in _shards(folder))
+    notes = map(_notes, _shards(folder))
     return [row for note in notes for row in json.loads(note[b"skipped"])]
 
 
@@ -150,7 +205,7 @@ def summarize_shards(folder: str | Path) -> dict[str, object]:
     real_time_factor: seconds of encoding per second of speech, in processor time or in time of one GPU.
     """
     files = _shards(folder)
-    notes = [pq.read_schema(file).metadata for file in files]
+    notes = [*map(_notes, files)]
     durations = [pq.read_table(file, columns=["duration_s"])["duration_s"].to_numpy() for file in files]
     speech_s = float(sum(part.sum() for part in durations))
     return {
@@ -170,14 +225,14 @@ def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple
     if shards are missing or come from several codecs, or if a named split does not exist.
     """
     files = _shards(folder)
+    encodings = {_notes(file)[b"encoding"] for file in files}
     if asked := read_json(Path(folder) / "request.json").get("utterances"):
         there = sum(pq.read_metadata(file).num_rows for file in files) + len(skipped_of_shards(folder))
         if there < asked:
             raise DataError(f"{folder} holds {there} of {asked} utterances: run encode_speech again to finish it")
-    encodings = {pq.read_schema(file).metadata[b"encoding"] for file in files}
     if len(encodings) > 1:
         raise DataError(f"{folder} mixes codes of {len(encodings)} codecs: encode into an empty folder")
-    table = pa.concat_tables([pq.read_table(file) for file in files]).replace_schema_metadata(None)
+    table = pa.concat_tables([*map(_read_shard, files)]).replace_schema_metadata(None)
     if splits is not None:
         found = table["split"].unique().to_pylist()
         if absent := [split for split in splits if split not in found]:
@@ -236,7 +291,25 @@ def _shards(folder: str | Path) -> list[Path]:
     return files
 
 
+def _notes(file: Path) -> dict[bytes, bytes]:
+    """What a shard says of itself. Raises DataError for a file that is no whole shard."""
+    try:
+        notes = pq.read_schema(file).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} is no whole Parquet file ({error}): run encode_speech again to replace it") from error
+    if b"encoding" not in notes:
+        raise DataError(f"{file} is no shard of encode_speech, it does not say how it was encoded: take it away")
+    return notes
+
+
+def _read_shard(file: Path) -> pa.Table:
+    """The rows of a shard. Raises DataError for one that is damaged."""
+    try:
+        return pq.read_table(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} is damaged ({error}): delete it and run encode_speech again") from error
+
+
 def identity(utterances: Sequence[Utterance]) -> str:
     """Short fingerprint of a list of utterances: their ids, splits, speakers and texts."""
-    rows = [[one.id, one.split, one.speaker, one.text] for one in utterances]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    return _fingerprint([one.id, one.split, one.speaker, one.text] for one in utterances)

@@ -66,7 +66,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 rows.append({**row, "split": "test"})
     (folder / "broken.wav").write_bytes(b"not a sound")
     broken = {"id": "broken", "path": "broken.wav", "duration_s": 1.0, "text": "ONE"}
-    rows += [{**broken, "speaker": "third", "split": "broken"}, {**rows[0], "speaker": "low", "split": "broken"}]
+    rows += [
+        {**broken, "speaker": "third", "split": "broken"},
+        {**rows[0], "id": "again", "speaker": "low", "split": "broken"},
+    ]
     (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 

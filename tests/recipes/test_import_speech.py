@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -201,6 +202,89 @@ def test_a_finished_import_is_not_repeated_and_another_one_is_refused(run: Run, 
     with pytest.raises(RunError, match="another configuration .*splits: None -> "):
         run(parquet, splits=["train"])
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+FILE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+
+def recordings(count: int = 2) -> pa.Array:
+    return pa.array([{"bytes": sound(0.1), "path": f"{i}.flac"} for i in range(count)], FILE)
+
+
+def test_numbers_are_texts_and_nulls_are_none(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    columns = {"audio": recordings(), "id": [0, 1], "speaker_id": [0, None], "text": [None, "A"]}
+    pq.write_table(pa.table(columns), tmp_path / "plain" / "train.parquet")
+    found = [(u.id, u.speaker, u.text) for u in read_corpus(run(tmp_path / "plain"))]
+    assert found == [("0", "0", None), ("1", None, "A")]
+
+
+def test_a_text_of_another_kind_further_on_is_skipped(
+    run: Run, parquet: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = recipe("import_speech.py")
+    import_row = module.import_row
+
+    def odd(row: dict, *arguments: Any) -> dict:
+        return import_row(row | ({"text": [1]} if row["id"] == "7-0" else {}), *arguments)
+
+    monkeypatch.setattr(module, "import_row", odd)
+    folder = run(parquet, splits=["train"])
+    assert [u.id for u in read_corpus(folder)] == ["84-0", "84-1", "7-1", "7-2"]
+    assert json.loads((folder / "done.json").read_text())["skipped"] == {"wrong type": 1}
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"audio": recordings(), "text": [["A"], ["B"]]}, r"split train: text is \['A'\], expected text"),
+        ({"audio": recordings(), "text": [b"A", b"B"]}, "split train: text is b'A', expected text"),
+        ({"audio": recordings(), "speaker": [True, False]}, "split train: speaker is True, expected text"),
+        ({"audio": [[0.1, 0.2], [0.3]]}, "split train: Couldn't cast array of type list"),
+        ({"audio": [1, 2]}, "split train: Unsupported cast from int64"),
+    ],
+)
+def test_columns_of_another_kind_are_refused_before_anything_is_written(
+    run: Run, tmp_path: Path, columns: dict, message: str
+) -> None:
+    (tmp_path / "plain").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "plain" / "train.parquet")
+    with pytest.raises(DataError, match=message):
+        run(tmp_path / "plain")
+    assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("file", ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"])
+def test_a_cut_file_is_an_error_of_one_line(run: Run, parquet: Path, file: str) -> None:
+    (parquet / file).write_bytes((parquet / file).read_bytes()[:900])
+    with pytest.raises(DataError, match="Parquet magic bytes not found.*: correct the data set, or fetch it again"):
+        run(parquet, splits=["train"])
+
+
+def test_a_data_set_without_a_usable_recording_is_an_error(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    pq.write_table(pa.table({"audio": ["nowhere.wav"]}), tmp_path / "plain" / "train.parquet")
+    with pytest.raises(DataError, match=r"none of the 1 recordings can be used \({'missing': 1}\); the first: "):
+        run(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("layout", ["manifest", "LibriSpeech", "sounds"])
+def test_a_corpus_folder_needs_no_import(run: Run, tmp_path: Path, layout: str) -> None:
+    chapter = tmp_path / "data" / "dev-clean" / "84" / "121"
+    chapter.mkdir(parents=True)
+    (chapter / "84-121-0000.flac").write_bytes(sound(0.1))
+    message = "is a corpus folder already: no import is needed"
+    if layout == "manifest":
+        (tmp_path / "data" / "manifest.csv").write_text("path,duration_s\n", encoding="utf-8")
+    elif layout == "LibriSpeech":
+        (chapter / "84-121.trans.txt").write_text("84-121-0000 GO\n", encoding="utf-8")
+    elif find_spec("torchcodec"):
+        pytest.skip("imported with torchcodec")
+    else:
+        message = "instead of importing a folder of audio files, write a manifest.csv"
+    with pytest.raises(DataError, match=message):
+        run(tmp_path / "data")
+    assert not (tmp_path / "out" / "config.yaml").exists()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from speechllm import DataError, RunError, SpeechCodec, extend_vocabulary
 from speechllm.runs.run import read_log
 from speechllm.small_model import SmallShape, small_text_tokenizer
+from tokenizer.tables import TableError
 
 WORDS = "the a red blue lamp door opens closes now never Anna's room is small, dark and cold".split()
 
@@ -138,3 +139,11 @@ def test_impossible_settings_are_reported(
     monkeypatch.setattr(train_text, "make_accelerator", lambda _: SimpleNamespace(num_processes=3))
     with pytest.raises(RunError, match="batch_size 4 is not divisible by 3 processes"):
         train_text.main(config)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_a_text_in_another_encoding_is_named(train_text: ModuleType, config: object, encoding: str) -> None:
+    file = Path(config.text[0])
+    file.write_text("first\nhé\n", encoding=encoding)
+    with pytest.raises(TableError, match=rf"text\.txt, line {1 if encoding == 'utf-16' else 2}: byte .* is not UTF-8"):
+        train_text.sentences(config)

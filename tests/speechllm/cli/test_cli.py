@@ -1,6 +1,7 @@
 """The `speechllm` command: what it prints and writes, and what becomes of files it cannot use."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -231,7 +232,32 @@ def test_codes_of_another_codec_are_not_decoded(speak: Callable, folder: Path, t
     line = json.loads(speak("encode", folder / "a.flac")[1][0])
     (tmp_path / "codes.jsonl").write_text(json.dumps({**line, "codec": "another"}), encoding="utf-8")
     code, _, errors = speak("decode", tmp_path / "codes.jsonl", "--output", tmp_path / "out")
-    assert code == 1 and "line 1 holds codes of codec another" in errors and not (tmp_path / "out").exists()
+    assert code == 1 and "row 1 holds codes of codec another" in errors and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "cells, message",
+    [
+        ({"codes": [[1, 2], [3]]}, "codes is .*, expected a list of codes for each layer"),
+        ({"codes": [1, 2]}, "codes is .*, expected a list of codes for each layer"),
+        ({"codes": [["1"]]}, "codes is .*, expected a list of codes for each layer"),
+        ({"codes": [[True, -1]]}, "codes is .*, expected a list of codes for each layer"),
+        ({"codes": []}, "codes is .*, expected a list of codes for each layer"),
+        ({"codes": [[999_999]]}, "1 layers of codes up to 999999, but .* has .*: encode the recording again"),
+        ({"codes": [[0]] * 99}, "99 layers of codes up to 0, but "),
+        ({"samples": 10**13}, "10000000000000 samples are more than 2 frames of codes hold"),
+        ({"samples": -1}, "samples is -1, expected a number above 0"),
+        ({"samples": 1.5}, "samples is 1.5, expected a number above 0"),
+        ({"file": ["a"]}, "file is .*, expected text"),
+    ],
+)
+def test_codes_of_another_shape_or_kind_are_named(
+    speak: Callable, folder: Path, tmp_path: Path, cells: dict, message: str, codec: SpeechCodec
+) -> None:
+    line = {"file": "a.wav", "codec": codec.fingerprint, "samples": 640, "codes": [[0, 0]]} | cells
+    (tmp_path / "codes.jsonl").write_text(f"\n{json.dumps(line)}\n", encoding="utf-8")
+    code, _, errors = speak("decode", tmp_path / "codes.jsonl", "--output", tmp_path / "out")
+    assert code == 1 and re.search(rf"codes\.jsonl, row 2: {message}", errors) and not (tmp_path / "out").exists()
 
 
 def test_transcribe_prints_a_text_per_file_and_decodes_runaways_again(
@@ -308,7 +334,20 @@ def test_compare_names_a_line_that_is_no_prediction(tmp_path: Path, capsys: Capt
     a = write_predictions(tmp_path / "a.jsonl", u1=("a", "a"))
     (tmp_path / "b.jsonl").write_text(Path(a).read_text() + line + "\n", encoding="utf-8")
     assert main(["compare", a, str(tmp_path / "b.jsonl")]) == 1
-    assert "b.jsonl, line 2: not a line of eval_asr's predictions" in capsys.readouterr().err
+    assert re.search(r"b\.jsonl, row 2: .*, expected ", capsys.readouterr().err)
+
+
+def test_predictions_are_read_with_their_types_and_ids_counted(tmp_path: Path, capsys: Capture) -> None:
+    rows = [{"id": 7, "reference": "a b", "hypothesis": ""}, {"id": 8, "reference": "a", "hypothesis": 1}]
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl")]
+    for file, kept in zip(files, (rows, rows, [*rows, rows[0]], []), strict=True):
+        file.write_text("\n".join(map(json.dumps, kept)) + "\n\n", encoding="utf-16")
+    a, b, c, d = map(str, files)
+    assert main(["compare", a, b]) == 0
+    assert main(["compare", a, c]) == 1
+    assert f"{c}, row 3: id '7' is that of {c}, row 1, too: give one prediction for each" in capsys.readouterr().err
+    assert main(["compare", a, d]) == 1
+    assert f"{d} is empty, expected predictions.jsonl of eval_asr" in capsys.readouterr().err
 
 
 def test_an_error_is_one_line(capsys: Capture) -> None:

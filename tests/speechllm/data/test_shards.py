@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import shutil
 from collections import Counter
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
@@ -115,6 +117,56 @@ def test_a_missing_shard_is_made_again_and_the_others_are_kept(
     assert content(tmp_path) == whole
     assert {name for name in before if before[name] == after[name]} == set(SHARDS) - {SHARDS[1]}
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.fixture
+def own_speech(tmp_path: Path, speech: list[Utterance]) -> list[Utterance]:
+    """The recordings in a folder that a test may change."""
+    shutil.copytree(Path(speech[0].path).parent, tmp_path / "speech")
+    return [replace(one, path=str(tmp_path / "speech" / Path(one.path).name)) for one in speech]
+
+
+def test_only_the_shards_of_changed_recordings_are_made_again(
+    tmp_path: Path, own_speech: list[Utterance], small_codec: SpeechCodec
+) -> None:
+    gone, cut, kept = (Path(own_speech[i].path) for i in (1, 4, 7))
+    whole = gone.read_bytes()
+    gone.unlink()
+    folder = tmp_path / "codes"
+    encode(own_speech, small_codec, folder)
+    before = stamps(folder)
+    gone.write_bytes(whole)  # repaired
+    cut.write_bytes(kept.read_bytes())  # replaced
+    replaced = [
+        replace(one, duration_s=own_speech[7].duration_s) if i == 4 else one for i, one in enumerate(own_speech)
+    ]
+    os.utime(kept, ns=(1, 1))  # the same content
+    encode(replaced, small_codec, folder)
+    after = stamps(folder)
+    assert [before[name] == after[name] for name in SHARDS] == [False, False, True, True]
+    encode(replaced, small_codec, tmp_path / "anew")
+    assert [rows for rows, _ in content(folder).values()] == [rows for rows, _ in content(tmp_path / "anew").values()]
+    assert not skipped_of_shards(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"no parquet at all"])
+def test_a_damaged_shard_is_named_and_made_again(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec, content: bytes
+) -> None:
+    encode(speech, small_codec, tmp_path)
+    (tmp_path / SHARDS[2]).write_bytes(content)
+    for read in (load_codes, summarize_shards, skipped_of_shards):
+        with pytest.raises(DataError, match=rf"{SHARDS[2]} is no whole Parquet file .*: run encode_speech again"):
+            read(tmp_path)
+    encode(speech, small_codec, tmp_path)
+    assert len(load_codes(tmp_path)[0]) == 10
+
+
+def test_a_foreign_parquet_file_is_named(tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec) -> None:
+    encode(speech, small_codec, tmp_path)
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "codes_00009.parquet")
+    with pytest.raises(DataError, match=r"codes_00009\.parquet is no shard of encode_speech"):
+        load_codes(tmp_path)
 
 
 def test_a_run_stopped_after_one_shard_continues_with_the_next(
@@ -247,6 +299,16 @@ def test_the_recipe_lists_all_recordings_it_skipped_and_prints_the_first(
         *(f"skipped: {row['detail']}" for row in listed[:5]),
         f"skipped: 2 more, see {output}/skipped.jsonl",
     ]
+
+
+def test_the_recipe_ends_with_an_error_if_nothing_can_be_used(
+    tmp_path: Path, codec_folder: Path, recipe: Callable
+) -> None:
+    (tmp_path / "a.wav").write_bytes(b"no sound")
+    (tmp_path / "manifest.jsonl").write_text('{"path": "a.wav", "duration_s": 1}\n', encoding="utf-8")
+    module = recipe("encode_speech.py")
+    with pytest.raises(DataError, match=r"no recording can be used, all are skipped \({'unreadable': 1}\)"):
+        module.main(module.EncodeConfig(str(codec_folder), str(tmp_path), str(tmp_path / "codes")))
 
 
 def test_codes_with_and_without_merged_repeats_are_distinguished(tmp_path: Path, speech: list[Utterance]) -> None:
