@@ -137,7 +137,9 @@ def score(
 def submit(pool: ProcessPoolExecutor, utterance: Utterance, codec: Codec, counts: Sequence[int]) -> Waiting:
     """Sounds and the futures of their scores; an unusable recording has no sounds, and futures with its AudioError."""
     try:
-        original = load_audio(utterance.path, codec.sample_rate, max_duration_s=MAX_SCORED_S)
+        original = load_audio(
+            utterance.path, codec.sample_rate, max_duration_s=MAX_SCORED_S, stated_s=utterance.duration_s
+        )
     except AudioError as error:
         unusable: Future = Future()
         unusable.set_exception(error)

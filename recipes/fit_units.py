@@ -95,7 +95,8 @@ def collect(
     with tqdm(total=config.max_frames, desc="features", unit="frames", dynamic_ncols=True) as bar:
         for index in np.random.default_rng(config.seed).permutation(len(utterances)):
             try:
-                waveform = load_audio(utterances[index].path, max_duration_s=config.max_duration_s)
+                stated_s = utterances[index].duration_s
+                waveform = load_audio(utterances[index].path, max_duration_s=config.max_duration_s, stated_s=stated_s)
             except AudioError as error:
                 skipped.append(skipped_row(utterances[index], error))
                 continue

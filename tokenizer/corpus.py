@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import soundfile
 from torch import Tensor
 
-from tokenizer.audio import AudioError, load_audio
+from tokenizer.audio import DENSEST, RATES, AudioError, audio_duration, load_audio
 from tokenizer.errors import InputError
 from tokenizer.ravdess import parse_ravdess
 
@@ -112,8 +112,8 @@ def _read_chapter(transcript: Path) -> list[Utterance]:
             duration_s = _flac_duration(path)
         except FileNotFoundError as error:
             raise CorpusError(f"{transcript} names {path.name}, which is not in the same folder") from error
-        except soundfile.LibsndfileError as error:
-            raise CorpusError(f"{path}: not a readable FLAC file ({error}): fetch it again") from error
+        except AudioError as error:
+            raise CorpusError(f"{error}: fetch it again") from error
         utterances.append(Utterance(name, str(path), duration_s, split, text, speaker))
     return utterances
 
@@ -130,24 +130,24 @@ def _read_ravdess(folder: Path) -> list[Utterance]:
 
 def _wav_duration(path: Path) -> float:
     try:
-        return float(soundfile.info(str(path)).duration)
-    except soundfile.LibsndfileError as error:
-        raise CorpusError(f"{path}: not a readable WAV file ({error}): fetch it again") from error
+        return audio_duration(path)
+    except AudioError as error:
+        raise CorpusError(f"{error}: fetch it again") from error
 
 
 def _flac_duration(path: Path) -> float:
     """Duration in s from the STREAMINFO block of a FLAC file (RFC 9639, 8.2), much faster than with libsndfile.
 
-    Falls back to libsndfile if the file starts with a tag or does not state the number of samples.
+    Falls back to `audio_duration`, and raises its AudioError, if the file starts with a tag, or if it does not state
+    the number of samples or states one that cannot be true. Raises FileNotFoundError for a missing file.
     """
     with path.open("rb", buffering=0) as file:
-        head = file.read(26)
+        head, size = file.read(26), os.fstat(file.fileno()).st_size
     fields = int.from_bytes(head[18:], "big")  # 20 bits sample rate, 8 bits format, 36 bits number of samples
     rate, samples = fields >> 44, fields & (1 << 36) - 1
-    if head[:5] == b"fLaC\0" and len(head) == 26 and rate and samples:
+    if head[:5] == b"fLaC\0" and len(head) == 26 and rate in RATES and 0 < samples <= size * DENSEST:
         return samples / rate
-    info = soundfile.info(str(path))
-    return info.frames / info.samplerate
+    return audio_duration(path)
 
 
 def frame_phones(utterance: Utterance, frames: int, frame_rate: float = 50.0) -> list[str]:
@@ -171,7 +171,7 @@ def load_usable(
     """Utterances with their waveforms float [N]; recordings that cannot be used are skipped with a warning."""
     for utterance in utterances:
         try:
-            waveform = load_audio(utterance.path, sample_rate)
+            waveform = load_audio(utterance.path, sample_rate, stated_s=utterance.duration_s)
         except AudioError as error:
             record_skip(utterance, error, skipped)
         else:

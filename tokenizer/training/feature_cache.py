@@ -96,7 +96,7 @@ class FeatureCache:
         return self.folder / self.teacher_key / content[:2] / f"{content}.npy"  # a folder of millions would be slow
 
     def _features(self, utterance: Utterance, teacher: nn.Module, sample_rate: int) -> np.ndarray:
-        waveform = load_audio(utterance.path, sample_rate)
+        waveform = load_audio(utterance.path, sample_rate, stated_s=utterance.duration_s)
         frames = frame_count(len(waveform), self.hop)
         features = teacher(waveform[None].to(next(teacher.parameters()).device))[0, :frames].half()
         if len(features) < frames:
