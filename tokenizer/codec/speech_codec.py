@@ -107,8 +107,8 @@ class SpeechCodec(
         Each utterance is encoded separately, so its codes do not depend on the batch and padding costs nothing. One
         of more than 60 s is encoded in chunks, whose last frames wait for the samples that they see, to bound memory (a
         bidirectional LSTM between the convolutions runs on the whole).
-        On another machine, with another number of threads or in a stream, the latents are equal up to rounding, and so are
-        the codes, except in frames that are equally close to two codes within that rounding.
+        On another machine, with another number of threads, in a stream or in chunks, the latents are equal up to
+        rounding, and so are the codes, except in frames that are equally close to two codes within that rounding.
         Only the first `layers` codebooks are searched (all when None); their codes do not depend on `layers`.
         Raises ValueError if the shape is not [B, N], for NaN or infinite samples, and in training mode; InputError for
         `layers` out of range.
