@@ -67,7 +67,7 @@ def align(utterance: Utterance) -> tuple[list[tuple[str, float]] | None, str | N
     if not text:
         return None, "no transcript"
     try:
-        waveform = load_audio(utterance.path, SAMPLE_RATE, stated_s=utterance.duration_s)
+        waveform = load_audio(utterance.path, SAMPLE_RATE)
     except AudioError as error:
         return None, error.reason
     sound = (32767 * waveform.clamp(-1, 1)).short().numpy().tobytes()

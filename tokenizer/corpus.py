@@ -171,7 +171,7 @@ def load_usable(
     """Utterances with their waveforms float [N]; recordings that cannot be used are skipped with a warning."""
     for utterance in utterances:
         try:
-            waveform = load_audio(utterance.path, sample_rate, stated_s=utterance.duration_s)
+            waveform = load_audio(utterance.path, sample_rate)
         except AudioError as error:
             record_skip(utterance, error, skipped)
         else:

@@ -23,7 +23,9 @@ from speechllm.runs.launch import find_recipe, recipe_command, recipe_environmen
 
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
 BASE = "another place of the language model under an adapter than the recorded one"
-CHUNK = 256  # recordings in memory at a time
+CHUNK = 256  # recordings transcribed at a time
+WHOLE = "longer recordings are skipped or refused (default 600)"
+CHUNKED = "longer recordings are skipped; by default those of over 600 s, where a codec cannot work in chunks"
 NORMALIZERS = "librispeech (default), whisper_english or none"
 
 
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("files", nargs="+", help="audio files")
     command.add_argument("--codec", required=True, help="folder or hub name of a speech codec")
     command.add_argument("--layers", type=int, help="codebooks, all by default")
+    command.add_argument("--max-duration", type=float, metavar="SECONDS", help=CHUNKED)
     command.set_defaults(run=encode_files)
 
     command = commands.add_parser("decode", help="codes (JSON lines of `speechllm encode`) to WAV files")
@@ -90,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         help="numbers of codebooks to decode from; 1, 2, 4, ... and all of them by default",
     )
     command.add_argument("--output", required=True, help="folder for NAME_<n>_codebooks.wav and NAME.png")
+    command.add_argument("--max-duration", type=float, metavar="SECONDS", help=WHOLE)
     command.set_defaults(run=reconstruct_files)
 
     command = commands.add_parser("convert", help="what one recording says in the voice of another, by swapping codes")
@@ -110,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         default="position",
         help="take them from the target's frame of the same number (default, the paper's), or of the nearest content",
     )
+    command.add_argument("--max-duration", type=float, metavar="SECONDS", help=WHOLE)
     command.set_defaults(run=convert_file)
 
     command = commands.add_parser("codebooks", help="how many codes of each codebook are in use")
@@ -119,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--split", action="append", help="of the corpus, can be given several times; all by default")
     command.add_argument("--output", help="also write the numbers and the count of every code to this JSON file")
     command.add_argument("--picture", help="also draw the sorted use of the codes into this PNG, PDF or SVG file")
+    command.add_argument("--max-duration", type=float, metavar="SECONDS", help=CHUNKED)
     command.set_defaults(run=count_codebooks)
 
     command = commands.add_parser("import-codec", help="a published codec as one of this package")
@@ -183,18 +189,24 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     """Print `file<TAB>text` for every usable file; unusable ones are named on stderr and make the exit code 1."""
     import torch
 
-    from speechllm import load_speech_llm, merge, transcribe
+    from speechllm import load_speech_llm, merge
+    from speechllm.decoding import recognize
 
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", None)
     speech_llm = merge(load_speech_llm(arguments.model, arguments.codec, device, dtype, arguments.base))
-    assert speech_llm.codec is not None
+    codec, encoding = speech_llm.codec, speech_llm.vocabulary.encoding
+    assert codec is not None
     files, done = arguments.files, 0
     for start in range(0, len(files), CHUNK):  # print the texts before more is read
-        recordings = [*usable(files[start : start + CHUNK], speech_llm.codec.sample_rate, arguments.max_duration)]
-        waveforms = [waveform for _, waveform in recordings]
-        texts = transcribe(waveforms, speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True)
-        for (file, _), text in zip(recordings, texts, strict=True):
-            print(f"{file}\t{text}", flush=True)
+        recordings = [
+            (file, encoding.encode(codec, waveform), len(waveform) / codec.sample_rate)  # no waveform stays in memory
+            for file, waveform in usable(files[start : start + CHUNK], codec.sample_rate, arguments.max_duration)
+        ]
+        speech, durations_s = [speech for _, speech, _ in recordings], [duration_s for *_, duration_s in recordings]
+        batch_size, beams = arguments.batch_size, arguments.beams
+        found = recognize(speech, speech_llm, batch_size, beams=beams, fallback=True, durations_s=durations_s)
+        for (file, *_), transcription in zip(recordings, found, strict=True):
+            print(f"{file}\t{transcription.text}", flush=True)
         done += len(recordings)
     return int(done < len(files))
 

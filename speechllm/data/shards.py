@@ -99,9 +99,7 @@ def _write_shard(
     clock = time.process_time if codec.device.type == "cpu" else time.perf_counter
     for utterance in utterances:
         try:
-            waveform = load_audio(
-                utterance.path, codec.sample_rate, max_duration_s=max_duration_s, stated_s=utterance.duration_s
-            )
+            waveform = load_audio(utterance.path, codec.sample_rate, max_duration_s=max_duration_s)
         except AudioError as error:
             skipped.append(skipped_row(utterance, error))
             continue
