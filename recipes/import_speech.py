@@ -5,8 +5,8 @@
 `data` is a name on the hub, with the configuration after a colon, a folder of Parquet files, or one that `save_to_disk`
 wrote (for a folder of audio files, write a manifest.csv or install torchcodec). All other recipes read CORPUS.
 Recordings are copied unchanged: CORPUS needs as much disk space as the data set, and streaming needs no more than that.
-A killed import is resumed in the file of the data set where it stopped. Unreadable recordings are skipped and counted
-by reason in CORPUS/done.json. Texts are unchanged; encode_speech normalises them.
+A killed import is resumed in the file of the data set where it stopped. Recordings are read through; those that cannot
+be used are skipped and counted by reason in CORPUS/done.json. Texts are unchanged; encode_speech normalises them.
 """
 
 import json

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # every command imports what it needs: help and mistakes must
 
     from tokenizer.interface import DiscreteTokenizer
 
-WHOLE_S = 600.0  # longest recording by default where memory grows with its length
+WHOLE_S = 180.0  # longest recording by default where memory grows with its length
 
 
 def encode_files(arguments: argparse.Namespace) -> int:
@@ -154,7 +154,7 @@ def longest(codec: "DiscreteTokenizer", arguments: argparse.Namespace) -> float 
     if arguments.max_duration is not None or getattr(codec, "bounded", False):
         return arguments.max_duration
     print(
-        f"{arguments.codec} encodes a recording as a whole, with up to 1.5 GB of memory a minute (see "
+        f"{arguments.codec} encodes a recording as a whole, with 1 to 2 GB of memory a minute (see "
         f"tokenizer/README.md): those of more than {WHOLE_S:g} s are skipped; --max-duration changes the limit",
         file=sys.stderr,
     )

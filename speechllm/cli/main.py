@@ -24,8 +24,8 @@ from speechllm.runs.launch import find_recipe, recipe_command, recipe_environmen
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
 BASE = "another place of the language model under an adapter than the recorded one"
 CHUNK = 256  # recordings transcribed at a time
-WHOLE = "longer recordings are skipped or refused (default 600)"
-CHUNKED = "longer recordings are skipped; by default those of over 600 s, where a codec cannot work in chunks"
+WHOLE = "longer recordings are skipped or refused (default 180)"
+CHUNKED = "longer recordings are skipped; by default those of over 180 s, where a codec cannot work in chunks"
 NORMALIZERS = "librispeech (default), whisper_english or none"
 
 
