@@ -9,7 +9,6 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -122,6 +121,25 @@ def audio_duration(path: str | Path) -> float:
         return frames / file.samplerate
 
 
+def open_recording(path: str | Path) -> io.FileIO:
+    """Open a file for its bytes. Raises AudioError (missing, unreadable), also for folders, pipes and devices."""
+    try:
+        stream = io.FileIO(path, opener=_open_at_once)
+    except PermissionError as error:
+        raise AudioError(path, "unreadable", f"cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        kind = ", it is a folder" if isinstance(error, IsADirectoryError) else ""
+        raise AudioError(path, "missing", f"no such audio file{kind}") from error
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise AudioError(path, "missing", "no such audio file, it is a pipe or device")
+    return stream
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # without waiting for the writer of a pipe
+
+
 def resample(waveform: Tensor, rate: int, new_rate: int) -> Tensor:
     """Change the sample rate of a waveform on the CPU, float32 [N] -> float32 [ceil(N * new_rate / rate)].
 
@@ -144,7 +162,7 @@ class _Forward(soundfile.SoundFile):
 def _open(source: str | Path | bytes, name: str | Path) -> Iterator[_Forward]:
     """The recording in a file or of its content; whatever goes wrong until it is closed becomes an AudioError."""
     try:
-        with _stream(source, name) as stream:
+        with io.BytesIO(source) if isinstance(source, bytes) else open_recording(source) as stream:
             head, cut = stream.read(1024), _is_cut_ogg(stream)
             stream.seek(0)
             # by its descriptor, because soundfile takes the ending .raw, not the content, for the format
@@ -163,22 +181,7 @@ def _open(source: str | Path | bytes, name: str | Path) -> Iterator[_Forward]:
         raise AudioError(name, "unreadable", f"not a readable audio file ({error})") from error
 
 
-def _stream(source: str | Path | bytes, name: str | Path) -> BinaryIO:
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    try:
-        mode = os.stat(source).st_mode  # before opening, because opening a pipe waits for its writer
-    except PermissionError:
-        raise
-    except (OSError, ValueError) as error:
-        raise AudioError(name, "missing", "no such audio file") from error
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
-        raise AudioError(name, "missing", f"no such audio file, it is {kind}")
-    return open(source, "rb", buffering=0)
-
-
-def _is_cut_ogg(stream: BinaryIO) -> bool:
+def _is_cut_ogg(stream: io.FileIO | io.BytesIO) -> bool:
     """Whether the last page of an Ogg file is incomplete, or not marked as the last one (RFC 3533, section 6)."""
     stream.seek(0)
     if stream.read(4) != b"OggS":

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
-from tokenizer.audio import DENSEST, RATES, AudioError, audio_duration, load_audio
+from tokenizer.audio import DENSEST, RATES, AudioError, audio_duration, load_audio, open_recording
 from tokenizer.errors import InputError
 from tokenizer.ravdess import parse_ravdess
 
@@ -110,9 +110,9 @@ def _read_chapter(transcript: Path) -> list[Utterance]:
         path = transcript.parent / f"{name}.flac"
         try:
             duration_s = _flac_duration(path)
-        except FileNotFoundError as error:
-            raise CorpusError(f"{transcript} names {path.name}, which is not in the same folder") from error
         except AudioError as error:
+            if error.reason == "missing":
+                raise CorpusError(f"{transcript} names {path.name}, which is not in the same folder") from error
             raise CorpusError(f"{error}: fetch it again") from error
         utterances.append(Utterance(name, str(path), duration_s, split, text, speaker))
     return utterances
@@ -138,10 +138,10 @@ def _wav_duration(path: Path) -> float:
 def _flac_duration(path: Path) -> float:
     """Duration in s from the STREAMINFO block of a FLAC file (RFC 9639, 8.2), much faster than with libsndfile.
 
-    Falls back to `audio_duration`, and raises its AudioError, if the file starts with a tag, or if it does not state
-    the number of samples or states one that cannot be true. Raises FileNotFoundError for a missing file.
+    Falls back to `audio_duration`, if the file starts with a tag, or if it does not state the number of samples or
+    states one that cannot be true. Raises AudioError as `audio_duration` does.
     """
-    with path.open("rb", buffering=0) as file:
+    with open_recording(path) as file:
         head, size = file.read(26), os.fstat(file.fileno()).st_size
     fields = int.from_bytes(head[18:], "big")  # 20 bits sample rate, 8 bits format, 36 bits number of samples
     rate, samples = fields >> 44, fields & (1 << 36) - 1

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,15 @@ def test_a_duration_is_the_one_libsndfile_finds(tmp_path: Path, rate: int, chann
     plain[22:26] = bytes([255] * 4)
     file.write_bytes(plain)
     assert read_corpus(tmp_path)[0].duration_s == samples / rate
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    chapter = tmp_path / "dev/84/121"
+    chapter.mkdir(parents=True)
+    (chapter / "84-121.trans.txt").write_text("84-121-0000 GO\n", encoding="utf-8")
+    os.mkfifo(chapter / "84-121-0000.flac")
+    with pytest.raises(CorpusError, match=r"84-121-0000\.flac"):
+        read_corpus(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"fLaC", b"<html>not found</html> and so on"])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tokenizer.audio import AudioError, load_audio
+from tokenizer.audio import AudioError, load_audio, open_recording
 from tokenizer.corpus import Utterance
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_file, read_json, write_text
@@ -147,7 +147,7 @@ def _stat(path: str) -> tuple[str, int, int]:
 def _hash_content(path: str, size: int, changed_ns: int) -> str:
     """SHA-256 of a file; each process reads it once unless it changes."""
     try:
-        with open(path, "rb") as file:
+        with open_recording(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise AudioError(path, "unreadable", f"cannot be read ({error.strerror})") from error
