@@ -68,7 +68,7 @@ def reconstruct_files(arguments: argparse.Namespace) -> int:
     codec = load_codec(arguments.codec)
     counts = layer_counts(codec, arguments.layers)
     output, done = Path(arguments.output), 0
-    for file, waveform in usable(arguments.files, codec.sample_rate, arguments.max_duration or WHOLE_S):
+    for file, waveform in usable(arguments.files, codec.sample_rate, arguments.max_duration):
         sounds = {"original": waveform.numpy()}
         for count, sound in reconstruct(codec, waveform, counts).items():
             path = output / f"{Path(file).stem}_{count}_codebooks.wav"
@@ -87,7 +87,7 @@ def convert_file(arguments: argparse.Namespace) -> int:
     from speechllm import convert_voice, load_audio, load_codec, save_audio
 
     codec = load_codec(arguments.codec)
-    limit = {"max_duration_s": arguments.max_duration or WHOLE_S}
+    limit = {"max_duration_s": arguments.max_duration}
     source, target = (load_audio(file, codec.sample_rate, **limit) for file in (arguments.source, arguments.target))
     converted = convert_voice(codec, source, target, arguments.layers, arguments.matching)
     save_audio(arguments.output, converted, codec.sample_rate)

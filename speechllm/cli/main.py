@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # no torch among these: every command imports what it needs itself, so that help and mistakes need not wait
 from speechllm.cli.codec import (
+    WHOLE_S,
     convert_file,
     count_codebooks,
     decode_file,
@@ -20,6 +23,9 @@ from speechllm.cli.codec import (
 )
 from speechllm.runs.config import shipped
 from speechllm.runs.launch import find_recipe, recipe_command, recipe_environment
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
 BASE = "another place of the language model under an adapter than the recorded one"
@@ -93,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         help="numbers of codebooks to decode from; 1, 2, 4, ... and all of them by default",
     )
     command.add_argument("--output", required=True, help="folder for NAME_<n>_codebooks.wav and NAME.png")
-    command.add_argument("--max-duration", type=float, metavar="SECONDS", help=WHOLE)
+    command.add_argument("--max-duration", type=float, default=WHOLE_S, metavar="SECONDS", help=WHOLE)
     command.set_defaults(run=reconstruct_files)
 
     command = commands.add_parser("convert", help="what one recording says in the voice of another, by swapping codes")
@@ -114,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         default="position",
         help="take them from the target's frame of the same number (default, the paper's), or of the nearest content",
     )
-    command.add_argument("--max-duration", type=float, metavar="SECONDS", help=WHOLE)
+    command.add_argument("--max-duration", type=float, default=WHOLE_S, metavar="SECONDS", help=WHOLE)
     command.set_defaults(run=convert_file)
 
     command = commands.add_parser("codebooks", help="how many codes of each codebook are in use")
@@ -189,26 +195,29 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     """Print `file<TAB>text` for every usable file; unusable ones are named on stderr and make the exit code 1."""
     import torch
 
-    from speechllm import load_speech_llm, merge
-    from speechllm.decoding import recognize
+    from speechllm import load_speech_llm, merge, transcribe
 
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", None)
     speech_llm = merge(load_speech_llm(arguments.model, arguments.codec, device, dtype, arguments.base))
-    codec, encoding = speech_llm.codec, speech_llm.vocabulary.encoding
-    assert codec is not None
+    assert speech_llm.codec is not None
     files, done = arguments.files, 0
     for start in range(0, len(files), CHUNK):  # print the texts before more is read
-        recordings = [
-            (file, encoding.encode(codec, waveform), len(waveform) / codec.sample_rate)  # no waveform stays in memory
-            for file, waveform in usable(files[start : start + CHUNK], codec.sample_rate, arguments.max_duration)
-        ]
-        speech, durations_s = [speech for _, speech, _ in recordings], [duration_s for *_, duration_s in recordings]
-        batch_size, beams = arguments.batch_size, arguments.beams
-        found = recognize(speech, speech_llm, batch_size, beams=beams, fallback=True, durations_s=durations_s)
-        for (file, *_), transcription in zip(recordings, found, strict=True):
-            print(f"{file}\t{transcription.text}", flush=True)
-        done += len(recordings)
+        used: list[str] = []
+        recordings = usable(files[start : start + CHUNK], speech_llm.codec.sample_rate, arguments.max_duration)
+        texts = transcribe(
+            _waveforms(recordings, used), speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True
+        )
+        for file, text in zip(used, texts, strict=True):
+            print(f"{file}\t{text}", flush=True)
+        done += len(used)
     return int(done < len(files))
+
+
+def _waveforms(recordings: Iterable[tuple[str, "Tensor"]], used: list[str]) -> Iterator["Tensor"]:
+    """The waveforms, of which so only one is in memory at a time; their files are added to `used`."""
+    for file, waveform in recordings:
+        used.append(file)
+        yield waveform
 
 
 def _wer(arguments: argparse.Namespace) -> int:
