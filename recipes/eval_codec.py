@@ -53,7 +53,6 @@ from speechllm import (
     Codec,
     QualityError,
     Utterance,
-    load_audio,
     load_codec,
     read_corpus,
     reconstruct,
@@ -64,7 +63,7 @@ from speechllm.evaluation.error_rates import mean_and_interval, recognition_meas
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import available_cpus, provenance
 from speechllm.runs.recipe import run_recipe
-from tokenizer.corpus import spread
+from tokenizer.corpus import load_utterance, spread
 from tokenizer.files import write_json, write_jsonl
 from tokenizer.loading import load_recognizer
 from tokenizer.metrics.evaluators import recognized_text, speaker_embedding
@@ -140,7 +139,7 @@ def score(
 def submit(pool: ProcessPoolExecutor, utterance: Utterance, codec: Codec, counts: Sequence[int]) -> Waiting:
     """Sounds and the futures of their scores; an unusable recording has no sounds, and futures with its AudioError."""
     try:
-        original = load_audio(utterance.path, codec.sample_rate, max_duration_s=MAX_SCORED_S)
+        original = load_utterance(utterance, codec.sample_rate, MAX_SCORED_S)
     except AudioError as error:
         unusable: Future = Future()
         unusable.set_exception(error)

@@ -55,7 +55,6 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 
 import torch
 from torch import Tensor
-from torchaudio.functional import resample
 from tqdm import tqdm
 
 from speechllm import (
@@ -75,6 +74,7 @@ from speechllm.evaluation.error_rates import mean_and_interval, recognition_meas
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import run_recipe
+from tokenizer.audio import resample
 from tokenizer.files import write_json, write_jsonl
 from tokenizer.loading import load_recognizer
 from tokenizer.metrics.conversion import MATCHINGS

@@ -44,12 +44,12 @@ import torch
 from sklearn.cluster import MiniBatchKMeans
 from tqdm import tqdm
 
-from speechllm import AudioError, Utterance, load_audio, read_corpus
+from speechllm import AudioError, Utterance, read_corpus
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import make_accelerator, provenance
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import report_skipped
-from tokenizer.corpus import skipped_row
+from tokenizer.corpus import load_utterance, skipped_row
 from tokenizer.files import atomic_folder, write_json
 from tokenizer.metrics.code_usage import usage_of_counts
 from tokenizer.schemes.features import FeatureEncoder
@@ -97,7 +97,7 @@ def collect(
     with tqdm(total=config.max_frames, desc="features", unit="frames", dynamic_ncols=True) as bar:
         for index in np.random.default_rng(config.seed).permutation(len(utterances)):
             try:
-                waveform = load_audio(utterances[index].path, max_duration_s=config.max_duration_s)
+                waveform = load_utterance(utterances[index], max_duration_s=config.max_duration_s)
             except AudioError as error:
                 skipped.append(skipped_row(utterances[index], error))
                 continue

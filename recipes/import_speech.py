@@ -5,12 +5,12 @@
 `data` is a name on the hub, with the configuration after a colon, a folder of Parquet files, or one that `save_to_disk`
 wrote (for a folder of audio files, write a manifest.csv or install torchcodec). All other recipes read CORPUS.
 Recordings are copied unchanged: CORPUS needs as much disk space as the data set, and streaming needs no more than that.
-A killed import is resumed in the file of the data set where it stopped. Unreadable recordings, and rows in which text,
-id or speaker is neither text nor number, are skipped and counted by reason in CORPUS/done.json. Texts are unchanged.
+A killed import is resumed in the file of the data set where it stopped. Recordings are read through; those that cannot
+be used, and rows in which text, id or speaker is neither text nor number, are skipped and counted by reason in
+CORPUS/done.json. Texts are unchanged.
 """
 
 import contextlib
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -43,13 +43,13 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 
 import fsspec
 import pyarrow as pa
-import soundfile
 from datasets import Audio, Dataset, IterableDataset, load_dataset, load_from_disk
 from tqdm import tqdm
 
 from speechllm import AudioError, DataError
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import Run
+from tokenizer.audio import AudioInfo, inspect_audio
 from tokenizer.corpus import is_corpus
 from tokenizer.files import write_jsonl, write_text
 from tokenizer.tables import optional_text, shown
@@ -193,27 +193,23 @@ def import_row(row: Row, folder: Path, place: str) -> Row:
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     (folder / path).write_bytes(content)
     names["id"] = names["id"] or Path(sound.get("path") or path).stem
-    return {"path": path, "duration_s": info.duration, **names}
+    return {"path": path, "duration_s": info.duration_s, **names}
 
 
-def read_sound(sound: Row, name: str) -> tuple[bytes, Any]:
-    """The content of a recording's file and its soundfile info."""
+def read_sound(sound: Row, name: str) -> tuple[bytes, AudioInfo]:
+    """The content of a recording's file, which is read through, and what it is; AudioError if it cannot be used."""
     content, source = sound.get("bytes"), sound.get("path")
     if content is None and source:
         try:
             with fsspec.open(source, "rb") as file:  # local, on the hub, or within an archive
                 content = file.read()
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             pass
+        except OSError as error:
+            raise AudioError(name, "unreadable", f"{source} cannot be read ({error})") from error
     if content is None:
         raise AudioError(name, "missing", f"the data set holds no recording ({source})")
-    try:
-        info = soundfile.info(io.BytesIO(content))
-    except soundfile.LibsndfileError as error:
-        raise AudioError(name, "unreadable", f"not a readable audio file ({error.error_string})") from error
-    if not info.frames:
-        raise AudioError(name, "empty", "holds no samples")
-    return content, info
+    return content, inspect_audio(content, name)
 
 
 def finish(run: Run, rows: list[Row]) -> None:

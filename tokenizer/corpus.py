@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import soundfile
 from torch import Tensor
 
-from tokenizer.audio import AudioError, load_audio
+from tokenizer.audio import DENSEST, RATES, AudioError, audio_duration, load_audio, open_recording
 from tokenizer.errors import InputError
 from tokenizer.ravdess import parse_ravdess
 from tokenizer.tables import (
@@ -238,7 +237,7 @@ def _duration_or_zero(file: str, duration: Callable[[Path], float]) -> float:
     """0 for a recording that cannot be read: whoever loads it finds out why, skips and counts it."""
     try:
         return duration(Path(file))
-    except (OSError, InputError, soundfile.LibsndfileError):
+    except (OSError, InputError):
         return 0.0
 
 
@@ -286,24 +285,24 @@ def _missing(utterances: Sequence[Utterance]) -> set[str]:
 
 def _wav_duration(path: Path) -> float:
     try:
-        return float(soundfile.info(str(path)).duration)
-    except soundfile.LibsndfileError as error:
-        raise CorpusError(f"{path}: not a readable WAV file ({error}): fetch it again") from error
+        return audio_duration(path)
+    except AudioError as error:
+        raise CorpusError(f"{error}: fetch it again") from error
 
 
 def _flac_duration(path: Path) -> float:
     """Duration in s from the STREAMINFO block of a FLAC file (RFC 9639, 8.2), much faster than with libsndfile.
 
-    Falls back to libsndfile if the file starts with a tag or does not state the number of samples.
+    Falls back to `audio_duration`, if the file starts with a tag, or if it does not state the number of samples or
+    states one that cannot be true. Raises AudioError as `audio_duration` does.
     """
-    with path.open("rb", buffering=0) as file:
-        head = file.read(26)
+    with open_recording(path) as file:
+        head, size = file.read(26), os.fstat(file.fileno()).st_size
     fields = int.from_bytes(head[18:], "big")  # 20 bits sample rate, 8 bits format, 36 bits number of samples
     rate, samples = fields >> 44, fields & (1 << 36) - 1
-    if head[:5] == b"fLaC\0" and len(head) == 26 and rate and samples:
+    if head[:5] == b"fLaC\0" and len(head) == 26 and rate in RATES and 0 < samples <= size * DENSEST:
         return samples / rate
-    info = soundfile.info(str(path))
-    return info.frames / info.samplerate
+    return audio_duration(path)
 
 
 def frame_phones(utterance: Utterance, frames: int, frame_rate: float = 50.0) -> list[str]:

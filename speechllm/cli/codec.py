@@ -11,19 +11,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # every command imports what it needs: help and mistakes must not wait for torch
     from torch import Tensor
 
+    from tokenizer.interface import DiscreteTokenizer
+
+WHOLE_S = 180.0  # longest recording by default where memory grows with its length
+
 
 def encode_files(arguments: argparse.Namespace) -> int:
-    """Print a JSON line with the codes of every file."""
-    from speechllm import load_audio
+    """Print a JSON line with the codes of every file; unusable ones are named on stderr and make the exit code 1."""
     from tokenizer.loading import load_discrete
 
-    codec = load_discrete(arguments.codec)
-    for file in arguments.files:
-        waveform = load_audio(file, codec.sample_rate)
+    codec, done = load_discrete(arguments.codec), 0
+    for file, waveform in usable(arguments.files, codec.sample_rate, longest(codec, arguments)):
         ids = codec.encode(waveform[None], layers=arguments.layers).ids[0].tolist()
         row = {"file": file, "codec": codec.fingerprint, "samples": len(waveform), "codes": ids}
         print(json.dumps(row))  # in ASCII: names of files need not be UTF-8
-    return 0
+        done += 1
+    return int(done < len(arguments.files))
 
 
 def decode_file(arguments: argparse.Namespace) -> int:
@@ -92,7 +95,7 @@ def reconstruct_files(arguments: argparse.Namespace) -> int:
     codec = load_codec(arguments.codec)
     counts = layer_counts(codec, arguments.layers)
     output, done = Path(arguments.output), 0
-    for file, waveform in usable(arguments.files, codec.sample_rate):
+    for file, waveform in usable(arguments.files, codec.sample_rate, arguments.max_duration):
         sounds = {"original": waveform.numpy()}
         for count, sound in reconstruct(codec, waveform, counts).items():
             path = output / f"{Path(file).stem}_{count}_codebooks.wav"
@@ -111,7 +114,8 @@ def convert_file(arguments: argparse.Namespace) -> int:
     from speechllm import convert_voice, load_audio, load_codec, save_audio
 
     codec = load_codec(arguments.codec)
-    source, target = (load_audio(file, codec.sample_rate) for file in (arguments.source, arguments.target))
+    limit = {"max_duration_s": arguments.max_duration}
+    source, target = (load_audio(file, codec.sample_rate, **limit) for file in (arguments.source, arguments.target))
     converted = convert_voice(codec, source, target, arguments.layers, arguments.matching)
     save_audio(arguments.output, converted, codec.sample_rate)
     print(arguments.output)
@@ -132,7 +136,7 @@ def count_codebooks(arguments: argparse.Namespace) -> int:
         raise ValueError("give either audio files or a corpus folder with --data")
     codec = load_discrete(arguments.codec)
     files = arguments.files or [utterance.path for utterance in read_corpus(arguments.data, arguments.split)]
-    recordings = usable(tqdm(files, "encode", unit="utt"), codec.sample_rate)
+    recordings = usable(tqdm(files, "encode", unit="utt"), codec.sample_rate, longest(codec, arguments))
     ids = [codec.encode(waveform[None]).ids[0].numpy().astype(np.uint16) for _, waveform in recordings]
     if not ids:
         raise ValueError("none of the recordings can be used")
@@ -167,6 +171,21 @@ def import_codec(arguments: argparse.Namespace) -> int:
         f"at {codec.sample_rate} Hz, fingerprint {codec.fingerprint}"
     )
     return 0
+
+
+def longest(codec: "DiscreteTokenizer", arguments: argparse.Namespace) -> float | None:
+    """Seconds of the longest recording to encode: --max-duration, or no limit for a codec that works in chunks.
+
+    The limit of the others, whose memory grows with the recording, is said before anything is encoded.
+    """
+    if arguments.max_duration is not None or getattr(codec, "bounded", False):
+        return arguments.max_duration
+    print(
+        f"{arguments.codec} encodes a recording as a whole, with 1 to 2 GB of memory a minute (see "
+        f"tokenizer/README.md): those of more than {WHOLE_S:g} s are skipped; --max-duration changes the limit",
+        file=sys.stderr,
+    )
+    return WHOLE_S
 
 
 def usable(

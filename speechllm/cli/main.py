@@ -4,11 +4,14 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # no torch among these: every command imports what it needs itself, so that help and mistakes need not wait
 from speechllm.cli.codec import (
+    WHOLE_S,
     convert_file,
     count_codebooks,
     decode_file,
@@ -22,11 +25,16 @@ from speechllm.runs.config import shipped, spell_unprintable
 from speechllm.runs.launch import find_recipe, recipe_command, recipe_environment
 from tokenizer.settings import Count, Positive, argument
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
 BASE = "another place of the language model under an adapter than the recorded one"
-CHUNK = 256  # recordings in memory at a time
 ONE_LINE = dict.fromkeys(map(ord, "\t\r\n"), " ")  # a text must not look like a further line or column
-COUNT = argument(Count)
+COUNT, SECONDS = argument(Count), argument(Positive)
+CHUNK = 256  # recordings transcribed at a time
+WHOLE = "longer recordings are skipped or refused (default 180)"
+CHUNKED = "longer recordings are skipped; by default those of over 180 s, where a codec cannot work in chunks"
 NORMALIZERS = "librispeech (default), whisper_english or none"
 
 
@@ -67,13 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=COUNT, default=16, help="answers written at a time; a beam counts as one")
     command.add_argument("--beams", type=COUNT, default=1, help="1, the default, is greedy")
     longest = "seconds; longer recordings are skipped, as encode_speech leaves them out of training (default 60)"
-    command.add_argument("--max-duration", type=argument(Positive), default=60.0, help=longest)
+    command.add_argument("--max-duration", type=SECONDS, default=60.0, help=longest)
     command.set_defaults(run=_transcribe)
 
     command = commands.add_parser("encode", help="recordings to codes, one JSON line each")
     command.add_argument("files", nargs="+", help="audio files")
     command.add_argument("--codec", required=True, help="folder or hub name of a speech codec")
     command.add_argument("--layers", type=COUNT, help="codebooks, all by default")
+    command.add_argument("--max-duration", type=SECONDS, metavar="SECONDS", help=CHUNKED)
     command.set_defaults(run=encode_files)
 
     command = commands.add_parser("decode", help="codes (JSON lines of `speechllm encode`) to WAV files")
@@ -94,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         help="numbers of codebooks to decode from; 1, 2, 4, ... and all of them by default",
     )
     command.add_argument("--output", required=True, help="folder for NAME_<n>_codebooks.wav and NAME.png")
+    command.add_argument("--max-duration", type=SECONDS, default=WHOLE_S, metavar="SECONDS", help=WHOLE)
     command.set_defaults(run=reconstruct_files)
 
     command = commands.add_parser("convert", help="what one recording says in the voice of another, by swapping codes")
@@ -114,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         default="position",
         help="take them from the target's frame of the same number (default, the paper's), or of the nearest content",
     )
+    command.add_argument("--max-duration", type=SECONDS, default=WHOLE_S, metavar="SECONDS", help=WHOLE)
     command.set_defaults(run=convert_file)
 
     command = commands.add_parser("codebooks", help="how many codes of each codebook are in use")
@@ -123,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--split", action="append", help="of the corpus, can be given several times; all by default")
     command.add_argument("--output", help="also write the numbers and the count of every code to this JSON file")
     command.add_argument("--picture", help="also draw the sorted use of the codes into this PNG, PDF or SVG file")
+    command.add_argument("--max-duration", type=SECONDS, metavar="SECONDS", help=CHUNKED)
     command.set_defaults(run=count_codebooks)
 
     command = commands.add_parser("import-codec", help="a published codec as one of this package")
@@ -197,13 +209,22 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     assert speech_llm.codec is not None
     files, done = arguments.files, 0
     for start in range(0, len(files), CHUNK):  # print the texts before more is read
-        recordings = [*usable(files[start : start + CHUNK], speech_llm.codec.sample_rate, arguments.max_duration)]
-        waveforms = [waveform for _, waveform in recordings]
-        texts = transcribe(waveforms, speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True)
-        for (file, _), text in zip(recordings, texts, strict=True):
+        used: list[str] = []
+        recordings = usable(files[start : start + CHUNK], speech_llm.codec.sample_rate, arguments.max_duration)
+        texts = transcribe(
+            _waveforms(recordings, used), speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True
+        )
+        for file, text in zip(used, texts, strict=True):
             print(f"{str(file).translate(ONE_LINE)}\t{text.translate(ONE_LINE)}", flush=True)
-        done += len(recordings)
+        done += len(used)
     return int(done < len(files))
+
+
+def _waveforms(recordings: Iterable[tuple[str, "Tensor"]], used: list[str]) -> Iterator["Tensor"]:
+    """The waveforms, of which so only one is in memory at a time; their files are added to `used`."""
+    for file, waveform in recordings:
+        used.append(file)
+        yield waveform
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -127,6 +127,8 @@ def test_other_column_names_formats_and_external_files_are_imported(run: Run, tm
 
 
 def test_rows_without_a_readable_recording_are_skipped_and_counted(run: Run, tmp_path: Path) -> None:
+    uncounted = bytearray(sound(0.3))  # the number of samples is not stated
+    uncounted[21:26] = bytes([uncounted[21] & 0xF0, 0, 0, 0, 0])
     sounds = [
         {"bytes": b"fLaC" + bytes(range(200)), "path": "a.flac"},
         {"bytes": sound(0.1), "path": "b.flac"},
@@ -136,14 +138,18 @@ def test_rows_without_a_readable_recording_are_skipped_and_counted(run: Run, tmp
         {"bytes": b"", "path": "c.flac"},
         {"bytes": sound(0, "WAV"), "path": "d.wav"},
         {"bytes": sound(0.2), "path": "e.flac"},
+        {"bytes": uncounted, "path": "f.flac"},
+        {"bytes": sound(2)[:-9000], "path": "g.flac"},
+        {"bytes": sound(2, "WAV")[:-9000], "path": "h.wav"},
     ]
     (tmp_path / "plain").mkdir()  # Parquet that `datasets` did not write: the column is known by its name only
     file = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     pq.write_table(pa.table({"audio": pa.array(sounds, file)}), tmp_path / "plain" / "train.parquet")
     folder = run(tmp_path / "plain")
-    assert [(u.id, Path(u.path).stem) for u in read_corpus(folder)] == [("b", "0000001"), ("e", "0000007")]
+    found = [(u.id, Path(u.path).stem, u.duration_s) for u in read_corpus(folder)]
+    assert found == [("b", "0000001", 0.1), ("e", "0000007", 0.2), ("f", "0000008", 0.3)]
     done = json.loads((folder / "done.json").read_text())
-    assert done["skipped"] == {"unreadable": 2, "missing": 3, "empty": 1} and done["utterances"] == 2
+    assert done["skipped"] == {"unreadable": 3, "missing": 3, "empty": 1, "truncated": 1} and done["utterances"] == 3
     assert done["skipped_first"][0].startswith("audio/train/0000/0000000: not a readable audio file")
     assert len(done["skipped_first"]) == 5
 

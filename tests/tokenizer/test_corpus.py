@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +188,7 @@ def test_a_duration_is_the_one_libsndfile_finds(tmp_path: Path, rate: int, chann
     chapter.mkdir(parents=True)
     (chapter / "84-121.trans.txt").write_text("84-121-0000 GO\n", encoding="utf-8")
     file = chapter / "84-121-0000.flac"
-    soundfile.write(file, np.zeros((samples, channels)), rate)
+    soundfile.write(file, np.random.default_rng(0).uniform(-0.5, 0.5, (samples, channels)), rate)
     assert read_corpus(tmp_path)[0].duration_s == samples / rate == soundfile.info(file).duration
     plain = bytearray(file.read_bytes())
     tag = b"ID3\x04\0\0\0\0\0\x0a" + bytes(10)
@@ -196,7 +197,20 @@ def test_a_duration_is_the_one_libsndfile_finds(tmp_path: Path, rate: int, chann
     plain[21] &= 0xF0  # the number of samples is unknown
     plain[22:26] = bytes(4)
     file.write_bytes(plain)
-    assert read_corpus(tmp_path)[0].duration_s == soundfile.info(file).duration
+    assert read_corpus(tmp_path)[0].duration_s == samples / rate  # counted
+    plain[21] |= 0x0F  # more than so few bytes can hold
+    plain[22:26] = bytes([255] * 4)
+    file.write_bytes(plain)
+    assert read_corpus(tmp_path)[0].duration_s == samples / rate
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    chapter = tmp_path / "dev/84/121"
+    chapter.mkdir(parents=True)
+    (chapter / "84-121.trans.txt").write_text("84-121-0000 GO\n", encoding="utf-8")
+    os.mkfifo(chapter / "84-121-0000.flac")
+    with pytest.raises(CorpusError, match=r"84-121-0000\.flac"):
+        read_corpus(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"fLaC", b"<html>not found</html> and so on"])

@@ -15,13 +15,13 @@ from tokenizer.codec.log_mel import LogMelEncoder
 from tokenizer.codec.model_card import CODEC_CARD
 from tokenizer.codec.quantizer import ResidualVectorQuantizer
 from tokenizer.codec.seanet import ConvStyle, SEANetDecoder, SEANetEncoder
-from tokenizer.codec.streaming import StreamingDecoder, StreamingEncoder, in_chunks
+from tokenizer.codec.streaming import ChunkedDecoder, ChunkedEncoder, in_chunks
 from tokenizer.errors import InputError
 from tokenizer.frames import split_utterances
 from tokenizer.interface import Codes
 from tokenizer.pretrained import check_folder, module_fingerprint
 
-CHUNK_S = 10.0  # a causal codec processes longer utterances in chunks of this length, to bound memory
+CHUNK_S = 60.0  # longer utterances are processed in chunks of this length, to bound memory
 
 
 class SpeechCodec(
@@ -90,6 +90,11 @@ class SpeechCodec(
         """Hash of the configuration and all weights: see `module_fingerprint`."""
         return module_fingerprint(self, asdict(self.config))
 
+    @property
+    def bounded(self) -> bool:
+        """Whether memory does not grow with the utterance: every layer but a bidirectional LSTM works in chunks."""
+        return self.config.front_end != "seanet" or self.config.lstm != "bidirectional"
+
     def latents(self, waveform: Tensor) -> Tensor:
         """z0 of eq. 1: waveform float [B, N] -> float [B, D, T], T = ceil(N / hop)."""
         z = self.encoder(waveform[:, None])
@@ -99,9 +104,11 @@ class SpeechCodec(
     def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
         """Waveforms float [B, N] -> codes, T = ceil(n / hop) frames for an utterance of n samples.
 
-        Each utterance is encoded separately, so its codes do not depend on the batch and padding costs nothing. On
-        another machine, with another number of threads or in a stream, the latents are equal up to rounding, and so are
-        the codes, except in frames that are equally close to two codes within that rounding.
+        Each utterance is encoded separately, so its codes do not depend on the batch and padding costs nothing. One
+        of more than 60 s is encoded in chunks, whose last frames wait for the samples that they see, to bound memory (a
+        bidirectional LSTM between the convolutions runs on the whole).
+        On another machine, with another number of threads, in a stream or in chunks, the latents are equal up to
+        rounding, and so are the codes, except in frames that are equally close to two codes within that rounding.
         Only the first `layers` codebooks are searched (all when None); their codes do not depend on `layers`.
         Raises ValueError if the shape is not [B, N], for NaN or infinite samples, and in training mode; InputError for
         `layers` out of range.
@@ -127,15 +134,15 @@ class SpeechCodec(
     def _encode(self, samples: Tensor, layers: int | None) -> Tensor:
         """One utterance float [N] -> its codes long [Q', T]."""
         frames = round(CHUNK_S * self.frame_rate)
-        if self.config.causal and len(samples) > frames * self.hop_length:
-            return in_chunks(StreamingEncoder(self, layers), samples, frames, self.hop_length)
+        if len(samples) > frames * self.hop_length:
+            return in_chunks(ChunkedEncoder(self, layers), samples, frames, self.hop_length)
         return self.quantizer.encode(self.latents(samples[None]), layers)[0]
 
     def _decode(self, ids: Tensor) -> Tensor:
         """The codes of one utterance long [Q', T] -> speech float [T * hop]."""
         frames = round(CHUNK_S * self.frame_rate)
-        if self.config.causal and ids.shape[1] > frames:
-            return in_chunks(StreamingDecoder(self), ids, frames)
+        if ids.shape[1] > frames:
+            return in_chunks(ChunkedDecoder(self), ids, frames)
         return self.decoder(self.quantizer.decode(ids[None].to(self.codebooks.device)))[0, 0]
 
     def _check(self, layers: int | None) -> None:

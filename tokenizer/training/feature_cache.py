@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tokenizer.audio import AudioError, load_audio
-from tokenizer.corpus import Utterance
+from tokenizer.audio import AudioError, open_recording
+from tokenizer.corpus import Utterance, load_utterance
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_file, read_json, write_text
 from tokenizer.frames import frame_count
@@ -96,7 +96,7 @@ class FeatureCache:
         return self.folder / self.teacher_key / content[:2] / f"{content}.npy"  # a folder of millions would be slow
 
     def _features(self, utterance: Utterance, teacher: nn.Module, sample_rate: int) -> np.ndarray:
-        waveform = load_audio(utterance.path, sample_rate)
+        waveform = load_utterance(utterance, sample_rate)
         frames = frame_count(len(waveform), self.hop)
         features = teacher(waveform[None].to(next(teacher.parameters()).device))[0, :frames].half()
         if len(features) < frames:
@@ -147,7 +147,7 @@ def _stat(path: str) -> tuple[str, int, int]:
 def _hash_content(path: str, size: int, changed_ns: int) -> str:
     """SHA-256 of a file; each process reads it once unless it changes."""
     try:
-        with open(path, "rb") as file:
+        with open_recording(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise AudioError(path, "unreadable", f"cannot be read ({error.strerror})") from error

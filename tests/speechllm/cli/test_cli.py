@@ -228,6 +228,25 @@ def test_what_is_encoded_is_decoded_again(speak: Callable, folder: Path, tmp_pat
     torch.testing.assert_close(load_audio(tmp_path / "out" / "b.wav"), expected, atol=2 / 32768, rtol=0)
 
 
+def test_encode_names_unusable_files_and_does_the_others(speak: Callable, folder: Path) -> None:
+    code, lines, errors = speak("encode", folder / "broken.wav", folder / "a.flac", "--max-duration", "1")
+    assert code == 1 and [json.loads(line)["file"] for line in lines] == [str(folder / "a.flac")]
+    assert errors.startswith("skipped: ") and "broken.wav" in errors and errors.count("\n") == 1
+
+
+def test_a_codec_that_cannot_work_in_chunks_states_its_limit_first(
+    speak: Callable, folder: Path, codec: SpeechCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not speak("encode", folder / "a.flac")[2]
+    monkeypatch.setattr(SpeechCodec, "bounded", False)
+    monkeypatch.setattr("speechllm.cli.codec.WHOLE_S", 0.5)
+    code, lines, errors = speak("encode", folder / "a.flac")
+    first, second = errors.splitlines()
+    assert code == 1 and not lines and "those of more than 0.5 s are skipped; --max-duration changes" in first
+    assert "1.0 s long, at most 0.5 s are allowed" in second
+    assert speak("encode", folder / "a.flac", "--max-duration", "1")[::2] == (0, "")
+
+
 def test_codes_of_another_codec_are_not_decoded(speak: Callable, folder: Path, tmp_path: Path) -> None:
     line = json.loads(speak("encode", folder / "a.flac")[1][0])
     (tmp_path / "codes.jsonl").write_text(json.dumps({**line, "codec": "another"}), encoding="utf-8")
