@@ -18,8 +18,10 @@ from accelerate.tracking import filter_trackers
 from tqdm import tqdm
 
 from speechllm.runs.machine import provenance, versions
+from speechllm.runs.recipe import claim_output
 from tokenizer.errors import InputError
-from tokenizer.files import read_json, read_jsonl, write_json, write_jsonl, write_text
+from tokenizer.files import atomic_file, read_json, read_jsonl, write_json, write_jsonl, write_text
+from tokenizer.locks import OutputError
 
 KEPT_CHECKPOINTS = 2
 PRINTED = 5  # skipped recordings that are printed
@@ -47,8 +49,8 @@ class Run:
         """trackers: names of experiment trackers, as in Accelerate, that also receive the log. free: keys of the
         configuration that may change during a run, because the result does not depend on them.
 
-        Raises RunError for a folder that cannot be written or holds another configuration, or for a tracker that is
-        not installed.
+        Raises RunError for a folder that cannot be written, is not this recipe's (`claim_output`), in use, or holds
+        another configuration, or for a tracker that is not installed.
         """
         self.folder = Path(folder)
         self.config = config
@@ -59,9 +61,10 @@ class Run:
         self.skipped = self.folder / "skipped.jsonl"  # unusable recordings, see `Crops`
         if self.main:
             try:
-                (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                claim_output(self.folder, config)
+                (self.folder / "checkpoints").mkdir(exist_ok=True)
                 self._settle_config(asdict(config), free)
-            except OSError as error:
+            except (OutputError, OSError) as error:
                 raise RunError(f"cannot write the run folder {self.folder}: {error}") from error
         if accelerator is not None:
             accelerator.wait_for_everyone()
@@ -81,7 +84,8 @@ class Run:
         file = self.folder / "config.yaml"
         held = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
         if held is not None:
-            changed = {key for key in held | config if held.get(key) != config.get(key)} - set(free)
+            places = str(held.get("output")), str(config.get("output"))
+            changed = {key for key in held | config if not _same(held.get(key), config.get(key), *places)} - set(free)
             if changed:
                 changes = "; ".join(f"{key}: {held.get(key)} -> {config.get(key)}" for key in sorted(changed))
                 raise RunError(
@@ -135,9 +139,8 @@ class Run:
         if not self.main:
             return
         file = self.folder / "checkpoints" / f"step_{step:08d}.pt"
-        part = file.with_suffix(".part")
-        torch.save({"step": step, "seconds": self._seconds, **state}, part)
-        os.replace(part, file)
+        with atomic_file(file) as part:
+            torch.save({"step": step, "seconds": self._seconds, **state}, part)
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
             old.unlink()
 
@@ -171,6 +174,16 @@ class Run:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10,  # less often in log files
         )
+
+
+def _same(held: Any, asked: Any, before: str, now: str) -> bool:
+    """Whether two values of a configuration are equal; paths are if they were moved as the output was, to `now`."""
+    match held, asked:
+        case {**old}, {**new}:
+            return old.keys() == new.keys() and all(_same(old[key], new[key], before, now) for key in old)
+        case str(), str() if before != now:
+            return held == asked or os.path.relpath(held, before) == os.path.relpath(asked, now)
+    return held == asked
 
 
 def _logged_step(line: str) -> float:
