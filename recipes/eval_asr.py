@@ -48,13 +48,14 @@ from speechllm.decoding import count_runaways, recognize
 from speechllm.evaluation.error_rates import shuffled_audio_verdict, speaker_error_rates
 from speechllm.reports.pages import write_recognition_report
 from speechllm.runs.machine import provenance
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.run import read_log
 from tokenizer.files import write_json, write_jsonl
 
 
 def main(config: EvalAsrConfig) -> None:
     run_started = time.perf_counter()
+    folder = claim_output(config.output, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" and config.precision == "bf16" else None
     loaded = load_speech_llm(config.model, device=device, dtype=dtype, base=config.base, with_codec=False)
@@ -105,8 +106,6 @@ def main(config: EvalAsrConfig) -> None:
         "encoded": summarize_shards(config.codes),  # including the normaliser of the texts, and what was skipped
         **provenance(config, time.perf_counter() - run_started),
     }
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     predictions = [
         {
             "id": row["id"],

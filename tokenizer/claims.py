@@ -28,7 +28,7 @@ def claim_folder(folder: str | Path, job: str, own: Callable[[Path], bool] | Non
         write_json(folder / CLAIM, {"job": job})
         remove_parts(folder)
     except OSError as error:
-        raise OutputError(f"cannot write the output folder {folder}: {error}") from error
+        raise OutputError(f"cannot write the folder {folder}: {error}") from error
     return folder
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,10 +19,12 @@ from torch import Tensor
 from speechllm.encoding import DataError, Encoding, Speech
 from speechllm.evaluation.normalizers import NORMALIZERS
 from tokenizer.audio import AudioError, load_audio
+from tokenizer.claims import claim_folder
 from tokenizer.corpus import Utterance, skipped_row, spread
-from tokenizer.files import read_json, write_json
+from tokenizer.files import atomic_file, read_json, write_json
 from tokenizer.interface import AudioTokenizer
 
+REQUEST = "request.json"  # what the shards of a folder are made of
 SHARD_SIZE = 500  # utterances per Parquet file
 SCHEMA = pa.schema(
     [
@@ -56,7 +57,8 @@ def encode_shards(
     Each process writes every `processes`-th shard; existing shards are kept, so that a killed run loses at most one
     shard per process. Unusable recordings are skipped and recorded in the shard with the reason.
     normalizer: of the texts, a name that `word_error_rate` knows.
-    Raises DataError if the folder holds codes made with other settings.
+    Raises OutputError for a folder that is not of encoded speech, is in use or cannot be written, and DataError if it
+    holds codes made with other settings.
     """
     folder = Path(folder)
     encoding = Encoding.of(codec, layers)
@@ -67,8 +69,9 @@ def encode_shards(
         raise DataError(f"unknown normalizer {normalizer!r}: choose one of {', '.join(NORMALIZERS)}")
     settings = {**asdict(encoding), "max_duration_s": max_duration_s, "normalizer": normalizer}
     settings |= {"utterances": len(utterances), "speech": identity(utterances)}
-    claim = folder / "request.json"
-    held = read_json(claim) or settings
+    if process == 0:
+        claim_codes(folder)
+    held = read_json(folder / REQUEST) or settings
     changed = [f"{name}: {held.get(name)} -> {settings[name]}" for name in settings if held.get(name) != settings[name]]
     if changed:
         raise DataError(
@@ -77,13 +80,18 @@ def encode_shards(
         )
     folder.mkdir(parents=True, exist_ok=True)
     if process == 0:
-        write_json(claim, settings)
+        write_json(folder / REQUEST, settings)
     for shard in range(process, -(-len(utterances) // SHARD_SIZE), processes):
         part = utterances[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
         file = folder / f"codes_{shard:05d}.parquet"
         if not file.exists():
             _write_shard(file, part, codec, encoding, max_duration_s, normalizer)
         yield len(part)
+
+
+def claim_codes(folder: str | Path) -> None:
+    """Claim a folder for encoded speech, see `claim_folder`, which says what it raises."""
+    claim_folder(folder, "encode_speech", own=lambda place: (place / REQUEST).is_file())  # of an earlier version
 
 
 def _write_shard(
@@ -123,9 +131,8 @@ def _write_shard(
         "seconds": json.dumps(seconds),
     }
     table = pa.Table.from_pylist(rows, SCHEMA.append(SPEECH[encoding.kind]).with_metadata(metadata))
-    part = file.with_suffix(".part")
-    pq.write_table(table, part, compression="zstd")
-    os.replace(part, file)
+    with atomic_file(file) as part:
+        pq.write_table(table, part, compression="zstd")
 
 
 def _stored(speech: Speech) -> str | np.ndarray:
@@ -168,7 +175,7 @@ def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple
     if shards are missing or come from several codecs, or if a named split does not exist.
     """
     files = _shards(folder)
-    if asked := read_json(Path(folder) / "request.json").get("utterances"):
+    if asked := read_json(Path(folder) / REQUEST).get("utterances"):
         there = sum(pq.read_metadata(file).num_rows for file in files) + len(skipped_of_shards(folder))
         if there < asked:
             raise DataError(f"{folder} holds {there} of {asked} utterances: run encode_speech again to finish it")

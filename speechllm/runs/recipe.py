@@ -39,22 +39,20 @@ def claim_output(folder: str | Path, config: Any, mark: str | None = None) -> Pa
     Folders of earlier versions are known by the configuration that they hold, or by `mark`, a file that no other recipe
     wrote.
     """
-    recipe = Path(inspect.getfile(type(config))).stem
-    return claim_folder(folder, recipe, lambda own: holds_config(own, config) or bool(mark and (own / mark).is_file()))
+
+    def own(place: Path) -> bool:
+        files = [place / name for name in ("config.yaml", "demo.json", "results.json")]
+        return any(holds_config(file, config) for file in files) or bool(mark and (place / mark).is_file())
+
+    return claim_folder(folder, Path(inspect.getfile(type(config))).stem, own)
 
 
-def holds_config(folder: Path, config: Any) -> bool:
-    """Whether a folder holds a configuration of this recipe, whose keys may have become more since."""
-    found = (_held_config(folder / name) for name in ("config.yaml", "demo.json", "results.json"))
-    return any(held and held.keys() <= asdict(config).keys() for held in found)
-
-
-def _held_config(file: Path) -> dict[str, Any] | None:
+def holds_config(file: str | Path, config: Any) -> bool:
+    """Whether a file holds a configuration of this recipe, alone or under "config"; the keys may be more by now."""
     try:
-        text = file.read_text(encoding="utf-8")
-        held = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        text = Path(file).read_text(encoding="utf-8")
+        held = yaml.safe_load(text) if Path(file).suffix == ".yaml" else json.loads(text)
     except (OSError, ValueError, yaml.YAMLError):
-        return None
-    if file.name == "results.json" and isinstance(held, dict):
-        held = held.get("config")
-    return held if isinstance(held, dict) else None
+        return False
+    held = held.get("config", held) if isinstance(held, dict) else None
+    return isinstance(held, dict) and bool(held) and held.keys() <= asdict(config).keys()

@@ -21,7 +21,6 @@ from speechllm.runs.machine import provenance, versions
 from speechllm.runs.recipe import claim_output
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_file, read_json, read_jsonl, write_json, write_jsonl, write_text
-from tokenizer.locks import OutputError
 
 KEPT_CHECKPOINTS = 2
 PRINTED = 5  # skipped recordings that are printed
@@ -49,8 +48,8 @@ class Run:
         """trackers: names of experiment trackers, as in Accelerate, that also receive the log. free: keys of the
         configuration that may change during a run, because the result does not depend on them.
 
-        Raises RunError for a folder that cannot be written, is not this recipe's (`claim_output`), in use, or holds
-        another configuration, or for a tracker that is not installed.
+        Raises OutputError for a folder that is not this recipe's, is in use or cannot be written (`claim_output`), and
+        RunError for one that holds another configuration, or for a tracker that is not installed.
         """
         self.folder = Path(folder)
         self.config = config
@@ -60,11 +59,11 @@ class Run:
         self.log_file = self.folder / "log.jsonl"
         self.skipped = self.folder / "skipped.jsonl"  # unusable recordings, see `Crops`
         if self.main:
+            claim_output(self.folder, config)
             try:
-                claim_output(self.folder, config)
                 (self.folder / "checkpoints").mkdir(exist_ok=True)
                 self._settle_config(asdict(config), free)
-            except (OutputError, OSError) as error:
+            except OSError as error:
                 raise RunError(f"cannot write the run folder {self.folder}: {error}") from error
         if accelerator is not None:
             accelerator.wait_for_everyone()
@@ -181,7 +180,7 @@ def _same(held: Any, asked: Any, before: str, now: str) -> bool:
     match held, asked:
         case {**old}, {**new}:
             return old.keys() == new.keys() and all(_same(old[key], new[key], before, now) for key in old)
-        case str(), str() if before != now:
+        case str(), str() if held and asked and before != now:
             return held == asked or os.path.relpath(held, before) == os.path.relpath(asked, now)
     return held == asked
 
