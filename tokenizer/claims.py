@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from tokenizer.files import is_part, remove_parts, write_json
+from tokenizer.files import is_free, is_part, remove_parts, write_json
 from tokenizer.locks import LOCK, OutputError, lock
 
 CLAIM = "claim.json"  # holds no path, so that a folder stays claimed when it is moved
@@ -33,19 +33,17 @@ def claim_folder(folder: str | Path, job: str, own: Callable[[Path], bool] | Non
 
 
 def new_folder(folder: str | Path, *sources: str | Path) -> Path:
-    """Check and lock the place of a folder that will be written at once by `atomic_folder`.
+    """Check the place of a folder that `atomic_folder` will write at once.
 
     sources: what is read. Raises OutputError unless it is new or empty, outside the sources, and can be written.
     """
     folder = Path(folder)
     outside(folder, *sources)
-    try:
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise OutputError(f"{folder} already exists: choose another folder or delete it")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock(_beside(folder), folder)
-    except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error}") from error
+    if not is_free(folder):
+        raise OutputError(f"{folder} already exists: choose another folder or delete it")
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OutputError(f"cannot write {folder}: {above} is no folder in which you may write")
     return folder
 
 

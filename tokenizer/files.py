@@ -64,7 +64,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     part, before = _part(folder), _part(folder.with_name(f"{folder.name}.before"))
-    if not locked(folder.parent) and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if not is_free(folder) and not locked(folder.parent):
         raise OutputError(f"{folder} already exists: choose another folder or delete it")
     part.mkdir(parents=True)
     try:
@@ -75,6 +75,11 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(before, ignore_errors=True)
+
+
+def is_free(folder: Path) -> bool:
+    """Whether there is nothing, or an empty folder."""
+    return not any(folder.iterdir()) if folder.is_dir() else not folder.exists()
 
 
 def is_part(name: str) -> bool:
