@@ -91,7 +91,8 @@ def encode_shards(
 
 def claim_codes(folder: str | Path) -> None:
     """Claim a folder for encoded speech, see `claim_folder`, which says what it raises."""
-    claim_folder(folder, "encode_speech", own=lambda place: (place / REQUEST).is_file())  # of an earlier version
+    # of an earlier version, or another process of this one was faster
+    claim_folder(folder, "encode_speech", own=lambda place: any((*place.glob(REQUEST), *place.glob("codes_*.parquet"))))
 
 
 def _write_shard(

@@ -192,7 +192,10 @@ def test_a_folder_in_use_is_refused_until_its_process_has_ended(
     other.wait()
     claim_folder(tmp_path / "run", "train")  # the number in the file is that of a killed process
     claim_folder(tmp_path / "run", "train")
-    assert locked(tmp_path / "run" / "model") and json.loads((tmp_path / "run" / LOCK).read_text())["process"] == os.getpid()
+    assert (
+        locked(tmp_path / "run" / "model")
+        and json.loads((tmp_path / "run" / LOCK).read_text())["process"] == os.getpid()
+    )
 
 
 def test_a_lock_vanishes_with_its_process(tmp_path: Path) -> None:
