@@ -45,7 +45,7 @@ from datasets import Audio, Dataset, IterableDataset, load_dataset, load_from_di
 from tqdm import tqdm
 
 from speechllm import AudioError, DataError
-from speechllm.runs.recipe import claim_output, run_recipe
+from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import Run
 from tokenizer.claims import outside
 from tokenizer.files import write_jsonl, write_text
@@ -53,7 +53,6 @@ from tokenizer.files import write_jsonl, write_text
 
 def main(config: ImportConfig) -> None:
     outside(config.output, config.data)
-    claim_output(config.output, config)
     parts = open_splits(config)
     columns = {split: find_columns(part, config) for split, part in parts.items()}
     run = Run(config.output, config)

@@ -24,8 +24,8 @@ def claim_folder(folder: str | Path, job: str, own: Callable[[Path], bool] | Non
         folder.mkdir(parents=True, exist_ok=True)
         _check(folder, job, own)
         lock(folder / LOCK, folder)
-        _check(folder, job, own)  # another job may have been faster
-        write_json(folder / CLAIM, {"job": job})
+        if _check(folder, job, own) != job:  # once more, as another job may have been faster
+            write_json(folder / CLAIM, {"job": job})
         remove_parts(folder)
     except OSError as error:
         raise OutputError(f"cannot write the folder {folder}: {error}") from error
@@ -78,12 +78,13 @@ def _beside(output: Path) -> Path:
     return output.with_name(f".{output.name}{LOCK}")
 
 
-def _check(folder: Path, job: str, own: Callable[[Path], bool] | None) -> None:
+def _check(folder: Path, job: str, own: Callable[[Path], bool] | None) -> str | None:
+    """The claim of a folder that the job may have; OutputError for another folder."""
     held = _claim_of(folder)
     rest = {CLAIM, LOCK} if held else {LOCK}
     others = sorted(name for name in os.listdir(folder) if name not in rest and not is_part(name))
     if not others or held == job or (held is None and own is not None and own(folder)):
-        return
+        return held
     if held:
         raise OutputError(f"{folder} is the output of {held}, not of {job}: choose another or an empty folder")
     found = ", ".join(others[:SHOWN] + ["..."] * (len(others) > SHOWN))
