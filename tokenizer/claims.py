@@ -1,12 +1,13 @@
 """Whose an output is: a job writes only what is new, empty, or its own; nobody's files are replaced or deleted."""
 
+import atexit
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from tokenizer.files import is_free, is_part, remove_parts, write_json
-from tokenizer.locks import LOCK, OutputError, lock
+from tokenizer.locks import LOCK, OutputError, lock, locked
 
 CLAIM = "claim.json"  # holds no path, so that a folder stays claimed when it is moved
 SHOWN = 3
@@ -17,15 +18,18 @@ def claim_folder(folder: str | Path, job: str, own: Callable[[Path], bool] | Non
 
     The folder may be new or empty, or one that a job of this kind claimed before: FOLDER/claim.json names it.
     own: whether a folder without a claim is of an earlier version of the job. What killed processes left half written
-    is deleted. Raises OutputError for every other folder, one that cannot be written, and one in use.
+    is deleted. A process that ends having written nothing gives its claim up.
+    Raises OutputError for every other folder, one that cannot be written, and one in use.
     """
     folder = Path(folder)
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check(folder, job, own)
         lock(folder / LOCK, folder)
         if _check(folder, job, own) != job:  # once more, as another job may have been faster
             write_json(folder / CLAIM, {"job": job})
+            atexit.register(_give_up, folder.absolute(), new, os.getpid())
         remove_parts(folder)
     except OSError as error:
         raise OutputError(f"cannot write the folder {folder}: {error}") from error
@@ -89,6 +93,14 @@ def _check(folder: Path, job: str, own: Callable[[Path], bool] | None) -> str | 
         raise OutputError(f"{folder} is the output of {held}, not of {job}: choose another or an empty folder")
     found = ", ".join(others[:SHOWN] + ["..."] * (len(others) > SHOWN))
     raise OutputError(f"{folder} holds what {job} did not write ({found}): choose another or an empty folder")
+
+
+def _give_up(folder: Path, new: bool, process: int) -> None:
+    if process == os.getpid() and locked(folder) and set(os.listdir(folder)) <= {CLAIM, LOCK}:
+        for name in os.listdir(folder):
+            (folder / name).unlink()
+        if new:
+            folder.rmdir()
 
 
 def _claim_of(folder: Path) -> str | None:

@@ -198,11 +198,15 @@ def test_a_folder_in_use_is_refused_until_its_process_has_ended(
     )
 
 
-def test_a_lock_vanishes_with_its_process(tmp_path: Path) -> None:
-    code = f"from tokenizer.claims import claim_folder; claim_folder({str(tmp_path)!r}, 'train')"
+def test_a_lock_vanishes_with_its_process_and_the_claim_if_nothing_was_written(tmp_path: Path) -> None:
+    code = "import sys; from tokenizer.claims import claim_folder; folder = claim_folder(sys.argv[1], 'train')"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-    assert os.listdir(tmp_path) == ["claim.json"]
+    for name, end in (("in_vain", ""), ("empty", ""), ("written", "; (folder / 'log').touch()")):
+        if name == "empty":
+            (tmp_path / name).mkdir()
+        subprocess.run([sys.executable, "-c", code + end, str(tmp_path / name)], env=environment, check=True)
+    assert sorted(os.listdir(tmp_path)) == ["empty", "written"]  # without a trace of the one that wrote nothing
+    assert sorted(os.listdir(tmp_path / "written")) == ["claim.json", "log"] and not os.listdir(tmp_path / "empty")
 
 
 def test_a_forked_process_does_not_hold_the_lock_of_its_parent(tmp_path: Path) -> None:
