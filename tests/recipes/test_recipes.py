@@ -418,7 +418,7 @@ def test_the_equal_error_rate_matches_a_manual_computation(
 
 def test_fresh_deletes_only_what_the_demo_created(tmp_path: Path, here: Callable) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(SystemExit, match="was not created by this demo and is not deleted"):
+    with pytest.raises(SystemExit, match="holds what demo did not write"):
         here("demo.py", f"output={tmp_path} --fresh")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
