@@ -57,7 +57,7 @@ def is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # of another user
+    except (PermissionError, OverflowError):  # of another user; no number of a process
         return True
     return True
 

@@ -180,6 +180,8 @@ def _same(held: Any, asked: Any, before: str, now: str) -> bool:
     match held, asked:
         case {**old}, {**new}:
             return old.keys() == new.keys() and all(_same(old[key], new[key], before, now) for key in old)
+        case [*old], [*new]:
+            return len(old) == len(new) and all(_same(*pair, before, now) for pair in zip(old, new, strict=True))
         case str(), str() if held and asked and before != now:
             return held == asked or os.path.relpath(held, before) == os.path.relpath(asked, now)
     return held == asked

@@ -160,7 +160,7 @@ def test_a_folder_is_replaced_only_within_a_claim(tmp_path: Path) -> None:
 
 def test_what_ended_processes_left_half_written_is_deleted_and_nothing_else(tmp_path: Path) -> None:
     claim_folder(tmp_path, "train")
-    ended, kept = ended_process(), ["model.part", "x.123.part", f".x.{os.getpid()}.part", ".part"]
+    ended, kept = ended_process(), ["model.part", "x.123.part", f".x.{10**20}.part", f".x.{os.getpid()}.part", ".part"]
     for name in (f".a.json.{ended}.part", f"checkpoints/.b.{ended}.part", f".model.{ended}.part/weights", *kept):
         write_text(tmp_path / name, "")
     claim_folder(tmp_path, "train")

@@ -231,7 +231,9 @@ class MovedJob(Job):
 def test_a_run_that_was_moved_goes_on_also_with_its_inputs(tmp_path: Path, new: str) -> None:
     def job(folder: str, data: str = "/corpus", codec: str = "codec/model") -> MovedJob:
         place = str(tmp_path / folder)
-        return MovedJob(data, 3, {"path": f"{place}/{codec}", "hub": "owner/name", "none": None}, f"{place}/asr")
+        return MovedJob(
+            data, 3, {"path": f"{place}/{codec}", "hub": ["owner/name", place], "none": None}, f"{place}/asr"
+        )
 
     Run(job("runs/a").output, job("runs/a")).save(2, {})
     (tmp_path / new).parent.mkdir(parents=True, exist_ok=True)
