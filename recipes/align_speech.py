@@ -12,7 +12,6 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from speechllm.runs.config import parse_config
@@ -38,7 +37,7 @@ from tqdm import tqdm
 from speechllm import AudioError, Utterance, read_corpus
 from speechllm.evaluation.normalizers import librispeech_normalizer
 from speechllm.runs.machine import available_cpus
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import claim_output, run_recipe
 from tokenizer.corpus import load_utterance
 from tokenizer.files import write_jsonl
 from tokenizer.rates import SAMPLE_RATE
@@ -49,11 +48,10 @@ def main(config: AlignConfig) -> None:
         decoder()
     except ImportError:
         raise SystemExit('error: PocketSphinx is required: pip install "speechllm[align]"') from None
+    folder = claim_output(config.output, config)
     utterances = read_corpus(config.data, config.splits)
     with ProcessPoolExecutor(available_cpus()) as pool:
         results = list(tqdm(pool.map(align, utterances, chunksize=8), "align", len(utterances), unit="utt"))
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {**asdict(utterance), "path": os.path.relpath(utterance.path, folder), "phones": phones}
         for utterance, (phones, _) in zip(utterances, results, strict=True)

@@ -13,7 +13,6 @@ RESULTS/results.json and report.html: tokens/s, their ratio, peak memory, and th
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -68,7 +67,7 @@ from speechllm.evaluation.tables import plain
 from speechllm.prompt import label_counts
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.small_model import small_text_tokenizer
 from speechllm.training.optimization import make_optimizer
 from speechllm.training.plan import training_flops
@@ -80,6 +79,7 @@ Step = Callable[[Sequence[Example]], None]
 
 def main(config: BenchmarkConfig) -> None:
     started = time.perf_counter()
+    folder = claim_output(config.output, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows, encoding = load_codes(config.codes, config.splits)
     rows = transcribed(rows, normalizer="librispeech")  # as train_asr does by default
@@ -152,8 +152,6 @@ def main(config: BenchmarkConfig) -> None:
         },
         **provenance(config, time.perf_counter() - started),
     }
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
     write_results_report(folder / "report.html", f"Training speed: {results['model']}", results)
     print(table(results))

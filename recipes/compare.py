@@ -121,7 +121,7 @@ import numpy as np
 from speechllm.evaluation.comparison import comparison_markdown, pool_emotion, pool_recognition
 from speechllm.reports.comparison_page import write_comparison
 from speechllm.runs.machine import provenance
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.run import read_log
 from speechllm.runs.stages import Stages
 from tokenizer.files import read_json, read_jsonl, write_json, write_text
@@ -129,9 +129,9 @@ from tokenizer.files import read_json, read_jsonl, write_json, write_text
 
 def main(config: CompareConfig) -> None:
     run = Path(config.output)
+    claim_output(run, config, None if (run / "demo.json").exists() else "stages.json")
     commands, stages = plan(config, run), Stages(run, RECIPES)
     stages.check(commands)
-    run.mkdir(parents=True, exist_ok=True)
     try:
         stages.run(commands, SHARED, SINGLE)
     finally:  # also after a failure: with the results so far

@@ -23,13 +23,18 @@ from tokenizer.settings import Count, Positive, Rule, Settings
 RECIPES = Path(os.path.relpath(Path(__file__).parent))
 RATES = "primary cer cer_ci95 cer_shuffled_audio cer_shuffled_audio_ci95 training_normalizer".split()  # of eval_asr
 PowerOfTwo = Annotated[int, Rule("a power of two", lambda n: n > 0 and n & (n - 1) == 0)]
+WRITTEN = (  # in the run folder
+    *("corpus", "semantic_teacher", "speaker_teacher", "tokenizer", "codes", "asr", "evaluation", "demo.json"),
+    *("stages.json", "tokenizer_results.json", "tokenizer_results.html", "results.json", "predictions.jsonl"),
+    "report.html",
+)
 
 
 @dataclass
 class DemoConfig(Settings):
     output: str = "runs/demo"  # run folder
     data: str | None = None  # corpus folder; null: synthetic speech
-    fresh: bool = False  # delete the run folder first
+    fresh: bool = False  # delete what an earlier demo wrote there first
     processes: PowerOfTwo | None = None  # per training without a GPU; null: one per core, at most 8
     semantic_teacher: str = "configs/teacher/semantic_demo.yaml"  # configurations of the stages
     speaker_teacher: str = "configs/teacher/speaker_demo.yaml"
@@ -52,16 +57,18 @@ from speechllm.evaluation.error_rates import results_verdict
 from speechllm.reports.pages import write_report
 from speechllm.reports.sounds import read_sounds
 from speechllm.runs.machine import available_cpus, provenance
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.run import read_log
 from speechllm.runs.stages import Stages, config_class
-from tokenizer.files import read_jsonl, write_json, write_text
+from tokenizer.files import read_json, read_jsonl, write_json, write_text
 
 
 def main(config: DemoConfig) -> None:
     run = Path(config.output)
     if config.data is not None and not Path(config.data).is_dir():
         raise CorpusError(f"{config.data}: no such corpus folder")
+    if config.data is not None and Path(config.data).resolve().is_relative_to(run.resolve()):
+        raise CorpusError(f"{config.data} is in the run folder {run}: choose output=FOLDER outside it")
     semantic, speaker = run / "semantic_teacher", run / "speaker_teacher"
     corpus, codec, codes, asr = (run / name for name in ("corpus", "tokenizer", "codes", "asr"))
     data = f"data={corpus}"
@@ -74,10 +81,9 @@ def main(config: DemoConfig) -> None:
             "train_asr.py", config.asr, config, f"codes={codes}", f"codec={codec / 'model'}", f"output={asr}"
         ),
     }
-    if config.fresh and run.exists():
-        if not (run / "demo.json").exists():
-            raise SystemExit(f"{run} was not created by this demo and is not deleted: remove it yourself")
-        shutil.rmtree(run)
+    claim_output(run, config)
+    if config.fresh:
+        delete(run)
     record_settings(run, config)
     stages = Stages(run, RECIPES, config.processes)
     print(plan(config))
@@ -115,17 +121,24 @@ def training(recipe: str, file: str, config: DemoConfig, *words: str) -> list[st
     return [recipe, f"--config={file}", *words]
 
 
+def delete(run: Path) -> None:
+    """Delete what a demo has written, and nothing else in its folder."""
+    for name in WRITTEN:
+        if (path := run / name).is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def record_settings(run: Path, config: DemoConfig) -> None:
     """Write the settings to demo.json; exit if the folder holds a demo with other settings."""
-    asked = {name: value for name, value in asdict(config).items() if name not in ("fresh", "processes")}
+    asked = {name: value for name, value in asdict(config).items() if name not in ("output", "fresh", "processes")}
     file = run / "demo.json"
-    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != asked:
+    held = read_json(file)
+    held.pop("output", None)  # of earlier versions; the folder may have moved
+    if held and held != asked:
         raise SystemExit(f"{run} holds a demo with other settings: add --fresh to start over, or set output=FOLDER")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(file, asked)
-    except OSError as error:
-        raise SystemExit(f"cannot write {run}: {error}") from error
+    write_json(file, asked)
 
 
 def gather(folder: str, output: Path) -> None:

@@ -32,7 +32,7 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 from tqdm import tqdm
 
 from speechllm import DataError, encode_shards, load_tokenizer, read_corpus
-from speechllm.data.shards import skipped_of_shards, summarize_shards
+from speechllm.data.shards import claim_codes, skipped_of_shards, summarize_shards
 from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import report_skipped
@@ -41,6 +41,9 @@ from tokenizer.files import write_json
 
 def main(config: EncodeConfig) -> None:
     accelerator = make_accelerator()
+    if accelerator.is_main_process:
+        claim_codes(config.output)
+    accelerator.wait_for_everyone()
     codec = load_tokenizer(config.codec).to(accelerator.device)
     utterances = read_corpus(config.data, config.splits)
 

@@ -52,7 +52,7 @@ from speechllm.evaluation.scripts import primary_rate
 from speechllm.evaluation.tables import plain
 from speechllm.reports.pages import write_recognition_report
 from speechllm.runs.machine import provenance
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.run import read_log
 from tokenizer.files import read_json, write_json, write_jsonl
 from tokenizer.pretrained import check_folder
@@ -60,6 +60,7 @@ from tokenizer.pretrained import check_folder
 
 def main(config: EvalAsrConfig) -> None:
     run_started = time.perf_counter()
+    folder = claim_output(config.output, config)
     require_texts(config.codes, config.normalizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" and config.precision == "bf16" else None
@@ -118,8 +119,6 @@ def main(config: EvalAsrConfig) -> None:
         "encoded": summarize_shards(config.codes),  # including what was skipped
         **provenance(config, time.perf_counter() - run_started),
     }
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     predictions = [
         {
             "id": row["id"],

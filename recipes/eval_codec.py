@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from speechllm.runs.config import parse_config
@@ -62,7 +61,7 @@ from speechllm.evaluation.comparison import quality_table
 from speechllm.evaluation.error_rates import mean_and_interval, recognition_measures
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import available_cpus, provenance
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import claim_output, run_recipe
 from tokenizer.corpus import load_utterance, spread
 from tokenizer.files import write_json, write_jsonl
 from tokenizer.loading import load_recognizer
@@ -73,6 +72,7 @@ from tokenizer.training.teachers import SpeakerTeacher
 
 def main(config: EvalCodecConfig) -> None:
     started = time.perf_counter()
+    folder = claim_output(config.output, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         codec = load_codec(config.codec).to(device)
@@ -95,8 +95,6 @@ def main(config: EvalCodecConfig) -> None:
         "failed": failed,
         **provenance(config, time.perf_counter() - started, "pesq", "pystoi"),
     }
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "utterances.jsonl", rows)
     write_json(folder / "results.json", results)
     table = quality_table({config.codec: {"quality": results}})

@@ -73,7 +73,7 @@ from speechllm.evaluation.comparison import conversion_table
 from speechllm.evaluation.error_rates import mean_and_interval, recognition_measures
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import claim_output, run_recipe
 from tokenizer.audio import resample
 from tokenizer.files import write_json, write_jsonl
 from tokenizer.loading import load_recognizer
@@ -99,6 +99,7 @@ class Pair:
 
 def main(config: EvalConversionConfig) -> None:
     started = time.perf_counter()
+    folder = claim_output(config.output, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         codec = load_codec(config.codec).to(device)
@@ -110,7 +111,6 @@ def main(config: EvalConversionConfig) -> None:
         raise SystemExit(f"error: {error}") from error
     speaker = SpeakerTeacher.from_pretrained(config.speaker).to(device) if config.speaker else None
 
-    folder = Path(config.output)
     rows: list[Row] = []
     for pair in tqdm(pairs, "convert", unit="pair"):
         row: Row = {role: recording and recording.id for role, recording in vars(pair).items()}
@@ -132,7 +132,6 @@ def main(config: EvalConversionConfig) -> None:
         "failed": [failure for row in rows for failure in row["failed"]],
         **provenance(config, time.perf_counter() - started, "pyworld"),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "pairs.jsonl", rows)
     write_json(folder / "results.json", results)
     table = conversion_table({config.codec: {"conversion": results}})

@@ -34,6 +34,10 @@ class EvalTokenizerConfig(Settings):
     probe_steps: Natural = 0  # training steps of the probe of layer 0; 0: no probe
     seed: Seed = 0
 
+    def __post_init__(self) -> None:
+        if self.output.endswith(".html"):
+            raise ValueError(f"output is the JSON file, the page beside it ends in .html: got {self.output}")
+
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
     CONFIG = parse_config(EvalTokenizerConfig)
@@ -58,7 +62,8 @@ from speechllm.evaluation.error_rates import character_errors
 from speechllm.evaluation.scripts import primary_rate
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import holds_config, run_recipe
+from tokenizer.claims import claim_file
 from tokenizer.corpus import frame_phones
 from tokenizer.files import write_json
 from tokenizer.metrics.code_usage import label_information, log_mel_features, speaker_accuracy
@@ -69,6 +74,8 @@ UnitsOf = Callable[[Row], torch.Tensor]  # units long [T]
 
 def main(config: EvalTokenizerConfig) -> None:
     started = time.perf_counter()
+    for file in (config.output, Path(config.output).with_suffix(".html")):  # the page is replaced with its results
+        claim_file(file, own=lambda _: holds_config(config.output, config))
     train, encoding = load_codes(config.codes, config.train_splits)
     test, _ = load_codes(config.codes, config.test_splits)
     if config.probe_steps:

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 from speechllm.runs.config import parse_config
@@ -47,7 +46,7 @@ from tqdm import tqdm
 from speechllm import AudioError, Utterance, read_corpus
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import make_accelerator, provenance
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.run import report_skipped
 from tokenizer.corpus import load_utterance, skipped_row
 from tokenizer.files import atomic_folder, write_json
@@ -58,6 +57,7 @@ from tokenizer.schemes.units import UnitTokenizer
 
 def main(config: UnitsConfig) -> None:
     started = time.perf_counter()
+    run = claim_output(config.output, config)
     utterances = read_corpus(config.data, config.splits)
     encoder = FeatureEncoder.from_pretrained(config.model, config.layer).to(make_accelerator().device)
     frames, skipped = collect(utterances, encoder, config)
@@ -69,7 +69,6 @@ def main(config: UnitsConfig) -> None:
     kmeans = MiniBatchKMeans(config.clusters, batch_size=10_000, n_init=5, random_state=config.seed).fit(frames)
     units = UnitTokenizer(encoder, torch.from_numpy(kmeans.cluster_centers_), config.deduplicate)
 
-    run = Path(config.output)
     with atomic_folder(run / "model") as folder:
         units.save_pretrained(folder)
     report_skipped(run, skipped)

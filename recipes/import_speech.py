@@ -50,6 +50,7 @@ from speechllm import AudioError, DataError
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import Run
 from tokenizer.audio import AudioInfo, inspect_audio
+from tokenizer.claims import outside
 from tokenizer.corpus import is_corpus
 from tokenizer.files import write_jsonl, write_text
 from tokenizer.tables import optional_text, shown
@@ -58,6 +59,7 @@ UNREADABLE = (pa.ArrowException, ValueError, TypeError, OSError, ImportError)  #
 
 
 def main(config: ImportConfig) -> None:
+    outside(config.output, config.data)
     parts = open_splits(config)
     columns = {split: find_columns(part, config) for split, part in parts.items()}
     for split, part in parts.items():  # before anything is written

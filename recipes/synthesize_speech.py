@@ -16,6 +16,7 @@ so results on this corpus say nothing about human speech.
 
 import argparse
 import ctypes
+import fcntl
 import importlib.util
 import itertools
 import json
@@ -27,6 +28,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import soundfile
@@ -81,6 +83,7 @@ MICROPHONE_DB = {"train": (12.0, 4.0), "dev": (0.0, 0.0), "test": (0.0, 0.0)}  #
 SAMPLE_RATE = 16_000
 PEAK = 0.7  # of full scale
 SILENCE = "_"
+LOCKS: list[TextIO] = []  # open files, locked while this process lives
 
 
 @dataclass(frozen=True)
@@ -277,7 +280,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def prepare_folder(out: Path, arguments: dict[str, int]) -> bool:
-    """Prepare the folder for the corpus; False if it already holds exactly this one, complete."""
+    """Prepare the folder for the corpus and lock it; False if it already holds exactly this one, complete."""
     record, manifest = out / "corpus.json", out / "manifest.jsonl"
     if record.exists():
         made = json.loads(record.read_text(encoding="utf-8"))
@@ -287,8 +290,14 @@ def prepare_folder(out: Path, arguments: dict[str, int]) -> bool:
             return False
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         sys.exit(f"error: {out} holds other files: choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(record, json.dumps(arguments) + "\n")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(record, json.dumps(arguments) + "\n")
+    LOCKS.append(record.open("r+"))
+    try:
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
+    except BlockingIOError:
+        sys.exit(f"error: {out} is being written by another process: wait for it, stop it, or choose another folder")
     return True
 
 
@@ -308,9 +317,12 @@ def main() -> None:
         sys.exit('error: the speech synthesiser is missing: pip install "speechllm[demo]"')
     arguments = {name: getattr(args, name) for name in (*VOICES, "seed")}
     plan = make_plan(**arguments)
-    if not prepare_folder(args.out, arguments):
-        print(f"{args.out} already holds this corpus, complete: nothing to do")
-        return
+    try:
+        if not prepare_folder(args.out, arguments):
+            print(f"{args.out} already holds this corpus, complete: nothing to do")
+            return
+    except (OSError, ValueError) as error:  # it cannot be written, or its corpus.json is of another kind
+        sys.exit(f"error: cannot write {args.out}: {error}")
     lines = synthesize_all(args.out, plan, args.jobs)
     write_atomically(args.out / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     print(f"{len(lines)} utterances, {sum(line['duration_s'] for line in lines) / 3600:.2f} hours, in {args.out}")

@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 from speechllm.decoding import forbidden_ids
 from speechllm.model import SpeechLLM
+from tokenizer.claims import new_folder
 from tokenizer.files import atomic_folder
 
 
@@ -26,10 +27,9 @@ def export_model(speech_llm: SpeechLLM, output: str | Path) -> None:
 
     The prompt is text: "Transcribe this speech<|audio_start|><|audio_17|>...<|audio_end|>". `generate` of transformers
     gives the same answers as `transcribe`; with other engines, set the temperature to 0. Merges as `merge` does.
-    Raises FileExistsError for an existing output, ValueError for a model that reads continuous features.
+    Raises OutputError unless the output is new or empty, ValueError for a model that reads continuous features.
     """
-    if Path(output).exists():
-        raise FileExistsError(f"{output} already exists: choose another folder or delete it")
+    new_folder(output)
     if speech_llm.vocabulary.encoding.kind == "features":
         raise ValueError("this model reads continuous features through a projector, which other engines do not support")
     merged = merge(speech_llm)

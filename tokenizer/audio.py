@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.errors import InputError
+from tokenizer.files import atomic_file
 
 SILENCE_PEAK = 1e-6  # below this peak a recording holds digital silence: nothing was recorded
 LOUDEST_PEAK = 4.0  # above this peak the samples of a float file are in other units than [-1, 1]
@@ -291,15 +292,17 @@ def _resample(blocks: Iterable[np.ndarray], rate: int, new_rate: int) -> np.ndar
 
 def save_audio(path: str | Path, waveform: Tensor, sample_rate: int = 16_000) -> None:
     """Write a waveform float [N] as 16-bit audio, atomically; the file extension selects the format."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        soundfile.write(os.fsencode(part), waveform.detach().clamp(-1, 1).cpu().numpy(), sample_rate)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    samples, kind = waveform.detach().clamp(-1, 1).cpu().numpy(), audio_format(path)
+    with atomic_file(path) as part:
+        soundfile.write(part, samples, sample_rate, format=kind)
+
+
+def audio_format(path: str | Path) -> str:
+    """The audio format of a file name, such as WAV. Raises InputError for one that cannot be written."""
+    kind, known = Path(path).suffix[1:].upper(), soundfile.available_formats()
+    if kind not in known:
+        raise InputError(f"{path}: expected the name of an audio file, ending in .wav, .flac or .ogg")
+    return kind
 
 
 def pad_waveforms(waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

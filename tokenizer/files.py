@@ -3,12 +3,16 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenizer.locks import OutputError, is_running, locked
 from tokenizer.tables import TableError, json_rows, read_text
+
+PART = re.compile(r"\..+\.(\d+)\.part")  # what a process is writing: .NAME.PROCESS.part
 
 
 @contextlib.contextmanager
@@ -16,7 +20,7 @@ def atomic_file(file: str | Path) -> Iterator[Path]:
     """A temporary path that replaces `file` when the block ends without an error; safe for concurrent processes."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part = _part(file)
     try:
         yield part
         os.replace(part, file)
@@ -72,11 +76,41 @@ def read_jsonl(file: str | Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that replaces `folder` when the block ends without an error."""
+    """A temporary folder that replaces `folder` when the block ends without an error.
+
+    Raises OutputError if `folder` exists and is not empty, unless it is in a folder that this process has claimed.
+    """
     folder = Path(folder)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    part, before = _part(folder), _part(folder.with_name(f"{folder.name}.before"))
+    if not is_free(folder) and not locked(folder.parent):
+        raise OutputError(f"{folder} already exists: choose another folder or delete it")
     part.mkdir(parents=True)
-    yield part
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    try:
+        yield part
+        if folder.exists() and locked(folder.parent):
+            os.replace(folder, before)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def is_free(folder: Path) -> bool:
+    """Whether there is nothing, or an empty folder."""
+    return not any(folder.iterdir()) if folder.is_dir() else not folder.exists()
+
+
+def is_part(name: str) -> bool:
+    """Whether a name is one of those under which `atomic_file` and `atomic_folder` write."""
+    return PART.fullmatch(name) is not None
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what processes that have ended left half written in a folder and its subfolders."""
+    for path in (*folder.glob(".*.part"), *folder.glob("*/.*.part")):
+        if (found := PART.fullmatch(path.name)) and not is_running(int(found[1])):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -30,15 +30,15 @@ def encode_files(arguments: argparse.Namespace) -> int:
 
 
 def decode_file(arguments: argparse.Namespace) -> int:
-    """Write a WAV file for every line of codes and print its name."""
+    """Write a WAV file for every line of codes, once all lines are found to be right, and print its name."""
     import torch
 
     from speechllm import Codes, DataError, load_codec, save_audio
+    from tokenizer.claims import claim_folder
 
-    codec = load_codec(arguments.codec)
+    rows, codec = [], load_codec(arguments.codec)
     for place, row in read_codes(arguments.codes):
         ids, samples, fingerprint = torch.tensor(row["codes"]), torch.tensor([row["samples"]]), row["codec"]
-        name = Path(row["file"]).with_suffix(".wav").name
         if fingerprint != codec.fingerprint:
             raise DataError(f"{place} holds codes of codec {fingerprint}, {arguments.codec} is {codec.fingerprint}")
         if len(ids) > codec.num_codebooks or ids.max() >= codec.codebook_size:
@@ -47,9 +47,13 @@ def decode_file(arguments: argparse.Namespace) -> int:
             raise DataError(f"{place}: {found}, but {arguments.codec} has {held}: encode the recording again")
         if row["samples"] > (ids.shape[1] + 1) * codec.sample_rate / codec.frame_rate:
             raise DataError(f"{place}: {row['samples']} samples are more than {ids.shape[1]} frames of codes hold")
-        waveform = codec.decode(Codes(ids[None], torch.tensor([ids.shape[1]]), samples))[0]
-        save_audio(Path(arguments.output) / name, waveform, codec.sample_rate)
-        print(Path(arguments.output) / name)
+        name = Path(row["file"]).with_suffix(".wav").name
+        rows.append((name, Codes(ids[None], torch.tensor([ids.shape[1]]), samples)))
+    refuse_repeated(name for name, _ in rows)
+    output = claim_folder(arguments.output, "decode")
+    for name, codes in rows:
+        save_audio(output / name, codec.decode(codes)[0], codec.sample_rate)
+        print(output / name)
     return 0
 
 
@@ -87,14 +91,13 @@ def reconstruct_files(arguments: argparse.Namespace) -> int:
     """Print the name of every file written; unusable recordings are named on stderr and make the exit code 1."""
     from speechllm import load_codec, reconstruct, save_audio
     from speechllm.reports.plots import save_figure, spectrogram_figure
+    from tokenizer.claims import claim_folder
     from tokenizer.metrics.quality import layer_counts
 
-    repeated = [name for name, count in Counter(Path(file).stem for file in arguments.files).items() if count > 1]
-    if repeated:
-        raise ValueError(f"several files are named {repeated[0]} and would overwrite each other: give them one by one")
+    refuse_repeated(Path(file).stem for file in arguments.files)
     codec = load_codec(arguments.codec)
     counts = layer_counts(codec, arguments.layers)
-    output, done = Path(arguments.output), 0
+    output, done = claim_folder(arguments.output, "reconstruct"), 0
     for file, waveform in usable(arguments.files, codec.sample_rate, arguments.max_duration):
         sounds = {"original": waveform.numpy()}
         for count, sound in reconstruct(codec, waveform, counts).items():
@@ -112,7 +115,10 @@ def reconstruct_files(arguments: argparse.Namespace) -> int:
 def convert_file(arguments: argparse.Namespace) -> int:
     """Write the source in the voice of the target and print the file's name."""
     from speechllm import convert_voice, load_audio, load_codec, save_audio
+    from tokenizer.audio import audio_format
+    from tokenizer.claims import claim_file
 
+    audio_format(claim_file(arguments.output))
     codec = load_codec(arguments.codec)
     limit = {"max_duration_s": arguments.max_duration}
     source, target = (load_audio(file, codec.sample_rate, **limit) for file in (arguments.source, arguments.target))
@@ -128,12 +134,17 @@ def count_codebooks(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from speechllm import codebook_usage, read_corpus
-    from speechllm.reports.plots import code_usage_figure, save_figure
+    from speechllm.reports.plots import code_usage_figure, figure_format, save_figure
+    from tokenizer.claims import claim_file
     from tokenizer.files import write_json
     from tokenizer.loading import load_discrete
 
     if bool(arguments.files) == bool(arguments.data):
         raise ValueError("give either audio files or a corpus folder with --data")
+    if arguments.picture:
+        figure_format(claim_file(arguments.picture))
+    if arguments.output:
+        claim_file(arguments.output)
     codec = load_discrete(arguments.codec)
     files = arguments.files or [utterance.path for utterance in read_corpus(arguments.data, arguments.split)]
     recordings = usable(tqdm(files, "encode", unit="utt"), codec.sample_rate, longest(codec, arguments))
@@ -148,7 +159,6 @@ def count_codebooks(arguments: argparse.Namespace) -> int:
     counts = [np.bincount(layer, minlength=codec.codebook_size) for layer in layers]
     if arguments.output:
         numbers = [{**row, "counts": count.tolist()} for row, count in zip(usage, counts, strict=True)]
-        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
         summary = {"codec_fingerprint": codec.fingerprint, "recordings": len(ids), "frames": layers.shape[1]}
         write_json(arguments.output, {**summary, "layers": numbers})
     if arguments.picture:
@@ -160,8 +170,10 @@ def count_codebooks(arguments: argparse.Namespace) -> int:
 def import_codec(arguments: argparse.Namespace) -> int:
     """Write a published codec as one of this package and print what it is."""
     from speechllm import convert_encodec, convert_speechtokenizer
+    from tokenizer.claims import new_folder
     from tokenizer.files import atomic_folder
 
+    new_folder(arguments.output, arguments.source)
     convert = {"encodec": convert_encodec, "speechtokenizer": convert_speechtokenizer}[arguments.kind]
     codec = convert(arguments.source)
     with atomic_folder(arguments.output) as folder:
@@ -186,6 +198,12 @@ def longest(codec: "DiscreteTokenizer", arguments: argparse.Namespace) -> float 
         file=sys.stderr,
     )
     return WHOLE_S
+
+
+def refuse_repeated(names: Iterable[str]) -> None:
+    """Raise ValueError for names of outputs that occur twice."""
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"several files are named {repeated[0]} and would overwrite each other: give them one by one")
 
 
 def usable(

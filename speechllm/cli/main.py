@@ -35,6 +35,8 @@ COUNT, SECONDS = argument(Count), argument(Positive)
 CHUNK = 256  # recordings transcribed at a time
 WHOLE = "longer recordings are skipped or refused (default 180)"
 CHUNKED = "longer recordings are skipped; by default those of over 180 s, where a codec cannot work in chunks"
+NEW = "an existing one is not overwritten"
+OWN = "new, empty, or of an earlier call of this command, whose files are replaced"
 NORMALIZERS = "librispeech (default), whisper_english or none"
 
 
@@ -88,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("decode", help="codes (JSON lines of `speechllm encode`) to WAV files")
     command.add_argument("codes", help="file of JSON lines, or - for standard input")
     command.add_argument("--codec", required=True, help="the codec that made the codes")
-    command.add_argument("--output", required=True, help="folder for the WAV files")
+    command.add_argument("--output", required=True, help=f"folder for the WAV files; {OWN}")
     command.set_defaults(run=decode_file)
 
     command = commands.add_parser(
@@ -102,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="1,2,4",
         help="numbers of codebooks to decode from; 1, 2, 4, ... and all of them by default",
     )
-    command.add_argument("--output", required=True, help="folder for NAME_<n>_codebooks.wav and NAME.png")
+    command.add_argument("--output", required=True, help=f"folder for NAME_<n>_codebooks.wav and NAME.png; {OWN}")
     command.add_argument("--max-duration", type=SECONDS, default=WHOLE_S, metavar="SECONDS", help=WHOLE)
     command.set_defaults(run=reconstruct_files)
 
@@ -110,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", help="audio file that says what is to be said")
     command.add_argument("target", help="audio file of the voice to say it in")
     command.add_argument("--codec", required=True, help="folder or hub name of a speech codec")
-    command.add_argument("--output", required=True, help="audio file to write")
+    command.add_argument("--output", required=True, help=f"audio file to write; {NEW}")
     command.add_argument(
         "--layers",
         type=_numbers,
@@ -132,14 +134,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--codec", required=True, help="folder or hub name of a speech codec")
     command.add_argument("--data", help="corpus folder: manifest.jsonl or LibriSpeech's layout")
     command.add_argument("--split", action="append", help="of the corpus, can be given several times; all by default")
-    command.add_argument("--output", help="also write the numbers and the count of every code to this JSON file")
-    command.add_argument("--picture", help="also draw the sorted use of the codes into this PNG, PDF or SVG file")
+    command.add_argument("--output", help=f"JSON file for the numbers and counts; {NEW}")
+    command.add_argument("--picture", help=f"PNG, PDF or SVG of the sorted use; {NEW}")
     command.add_argument("--max-duration", type=SECONDS, metavar="SECONDS", help=CHUNKED)
     command.set_defaults(run=count_codebooks)
 
     command = commands.add_parser("import-codec", help="a published codec as one of this package")
     command.add_argument("source", help="folder (or hub name, for encodec) of the published codec")
-    command.add_argument("output", help="folder for the codec, as --codec of the other commands takes it")
+    command.add_argument("output", help="new or empty folder for the codec, which --codec takes")
     command.add_argument(
         "--kind", required=True, choices=("encodec", "speechtokenizer"), help="encodec: in the format of transformers"
     )
@@ -163,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("export", help="a model as a folder for transformers, vLLM or llama.cpp's converter")
     command.add_argument("model", help="folder that recipes/train_asr.py wrote")
-    command.add_argument("output", help="new folder")
+    command.add_argument("output", help="new or empty folder")
     command.add_argument("--base", help=BASE)
     command.set_defaults(run=_export)
     return parser
@@ -229,9 +231,11 @@ def _waveforms(recordings: Iterable[tuple[str, "Tensor"]], used: list[str]) -> I
 
 def _export(arguments: argparse.Namespace) -> int:
     from speechllm import export_model, load_speech_llm
+    from tokenizer.claims import new_folder
     from tokenizer.pretrained import check_folder
 
     model = Path(check_folder(arguments.model, [], "a speech language model"))
+    new_folder(arguments.output, model)  # before the model is loaded
     codec_too = (model / "codec").is_dir()  # what it exports needs none
     export_model(load_speech_llm(model, base=arguments.base, with_codec=codec_too), arguments.output)
     print(arguments.output)

@@ -21,10 +21,12 @@ from torch import Tensor
 from speechllm.encoding import DataError, Encoding, Speech
 from speechllm.evaluation.normalizers import find_normalizer
 from tokenizer.audio import AudioError
+from tokenizer.claims import claim_folder
 from tokenizer.corpus import Utterance, load_utterance, skipped_row, spread
-from tokenizer.files import read_json, write_json
+from tokenizer.files import atomic_file, read_json, write_json
 from tokenizer.interface import AudioTokenizer
 
+REQUEST = "request.json"  # what the shards of a folder are made of
 SHARD_SIZE = 500  # utterances per Parquet file
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,8 @@ def encode_shards(
     shard per process, but those are written again that are cut short or of whose recordings one has another content
     now. Unusable recordings are skipped and recorded in the shard with the reason. Texts are stored as they are;
     `transcribed` normalises them.
-    Raises DataError if the folder holds codes made with other settings.
+    Raises OutputError for a folder that is not of encoded speech, is in use or cannot be written, and DataError if it
+    holds codes made with other settings.
     """
     folder = Path(folder)
     encoding = Encoding.of(codec, layers)
@@ -68,8 +71,9 @@ def encode_shards(
         raise DataError(f"utterance ids must be unique, but {repeated[0]} occurs more than once")
     settings = {**asdict(encoding), "max_duration_s": max_duration_s}
     settings |= {"utterances": len(utterances), "speech": identity(utterances)}
-    claim = folder / "request.json"
-    held = read_json(claim) or settings
+    if process == 0:
+        claim_codes(folder)
+    held = read_json(folder / REQUEST) or settings
     if (former := held.get("normalizer", "none")) != "none":
         raise DataError(
             f"{folder} was begun by an earlier version, which stored texts normalised by {former}; now they are stored "
@@ -83,13 +87,19 @@ def encode_shards(
         )
     folder.mkdir(parents=True, exist_ok=True)
     if process == 0:
-        write_json(claim, settings)
+        write_json(folder / REQUEST, settings)
     for shard in range(process, -(-len(utterances) // SHARD_SIZE), processes):
         part = utterances[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
         file = folder / f"codes_{shard:05d}.parquet"
         if not _is_current(file, part):
             _write_shard(file, part, codec, encoding, max_duration_s)
         yield len(part)
+
+
+def claim_codes(folder: str | Path) -> None:
+    """Claim a folder for encoded speech, see `claim_folder`, which says what it raises."""
+    # of an earlier version, or another process of this one was faster
+    claim_folder(folder, "encode_speech", own=lambda place: any((*place.glob(REQUEST), *place.glob("codes_*.parquet"))))
 
 
 def _write_shard(
@@ -129,9 +139,8 @@ def _write_shard(
         "recordings": json.dumps({"stamp": stamp, "content": _content(utterances)}),
     }
     table = pa.Table.from_pylist(rows, SCHEMA.append(SPEECH[encoding.kind]).with_metadata(metadata))
-    part = file.with_suffix(".part")
-    pq.write_table(table, part, compression="zstd")
-    os.replace(part, file)
+    with atomic_file(file) as part:
+        pq.write_table(table, part, compression="zstd")
 
 
 def _is_current(file: Path, utterances: Sequence[Utterance]) -> bool:
@@ -226,7 +235,7 @@ def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple
     """
     files = _shards(folder)
     encodings = {_notes(file)[b"encoding"] for file in files}
-    if asked := read_json(Path(folder) / "request.json").get("utterances"):
+    if asked := read_json(Path(folder) / REQUEST).get("utterances"):
         there = sum(pq.read_metadata(file).num_rows for file in files) + len(skipped_of_shards(folder))
         if there < asked:
             raise DataError(f"{folder} holds {there} of {asked} utterances: run encode_speech again to finish it")

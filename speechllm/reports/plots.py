@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from speechllm.reports.html import grid
+from tokenizer.errors import InputError
 from tokenizer.files import atomic_file
 
 LAYER = re.compile(r"_(\d+)$")  # suffix of a quantity's name
@@ -164,9 +165,17 @@ def spectrogram_figure(sounds: Mapping[str, np.ndarray], sample_rate: int) -> An
 
 def save_figure(figure: Any, path: str | Path) -> None:
     """Write a figure atomically as PNG, PDF or SVG, depending on the file's suffix."""
-    path = Path(path)
+    kind = figure_format(path)
     with atomic_file(path) as part:
-        figure.savefig(part, format=path.suffix[1:], dpi=130)
+        figure.savefig(part, format=kind, dpi=130)
+
+
+def figure_format(path: str | Path) -> str:
+    """The format of a figure's file name, such as png. Raises InputError for one that cannot be written."""
+    kind = Path(path).suffix[1:].lower()
+    if kind not in ("png", "pdf", "svg"):
+        raise InputError(f"{path}: expected the name of a picture, ending in .png, .pdf or .svg")
+    return kind
 
 
 def _series(log: Sequence[Mapping[str, object]]) -> dict[str, np.ndarray]:

@@ -4,13 +4,20 @@ A recipe parses its configuration (`parse_config`) before it imports anything he
 """
 
 import contextlib
+import inspect
+import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
 
 from speechllm.runs.config import yield_to_first_process
+from tokenizer.claims import claim_folder
 from tokenizer.errors import InputError
 
 T = TypeVar("T")
@@ -43,3 +50,28 @@ def run_recipe(main: Callable[[T], None], config: T) -> None:
     except SystemExit:
         yield_to_first_process()
         raise
+
+
+def claim_output(folder: str | Path, config: Any, mark: str | None = None) -> Path:
+    """Claim a folder for the recipe that defines the configuration, see `claim_folder`, which says what it raises.
+
+    Folders of earlier versions are known by the configuration that they hold, or by `mark`, a file that no other recipe
+    wrote.
+    """
+
+    def own(place: Path) -> bool:
+        files = [place / name for name in ("config.yaml", "demo.json", "results.json")]
+        return any(holds_config(file, config) for file in files) or bool(mark and (place / mark).is_file())
+
+    return claim_folder(folder, Path(inspect.getfile(type(config))).stem, own)
+
+
+def holds_config(file: str | Path, config: Any) -> bool:
+    """Whether a file holds a configuration of this recipe, alone or under "config"; the keys may be more by now."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        held = yaml.safe_load(text) if Path(file).suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    held = held.get("config", held) if isinstance(held, dict) else None
+    return isinstance(held, dict) and bool(held) and held.keys() <= asdict(config).keys()

@@ -18,8 +18,9 @@ from accelerate.tracking import filter_trackers
 from tqdm import tqdm
 
 from speechllm.runs.machine import provenance, versions
+from speechllm.runs.recipe import claim_output
 from tokenizer.errors import InputError
-from tokenizer.files import json_text, read_json, read_jsonl, write_json, write_jsonl, write_text
+from tokenizer.files import atomic_file, json_text, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 KEPT_CHECKPOINTS = 2
 PRINTED = 5  # skipped recordings that are printed
@@ -47,8 +48,8 @@ class Run:
         """trackers: names of experiment trackers, as in Accelerate, that also receive the log. free: keys of the
         configuration that may change during a run, because the result does not depend on them.
 
-        Raises RunError for a folder that cannot be written or holds another configuration, or for a tracker that is
-        not installed.
+        Raises OutputError for a folder that is not this recipe's, is in use or cannot be written (`claim_output`), and
+        RunError for one that holds another configuration, or for a tracker that is not installed.
         """
         self.folder = Path(folder)
         self.config = config
@@ -58,8 +59,9 @@ class Run:
         self.log_file = self.folder / "log.jsonl"
         self.skipped = self.folder / "skipped.jsonl"  # unusable recordings, see `Crops`
         if self.main:
+            claim_output(self.folder, config)
             try:
-                (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                (self.folder / "checkpoints").mkdir(exist_ok=True)
                 self._settle_config(asdict(config), free)
             except OSError as error:
                 raise RunError(f"cannot write the run folder {self.folder}: {error}") from error
@@ -81,7 +83,8 @@ class Run:
         file = self.folder / "config.yaml"
         held = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
         if held is not None:
-            changed = {key for key in held | config if held.get(key) != config.get(key)} - set(free)
+            places = str(held.get("output")), str(config.get("output"))
+            changed = {key for key in held | config if not _same(held.get(key), config.get(key), *places)} - set(free)
             if changed:
                 changes = "; ".join(f"{key}: {held.get(key)} -> {config.get(key)}" for key in sorted(changed))
                 raise RunError(
@@ -135,9 +138,8 @@ class Run:
         if not self.main:
             return
         file = self.folder / "checkpoints" / f"step_{step:08d}.pt"
-        part = file.with_suffix(".part")
-        torch.save({"step": step, "seconds": self._seconds, **state}, part)
-        os.replace(part, file)
+        with atomic_file(file) as part:
+            torch.save({"step": step, "seconds": self._seconds, **state}, part)
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
             old.unlink()
 
@@ -171,6 +173,17 @@ class Run:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10,  # less often in log files
         )
+
+
+def _same(held: Any, asked: Any, before: str, now: str) -> bool:
+    """Whether two values of a configuration are equal; paths are if they were moved as the output was, to `now`."""
+    if isinstance(held, dict) and isinstance(asked, dict):
+        return held.keys() == asked.keys() and all(_same(held[key], asked[key], before, now) for key in held)
+    if isinstance(held, list) and isinstance(asked, list):
+        return len(held) == len(asked) and all(_same(*pair, before, now) for pair in zip(held, asked, strict=True))
+    if isinstance(held, str) and isinstance(asked, str) and held and asked and before != now:
+        return held == asked or os.path.relpath(held, before) == os.path.relpath(asked, now)
+    return held == asked
 
 
 def _logged_step(line: str) -> float:

@@ -130,9 +130,11 @@ class Stages:
         asked: the commands; a configuration file counts by its content, not its name. Raises RunError if the stage was
         done with other settings.
         """
-        words = [setting for command in asked for word in command for setting in expand(word)]
+        given = [setting for command in asked for word in command for setting in expand(word)]
+        here = re.compile(rf"(?<![\w./-]){re.escape(str(self.file.parent))}(?=/|$)")
+        words = [here.sub("RUN", word) for word in given]  # the folder may move
         before = self.done.get(name, {"seconds": 0.0, "finished": False, "words": words})
-        if before["finished"] and before.get("words", words) != words:  # earlier versions did not record them
+        if before["finished"] and before.get("words", words) not in (words, given):  # `given` by earlier versions
             changed = set(before["words"]) ^ set(words)
             raise RunError(
                 f"[{name}] was done with other settings ({', '.join(sorted(changed))}) in {self.file.parent}: "

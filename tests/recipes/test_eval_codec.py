@@ -124,13 +124,13 @@ def test_evaluators_score_what_was_decoded(
     (tmp_path / "manifest.jsonl").write_text(json.dumps(row), encoding="utf-8")
     monkeypatch.setattr(recipe(RECIPE).SpeakerTeacher, "from_pretrained", lambda name: Speaker(1, 1))
     monkeypatch.setattr(recipe(RECIPE), "load_recognizer", lambda name: Recognizer())
-    found = evaluate(tmp_path, f"data={tmp_path}", "layers=[1]", "speaker=x", "recognizer=recognizer:x")
+    found = evaluate(tmp_path / "new", f"data={tmp_path}", "layers=[1]", "speaker=x", "recognizer=recognizer:x")
     assert found["original"]["speaker_similarity"]["mean"] == pytest.approx(1)
     similarity = torch.cosine_similarity(original[:4_000], reconstruction[:4_000], dim=0)
     assert found["codebooks"]["1"]["speaker_similarity"]["mean"] == pytest.approx(float(similarity), abs=1e-5)
     assert found["original"]["wer"] == {"mean": 0, "ci95": [0, 0], "words": 1, "normalizer": "librispeech"}
     assert found["codebooks"]["1"]["wer"]["mean"] == 1
-    line = json.loads((tmp_path / "utterances.jsonl").read_text(encoding="utf-8"))
+    line = json.loads((tmp_path / "new" / "utterances.jsonl").read_text(encoding="utf-8"))
     assert line["recognized"] == {"original": "LOUD", "1": "LOW"}
 
 
@@ -240,7 +240,7 @@ def test_the_order_is_kept_with_a_full_queue(
 def test_missing_codebooks_are_refused_in_one_line(evaluate: Callable[..., dict], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"^error: layers must be numbers from 1 to 3.*got \[1, 8\]$"):
         evaluate(tmp_path / "new", "layers=[1,8]")
-    assert not (tmp_path / "new").exists()
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"claim.json", ".lock"}  # nothing was written
 
 
 def test_a_missing_package_ends_the_evaluation_with_the_remedy(
@@ -249,4 +249,4 @@ def test_a_missing_package_ends_the_evaluation_with_the_remedy(
     monkeypatch.setitem(sys.modules, "pesq", None)
     with pytest.raises(ImportError, match=r'pip install "speechllm\[eval\]"'):
         evaluate(tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"claim.json", ".lock"}  # nothing was written

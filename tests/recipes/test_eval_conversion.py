@@ -344,7 +344,7 @@ def test_errors_are_reported_in_one_line(
 ) -> None:
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         evaluate(tmp_path / "new", word)
-    assert not (tmp_path / "new").exists()
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"claim.json", ".lock"}  # nothing was written
 
 
 def test_one_speaker_is_not_enough(recipe: Callable[[str], ModuleType]) -> None:

@@ -15,7 +15,8 @@ import pytest
 import soundfile
 from datasets import Audio, Dataset, DatasetDict
 
-from speechllm import DataError, RunError, Utterance, read_corpus
+from speechllm import DataError, InputError, RunError, Utterance, read_corpus
+from tokenizer.files import write_text
 
 Run = Callable[..., Path]
 PATHS = ("84-0.flac", "84-1.flac", "7-0.flac", "7-1.flac", "7-2.flac")
@@ -74,7 +75,9 @@ def run(recipe: Callable[[str], ModuleType], tmp_path: Path) -> Run:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert files.pop("claim.json") == b'{\n  "job": "import_speech"\n}\n' and files.pop(".lock")
+    return files
 
 
 def same_speech(folder: Path, split: str = "train") -> None:
@@ -291,6 +294,14 @@ def test_a_corpus_folder_needs_no_import(run: Run, tmp_path: Path, layout: str) 
     with pytest.raises(DataError, match=message):
         run(tmp_path / "data")
     assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.jsonl", "checkpoints/mine.pt", "audio/train/0000/0000000.flac"])
+def test_a_corpus_of_somebody_is_not_replaced(run: Run, parquet: Path, tmp_path: Path, name: str) -> None:
+    write_text(tmp_path / "out" / name, "mine")
+    with pytest.raises(InputError, match=f"holds what import_speech did not write .{name.split('/')[0]}.: choose"):
+        run(parquet)
+    assert [path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["mine"]
 
 
 @pytest.fixture

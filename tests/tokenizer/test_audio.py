@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 
-from speechllm import AudioError, load_audio, pad_waveforms, save_audio
+from speechllm import AudioError, InputError, load_audio, pad_waveforms, save_audio
 from tokenizer.audio import audio_duration, inspect_audio, resample
 
 RATE = 16_000
@@ -411,7 +411,7 @@ def test_the_rate_is_saved(tmp_path: Path) -> None:
 
 
 def test_a_failed_save_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(InputError, match="a.unknown: expected the name of an audio file, ending in .wav"):
         save_audio(tmp_path / "a.unknown", torch.zeros(10))
     assert list(tmp_path.iterdir()) == []
 
@@ -420,7 +420,7 @@ def test_a_failed_save_keeps_the_file_that_was_there(tmp_path: Path, monkeypatch
     save_audio(tmp_path / "a.wav", torch.ones(10))
     before = (tmp_path / "a.wav").read_bytes()
 
-    def fail(path: str, *_: object) -> None:
+    def fail(path: str, *_: object, **__: object) -> None:
         Path(path).write_bytes(b"half a file")
         raise OSError("no space left")
 

@@ -14,8 +14,10 @@ import speechllm
 from speechllm import SpeechCodec, codebook_usage, load_audio, paired_bootstrap, reconstruct, save_audio, transcribe
 from speechllm.cli.main import main
 from speechllm.reports import plots
+from tokenizer.errors import InputError
 
 RATE = 16_000
+CLAIM = ("claim.json", ".lock")
 Capture = pytest.CaptureFixture[str]
 
 
@@ -59,7 +61,7 @@ def test_reconstruct_writes_a_sound_per_number_of_codebooks_and_a_picture(
     code, lines, _ = speak("reconstruct", folder / "a.flac", "--layers", "3,1", "--output", tmp_path / "out")
     names = ["a_1_codebooks.wav", "a_3_codebooks.wav", "a.png"]
     assert code == 0 and lines == [str(tmp_path / "out" / name) for name in names]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == set(names)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, *CLAIM}
     for count, expected in reconstruct(codec, load_audio(folder / "a.flac"), [1, 3]).items():
         found = load_audio(tmp_path / "out" / f"a_{count}_codebooks.wav")
         torch.testing.assert_close(found, expected.clamp(-1, 1), atol=2 / 32768, rtol=0)
@@ -75,7 +77,8 @@ def test_reconstruct_names_unusable_files_and_does_the_others(speak: Callable, f
     files = [folder / name for name in ("broken.wav", "a.flac", "missing.wav", "b.flac")]
     code, lines, errors = speak("reconstruct", *files, "--layers", "1", "--output", tmp_path)
     assert code == 1 and len(lines) == 4
-    assert {path.name for path in tmp_path.iterdir()} == {"a_1_codebooks.wav", "a.png", "b_1_codebooks.wav", "b.png"}
+    names = {"a_1_codebooks.wav", "a.png", "b_1_codebooks.wav", "b.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {*names, *CLAIM}
     skipped = errors.splitlines()
     assert len(skipped) == 2 and "broken.wav: not a readable audio file" in skipped[0]
     assert skipped[1] == f"skipped: {folder / 'missing.wav'}: no such audio file"
@@ -133,7 +136,7 @@ def test_the_picture_has_a_panel_per_sound_on_the_scale_of_the_original(noise: C
 
 def test_a_picture_that_cannot_be_drawn_leaves_no_file(tmp_path: Path) -> None:
     figure = plots.code_usage_figure([np.ones(1)], [8])
-    with pytest.raises(ValueError, match="not supported"):
+    with pytest.raises(InputError, match=r"a.bmp3: expected the name of a picture, ending in \.png"):
         plots.save_figure(figure, tmp_path / "a.bmp3")
     assert not list(tmp_path.iterdir())
 
@@ -277,6 +280,72 @@ def test_codes_of_another_shape_or_kind_are_named(
     (tmp_path / "codes.jsonl").write_text(f"\n{json.dumps(line)}\n", encoding="utf-8")
     code, _, errors = speak("decode", tmp_path / "codes.jsonl", "--output", tmp_path / "out")
     assert code == 1 and re.search(rf"codes\.jsonl, row 2: {message}", errors) and not (tmp_path / "out").exists()
+
+
+def test_two_recordings_of_one_name_are_not_decoded_into_one_file(
+    speak: Callable, folder: Path, tmp_path: Path
+) -> None:
+    line = json.loads(speak("encode", folder / "a.flac")[1][0])
+    lines = [json.dumps({**line, "file": name}) for name in ("a/1.wav", "b/1.flac")]
+    (tmp_path / "codes.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    code, _, errors = speak("decode", tmp_path / "codes.jsonl", "--output", tmp_path / "out")
+    assert code == 1 and "several files are named 1.wav and would overwrite each other" in errors
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["decode", "reconstruct"])
+def test_sounds_do_not_go_into_a_folder_with_other_files(
+    speak: Callable, folder: Path, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "codes.jsonl").write_text(speak("encode", folder / "a.flac")[1][0], encoding="utf-8")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    source = {"decode": tmp_path / "codes.jsonl", "reconstruct": folder / "a.flac"}[command]
+    code, _, errors = speak(command, source, "--output", folder)  # the originals are there
+    assert code == 1 and f"holds what {command} did not write" in errors
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_decoding_again_replaces_what_was_decoded(speak: Callable, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "codes.jsonl").write_text(speak("encode", folder / "a.flac")[1][0], encoding="utf-8")
+    for _ in range(2):
+        assert speak("decode", tmp_path / "codes.jsonl", "--output", tmp_path / "out")[0] == 0
+    code, _, errors = speak("reconstruct", folder / "a.flac", "--output", tmp_path / "out")
+    assert code == 1 and "out is the output of decode, not of reconstruct" in errors
+
+
+@pytest.mark.parametrize("option", ["convert --output a.wav", "codebooks --output a.json", "codebooks --picture a.png"])
+def test_an_existing_file_is_refused_before_the_work(
+    speak: Callable, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr(speechllm, "load_codec", lambda _: pytest.fail("the work began"))
+    monkeypatch.setattr("tokenizer.loading.load_discrete", lambda _: pytest.fail("the work began"))
+    command, word, name = option.split()
+    (tmp_path / name).write_text("mine")
+    files = [folder / "a.flac", folder / "b.flac"]
+    code, _, errors = speak(command, *files, word, tmp_path / name)
+    assert code == 1 and errors.endswith(f"{name} already exists: choose another name or delete it\n")
+    assert (tmp_path / name).read_text() == "mine"
+    if name != "a.json":
+        assert "a.unknown: expected the name of" in speak(command, *files, word, tmp_path / "a.unknown")[2]
+
+
+@pytest.mark.parametrize("kind", ["encodec", "speechtokenizer"])
+@pytest.mark.parametrize("output", ["mine", "source", "source/codec", ".", "file"])
+def test_importing_a_codec_deletes_nothing(
+    tmp_path: Path, codec: SpeechCodec, monkeypatch: pytest.MonkeyPatch, kind: str, output: str
+) -> None:
+    for name in ("mine", "source", "mine.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("weights")
+    (tmp_path / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("encodec", "speechtokenizer"):
+        monkeypatch.setattr(speechllm, f"convert_{name}", lambda _: pytest.fail("the work began"), raising=False)
+    assert main(["import-codec", str(tmp_path / "source"), str(tmp_path / output), "--kind", kind]) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.setattr(speechllm, f"convert_{kind}", lambda _: codec, raising=False)
+    (tmp_path / "empty").mkdir()
+    assert main(["import-codec", str(tmp_path / "source"), str(tmp_path / "empty"), "--kind", kind]) == 0
 
 
 def test_transcribe_prints_a_text_per_file_and_decodes_runaways_again(

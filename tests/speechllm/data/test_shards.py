@@ -102,7 +102,12 @@ def test_encoding_again_changes_nothing(tmp_path: Path, speech: list[Utterance],
     before = stamps(tmp_path)
     assert encode(speech, small_codec, tmp_path) == [3, 3, 3, 1]
     assert stamps(tmp_path) == before and sorted(before) == SHARDS
-    assert {path.name for path in tmp_path.iterdir()} == {*SHARDS, "request.json"}  # nothing half written
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *SHARDS,
+        "request.json",
+        "claim.json",
+        ".lock",
+    }  # nothing half written
 
 
 def test_a_missing_shard_is_made_again_and_the_others_are_kept(
@@ -111,12 +116,12 @@ def test_a_missing_shard_is_made_again_and_the_others_are_kept(
     encode(speech, small_codec, tmp_path)
     whole, before = content(tmp_path), stamps(tmp_path)
     (tmp_path / SHARDS[1]).unlink()
-    (tmp_path / SHARDS[1]).with_suffix(".part").write_bytes(b"PAR1")  # what a kill leaves
+    (tmp_path / f".{SHARDS[1]}.{2**22 + 1}.part").write_bytes(b"PAR1")  # what a kill leaves: no process has this number
     encode(speech, small_codec, tmp_path)
     after = stamps(tmp_path)
     assert content(tmp_path) == whole
     assert {name for name in before if before[name] == after[name]} == set(SHARDS) - {SHARDS[1]}
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.rglob("*.part"))
 
 
 @pytest.fixture

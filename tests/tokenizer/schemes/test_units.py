@@ -186,7 +186,7 @@ def test_the_seed_determines_the_result_and_frames_can_be_limited(
 
 def test_too_few_frames_end_in_one_line(hubert_folder: Path, recipe: Callable, work: Path) -> None:
     module = recipe("fit_units.py")
-    config = module.UnitsConfig(model=str(hubert_folder), data=str(work / "corpus"), output="x", layer=1)
+    config = module.UnitsConfig(model=str(hubert_folder), data=str(work / "corpus"), output=str(work / "x"), layer=1)
     with pytest.raises(SystemExit, match="200 frames cannot make 500 clusters"):
         module.main(config)
 
