@@ -2,14 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from tokenizer.errors import InputError
+from tokenizer.reading import AGAIN, read_json_object, reading
 
 
 def module_fingerprint(module: nn.Module, settings: dict[str, Any]) -> str:
@@ -45,34 +48,149 @@ def write_settings(folder: str | Path, kind: str, **settings: Any) -> None:
 
 
 def find_file(name: str | Path, file: str) -> Path | None:
-    """The path of a file in a folder or a hub model, or None if there is no such file."""
+    """The path of a file in a folder or a hub model, or None if there is no such file or the hub cannot be reached."""
     if Path(name).is_dir():
         path = Path(name) / file
         return path if path.is_file() else None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(hf_hub_download(str(name), file))
-    except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError):
+    except (HFValidationError, OSError):  # no hub name; no such model or file; no network
         return None
 
 
 def read_pretrained_json(name: str | Path, file: str) -> dict[str, Any]:
-    """The contents of a JSON file in a folder or a hub model, or an empty dict if there is no such file."""
+    """The object in a JSON file in a folder or a hub model, or an empty dict if there is no such file."""
     path = find_file(name, file)
-    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+    return read_json_object(path, f"the {file} of a model") if path else {}
 
 
-def load_complete(model_class: Any, name: str | Path) -> Any:
-    """Load a frozen transformers model in float32, all of whose weights come from the checkpoint.
+def describe(name: str | Path) -> str:
+    """What lies in a folder or a hub model, for messages: "a hubert model", "a speech codec", ..."""
+    if kind := read_pretrained_json(name, SETTINGS_FILE).get("kind"):
+        return f"an audio tokenizer of kind {kind}"
+    config = read_pretrained_json(name, "config.json")
+    if "model_type" in config:
+        return f"a {config['model_type']} model"
+    if "num_codebooks" in config or "n_q" in config:
+        return "a speech codec"
+    if find_file(name, "hyperparams.yaml"):
+        return "a model of SpeechBrain"
+    if find_file(name, "adapter_config.json"):
+        return "an adapter"
+    return "no model"
 
-    transformers initialises missing weights randomly; here they raise InputError.
+
+def load_config(name: str | Path, expected: str) -> Any:
+    """The configuration of a transformers model in a folder or on the hub, before anything else is loaded.
+
+    Raises FileNotFoundError for a missing folder and a hub name that cannot be had, InputError for a folder that holds
+    something else; expected: what should be there.
     """
-    model, report = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    masks = {key for key in report["missing_keys"] if key.endswith("masked_spec_embed")}  # used in training only
+    from transformers import AutoConfig
+
+    check_folder(name, [], expected)
+    if not read_pretrained_json(name, "config.json").get("model_type"):
+        if not Path(name).is_dir() and not find_file(name, "config.json"):
+            raise FileNotFoundError(
+                f"{name}: no such folder, and no hub model that can be reached: expected {expected}; "
+                "without a network, download it elsewhere and give its folder"
+            )
+        raise InputError(f"{name} holds {describe(name)}: expected {expected}")
+    with reading(name, expected):
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+
+
+def load_complete(
+    model_class: Any,
+    name: str | Path,
+    expected: str,
+    new: tuple[str, ...] = (),
+    dtype: torch.dtype | str = torch.float32,
+    **settings: Any,
+) -> Any:
+    """Load a transformers model, all of whose weights come from the checkpoint, in eval mode.
+
+    transformers initialises missing weights randomly; here they raise InputError, as does whatever else is wrong with
+    the files. expected: what should be there; new: what the names of weights begin with that training starts anew.
+    """
+    with reading(name, expected):
+        model, report = model_class.from_pretrained(
+            name,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below
+            trust_remote_code=False,
+            **settings,
+        )
+    missing = set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
+    masks = {key for key in missing if key.endswith("masked_spec_embed")}  # used in training only
     for key in masks:
         nn.init.zeros_(model.get_parameter(key))  # but included in every fingerprint
-    if missing := sorted(set(report["missing_keys"]) - masks):
-        raise InputError(f"{name} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} first")
-    return model.eval().requires_grad_(False)
+    absent = sorted(key for key in missing - masks if not key.startswith(new))
+    names = {_numberless(key) for key in model.state_dict()}
+    more = [key for key in report["unexpected_keys"] if _numberless(key) in names]  # layers; heads have other names
+    _require_complete(name, model, absent, sorted(report["unexpected_keys"] if absent else more))
+    return model.eval()
+
+
+def load_frozen(model_class: Any, name: str | Path, expected: str) -> Any:
+    """`load_complete` in float32 for a model that is never trained."""
+    return load_complete(model_class, name, expected).requires_grad_(False)
+
+
+def load_part(auto_class: Any, name: str | Path, expected: str) -> Any:
+    """Load a text tokenizer, processor or feature extractor of transformers; InputError if that fails."""
+    with reading(name, expected):
+        return auto_class.from_pretrained(name, trust_remote_code=False)
+
+
+def read_weights(file: str | Path, expected: str, mend: str = AGAIN, mmap: bool = False) -> Any:
+    """What `torch.save` or safetensors wrote, on the CPU. Nothing in the file is executed.
+
+    Raises InputError, which names the file, for one that is damaged, cut short or holds other things than weights.
+    """
+    with reading(file, expected, mend):
+        if Path(file).suffix == ".safetensors":
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def fill_weights(module: nn.Module, weights: Any, source: str | Path) -> None:
+    """`load_state_dict`, but whatever is missing, left over or of another shape is one line of InputError."""
+    own = module.state_dict()
+    if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise InputError(f"{source} holds a {type(weights).__name__}: expected the weights of a {_kind(module)}")
+    unlike = {key for key in own if key in weights and own[key].shape != weights[key].shape}
+    absent = sorted(key for key in own if key not in weights or key in unlike)
+    _require_complete(source, module, absent, sorted(set(weights) - set(own)))
+    module.load_state_dict(weights)
+
+
+def _require_complete(source: str | Path, module: nn.Module, absent: Sequence[str], left_over: Sequence[str]) -> None:
+    """Raise InputError for weights that a checkpoint lacks, has in other shapes or beyond these, or that are NaN."""
+    problems = []
+    if absent:
+        count = f"{len(absent)} of {len(module.state_dict())} weights"
+        problems.append(f"it lacks {count} or has them in other shapes, {absent[0]} first")
+    if left_over:
+        problems.append(f"it has {len(left_over)} that this model has not, {left_over[0]} first")
+    if problems:
+        raise InputError(
+            f"{source} does not hold the weights of a {_kind(module)} of this configuration: {'; '.join(problems)}; "
+            f"{AGAIN}"
+        )
+    for name, weight in module.state_dict().items():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            raise InputError(f"{source}: the weight {name} is not finite: use another checkpoint of this model")
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _numberless(key: str) -> str:
+    """The name of a weight, the same for all layers."""
+    return re.sub(r"\.\d+\.", ".N.", key)
