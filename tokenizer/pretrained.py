@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from tokenizer.errors import InputError
 from tokenizer.reading import AGAIN, read_json_object, reading
+
+
+class IncompleteError(InputError):
+    """A checkpoint without all the weights of its model; the message says which are missing."""
 
 
 def module_fingerprint(module: nn.Module, settings: dict[str, Any]) -> str:
@@ -53,11 +57,11 @@ def find_file(name: str | Path, file: str) -> Path | None:
         path = Path(name) / file
         return path if path.is_file() else None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
     try:
         return Path(hf_hub_download(str(name), file))
-    except (HFValidationError, OSError):  # no hub name; no such model or file; no network
+    except (EntryNotFoundError, HFValidationError, OSError):  # OSError: no such model, no network
         return None
 
 
@@ -91,7 +95,7 @@ def load_config(name: str | Path, expected: str) -> Any:
     """
     from transformers import AutoConfig
 
-    check_folder(name, [], expected)
+    check_folder(name, ["config.json"], expected)
     if not read_pretrained_json(name, "config.json").get("model_type"):
         if not Path(name).is_dir() and not find_file(name, "config.json"):
             raise FileNotFoundError(
@@ -125,14 +129,16 @@ def load_complete(
             trust_remote_code=False,
             **settings,
         )
-    missing = set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
+    missing, unlike = set(report["missing_keys"]), {key for key, *_ in report["mismatched_keys"]}
     masks = {key for key in missing if key.endswith("masked_spec_embed")}  # used in training only
     for key in masks:
         nn.init.zeros_(model.get_parameter(key))  # but included in every fingerprint
-    absent = sorted(key for key in missing - masks if not key.startswith(new))
+    absent, unlike = ({key for key in keys - masks if not key.startswith(new)} for keys in (missing, unlike))
     names = {_numberless(key) for key in model.state_dict()}
-    more = [key for key in report["unexpected_keys"] if _numberless(key) in names]  # layers; heads have other names
-    _require_complete(name, model, absent, sorted(report["unexpected_keys"] if absent else more))
+    # a checkpoint may have a head beside what is wanted, but not more layers
+    left_over = [key for key in report["unexpected_keys"] if absent or _numberless(key) in names]
+    _require_complete(name, model, absent, unlike, left_over)
+    _require_finite(name, model)
     return model.eval()
 
 
@@ -163,25 +169,33 @@ def fill_weights(module: nn.Module, weights: Any, source: str | Path) -> None:
     own = module.state_dict()
     if not isinstance(weights, Mapping) or not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise InputError(f"{source} holds a {type(weights).__name__}: expected the weights of a {_kind(module)}")
-    unlike = {key for key in own if key in weights and own[key].shape != weights[key].shape}
-    absent = sorted(key for key in own if key not in weights or key in unlike)
-    _require_complete(source, module, absent, sorted(set(weights) - set(own)))
+    unlike = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    absent = [key for key in own if key not in weights]
+    _require_complete(source, module, absent, unlike, [key for key in weights if key not in own])
     module.load_state_dict(weights)
+    _require_finite(source, module)
 
 
-def _require_complete(source: str | Path, module: nn.Module, absent: Sequence[str], left_over: Sequence[str]) -> None:
-    """Raise InputError for weights that a checkpoint lacks, has in other shapes or beyond these, or that are NaN."""
-    problems = []
+def _require_complete(
+    source: str | Path, module: nn.Module, absent: Collection[str], unlike: Collection[str], left_over: Collection[str]
+) -> None:
+    """Raise IncompleteError for weights that are missing, of another shape, or left over."""
+    found = []
     if absent:
-        count = f"{len(absent)} of {len(module.state_dict())} weights"
-        problems.append(f"it lacks {count} or has them in other shapes, {absent[0]} first")
+        found.append(f"lacks {len(absent)} weights of a {_kind(module)}, {min(absent)} first")
+    if unlike:
+        found.append(f"has {len(unlike)} weights of other shapes than its configuration, {min(unlike)} first")
     if left_over:
-        problems.append(f"it has {len(left_over)} that this model has not, {left_over[0]} first")
-    if problems:
-        raise InputError(
-            f"{source} does not hold the weights of a {_kind(module)} of this configuration: {'; '.join(problems)}; "
-            f"{AGAIN}"
+        found.append(f"has {len(left_over)} weights that a {_kind(module)} has not, {min(left_over)} first")
+    if found:
+        raise IncompleteError(
+            f"{source}: the parameters are not those of its configuration: it {' and '.join(found)}; "
+            f"expected all {len(module.state_dict())}, {AGAIN}"
         )
+
+
+def _require_finite(source: str | Path, module: nn.Module) -> None:
+    """Raise InputError for weights that are NaN or infinite, as after a training that failed."""
     for name, weight in module.state_dict().items():
         if weight.is_floating_point() and not torch.isfinite(weight).all():
             raise InputError(f"{source}: the weight {name} is not finite: use another checkpoint of this model")

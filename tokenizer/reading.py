@@ -15,7 +15,9 @@ LONGEST = 300  # characters of another library's message
 
 
 @contextlib.contextmanager
-def reading(place: str | Path, expected: str, mend: str = AGAIN, error_class: type[InputError] = InputError) -> Iterator:
+def reading(
+    place: str | Path, expected: str, mend: str = AGAIN, error_class: type[InputError] = InputError
+) -> Iterator:
     """Translate what goes wrong while a library reads a file or a folder into one line that names the file.
 
     place: the file, folder or hub name; expected: what it should be; mend: how to get it right. Errors that are clear
@@ -28,8 +30,10 @@ def reading(place: str | Path, expected: str, mend: str = AGAIN, error_class: ty
     except Exception as error:  # each library has its own, tokenizers not even a class for them
         if isinstance(error, OSError) and error.filename is not None:
             raise
-        found = find_damage(place) or f"{place} cannot be read as {expected} ({type(error).__name__}: {one_line(error)})"
-        raise error_class(f"{found}: expected {expected}; {mend}") from error
+        if found := find_damage(place):
+            raise error_class(f"{found}: expected {expected}; {mend}") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise error_class(f"{place} is not {expected}, or is damaged ({reason}): {mend}") from error
 
 
 def one_line(error: BaseException) -> str:

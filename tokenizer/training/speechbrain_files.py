@@ -28,8 +28,11 @@ EXPECTED = "the hyperparams.yaml of an ECAPA-TDNN, laid out as in speechbrain/sp
 
 def speechbrain_settings(file: Path) -> dict[str, dict[str, Any]]:
     """The arguments of each of the NEEDED objects. Nothing is executed: what is not known raises InputError."""
-    with reading(file, EXPECTED), file.open(encoding="utf-8") as stream:
-        root = yaml.compose(stream, yaml.SafeLoader)
+    with reading(file, EXPECTED):
+        return _settings(file, yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader))
+
+
+def _settings(file: Path, root: yaml.Node | None) -> dict[str, dict[str, Any]]:
     if not isinstance(root, yaml.MappingNode):
         raise InputError(f"{file} holds no settings: expected {EXPECTED}")
     _check_tags(file, root)
@@ -50,7 +53,7 @@ def _check_tags(file: Path, node: yaml.Node) -> None:
     known = IGNORED | set(NEEDED.values()) | SCALARS | {PLAIN + "seq", PLAIN + "map"}
     if node.tag not in known:
         raise InputError(
-            f"{file}, line {node.start_mark.line + 1}: {node.tag} could run code and is not followed: expected {EXPECTED}"
+            f"{file}, line {node.start_mark.line + 1}: {node.tag} may run code and is not followed: expected {EXPECTED}"
         )
     if isinstance(node, yaml.CollectionNode):
         for item in node.value:

@@ -75,7 +75,7 @@ class SemanticTeacher(nn.Module):
         """
         from transformers import AutoFeatureExtractor, AutoModel
 
-        expected = "a HuBERT, WavLM or wav2vec 2.0 model"
+        expected = "HuBERT, WavLM or wav2vec 2.0"
         config = load_config(name, expected)
         if not hasattr(config, "conv_stride"):
             raise InputError(f"{name} is a {config.model_type} model: expected {expected}")
@@ -161,16 +161,19 @@ class SpeakerTeacher(nn.Module):
         expected = "an ECAPA-TDNN of SpeechBrain"
         check_folder(name, [], expected)
         if (file := find_file(name, "hyperparams.yaml")) is None:
-            raise FileNotFoundError(f"{name} holds {describe(name)}: expected {expected}, with its hyperparams.yaml")
+            raise FileNotFoundError(f"{name} holds {describe(name)} and not {expected}: it lacks hyperparams.yaml")
         if (checkpoint := find_file(name, "embedding_model.ckpt")) is None:
-            raise FileNotFoundError(f"{name} lacks embedding_model.ckpt, the weights of {expected}")
+            raise FileNotFoundError(f"{name} is not whole: it lacks embedding_model.ckpt, the weights of {expected}")
         settings = speechbrain_settings(file)
         with reading(file, f"the settings of {expected}"):
             features = Fbank(**settings["compute_features"])
             normalization = InputNormalization(**settings["mean_var_norm"])
             ecapa = ECAPA_TDNN(**settings["embedding_model"])
         fill_weights(ecapa, read_weights(checkpoint, f"the weights of {expected}"), checkpoint)
-        return cls(features, normalization, ecapa)
+        teacher = cls(features, normalization, ecapa)
+        with reading(file, f"the settings of {expected} whose parts fit together"):
+            teacher.embedding(torch.zeros(1, 1_600))
+        return teacher
 
     def train(self, mode: bool = True) -> "SpeakerTeacher":
         """Stay in eval mode, because its batch normalisation must not adapt to the training data."""
