@@ -28,8 +28,8 @@ def module_fingerprint(module: nn.Module, settings: dict[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_folder(name: str | Path, files: Iterable[str], what: str) -> None:
-    """Raise FileNotFoundError if `name` is clearly meant as a folder but does not hold the files of `what`.
+def check_folder(name: str | Path, files: Iterable[str], what: str) -> str:
+    """The folder or hub name of `what`: FileNotFoundError if `name` is clearly meant as a folder but lacks the files.
 
     Hub libraries answer a mistyped path with a message about repository ids, after twenty seconds without a network.
     """
@@ -40,6 +40,7 @@ def check_folder(name: str | Path, files: Iterable[str], what: str) -> None:
             raise FileNotFoundError(f"{folder} is not the folder of {what}: it lacks {', '.join(missing)}")
     elif str(name).startswith((".", "/", "~")) or str(name).count("/") > 1:
         raise FileNotFoundError(f"{folder}: no such folder (expected {what}, or a hub name like owner/model)")
+    return str(name)
 
 
 SETTINGS_FILE = "audio_tokenizer.json"
@@ -88,14 +89,13 @@ def describe(name: str | Path) -> str:
 
 
 def load_config(name: str | Path, expected: str) -> Any:
-    """The configuration of a transformers model in a folder or on the hub, before anything else is loaded.
+    """The configuration of a transformers model in a folder (`check_folder`) or on the hub, to be read before the rest.
 
-    Raises FileNotFoundError for a missing folder and a hub name that cannot be had, InputError for a folder that holds
-    something else; expected: what should be there.
+    Raises FileNotFoundError for a hub name that cannot be had, InputError for another kind of thing than a transformers
+    model; expected: what should be there.
     """
     from transformers import AutoConfig
 
-    check_folder(name, ["config.json"], expected)
     if not read_pretrained_json(name, "config.json").get("model_type"):
         if not Path(name).is_dir() and not find_file(name, "config.json"):
             raise FileNotFoundError(

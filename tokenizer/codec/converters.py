@@ -70,6 +70,7 @@ def convert_encodec(name: str | Path) -> SpeechCodec:
     """
     from transformers import EncodecModel  # imported here because using a codec needs no transformers
 
+    name = check_folder(name, ["config.json"], "an EnCodec model")
     config = load_config(name, "an EnCodec model")
     _check_settings(name, config.to_dict(), ENCODEC_SETTINGS)
     encodec = load_frozen(EncodecModel, name, "an EnCodec model")
@@ -93,7 +94,7 @@ def convert_speechtokenizer(name: str | Path) -> SpeechCodec:
     Raises FileNotFoundError if a file is missing, InputError listing all settings our modules do not support, or
     the parameters that do not fit.
     """
-    check_folder(name, ["config.json", "SpeechTokenizer.pt"], "SpeechTokenizer")
+    name = check_folder(name, ["config.json", "SpeechTokenizer.pt"], "SpeechTokenizer")
     config, checkpoint = read_pretrained_json(name, "config.json"), find_file(name, "SpeechTokenizer.pt")
     if not config or checkpoint is None:
         raise FileNotFoundError(f"{name} lacks config.json or SpeechTokenizer.pt: expected SpeechTokenizer's folder")

@@ -162,8 +162,7 @@ class SpeechCodec(
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SpeechCodec":
         """Load from a folder or hub name, in eval mode; FileNotFoundError or InputError if it holds no such codec."""
-        name = pretrained_model_name_or_path
-        check_folder(name, ["config.json", "model.safetensors"], "a speech codec")
+        name = check_folder(pretrained_model_name_or_path, ["config.json", "model.safetensors"], "a speech codec")
         config = read_pretrained_json(name, "config.json") if Path(name).is_dir() else {"num_codebooks": None}
         if "model_type" in config or "num_codebooks" not in config:
             raise InputError(f"{name} holds no codec of this package: found {describe(name)}")

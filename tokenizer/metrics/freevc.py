@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
 from tokenizer.errors import InputError
-from tokenizer.pretrained import fill_weights, load_config, load_frozen, read_weights
+from tokenizer.pretrained import check_folder, fill_weights, load_config, load_frozen, read_weights
 from tokenizer.rates import HOP_LENGTH, SAMPLE_RATE
 from tokenizer.reading import read_json_object, reading
 
@@ -217,6 +217,7 @@ class FreeVC(nn.Module):
 
         folder = Path(folder)
         _check_files(folder)
+        wavlm = check_folder(wavlm, ["config.json"], "a WavLM model")
         settings = load_config(wavlm, "a WavLM model")
         config = read_json_object(folder / "freevc.json", "the configuration of FreeVC").get("model", {})
         with reading(folder / "freevc.json", "the configuration of FreeVC"):

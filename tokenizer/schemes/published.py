@@ -11,7 +11,7 @@ from tokenizer.audio import pad_waveforms
 from tokenizer.errors import InputError
 from tokenizer.frames import split_utterances
 from tokenizer.interface import Codes
-from tokenizer.pretrained import load_config, load_frozen, module_fingerprint
+from tokenizer.pretrained import check_folder, load_config, load_frozen, module_fingerprint
 
 PUBLISHED = ("encodec", "mimi", "dac")  # model types of transformers
 
@@ -40,6 +40,7 @@ class PublishedCodec(nn.Module):
         from transformers import AutoModel
 
         expected = "an EnCodec, Mimi or DAC of transformers"
+        name = check_folder(name, ["config.json"], expected)
         if (found := load_config(name, expected).model_type) not in PUBLISHED:
             raise InputError(f"{name} is a {found} model: expected {expected}")
         return cls(load_frozen(AutoModel, name, expected))

@@ -12,6 +12,7 @@ from tokenizer.frames import split_utterances
 from tokenizer.interface import Transcripts
 from tokenizer.pretrained import (
     IncompleteError,
+    check_folder,
     load_config,
     load_frozen,
     load_part,
@@ -57,8 +58,8 @@ class Recognizer(nn.Module):
         from transformers.models.auto import modeling_auto as known
 
         expected = "a speech recogniser of transformers"
-        config = load_config(name, expected)
-        model_type = config.model_type
+        name = check_folder(name, ["config.json"], expected)
+        model_type = load_config(name, expected).model_type
         if model_type in known.MODEL_FOR_CTC_MAPPING_NAMES:
             auto_class = AutoModelForCTC
         elif model_type in known.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:

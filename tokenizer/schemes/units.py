@@ -10,6 +10,7 @@ from tokenizer.errors import InputError
 from tokenizer.interface import Codes
 from tokenizer.pretrained import (
     SETTINGS_FILE,
+    check_folder,
     find_file,
     module_fingerprint,
     read_pretrained_json,
@@ -42,6 +43,7 @@ class UnitTokenizer(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "UnitTokenizer":
         """Load units from a folder or hub name; raises FileNotFoundError if it holds none."""
+        name = check_folder(name, [SETTINGS_FILE], "speech units")
         settings = read_pretrained_json(name, SETTINGS_FILE)
         centroids = find_file(name, CENTROIDS_FILE.format(settings.get("fingerprint")))
         if settings.get("kind") != "units" or centroids is None:

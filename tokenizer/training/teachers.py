@@ -76,10 +76,10 @@ class SemanticTeacher(nn.Module):
         from transformers import AutoFeatureExtractor, AutoModel
 
         expected = "HuBERT, WavLM or wav2vec 2.0"
+        name = check_folder(name, ["config.json", "preprocessor_config.json"], expected)
         config = load_config(name, expected)
         if not hasattr(config, "conv_stride"):
             raise InputError(f"{name} is a {config.model_type} model: expected {expected}")
-        check_folder(name, ["preprocessor_config.json"], expected)
         extractor = load_part(AutoFeatureExtractor, name, f"the preprocessor settings of {expected}")
         return cls(load_frozen(AutoModel, name, expected), layer, extractor.do_normalize)
 
@@ -159,7 +159,7 @@ class SpeakerTeacher(nn.Module):
         from speechbrain.processing.features import InputNormalization
 
         expected = "an ECAPA-TDNN of SpeechBrain"
-        check_folder(name, [], expected)
+        name = check_folder(name, [], expected)
         if (file := find_file(name, "hyperparams.yaml")) is None:
             raise FileNotFoundError(f"{name} holds {describe(name)} and not {expected}: it lacks hyperparams.yaml")
         if (checkpoint := find_file(name, "embedding_model.ckpt")) is None:
