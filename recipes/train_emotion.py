@@ -65,7 +65,6 @@ import torch.nn.functional as F
 from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
-from transformers import BertForSequenceClassification
 
 from speechllm import Codes, DataError, Encoding, load_codes, load_tokenizer
 from speechllm.data.batches import endless_batches
@@ -81,6 +80,7 @@ from speechllm.training.emotion import (
     EmotionClassifier,
     actor_folds,
     emotional_speech,
+    load_bert,
     small_bert,
 )
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
@@ -176,7 +176,7 @@ def make_classifier(speech: Sequence[EmotionalSpeech], codebooks: Tensor, config
     if config.model is None:
         bert = small_bert(**asdict(config.bert))
     else:
-        bert = BertForSequenceClassification.from_pretrained(config.model, num_labels=len(EMOTIONS))
+        bert = load_bert(config.model)
     longest, places = max(one.codes.shape[1] for one in speech), bert.config.max_position_embeddings
     if longest >= places:
         raise DataError(

@@ -157,9 +157,9 @@ class AudioVocabulary:
         if rows != self.size:
             raise VocabularyError(f"{holder}: the model has {rows} rows and its vocabulary {self.size}: {AGAIN}")
         found = text_tokenizer.convert_tokens_to_ids([START, END])
-        if found != [self.start_id, self.end_id]:
+        if found != (expected := [self.start_id, self.end_id]):
             raise VocabularyError(
-                f"{holder}: {START} and {END} are {found} in the text tokenizer and {[self.start_id, self.end_id]} in the "
+                f"{holder}: the ids of {START} and {END} are {found} in the text tokenizer and {expected} in the "
                 f"vocabulary: they do not belong together; {AGAIN}"
             )
 

@@ -120,6 +120,7 @@ def load_complete(
     transformers initialises missing weights randomly; here they raise InputError, as does whatever else is wrong with
     the files. expected: what should be there; new: what the names of weights begin with that training starts anew.
     """
+    _require_weights(Path(name), expected)
     with reading(name, expected):
         model, report = model_class.from_pretrained(
             name,
@@ -140,6 +141,26 @@ def load_complete(
     _require_complete(name, model, absent, unlike, left_over)
     _require_finite(name, model)
     return model.eval()
+
+
+def _require_weights(folder: Path, expected: str) -> None:
+    """Raise FileNotFoundError if a folder lacks the weights of a transformers model, or one of their parts."""
+    if not folder.is_dir():
+        return
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return
+        if (index := folder / f"{name}.index.json").exists():
+            with reading(index, "the list of the parts of a model's weights"):
+                parts = set(
+                    read_json_object(index, "the list of the parts of a model's weights")["weight_map"].values()
+                )
+            if absent := sorted(part for part in parts if not (folder / part).exists()):
+                raise FileNotFoundError(
+                    f"{folder} lacks {len(absent)} of {len(parts)} parts in {index.name}, {absent[0]} first: {AGAIN}"
+                )
+            return
+    raise FileNotFoundError(f"{folder} holds no weights: expected model.safetensors of {expected}")
 
 
 def load_frozen(model_class: Any, name: str | Path, expected: str) -> Any:

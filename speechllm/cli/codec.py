@@ -39,7 +39,8 @@ def decode_file(arguments: argparse.Namespace) -> int:
             row = json.loads(line)
             ids, samples, fingerprint = torch.tensor(row["codes"]), torch.tensor([row["samples"]]), row["codec"]
             name = Path(row["file"]).with_suffix(".wav").name
-        except (KeyError, TypeError, ValueError) as error:
+            Codes(ids[None], torch.tensor([len(ids[0])]), samples).require(codec.num_codebooks, codec.codebook_size)
+        except (IndexError, KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{arguments.codes}, line {number}: not a line of `speechllm encode` ({error!r})"
             ) from error
