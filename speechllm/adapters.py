@@ -82,6 +82,8 @@ def load_adapter(folder: str | Path, vocabulary: AudioVocabulary, base: str | Pa
 
     Raises FileNotFoundError, or DataError for a language model other than the one it was trained on.
     """
+    if not any((Path(folder) / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
+        raise FileNotFoundError(f"{folder} lacks adapter_model.safetensors, the weights of an adapter: {AGAIN}")
     file = Path(folder) / BASE_FILE
     recorded = read_json_object(file, "the language model that an adapter belongs to")
     if not {"name_or_path", "fingerprint"} <= recorded.keys():

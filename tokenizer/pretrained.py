@@ -1,5 +1,6 @@
 """Pretrained models: files from a folder or the hub, complete weights, and fingerprints."""
 
+import functools
 import hashlib
 import json
 import re
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tokenizer.errors import InputError
-from tokenizer.reading import AGAIN, read_json_object, reading
+from tokenizer.reading import AGAIN, read_json_object, reading, unreachable
 
 
 class IncompleteError(InputError):
@@ -57,13 +58,28 @@ def find_file(name: str | Path, file: str) -> Path | None:
     if Path(name).is_dir():
         path = Path(name) / file
         return path if path.is_file() else None
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
     try:
+        if not constants.HF_HUB_OFFLINE and not _hub_answers():  # the download would try again for half a minute
+            cached = try_to_load_from_cache(str(name), file)
+            return Path(cached) if isinstance(cached, str) else None
         return Path(hf_hub_download(str(name), file))
     except (EntryNotFoundError, HFValidationError, OSError):  # OSError: no such model, no network
         return None
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    """Whether there is a way to the hub; asked once in a process."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # of the library that it happens to use
+        return False
+    return True
 
 
 def read_pretrained_json(name: str | Path, file: str) -> dict[str, Any]:
@@ -95,14 +111,18 @@ def load_config(name: str | Path, expected: str) -> Any:
     model; expected: what should be there.
     """
     from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    if not read_pretrained_json(name, "config.json").get("model_type"):
-        if not Path(name).is_dir() and not find_file(name, "config.json"):
-            raise FileNotFoundError(
-                f"{name}: no such folder, and no hub model that can be reached: expected {expected}; "
-                "without a network, download it elsewhere and give its folder"
-            )
+    config = read_pretrained_json(name, "config.json")
+    if not config and not Path(name).is_dir():
+        raise FileNotFoundError(unreachable(name, expected))
+    if "model_type" not in config:
         raise InputError(f"{name} holds {describe(name)}: expected {expected}")
+    if config["model_type"] not in CONFIG_MAPPING_NAMES:
+        raise InputError(
+            f"{name} is a {config['model_type']} model, which this version of transformers does not know, and code "
+            f"that comes with a model is never run: expected {expected}"
+        )
     with reading(name, expected):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
 

@@ -30,10 +30,20 @@ def reading(
     except Exception as error:  # each library has its own, tokenizers not even a class for them
         if isinstance(error, OSError) and error.filename is not None:
             raise
+        if not Path(place).exists():
+            raise FileNotFoundError(unreachable(place, expected)) from error
         if found := find_damage(place):
             raise error_class(f"{found}: expected {expected}; {mend}") from error
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise error_class(f"{place} is not {expected}, or is damaged ({reason}): {mend}") from error
+
+
+def unreachable(name: str | Path, expected: str) -> str:
+    """The message about a hub name that cannot be had."""
+    return (
+        f"{name}: no such folder, and no hub model that can be reached: expected {expected}; without a network, "
+        "download it elsewhere and give its folder"
+    )
 
 
 def one_line(error: BaseException) -> str:

@@ -77,10 +77,11 @@ class FeatureEncoder(nn.Module):
         Raises InputError for another kind of model, or a layer that it does not have.
         """
         expected = "HuBERT, WavLM or wav2vec 2.0, or Whisper"
-        name = check_folder(name, ["config.json", "preprocessor_config.json"], expected)
+        name = check_folder(name, ["config.json"], expected)
         config = load_config(name, expected)
         if config.model_type != "whisper" and not hasattr(config, "conv_stride"):
             raise InputError(f"{name} is a {config.model_type} model: expected {expected}")
+        check_folder(name, ["preprocessor_config.json"], expected)
         if config.model_type != "whisper":
             return cls(SemanticTeacher.from_pretrained(name, "avg" if layer is None else layer))
         if layer is not None:

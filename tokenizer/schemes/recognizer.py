@@ -73,6 +73,8 @@ class Recognizer(nn.Module):
         processor = load_part(AutoProcessor, name, f"the processor of {expected}")
         if not hasattr(processor, "feature_extractor") or not hasattr(processor, "tokenizer"):
             raise InputError(f"{name} lacks a feature extractor or a tokenizer: expected those of {expected}")
+        if len(processor.tokenizer) < model.config.vocab_size / 2:  # what transformers makes of missing files is empty
+            raise InputError(f"{name} lacks the vocabulary of its tokenizer: expected {model.config.vocab_size} tokens")
         return cls(model, processor)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -24,7 +24,7 @@ from tokenizer.pretrained import (
     read_weights,
 )
 from tokenizer.rates import HOP_LENGTH
-from tokenizer.reading import reading
+from tokenizer.reading import reading, unreachable
 from tokenizer.training.speechbrain_files import speechbrain_settings
 
 
@@ -76,10 +76,11 @@ class SemanticTeacher(nn.Module):
         from transformers import AutoFeatureExtractor, AutoModel
 
         expected = "HuBERT, WavLM or wav2vec 2.0"
-        name = check_folder(name, ["config.json", "preprocessor_config.json"], expected)
+        name = check_folder(name, ["config.json"], expected)
         config = load_config(name, expected)
         if not hasattr(config, "conv_stride"):
             raise InputError(f"{name} is a {config.model_type} model: expected {expected}")
+        check_folder(name, ["preprocessor_config.json"], expected)
         extractor = load_part(AutoFeatureExtractor, name, f"the preprocessor settings of {expected}")
         return cls(load_frozen(AutoModel, name, expected), layer, extractor.do_normalize)
 
@@ -161,6 +162,8 @@ class SpeakerTeacher(nn.Module):
         expected = "an ECAPA-TDNN of SpeechBrain"
         name = check_folder(name, [], expected)
         if (file := find_file(name, "hyperparams.yaml")) is None:
+            if not Path(name).is_dir():
+                raise FileNotFoundError(unreachable(name, expected))
             raise FileNotFoundError(f"{name} holds {describe(name)} and not {expected}: it lacks hyperparams.yaml")
         if (checkpoint := find_file(name, "embedding_model.ckpt")) is None:
             raise FileNotFoundError(f"{name} is not whole: it lacks embedding_model.ckpt, the weights of {expected}")
