@@ -42,8 +42,10 @@ def load_class(file: str, name: str) -> AudioTokenizer:
             raise TokenizerError(f"{file} has no class {name}")
         audio_tokenizer = module[name]()
         check_tokenizer(audio_tokenizer, f"{name} of {file}")
-    except (InputError, ImportError, MemoryError):
+    except (TokenizerError, ImportError, MemoryError):
         raise
+    except InputError as error:
+        raise TokenizerError(f"{name} of {file}: {error}") from error
     except Exception as error:  # of the user's own code
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         line = f", line {error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else '?'}"
@@ -62,7 +64,7 @@ def check_tokenizer(audio_tokenizer: Any, name: str) -> None:
     discrete = isinstance(audio_tokenizer, DiscreteTokenizer)
     features = not discrete and isinstance(audio_tokenizer, FeatureTokenizer)
     wrong = [
-        f"{member} = {getattr(audio_tokenizer, member)!r}, expected {expected}"
+        f"{member} = {_describe(getattr(audio_tokenizer, member))}, expected {expected}"
         for member, expected, holds in _expectations(discrete, features)
         if not holds(getattr(audio_tokenizer, member))
     ]
@@ -95,6 +97,10 @@ def _lacking(audio_tokenizer: Any) -> list[str]:
         return base
     of_frames = not hasattr(audio_tokenizer, "width") and audio_tokenizer.frame_rate != 0
     return missing(own) if of_frames or len(missing(own)) < len(own) else []
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def _members(protocol: type) -> set[str]:

@@ -155,9 +155,10 @@ def load_complete(
     for key in masks:
         nn.init.zeros_(model.get_parameter(key))  # but included in every fingerprint
     absent, unlike = ({key for key in keys - masks if not key.startswith(new)} for keys in (missing, unlike))
-    names = {_numberless(key) for key in model.state_dict()}
+    prefix = f"{model.base_model_prefix}."  # which checkpoints of the base alone do not have
+    names = {_numberless(key.removeprefix(prefix)) for key in model.state_dict()}
     # a checkpoint may have a head beside what is wanted, but not more layers
-    left_over = [key for key in report["unexpected_keys"] if absent or _numberless(key) in names]
+    left_over = [key for key in report["unexpected_keys"] if absent or _numberless(key.removeprefix(prefix)) in names]
     _require_complete(name, model, absent, unlike, left_over)
     _require_finite(name, model)
     return model.eval()
