@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.utils import load_peft_weights
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from speechllm.encoding import DataError
@@ -119,7 +119,8 @@ def load_causal(name: str | Path, dtype: torch.dtype | str = torch.float32) -> P
     found = config.architectures or [known]  # transformers would load a BERT, but it does not predict the next word
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or known.lower() not in map(str.lower, found):
         raise DataError(f"{name} is a {config.model_type} model ({', '.join(found)}): expected {expected}")
-    return load_complete(AutoModelForCausalLM, name, expected, dtype=dtype)
+    # a chat model's own settings are not even read: they would change, or prevent, what it answers
+    return load_complete(AutoModelForCausalLM, name, expected, dtype=dtype, generation_config=GenerationConfig())
 
 
 def base_fingerprint(model: nn.Module, texts: int) -> str:
