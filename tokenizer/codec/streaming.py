@@ -208,7 +208,8 @@ class StreamingDecoder(_Stream):
         if ids.ndim != 2 or not 1 <= len(ids) <= self._codec.num_codebooks:
             expected = f"ids long [1..{self._codec.num_codebooks}, t] of one utterance"
             raise ValueError(f"expected {expected}, got shape {tuple(ids.shape)}")
-        Codes(ids[None], torch.tensor([ids.shape[1]])).require(self._codec.num_codebooks, self._codec.codebook_size)
+        layers, size, _ = self._codec.codebooks.shape
+        Codes(ids[None], torch.tensor([ids.shape[1]])).require(layers, size)
         return self._step(ids, last=False)
 
     def finish(self) -> Tensor:

@@ -167,7 +167,7 @@ def _is_whole(file: Path) -> bool:
     """Whether there is a file of features that was not cut short, as by a full disk and a power cut."""
     try:
         return len(_open_features(file)) > 0
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return False
 
 

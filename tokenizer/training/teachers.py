@@ -132,11 +132,11 @@ class SpeakerTeacher(nn.Module):
 
     hop = 160
 
-    def __init__(self, features: nn.Module, normalization: nn.Module, ecapa: nn.Module):
+    def __init__(self, features: nn.Module, normalization: nn.Module, ecapa: Any):
         """SpeechBrain's Fbank, InputNormalization and ECAPA_TDNN."""
         super().__init__()
         self.features, self.normalization = features, normalization
-        self.ecapa = ecapa.eval().requires_grad_(False)
+        self.ecapa: Any = ecapa.eval().requires_grad_(False)
 
     @property
     def width(self) -> int:
