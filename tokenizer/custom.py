@@ -135,7 +135,7 @@ def _expectations(discrete: bool, features: bool) -> Iterator[tuple[str, str, Ca
 
 
 @torch.no_grad()
-def _trial(audio_tokenizer: Any, kind: type) -> list[str]:
+def _trial(audio_tokenizer: Any, kind: Any) -> list[str]:
     """What is wrong with the encoding of a second of noise."""
     generator = torch.Generator().manual_seed(0)
     noise = 0.1 * torch.randn(1, round(TRIAL_S * audio_tokenizer.sample_rate), generator=generator)
