@@ -49,7 +49,7 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from speechllm import (
     Example,
@@ -60,6 +60,7 @@ from speechllm import (
     prepare_adapter,
     transcription_example,
 )
+from speechllm.adapters import load_causal
 from speechllm.data.batches import token_batches
 from speechllm.data.packing import micro_batches
 from speechllm.data.shards import codes_of, transcribed
@@ -72,7 +73,7 @@ from speechllm.small_model import small_text_tokenizer
 from speechllm.training.optimization import make_optimizer
 from speechllm.training.plan import training_flops
 from tokenizer.files import write_json
-from tokenizer.pretrained import check_folder
+from tokenizer.pretrained import check_folder, load_part
 
 Step = Callable[[Sequence[Example]], None]
 
@@ -160,8 +161,8 @@ def main(config: BenchmarkConfig) -> None:
 def language_model(config: BenchmarkConfig, texts: list[str]) -> tuple[Any, Any]:
     """The named language model, or one with random weights, and its text tokenizer."""
     if config.model is not None:
-        name = check_folder(config.model, ["config.json"], "a language model")
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+        name = check_folder(config.model, ["config.json"], "a causal language model")
+        return load_causal(name), load_part(AutoTokenizer, name, "the text tokenizer of a language model")
     hidden, intermediate, layers, heads, key_heads, rows = SHAPES[config.shape]
     text_tokenizer = small_text_tokenizer(texts, 400)
     shape = Qwen2Config(

@@ -63,7 +63,6 @@ import torch.nn.functional as F
 from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
-from transformers import BertForSequenceClassification
 
 from speechllm import Codes, DataError, Encoding, load_codes, load_tokenizer
 from speechllm.data.batches import endless_batches
@@ -79,11 +78,11 @@ from speechllm.training.emotion import (
     EmotionClassifier,
     actor_folds,
     emotional_speech,
+    load_bert,
     small_bert,
 )
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from tokenizer.files import write_json, write_jsonl
-from tokenizer.pretrained import check_folder
 
 
 def main(config: EmotionConfig) -> None:
@@ -175,8 +174,7 @@ def make_classifier(speech: Sequence[EmotionalSpeech], codebooks: Tensor, config
     if config.model is None:
         bert = small_bert(**asdict(config.bert))
     else:
-        name = check_folder(config.model, ["config.json"], "a BERT")
-        bert = BertForSequenceClassification.from_pretrained(name, num_labels=len(EMOTIONS))
+        bert = load_bert(config.model)
     longest, places = max(one.codes.shape[1] for one in speech), bert.config.max_position_embeddings
     if longest >= places:
         raise DataError(

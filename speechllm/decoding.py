@@ -187,8 +187,6 @@ def _decode(
             max_new_tokens=max(limits) + 1,  # including the end token
             do_sample=False,
             num_beams=beams,
-            no_repeat_ngram_size=0,  # a chat model's own settings would forbid repeated words
-            repetition_penalty=1.0,
             eos_token_id=end_id,
             pad_token_id=pad_id,
         )[:, prompt_size:]

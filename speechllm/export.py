@@ -4,10 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import GenerationConfig
 
 from speechllm.decoding import forbidden_ids
-from speechllm.model import SpeechLLM
+from speechllm.model import SpeechLLM, own_generation_config
 from tokenizer.claims import new_folder
 from tokenizer.files import atomic_folder
 
@@ -35,14 +34,10 @@ def export_model(speech_llm: SpeechLLM, output: str | Path) -> None:
     merged = merge(speech_llm)
     model, text_tokenizer = merged.model, merged.text_tokenizer
     model.config.eos_token_id = text_tokenizer.eos_token_id
-    # replaced: a chat model's own has sampling, a repetition penalty and perhaps another end token
-    model.generation_config = GenerationConfig(
-        eos_token_id=text_tokenizer.eos_token_id,
-        pad_token_id=text_tokenizer.pad_token_id,
-        suppress_tokens=forbidden_ids(merged).nonzero().flatten().tolist(),
-    )
+    suppressed = forbidden_ids(merged).nonzero().flatten().tolist()
     # transformers 5 keeps it in rope_parameters; engines based on transformers 4 would silently use 10,000 instead
     if theta := (getattr(model.config, "rope_parameters", None) or {}).get("rope_theta"):
         model.config.rope_theta = theta
     with atomic_folder(output) as folder:
+        model.generation_config = own_generation_config(text_tokenizer, suppress_tokens=suppressed)
         merged.save(folder)

@@ -1,12 +1,11 @@
 """Loading any audio tokenizer by its name; the files of a folder or hub model determine its kind."""
 
 import os
-import runpy
 from pathlib import Path
 
 from tokenizer.codec.converters import convert_speechtokenizer
 from tokenizer.codec.speech_codec import SpeechCodec
-from tokenizer.errors import InputError
+from tokenizer.custom import TokenizerError, load_class
 from tokenizer.interface import AudioTokenizer, Codec, DiscreteTokenizer
 from tokenizer.pretrained import SETTINGS_FILE, check_folder, read_pretrained_json
 from tokenizer.schemes.features import FeatureEncoder
@@ -20,10 +19,6 @@ SPELLINGS = (
     "wav2vec 2.0 or Whisper), recognizer:FOLDER_OR_HUB_NAME (a speech recogniser of transformers) or FILE.py:CLASS "
     "(your own)"
 )
-
-
-class TokenizerError(InputError):
-    """A name that is no audio tokenizer; the message says what was found and which names are accepted."""
 
 
 def load_tokenizer(name: str | Path) -> AudioTokenizer:
@@ -71,18 +66,7 @@ def load_discrete(name: str | Path) -> DiscreteTokenizer:
 def _from_file(file: str, name: str) -> AudioTokenizer:
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file}: no such file; {SPELLINGS}")
-    module = runpy.run_path(file)
-    if name not in module:
-        raise TokenizerError(f"{file} has no class {name}")
-    audio_tokenizer = module[name]()
-    if not isinstance(audio_tokenizer, AudioTokenizer):
-        missing = sorted(member for member in _members(AudioTokenizer) if not hasattr(audio_tokenizer, member))
-        raise TokenizerError(f"{name} of {file} is no audio tokenizer yet, it lacks {', '.join(missing)}")
-    return audio_tokenizer
-
-
-def _members(protocol: type) -> set[str]:
-    return {member for member in vars(protocol) if not member.startswith("_")}
+    return load_class(file, name)
 
 
 def _folder_and_layer(name: str) -> tuple[str, int | str | None]:
@@ -105,6 +89,8 @@ def _by_files(name: str) -> AudioTokenizer:
         case "units":
             return UnitTokenizer.from_pretrained(name)
         case "features":
+            if "layer" not in settings:
+                raise ValueError(f"its {SETTINGS_FILE} names no layer: expected what `save_pretrained` wrote")
             return FeatureEncoder.from_pretrained(name, settings["layer"])
         case "recognizer":
             return Recognizer.from_pretrained(name)

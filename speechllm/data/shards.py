@@ -25,6 +25,7 @@ from tokenizer.claims import claim_folder
 from tokenizer.corpus import Utterance, load_utterance, skipped_row, spread
 from tokenizer.files import atomic_file, read_json, write_json
 from tokenizer.interface import AudioTokenizer
+from tokenizer.reading import reading
 
 REQUEST = "request.json"  # what the shards of a folder are made of
 SHARD_SIZE = 500  # utterances per Parquet file
@@ -247,7 +248,35 @@ def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple
         if absent := [split for split in splits if split not in found]:
             raise DataError(f"{folder} has no split {', '.join(absent)}; it has {', '.join(found)}")
         table = table.filter(pa.compute.is_in(table["split"], pa.array(splits)))
-    return Dataset(table), Encoding(**json.loads(encodings.pop()))
+    with reading(files[0], "a shard of encoded speech", "encode the speech again", DataError):
+        encoding = Encoding(**json.loads(encodings.pop()))
+        _check_speech(table, encoding, folder)
+    return Dataset(table), encoding
+
+
+def _check_speech(table: pa.Table, encoding: Encoding, folder: str | Path) -> None:
+    """Raise DataError for codes beyond the codebooks, utterances cut within a frame, and columns that are missing."""
+    names = [*SCHEMA.names, (column := SPEECH[encoding.kind].name)]
+    if absent := [name for name in names if name not in table.column_names]:
+        raise DataError(f"{folder} lacks the columns {', '.join(absent)}: encode the speech again")
+    if encoding.kind == "text" or not len(table):
+        return
+    values, step = table[column], encoding.layers if encoding.kind == "codes" else encoding.width
+    if values.null_count:
+        raise DataError(f"{folder}: {values.null_count} utterances have no {column}: encode the speech again")
+    sizes = pa.compute.list_value_length(values).to_numpy()
+    if (cut := np.flatnonzero(sizes % step)).size:
+        raise DataError(
+            f"{folder}: utterance {table['id'][int(cut[0])]} has {sizes[cut[0]]} {column}, which is no multiple of "
+            f"{step}: encode the speech again"
+        )
+    if encoding.kind == "codes":
+        highest = max(pa.compute.max(part.flatten()).as_py() or 0 for part in values.chunks)
+        if highest >= encoding.codebook_size:
+            raise DataError(
+                f"{folder} holds the code {highest}, the codec's codebooks end at {encoding.codebook_size - 1}: "
+                "encode the speech again"
+            )
 
 
 def require_texts(folder: str | Path, normalizer: str) -> None:

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from speechllm import (
     AudioError,
     DataError,
+    SpeechCodec,
     SpeechLLM,
     Utterance,
     encode_shards,
     load_audio,
+    load_language_model,
+    load_speech_llm,
     save_audio,
     transcribe,
     transcribe_codes,
@@ -362,3 +365,37 @@ def test_without_a_codec_recordings_cannot_be_transcribed(make_speech_llm: MakeS
     speech_llm.codec = None
     with pytest.raises(ValueError, match="has no codec: load it with load_speech_llm, or use transcribe_codes"):
         transcribe([torch.zeros(1000)], speech_llm)
+
+
+CHATTY = {
+    "bad_words_ids": [[40], [41], [42], [43], [44], [45]],
+    "suppress_tokens": [*range(3, 60)],
+    "guidance_scale": 3.0,
+    "repetition_penalty": 5.0,
+    "no_repeat_ngram_size": 1,
+    "max_length": 3,
+    "forced_eos_token_id": 5,
+    "do_sample": True,
+    "temperature": 9.0,
+    "num_beams": 3,
+}
+
+
+def test_the_generation_settings_of_a_base_model_change_nothing(
+    make_qwen2: Callable, make_text_tokenizer: Callable, small_codec: SpeechCodec, tmp_path: Path
+) -> None:
+    """Neither the answers nor what is saved with the model."""
+    for name in ("plain", "chatty"):
+        text_tokenizer = make_text_tokenizer()
+        make_qwen2(text_tokenizer).save_pretrained(tmp_path / name)
+        text_tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "chatty" / "generation_config.json").write_text(json.dumps(CHATTY))
+    answers = []
+    for name in ("plain", "chatty"):
+        speech_llm = load_language_model(tmp_path / name, small_codec)
+        answers.append(transcribe_codes(random_codes(30, 11), speech_llm))
+        speech_llm.save(tmp_path / "saved" / name)
+        answers.append(transcribe_codes(random_codes(30, 11), load_speech_llm(tmp_path / "saved" / name)))
+        saved = json.loads((tmp_path / "saved" / name / "generation_config.json").read_text())
+        assert not set(saved) & set(CHATTY)
+    assert any(answers[0]) and all(answer == answers[0] for answer in answers)

@@ -19,7 +19,15 @@ from tokenizer.codec.streaming import ChunkedDecoder, ChunkedEncoder, in_chunks
 from tokenizer.errors import InputError
 from tokenizer.frames import split_utterances
 from tokenizer.interface import Codes
-from tokenizer.pretrained import check_folder, module_fingerprint
+from tokenizer.pretrained import (
+    check_folder,
+    describe,
+    fill_weights,
+    module_fingerprint,
+    read_pretrained_json,
+    read_weights,
+)
+from tokenizer.reading import reading
 
 CHUNK_S = 60.0  # longer utterances are processed in chunks of this length, to bound memory
 
@@ -123,8 +131,9 @@ class SpeechCodec(
         """Codes with Q' <= Q layers -> waveforms float [B, N].
 
         N is the largest of `codes.samples`, or of frames times the hop; shorter ones are zero-padded.
-        Each utterance is decoded separately.
+        Each utterance is decoded separately. Raises InputError for codes that this codec cannot have made.
         """
+        codes.require(self.num_codebooks, self.codebook_size)
         samples = codes.samples if codes.samples is not None else codes.lengths * self.hop_length
         waveform = self.codebooks.new_zeros(len(codes), int(samples.max()))
         for index, length in enumerate(samples.tolist()):
@@ -161,9 +170,13 @@ class SpeechCodec(
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SpeechCodec":
         """Load from a folder or hub name, in eval mode; FileNotFoundError or InputError if it holds no such codec."""
         name = check_folder(pretrained_model_name_or_path, ["config.json", "model.safetensors"], "a speech codec")
-        try:
-            with contextlib.redirect_stdout(None):  # the mixin prints where it loads from
-                codec = super().from_pretrained(name, strict=True, **kwargs)
-        except (RuntimeError, TypeError, KeyError) as error:
-            raise InputError(f"{pretrained_model_name_or_path} holds no codec of this package: {error}") from error
-        return codec.eval()
+        config = read_pretrained_json(name, "config.json") if Path(name).is_dir() else {"num_codebooks": None}
+        if "model_type" in config or "num_codebooks" not in config:
+            raise InputError(f"{name} holds no codec of this package: found {describe(name)}")
+        with reading(name, "a codec of this package"), contextlib.redirect_stdout(None):  # the mixin prints the place
+            return super().from_pretrained(name, **kwargs).eval()
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        fill_weights(model, read_weights(model_file, "the weights of a speech codec"), model_file)
+        return model

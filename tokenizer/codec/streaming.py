@@ -25,6 +25,7 @@ from tokenizer.codec.seanet import (
 )
 from tokenizer.errors import InputError
 from tokenizer.frames import frame_count
+from tokenizer.interface import Codes
 from tokenizer.rates import HOP_LENGTH
 
 Stage = Callable[[Tensor, bool], Tensor]  # new inputs [1, C, n], whether they are the last ones -> new outputs
@@ -270,11 +271,13 @@ class StreamingDecoder(ChunkedDecoder):
     def push(self, ids: Tensor) -> Tensor:
         """The next frames, long [Q', t] with Q' <= Q layers and any t >= 0 -> the samples complete now, float [n].
 
-        Raises ValueError if the shape is not [Q', t], and after `finish`.
+        Raises ValueError if the shape is not [Q', t], and after `finish`; InputError for codes beyond the codebooks.
         """
         if ids.ndim != 2 or not 1 <= len(ids) <= self._codec.num_codebooks:
             expected = f"ids long [1..{self._codec.num_codebooks}, t] of one utterance"
             raise ValueError(f"expected {expected}, got shape {tuple(ids.shape)}")
+        layers, size, _ = self._codec.codebooks.shape
+        Codes(ids[None], torch.tensor([ids.shape[1]])).require(layers, size)
         return self._step(ids, last=False)
 
     def finish(self) -> Tensor:

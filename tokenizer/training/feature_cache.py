@@ -21,6 +21,7 @@ from tokenizer.corpus import Utterance, load_utterance
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_file, read_json, write_text
 from tokenizer.frames import frame_count
+from tokenizer.reading import reading
 
 
 class FeatureCache:
@@ -65,7 +66,7 @@ class FeatureCache:
             for utterance in bar:
                 try:
                     file = self._file(hashes[utterance.path])
-                    if not file.exists():
+                    if not _is_whole(file):
                         _save_features(file, self._features(utterance, teacher, sample_rate))
                 except AudioError as error:
                     skipped.append(error)
@@ -85,7 +86,8 @@ class FeatureCache:
         if not file.exists():
             detail = f"no features of it in {file.parents[1]}: fill the cache, which skips recordings it cannot use"
             raise AudioError(utterance.path, "no features", detail)
-        stored = np.load(file, mmap_mode="r")[start_frame : start_frame + frames]
+        with reading(file, "teacher features [T, P]", "delete it and fill the cache again"):
+            stored = _open_features(file)[start_frame : start_frame + frames]
         return F.pad(torch.from_numpy(stored.astype(np.float32)), (0, 0, 0, frames - len(stored)))
 
     @functools.cached_property
@@ -151,6 +153,22 @@ def _hash_content(path: str, size: int, changed_ns: int) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise AudioError(path, "unreadable", f"cannot be read ({error.strerror})") from error
+
+
+def _open_features(file: Path) -> np.ndarray:
+    """The features [T, P] in a file, memory-mapped; ValueError for another array."""
+    features = np.load(file, mmap_mode="r", allow_pickle=False)
+    if features.ndim != 2 or features.dtype != np.float16:
+        raise ValueError(f"{features.dtype} {list(features.shape)}")
+    return features
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether there is a file of features that was not cut short, as by a full disk and a power cut."""
+    try:
+        return len(_open_features(file)) > 0
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 def _save_features(file: Path, features: np.ndarray) -> None:

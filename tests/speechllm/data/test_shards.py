@@ -503,3 +503,23 @@ def test_batches_of_tokens_are_random_and_a_pure_function_of_seed_and_number() -
     stream = [i for batch in whole for i in batch]
     assert stream[:40] != stream[40:80] and stream[:40] != list(range(40))
     assert first_batches(lengths, 60, 5, seed=1) != whole[:5]
+
+
+SPOILED_SHARDS = {
+    "a code too high": ({"codes": [8] * 300}, "holds the code 8, the codec's codebooks end at 7"),
+    "a frame cut": ({"codes": [1] * 301}, "has 301 codes, which is no multiple of 3"),
+    "no codes": ({"codes": None}, "utterances have no codes"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILED_SHARDS)
+def test_codes_that_the_codec_cannot_have_made_are_refused(
+    speech: list[Utterance], codec: SpeechCodec, tmp_path: Path, kind: str
+) -> None:
+    encode(speech[:3], codec, tmp_path)
+    change, message = SPOILED_SHARDS[kind]
+    table = pq.read_table(file := tmp_path / SHARDS[0])
+    rows = [row | change if row["id"] == "u1" else row for row in table.to_pylist()]
+    pq.write_table(type(table).from_pylist(rows, table.schema), file)
+    with pytest.raises(DataError, match=message):
+        load_codes(tmp_path)

@@ -276,7 +276,7 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path, codec: SpeechCodec
     codec.save_pretrained(tmp_path)
     config = json.loads((codec_folder / "config.json").read_text()) | {"dimension": 16}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="holds no codec of this package"):
+    with pytest.raises(InputError, match="model.safetensors: .* has .* weights of other shapes"):
         SpeechCodec.from_pretrained(tmp_path)
 
 
