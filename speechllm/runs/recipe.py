@@ -16,7 +16,7 @@ T = TypeVar("T")
 EXPECTED = (InputError, OSError, ImportError)  # their messages say how to fix the problem
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for a file, on the disk or by the user's limits
 # what libraries that write in other languages make of these
-FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed writing")
+FULL_WORDS = "No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter", "unexpected pos"
 
 
 def run_recipe(main: Callable[[T], None], config: T) -> None:

@@ -227,7 +227,7 @@ def test_the_order_is_kept_with_a_full_queue(
 
 
 def test_missing_codebooks_are_refused_in_one_line(evaluate: Callable[..., dict], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"^error: layers must be numbers from 1 to 3.*got \[1, 8\]$"):
+    with pytest.raises(InputError, match=r"^layers must be numbers from 1 to 3.*got \[1, 8\]$"):
         evaluate(tmp_path / "new", "layers=[1,8]")
     assert not (tmp_path / "new").exists()
 

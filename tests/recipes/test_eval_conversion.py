@@ -341,7 +341,7 @@ def test_code_vectors_are_collected_once(recipe: Callable[[str], ModuleType], co
 def test_errors_are_reported_in_one_line(
     evaluate: Callable[..., dict], tmp_path: Path, word: str, message: str
 ) -> None:
-    with pytest.raises(SystemExit, match=f"^error: {message}"):
+    with pytest.raises(InputError, match=f"^{message}"):
         evaluate(tmp_path / "new", word)
     assert not (tmp_path / "new").exists()
 

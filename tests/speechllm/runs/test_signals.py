@@ -130,12 +130,16 @@ def test_a_recipe_whose_parent_has_ended_does_not_begin(tmp_path: Path) -> None:
 
 
 def test_the_second_signal_does_not_disturb_the_end() -> None:
-    for first in (signal.SIGTERM, signal.SIGUSR1):
-        with pytest.raises(Interrupted) as interrupt, interruptible():
+    def receive(*numbers: int) -> None:
+        with interruptible():
             try:
-                os.kill(os.getpid(), first)
+                os.kill(os.getpid(), numbers[0])
             finally:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), numbers[1])
+
+    for first in (signal.SIGTERM, signal.SIGUSR1):
+        with pytest.raises(Interrupted) as interrupt:
+            receive(first, signal.SIGTERM)
         assert interrupt.value.exit_code == 128 + first
 
 
