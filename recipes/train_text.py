@@ -134,8 +134,16 @@ def main(config: TextConfig) -> None:
     callback = RunCallback(run, guard := StepGuard(run, config.steps), config.text)
     trainer = TextTrainer(model, settings, train_dataset=train, eval_dataset=held_out, callbacks=[callback])
     callback.trainer = trainer
-    with guard.catching():
-        trainer.train(resume_from_checkpoint=newest_usable(saved_steps(checkpoints), complete, run.main))
+    checkpoint = newest_usable(saved_steps(checkpoints), complete, run.main)
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
+    if state.global_step > config.steps:
+        raise RunError(f"{run.folder} has done {state.global_step} steps already: set steps to at least that")
+    if checkpoint and state.global_step == config.steps:  # the Trainer would make one more step
+        trainer.state = state
+        model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)  # without a head that is tied
+    else:
+        with guard.catching():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if guard.signal is not None:
         step = trainer.state.global_step
         raise Interrupted(guard.signal, f"step {step} is saved, and the same command goes on from there")
@@ -158,13 +166,13 @@ def saved_steps(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def complete(checkpoint: Path) -> str:
-    """The name of a Trainer's checkpoint. Raises an error of some kind if a file is missing or cut short."""
+def complete(checkpoint: Path) -> Path:
+    """The Trainer's checkpoint itself. Raises an error of some kind if a file is missing or cut short."""
     TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     load_file(checkpoint / "model.safetensors")
     for name in ("optimizer.pt", "scheduler.pt"):
         check_archive(checkpoint / name)
-    return str(checkpoint)
+    return checkpoint
 
 
 def sentences(config: TextConfig) -> tuple[Dataset, Dataset]:
