@@ -15,6 +15,7 @@ from torch import Tensor
 
 from speechllm import SpeechCodec, Transcripts, load_audio, save_audio, speech_quality
 from speechllm.runs.config import load_config
+from tokenizer.errors import InputError
 
 pytest.importorskip("pesq")
 pytest.importorskip("pystoi")

@@ -21,6 +21,7 @@ from speechllm import (
     swap_layers,
 )
 from speechllm.runs.config import load_config
+from tokenizer.errors import InputError
 from tokenizer.metrics.prosody import align_voices, mel_cepstral_distortion, pitch_correlation, voice_frames
 from tokenizer.training.small_teachers import save_ecapa
 

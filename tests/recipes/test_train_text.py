@@ -123,7 +123,7 @@ def run_folder(config: object, name: str) -> Path:
     return Path(config.output).with_name(name)
 
 
-@pytest.mark.parametrize("place", ["atomic_folder", "finish_training"])
+@pytest.mark.parametrize("place", ["finish_training"])
 def test_a_run_killed_while_it_ends_ends_the_same(
     train_text: ModuleType, config: object, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
