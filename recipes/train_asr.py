@@ -145,6 +145,7 @@ from speechllm.training.optimization import keep_row_gradients, make_optimizer
 from speechllm.training.plan import training_plan
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from tokenizer.files import atomic_folder
+from tokenizer.progress import progress_bar
 
 
 def main(config: AsrConfig) -> None:
@@ -189,7 +190,7 @@ def main(config: AsrConfig) -> None:
     learn_speech = config.speech_loss > 0
     examples = [
         transcription_example(speech_of(row, encoding), row["text"], vocabulary, text_tokenizer, learn_speech)
-        for row in train
+        for row in progress_bar(train, "examples", unit="utt")
     ]
     pairs = zip(examples, train["duration_s"], strict=True)
     if long := sum(int(label_counts([example], vocabulary)[0]) > answer_bound(s) for example, s in pairs):
