@@ -33,11 +33,10 @@ def say_interrupted(error: KeyboardInterrupt) -> int:
 
 def catch_early_interrupts() -> None:
     """From now on Ctrl-C ends this process with one line; call it before slow imports."""
-    usual = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not isinstance(error, KeyboardInterrupt):
-            usual(kind, error, trace)
+            sys.__excepthook__(kind, error, trace)
             return
         code = say_interrupted(error)
         sys.stdout.flush()
