@@ -24,9 +24,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 def say_interrupted(error: KeyboardInterrupt) -> int:
-    """Print one line about the interruption, of several processes in the first; returns the exit code."""
+    """Print one line about the interruption; returns the exit code.
+
+    Of several processes only the first prints, and only what their launcher does not say itself.
+    """
     error = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
-    if os.environ.get("RANK", "0") == "0":
+    first, said = os.environ.get("RANK", "0") == "0", "LOCAL_RANK" in os.environ and str(error).endswith(GOES_ON)
+    if first and not said:
         print(f"\n{error}", file=sys.stderr, flush=True)
     return error.exit_code
 
