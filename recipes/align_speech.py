@@ -38,6 +38,7 @@ from speechllm import AudioError, Utterance, read_corpus
 from speechllm.evaluation.normalizers import librispeech_normalizer
 from speechllm.runs.machine import available_cpus
 from speechllm.runs.recipe import claim_output, run_recipe
+from speechllm.runs.signals import follow_parent
 from tokenizer.corpus import load_utterance
 from tokenizer.files import write_jsonl
 from tokenizer.rates import SAMPLE_RATE
@@ -47,10 +48,10 @@ def main(config: AlignConfig) -> None:
     try:
         decoder()
     except ImportError:
-        raise SystemExit('error: PocketSphinx is required: pip install "speechllm[align]"') from None
+        raise ImportError('PocketSphinx is required: pip install "speechllm[align]"') from None
     folder = claim_output(config.output, config)
     utterances = read_corpus(config.data, config.splits)
-    with ProcessPoolExecutor(available_cpus()) as pool:
+    with ProcessPoolExecutor(available_cpus(), initializer=follow_parent) as pool:
         results = list(tqdm(pool.map(align, utterances, chunksize=8), "align", len(utterances), unit="utt"))
     rows = [
         {**asdict(utterance), "path": os.path.relpath(utterance.path, folder), "phones": phones}

@@ -27,7 +27,7 @@ class EncodeConfig(Settings):
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
-    CONFIG = parse_config(EncodeConfig)
+    CONFIG = parse_config(EncodeConfig, shares_work=True)
 
 from tqdm import tqdm
 

@@ -62,6 +62,7 @@ from speechllm.evaluation.error_rates import mean_and_interval, recognition_meas
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import available_cpus, provenance
 from speechllm.runs.recipe import claim_output, run_recipe
+from speechllm.runs.signals import follow_parent
 from tokenizer.corpus import load_utterance, spread
 from tokenizer.files import write_json, write_jsonl
 from tokenizer.loading import load_recognizer
@@ -74,12 +75,9 @@ def main(config: EvalCodecConfig) -> None:
     started = time.perf_counter()
     folder = claim_output(config.output, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        codec = load_codec(config.codec).to(device)
-        counts = layer_counts(codec, config.layers)
-        recognizer = load_recognizer(config.recognizer).to(device) if config.recognizer else None
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    codec = load_codec(config.codec).to(device)
+    counts = layer_counts(codec, config.layers)
+    recognizer = load_recognizer(config.recognizer).to(device) if config.recognizer else None
     speaker = SpeakerTeacher.from_pretrained(config.speaker).to(device) if config.speaker else None
     utterances = spread(read_corpus(config.data, config.splits), config.max_utterances)
     scored = score(utterances, codec, counts, speaker, recognizer)
@@ -124,7 +122,7 @@ def score(
 ) -> Iterator[Row]:
     """One row per utterance, in order: this process runs the networks, other processes compute PESQ and so on."""
     workers = available_cpus()
-    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, initializer=start_worker) as pool:
         waiting: deque[Waiting] = deque()
         for utterance in utterances:
             waiting.append(submit(pool, utterance, codec, counts))
@@ -132,6 +130,11 @@ def score(
                 yield collect(waiting.popleft(), codec.sample_rate, speaker, recognizer)
         while waiting:
             yield collect(waiting.popleft(), codec.sample_rate, speaker, recognizer)
+
+
+def start_worker() -> None:
+    torch.set_num_threads(1)
+    follow_parent()
 
 
 def submit(pool: ProcessPoolExecutor, utterance: Utterance, codec: Codec, counts: Sequence[int]) -> Waiting:

@@ -75,6 +75,7 @@ from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import claim_output, run_recipe
 from tokenizer.audio import resample
+from tokenizer.errors import InputError
 from tokenizer.files import write_json, write_jsonl
 from tokenizer.loading import load_recognizer
 from tokenizer.metrics.conversion import MATCHINGS
@@ -101,14 +102,11 @@ def main(config: EvalConversionConfig) -> None:
     started = time.perf_counter()
     folder = claim_output(config.output, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        codec = load_codec(config.codec).to(device)
-        layers = layer_sets(config.layers, codec.num_codebooks)
-        recognizer = load_recognizer(config.recognizer).to(device) if config.recognizer else None
-        freevc = FreeVC.from_pretrained(config.freevc, config.wavlm).to(device) if config.freevc else None
-        pairs = choose_pairs(read_corpus(config.data, config.splits), config.pairs, config.seed)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    codec = load_codec(config.codec).to(device)
+    layers = layer_sets(config.layers, codec.num_codebooks)
+    recognizer = load_recognizer(config.recognizer).to(device) if config.recognizer else None
+    freevc = FreeVC.from_pretrained(config.freevc, config.wavlm).to(device) if config.freevc else None
+    pairs = choose_pairs(read_corpus(config.data, config.splits), config.pairs, config.seed)
     speaker = SpeakerTeacher.from_pretrained(config.speaker).to(device) if config.speaker else None
 
     rows: list[Row] = []
@@ -148,7 +146,7 @@ def layer_sets(layers: list[list[int]] | None, codebooks: int) -> list[list[int]
     if layers is None:
         layers = [[1]] if codebooks <= 2 else [[1], list(range(1, codebooks))]
     if not layers or not all(chosen and set(chosen) <= set(range(codebooks)) for chosen in layers):
-        raise ValueError(f"layers must be sets of numbers from 0 to {codebooks - 1}, such as [[1]]; got {layers}")
+        raise InputError(f"layers must be sets of numbers from 0 to {codebooks - 1}, such as [[1]]; got {layers}")
     return [sorted(set(chosen)) for chosen in layers]
 
 
@@ -159,7 +157,7 @@ def choose_pairs(utterances: Sequence[Utterance], most: int, seed: int) -> list[
         if utterance.speaker:
             speakers[utterance.speaker].append(utterance)
     if len(speakers) < 2:
-        raise ValueError(f"conversion needs recordings of two speakers, found {len(speakers)}: choose other splits")
+        raise InputError(f"conversion needs recordings of two speakers, found {len(speakers)}: choose other splits")
     draw = random.Random(seed)
     sources = [utterance for recordings in speakers.values() for utterance in recordings]
     pairs = []

@@ -179,6 +179,7 @@ def log_mel_clusters(
 
     chosen = np.random.default_rng(config.seed).permutation(len(train))[: config.kmeans_utterances]
     fit = np.concatenate([features(train[int(i)]) for i in chosen])
+    print(f"k-means of log-mel frames: {len(fit)} frames, {clusters} clusters", flush=True)
     kmeans = MiniBatchKMeans(clusters, batch_size=4096, n_init=1, random_state=config.seed).fit(fit)
     return lambda row: torch.from_numpy(kmeans.predict(features(row))).long()
 

@@ -66,6 +66,7 @@ def main(config: UnitsConfig) -> None:
         raise SystemExit(
             f"error: {config.data}: {len(frames)} frames cannot make {config.clusters} clusters; skipped: {reasons}"
         )
+    print(f"k-means: {len(frames)} frames, {config.clusters} clusters", flush=True)
     kmeans = MiniBatchKMeans(config.clusters, batch_size=10_000, n_init=5, random_state=config.seed).fit(frames)
     units = UnitTokenizer(encoder, torch.from_numpy(kmeans.cluster_centers_), config.deduplicate)
 

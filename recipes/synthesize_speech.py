@@ -34,6 +34,8 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.signals import follow_parent
 from tokenizer.settings import Count, Seed, argument
 
 # The grammar: a word in capitals is spoken as it is, a word in small letters stands for any word of that slot.
@@ -267,7 +269,7 @@ def synthesize(out: Path, utterance: Utterance) -> dict:
 def synthesize_all(out: Path, plan: list[Utterance], jobs: int) -> list[dict]:
     """Synthesise the plan in several processes; returns the manifest's lines in the same order."""
     spawn = multiprocessing.get_context("spawn")  # new processes, each with its own engine
-    with ProcessPoolExecutor(jobs, spawn) as pool:
+    with ProcessPoolExecutor(jobs, spawn, initializer=follow_parent) as pool:
         lines = pool.map(partial(synthesize, out), plan, chunksize=32)
         return list(tqdm(lines, total=len(plan), desc="speaking", unit="utt", disable=None))
 
@@ -329,4 +331,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_recipe(lambda _: main(), None)

@@ -19,7 +19,7 @@ from speechllm.runs.config import parse_config
 from speechllm.small_model import SmallShape, TextTokens
 from tokenizer.settings import Count, Decay, Names, Natural, NonNegative, Positive, Seed, Settings, Share
 
-FREE = "micro_batch_tokens gradient_checkpointing trackers log_every save_every".split()  # may change during a run
+FREE = "micro_batch_tokens gradient_checkpointing".split()  # may also change while a run is interrupted
 
 
 @dataclass
@@ -93,8 +93,9 @@ class AsrConfig(Settings):
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
-    CONFIG = parse_config(AsrConfig)
+    CONFIG = parse_config(AsrConfig, shares_work=True)
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
@@ -126,16 +127,18 @@ from speechllm.evaluation.scripts import primary_rate
 from speechllm.extension import Extension
 from speechllm.prompt import label_counts, text_example
 from speechllm.reports.pages import finish_training
+from speechllm.runs.loop import TrainingLoop
 from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
-from speechllm.runs.run import Run
+from speechllm.runs.run import MAY_CHANGE, Run
 from speechllm.small_model import small_qwen2, small_text_tokenizer
 from speechllm.training.checkpoints import TrainingState, prepare
 from speechllm.training.optimization import keep_row_gradients, make_optimizer
 from speechllm.training.plan import training_plan
-from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
+from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from tokenizer.corpus import spread
 from tokenizer.files import atomic_folder
+from tokenizer.progress import progress_bar
 
 
 def main(config: AsrConfig) -> None:
@@ -160,7 +163,7 @@ def main(config: AsrConfig) -> None:
         accelerator.print(f"left out: {without_words} utterances whose transcript holds no words ({config.normalizer})")
     codec = load_tokenizer(config.codec)
     encoding.require(codec.fingerprint, config.codec)
-    run = Run(config.output, config, accelerator, config.trackers, free=FREE)
+    run = Run(config.output, config, accelerator, config.trackers, free=[*MAY_CHANGE, *FREE])
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
         return
@@ -187,7 +190,7 @@ def main(config: AsrConfig) -> None:
     learn_speech = config.speech_loss > 0
     examples = [
         transcription_example(speech_of(row, encoding), row["text"], vocabulary, text_tokenizer, learn_speech)
-        for row in train
+        for row in progress_bar(train, "examples", unit="utt")
     ]
     pairs = zip(examples, train["duration_s"], strict=True)
     if long := sum(int(label_counts([example], vocabulary)[0]) > answer_bound(s) for example, s in pairs):
@@ -216,22 +219,22 @@ def main(config: AsrConfig) -> None:
         f"mean cosine {rows['new_row_cosine']:.3f}"
     )
     loss_of, optimizer = prepare(accelerator, loss_of, optimizer, config.clip)
-    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    start = 0
-    if state := run.resume():
-        start = state["step"]
-        training.load_state_dict(state)
+    # the moments of DeepSpeed are not accessible
+    save_every = None if accelerator.distributed_type == DistributedType.DEEPSPEED else config.save_every
+    loop = TrainingLoop(run, training, "asr", steps=config.steps, seed=config.seed, save_every=save_every)
 
     # 4. train. The loss of a step is the mean over all labels of the batch, however it is split: the sum of each
     # micro-batch is divided by the total count, and multiplied by the number of processes, which average gradients
     text_steps = config.small.text_steps if sentences else 0
-    text_batches = batches(sentences, config, start)
-    audio_batches = batches(examples, config, max(start, text_steps))
+    text_batches = batches(sentences, config, loop.done)
+    audio_batches = batches(examples, config, max(loop.done, text_steps))
     model.train()
-    for step in (bar := run.steps(start, config.steps, "asr")):
-        seed_step(config.seed, step, accelerator.process_index)
+    for step in loop:
         set_learning_rate(optimizer, warmup_cosine(step, config.steps, config.warmup, joined=config.row_steps))
-        batch = next(text_batches) if step < text_steps else augmentation(next(audio_batches), (config.seed, step))
+        chosen = next(text_batches if step < text_steps else audio_batches)
+        batch = [(sentences if step < text_steps else examples)[i] for i in chosen]
+        if step >= text_steps:
+            batch = augmentation(batch, (config.seed, step))
         counts = label_counts(batch, vocabulary).clamp(min=1).to(accelerator.device)
         weights = torch.tensor([1.0, config.speech_loss], device=accelerator.device) / counts
         parts = micro_batches(batch, config.micro_batch_tokens, accelerator.process_index, accelerator.num_processes)
@@ -246,37 +249,30 @@ def main(config: AsrConfig) -> None:
         if step < config.row_steps:
             keep_row_gradients(model, vocabulary)
         norm = accelerator.clip_grad_norm_(loss_of.parameters(), config.clip)
-        if norm is not None and not norm.isfinite():  # the same in all processes; None with DeepSpeed
-            raise RunError(
-                f"the gradient norm of step {step + 1} is {norm:g}; the last checkpoint is kept: "
-                'try a lower learning_rate or precision="no" in another output folder'
-            )
+        if loop.skips(norm, weights * sums, recordings=lambda chosen=chosen: [train["id"][i] for i in chosen]):
+            continue  # with DeepSpeed there is no norm
         optimizer.step()
         training.follow()
 
-        # 5. log, validate, and save checkpoints
-        done = step + 1
-        validating = bool(dev) and (done % config.validate_every == 0 or done == config.steps)
-        if done % config.log_every == 0 or done == config.steps or validating:
+        # 5. log and validate
+        validating = bool(dev) and loop.due(config.validate_every)
+        if loop.due(config.log_every) or validating:
             loss, speech_loss = (accelerator.reduce(sums) / counts).tolist()
             speech = {"speech_loss": speech_loss} if config.speech_loss else {}
             rate = optimizer.param_groups[0]["lr"]
-            run.log(done, loss=loss, **speech, lr=rate, tokens=sum(map(len, batch)))
-            bar.set_postfix(loss=f"{loss:.3f}")
+            loop.log(loss=loss, **speech, lr=rate, tokens=sum(map(len, batch)))
         if validating:
             with training.evaluation_weights():
                 if run.main:
                     rates = dev_rates(dev, encoding, speech_llm, config.normalizer)
-                    run.log(done, **rates)
-                    training.record_validation(done, rates[f"dev_{primary}"], keep=config.keep_best)
+                    run.log(loop.done, **rates)
+                    training.record_validation(loop.done, rates[f"dev_{primary}"], keep=config.keep_best)
                     if training.best.validations_without_improvement == config.patience:
                         accelerator.set_trigger()
             if accelerator.check_trigger():
                 better = f"no better {primary.upper()} in {config.patience} validations"
-                accelerator.print(f"{better}: training stops after {done} steps")
+                accelerator.print(f"{better}: training stops after {loop.done} steps")
                 break
-        if done % config.save_every == 0 and done < config.steps and not deepspeed:  # its moments are not accessible
-            run.save(done, training.state_dict())
 
     # 6. export
     with training.evaluation_weights():
@@ -288,7 +284,8 @@ def main(config: AsrConfig) -> None:
     if run.main:
         best = {f"dev_{primary}": training.best.wer, "best_step": training.best.step} if dev else {}
         texts = {"normalizer": config.normalizer} | ({"without_words": without_words} if without_words else {})
-        summary = {"steps": done, "loss": loss, **best, **texts, "codec_fingerprint": codec.fingerprint}
+        summary = {"steps": loop.done, "loss": loop.figures.get("loss"), **best, **texts}
+        summary["codec_fingerprint"] = codec.fingerprint
         finish_training(run, summary)
         print(f"speech language model saved in {run.folder / 'model'}")
     accelerator.wait_for_everyone()
@@ -311,10 +308,9 @@ def refuse_sharding(accelerator: Accelerator, config: AsrConfig) -> None:
         raise RunError("row_steps: DeepSpeed updates weights before gradients can be dropped: remove this key")
 
 
-def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[list[Example]]:
-    """The examples of successive optimizer steps, the same in every process and after resuming."""
-    for indices in token_batches(list(map(len, examples)), config.batch_tokens, config.seed, start):
-        yield [examples[i] for i in indices]
+def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[np.ndarray]:
+    """Numbers of the examples of successive optimizer steps, the same in every process and after resuming."""
+    return token_batches(list(map(len, examples)), config.batch_tokens, config.seed, start)
 
 
 def dev_rates(

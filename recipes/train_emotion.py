@@ -10,8 +10,11 @@ RUN/results.json, RUN/predictions.jsonl, RUN/confusion.png and RUN/report.html.
 """
 
 import json
+import math
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from speechllm.runs.config import parse_config
@@ -19,6 +22,7 @@ from tokenizer.settings import DISTINCT, NOT_EMPTY, Count, Natural, NonNegative,
 
 CONTROL = "shuffled labels"
 Distinct = Annotated[list[Natural], NOT_EMPTY, DISTINCT]
+SAVE_EVERY = 200  # steps between checkpoints
 
 
 @dataclass
@@ -55,23 +59,23 @@ class EmotionConfig(Settings):
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
-    CONFIG = parse_config(EmotionConfig)
+    CONFIG = parse_config(EmotionConfig, shares_work=True)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from torch import Tensor
-from tqdm import tqdm
 
 from speechllm import Codes, DataError, Encoding, load_codes, load_tokenizer
 from speechllm.data.batches import endless_batches
 from speechllm.evaluation.error_rates import mean_and_interval
 from speechllm.reports.pages import write_emotion_report
 from speechllm.reports.plots import confusion_figure, save_figure
+from speechllm.runs.loop import Parts, TrainingLoop
 from speechllm.runs.machine import make_accelerator, versions
 from speechllm.runs.recipe import run_recipe
-from speechllm.runs.run import Run
+from speechllm.runs.run import Run, read_log
 from speechllm.training.emotion import (
     EMOTIONS,
     EmotionalSpeech,
@@ -101,17 +105,19 @@ def main(config: EmotionConfig) -> None:
     # 2. one classifier per fold, and one for the control; distributed over the processes
     jobs = [(str(number), actors) for number, actors in enumerate(folds)] + [(CONTROL, folds[0])]
     files = [run.folder / "folds" / f"{name}.json" for name, _ in jobs]
-    files[0].parent.mkdir(exist_ok=True)
     for number in range(accelerator.process_index, len(jobs), accelerator.num_processes):
         if not files[number].exists():
             name, actors = jobs[number]
-            write_json(files[number], run_fold(name, actors, speech, codebooks, config, accelerator.device))
+            settings = speech, codebooks, config, accelerator.device
+            write_json(files[number], run_fold(name, actors, *settings, files[number].parent))
+        shutil.rmtree(files[number].with_suffix(""), ignore_errors=True)  # what only an interrupted fold needs
 
     # 3. results over all folds
     accelerator.wait_for_everyone()
     if run.main:
         *found, control = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         results = score(found, control) | {
+            "non_finite": sum(fold["non_finite"] for fold in (*found, control)),  # steps without finite numbers
             "skipped": len(rows) - len(speech),  # other emotions, or ids that are not RAVDESS names
             "tokens_per_second": tokens_per_second(rows, speech),
             "codec_fingerprint": encoding.fingerprint,
@@ -128,23 +134,28 @@ def run_fold(
     codebooks: Tensor,
     config: EmotionConfig,
     device: torch.device,
+    folder: Path,
 ) -> dict[str, Any]:
-    """Train on all other actors and classify the utterances of these: mean loss by epoch, one row per utterance."""
+    """Train on all other actors and classify the utterances of these: mean loss by epoch, one row per utterance.
+
+    folder: gets a subfolder of that name, from which an interrupted fold goes on.
+    """
     train = [one for one in speech if one.actor not in actors]
     test = [one for one in speech if one.actor in actors]
     labels = torch.tensor([one.label for one in train])
-    # one seed is enough, because an interrupted fold starts from the beginning
-    set_seed(config.seed)
+    set_seed(config.seed)  # the same model and permutation when it goes on
     if name == CONTROL:
         labels = labels[torch.randperm(len(labels))]
     classifier = make_classifier(speech, codebooks, config).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     per_epoch = max(1, len(train) // config.batch_size)
-    batches = endless_batches([one.codes.shape[1] for one in train], config.batch_size, config.seed)
     steps = config.epochs * per_epoch
-    losses = torch.zeros(steps)
+    run = Run(folder / name, config)  # of this process alone
+    parts = Parts(classifier=classifier, optimizer=optimizer)
+    loop = TrainingLoop(run, parts, f"fold {name}", steps=steps, seed=config.seed, save_every=SAVE_EVERY)
+    batches = endless_batches([one.codes.shape[1] for one in train], config.batch_size, config.seed, loop.done)
     classifier.train()
-    for step in tqdm(range(steps), f"fold {name}", dynamic_ncols=True, mininterval=2):
+    for step in loop:
         set_learning_rate(optimizer, warmup_cosine(step, steps, config.warmup))
         batch = next(batches)
         logits = classifier(padded([train[i] for i in batch], device))
@@ -152,9 +163,11 @@ def run_fold(
         loss = F.cross_entropy(logits, labels[batch].to(device))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(classifier.parameters(), config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(classifier.parameters(), config.clip)
+        if loop.skips(loss, norm, recordings=lambda batch=batch: [train[i].id for i in batch]):
+            continue
         optimizer.step()
-        losses[step] = loss.detach()
+        loop.log(loss=loss.item())
 
     classifier.eval()
     rows = []
@@ -166,7 +179,10 @@ def run_fold(
             answer = int(share.argmax())
             row = {"id": one.id, "actor": one.actor, "fold": name, "emotion": EMOTIONS[one.label]}
             rows.append(row | {"answer": EMOTIONS[answer], "confidence": round(float(share[answer]), 4)})
-    return {"actors": list(actors), "losses": losses.view(-1, per_epoch).mean(1).tolist(), "rows": rows}
+    log = [line for line in read_log(run.folder) if "loss" in line]
+    epochs = [[line["loss"] for line in log if (line["step"] - 1) // per_epoch == i] for i in range(config.epochs)]
+    losses = [float(np.mean(epoch)) if epoch else math.nan for epoch in epochs]
+    return {"actors": list(actors), "losses": losses, "non_finite": steps - len(log), "rows": rows}
 
 
 def make_classifier(speech: Sequence[EmotionalSpeech], codebooks: Tensor, config: EmotionConfig) -> EmotionClassifier:

@@ -23,6 +23,7 @@ from tokenizer.settings import Count, CropLength, Names, Positive, Rule, Seed, S
 
 HEAD_RATE = 20  # factor of the learning rate of a new head on a pretrained HuBERT
 Width = Annotated[int, Rule("a multiple of 8", lambda n: n > 0 and n % 8 == 0)]  # groups of convolutions
+LOG_EVERY = 10  # steps
 WORD_END = "|"  # the space in transformers' CTC vocabularies
 
 
@@ -53,33 +54,37 @@ class TeacherConfig(Settings):
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
-    CONFIG = parse_config(TeacherConfig)
+    CONFIG = parse_config(TeacherConfig, shares_work=True)
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from speechllm import Utterance, pad_waveforms, read_corpus
+from speechllm import CorpusError, Utterance, pad_waveforms, read_corpus
 from speechllm.data.batches import endless_batches
 from speechllm.reports.pages import finish_training
+from speechllm.runs.loop import Parts, TrainingLoop
 from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
-from speechllm.runs.run import Run
-from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
+from speechllm.runs.run import MAY_CHANGE, Run
+from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from tokenizer.corpus import frame_phones, load_usable, spread
 from tokenizer.files import atomic_folder
 from tokenizer.frames import frame_count
 from tokenizer.training.crops import Crops
 from tokenizer.training.small_teachers import FrameClassifier, save_ecapa, save_hubert, save_recognizer, small_hubert
+from tokenizer.training.step import remember_statistics
 from tokenizer.training.teachers import SemanticTeacher
+
+Batch = tuple[list[Utterance], tuple[Tensor, ...]]  # and what the student's `forward` takes
 
 
 def main(config: TeacherConfig) -> None:
     accelerator = make_accelerator()
     utterances = short_enough(config, config.splits)
     dev = spread(short_enough(config, config.dev_splits), 8 * config.batch_size) if config.dev_splits else []
-    run = Run(config.output, config, accelerator)
+    run = Run(config.output, config, accelerator, free=MAY_CHANGE)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
         return
@@ -96,36 +101,38 @@ def main(config: TeacherConfig) -> None:
     parameters = student.groups() if config.init else student.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
 
-    # 2. resume a killed run
-    start = 0
-    if state := run.resume():
-        student.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-
-    # 3. train
-    batches = student.batches(start, accelerator.process_index, accelerator.num_processes)
-    for step in (bar := run.steps(start, config.steps, f"{config.kind} teacher")):
-        seed_step(config.seed, step, accelerator.process_index)
+    # 2. train, from the newest checkpoint on
+    loop = TrainingLoop(
+        run,
+        Parts(model=student, optimizer=optimizer),
+        f"{config.kind} teacher",
+        steps=config.steps,
+        seed=config.seed,
+        save_every=config.save_every,
+    )
+    batches = student.batches(loop.done, accelerator.process_index, accelerator.num_processes)
+    for step in loop:
         set_learning_rate(optimizer, warmup_cosine(step, config.steps, config.warmup))
-        loss = model(*(tensor.to(accelerator.device) for tensor in next(batches)))
+        chosen, batch = next(batches)
+        restore = remember_statistics(student)
+        loss = model(*(tensor.to(accelerator.device) for tensor in batch))
         optimizer.zero_grad()
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(student.parameters(), 1.0)
+        norm = accelerator.clip_grad_norm_(student.parameters(), 1.0)
+        if loop.skips(loss, norm, recordings=lambda chosen=chosen: [u.path for u in chosen]):
+            restore()
+            continue
         optimizer.step()
-        if (step + 1) % 10 == 0 or step + 1 == config.steps:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-            run.log(step + 1, loss=loss.item())
-        if (step + 1) % config.save_every == 0:
-            run.save(step + 1, {"model": student.state_dict(), "optimizer": optimizer.state_dict()})
+        if loop.due(LOG_EVERY):
+            loop.log(loss=loss.item())
 
-    # 4. export, and score on the dev splits
+    # 3. export, and score on the dev splits
     student.eval()
     if accelerator.is_main_process:
         with atomic_folder(run.folder / "model") as folder:
             student.save(folder)
         scores = student.score(dev)
-        finish_training(run, {"steps": config.steps, "loss": loss.item(), **scores})
+        finish_training(run, {"steps": config.steps, **loop.figures, **scores})
         print(f"{config.kind} teacher saved in {run.folder / 'model'} {scores}")
     accelerator.wait_for_everyone()
 
@@ -153,7 +160,7 @@ class SemanticStudent(nn.Module):
         self.key = "text" if config.objective == "ctc" else "phones"
         self.utterances = [u for u in utterances if getattr(u, self.key)]
         if not self.utterances:
-            raise SystemExit(f"{config.data}: no utterance has {self.key}: required by objective {config.objective}")
+            raise CorpusError(f"{config.data}: no utterance has {self.key}: required by objective {config.objective}")
         self.labels = numbered((symbol for u in self.utterances for symbol in self._symbols(u)), start=1)
         if config.init:
             teacher = SemanticTeacher.from_pretrained(config.init)
@@ -176,15 +183,15 @@ class SemanticStudent(nn.Module):
             return list((utterance.text or "").replace(" ", WORD_END))
         return frame_phones(utterance, math.ceil(utterance.duration_s * 50))
 
-    def batches(self, start: int, process: int, processes: int) -> Iterator[tuple[Tensor, ...]]:
+    def batches(self, start: int, process: int, processes: int) -> Iterator[Batch]:
         """Endless batches from step `start` on; each process gets its share."""
         lengths = [u.duration_s for u in self.utterances]
         for batch in endless_batches(lengths, self.config.batch_size, self.config.seed, start):
             chosen = [self.utterances[i] for i in batch[process::processes]]
             pairs = list(load_usable(chosen, skipped=self.skipped))
             if not pairs:
-                raise SystemExit(f"no recording of a batch of {len(chosen)} is usable, such as {chosen[0].path}")
-            yield self._batch(pairs)
+                raise CorpusError(f"no recording of a batch of {len(chosen)} is usable, such as {chosen[0].path}")
+            yield [u for u, _ in pairs], self._batch(pairs)
 
     def _batch(self, pairs: list[tuple[Utterance, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         waveform, lengths = pad_waveforms([waveform for _, waveform in pairs])
@@ -247,7 +254,7 @@ class SpeakerStudent(nn.Module):
         self.utterances = [u for u in utterances if u.speaker]
         self.labels = numbered(u.speaker for u in self.utterances)
         if len(self.labels) < 2:
-            raise SystemExit(f"{config.data}: a speaker teacher needs at least 2 speakers, found {len(self.labels)}")
+            raise CorpusError(f"{config.data}: a speaker teacher needs at least 2 speakers, found {len(self.labels)}")
         width = config.channels
         self.settings = {
             "channels": [width] * 4 + [3 * width],
@@ -262,14 +269,15 @@ class SpeakerStudent(nn.Module):
         self.classifier = Classifier(width, out_neurons=len(self.labels))
         self.criterion = LogSoftmaxWrapper(AdditiveAngularMargin(margin=0.2, scale=30))
 
-    def batches(self, start: int, process: int, processes: int) -> Iterator[tuple[Tensor, ...]]:
+    def batches(self, start: int, process: int, processes: int) -> Iterator[Batch]:
         """Batches of crops from step `start` on; each process gets its share."""
         crops = Crops(self.utterances, self.config.crop_s, seed=self.config.seed, skipped=self.skipped)
         for step in range(start, self.config.steps):
             first = step * self.config.batch_size
             items = [crops[i] for i in range(first + process, first + self.config.batch_size, processes)]
-            targets = [self.labels[self.utterances[item["utterance"]].speaker] for item in items]
-            yield torch.stack([item["waveform"] for item in items]), torch.tensor(targets)
+            chosen = [self.utterances[item["utterance"]] for item in items]
+            targets = torch.tensor([self.labels[u.speaker] for u in chosen])
+            yield chosen, (torch.stack([item["waveform"] for item in items]), targets)
 
     def forward(self, waveform: Tensor, targets: Tensor) -> Tensor:
         return self.criterion(self.classifier(self._embed(waveform)), targets[:, None])

@@ -43,45 +43,76 @@ class TextConfig(Settings):
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
-    CONFIG = parse_config(TextConfig)
+    CONFIG = parse_config(TextConfig, shares_work=True)
 
 import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, load_dataset
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from speechllm import DataError, RunError
 from speechllm.evaluation.normalizers import librispeech_normalizer
 from speechllm.reports.pages import finish_training
+from speechllm.runs.loop import StepGuard
 from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
-from speechllm.runs.run import Run
+from speechllm.runs.run import MAY_CHANGE, Run, check_archive, newest_usable
+from speechllm.runs.signals import Interrupted
 from speechllm.small_model import small_qwen2, small_text_tokenizer
 from tokenizer.files import atomic_folder
 from tokenizer.tables import require_utf8
+from tokenizer.training.distributed import mean_over_processes
 
 
-class RunLog(TrainerCallback):
-    """Writes the metrics of Trainer to the run's log."""
+class TextTrainer(Trainer):
+    """Keeps the loss of the last step; a mean since the last line of the log would begin anew after a kill."""
 
-    def __init__(self, run: Run):
-        self.run = run
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.loss = super().training_step(*args, **kwargs)
+        return self.loss
+
+
+class RunCallback(TrainerCallback):
+    """Gives a `Trainer` what the other trainings get from a `TrainingLoop`: log, skipped steps, an end by signal."""
+
+    def __init__(self, run: Run, guard: StepGuard, text: list[str]):
+        self.run, self.guard, self.text = run, guard, text
+        self.trainer: TextTrainer
+        self.learning_rate = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         self.run.cut_log(state.global_step)  # after a resumed checkpoint: those steps are repeated
+        state.compute_steps(args, state.max_steps)  # those of the checkpoint may have been others
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: Any, control: Any, model: Any, optimizer: Any, **_: Any
+    ) -> None:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        self.learning_rate = optimizer.param_groups[0]["lr"]
+        if self.guard.skips(state.global_step + 1, self.trainer.loss, norm, recordings=lambda: self.text):
+            optimizer.zero_grad()  # an optimizer passes over weights without a gradient, and over their moments
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        step = state.global_step
+        if self.guard.signal is not None:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+        if (step % args.logging_steps == 0 or step == state.max_steps) and not self.guard.skipped:
+            loss = mean_over_processes(self.trainer.loss).item()
+            self.run.log(step, loss=loss, lr=self.learning_rate)
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        named = {"loss": logs.get("loss"), "lr": logs.get("learning_rate"), "dev_loss": logs.get("eval_loss")}
-        if found := {name: value for name, value in named.items() if value is not None}:
-            self.run.log(state.global_step, **found)
+        if "eval_loss" in logs:
+            self.run.log(state.global_step, dev_loss=logs["eval_loss"])
 
 
 def main(config: TextConfig) -> None:
     accelerator = make_accelerator(config.precision)
     if config.batch_size % accelerator.num_processes:
         raise RunError(f"batch_size {config.batch_size} is not divisible by {accelerator.num_processes} processes")
-    run = Run(config.output, config, accelerator)
+    run = Run(config.output, config, accelerator, free=MAY_CHANGE)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
         return
@@ -104,8 +135,22 @@ def main(config: TextConfig) -> None:
     )
     checkpoints = run.folder / "checkpoints"
     settings = trainer_settings(config, checkpoints, config.batch_size // accelerator.num_processes)
-    trainer = Trainer(model, settings, train_dataset=train, eval_dataset=held_out, callbacks=[RunLog(run)])
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints))
+    callback = RunCallback(run, guard := StepGuard(run, config.steps), config.text)
+    trainer = TextTrainer(model, settings, train_dataset=train, eval_dataset=held_out, callbacks=[callback])
+    callback.trainer = trainer
+    checkpoint = newest_usable(saved_steps(checkpoints), complete, run.main)
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
+    if state.global_step > config.steps:
+        raise RunError(f"{run.folder} has done {state.global_step} steps already: set steps to at least that")
+    if checkpoint and state.global_step == config.steps:  # the Trainer would make one more step
+        trainer.state = state
+        model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)  # without a head that is tied
+    else:
+        with guard.catching():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if guard.signal is not None:
+        step = trainer.state.global_step
+        raise Interrupted(guard.signal, f"step {step} is saved, and the same command goes on from there")
     last = [entry for entry in trainer.state.log_history if entry["step"] == config.steps and "eval_loss" in entry]
     loss = (last[-1] if last else trainer.evaluate())["eval_loss"]
 
@@ -118,6 +163,20 @@ def main(config: TextConfig) -> None:
         finish_training(run, summary)
         print(f"language model saved in {run.folder / 'model'}: perplexity per token {summary['perplexity']:.1f}")
     accelerator.wait_for_everyone()
+
+
+def saved_steps(folder: Path) -> list[Path]:
+    """The Trainer's checkpoints, oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def complete(checkpoint: Path) -> Path:
+    """The Trainer's checkpoint itself. Raises an error of some kind if a file is missing or cut short."""
+    TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    load_file(checkpoint / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        check_archive(checkpoint / name)
+    return checkpoint
 
 
 def sentences(config: TextConfig) -> tuple[Dataset, Dataset]:

@@ -7,6 +7,7 @@ A killed run, started again with the same command, resumes from its newest check
 interrupted. The codec is saved in RUN/model; RUN also has the configuration, log.jsonl, report.html and audio samples.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -140,7 +141,7 @@ class TokenizerConfig(Settings):
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
-    CONFIG = parse_config(TokenizerConfig)
+    CONFIG = parse_config(TokenizerConfig, shares_work=True)
 
 import torch
 from accelerate import Accelerator
@@ -148,13 +149,15 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
-from speechllm import RunError, SpeechCodec, Utterance, read_corpus
+from speechllm import SpeechCodec, Utterance, read_corpus
 from speechllm.reports.pages import write_codec_report, write_training_report
 from speechllm.reports.sounds import Reconstruction, save_sounds
+from speechllm.runs.loop import Parts, TrainingLoop
 from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
-from speechllm.runs.run import Run, read_log
-from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
+from speechllm.runs.run import MAY_CHANGE, Run, read_log
+from speechllm.runs.signals import follow_parent
+from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from tokenizer.corpus import load_usable, spread
 from tokenizer.files import atomic_folder
 from tokenizer.training.crops import Crops, StepSampler
@@ -163,7 +166,14 @@ from tokenizer.training.distillation import AcousticDistillation, SemanticDistil
 from tokenizer.training.distributed import average_gradients
 from tokenizer.training.feature_cache import FeatureCache
 from tokenizer.training.losses import Balancer, MultiScaleMelLoss, ReconstructionLoss
-from tokenizer.training.step import DistillationLoss, average_weights, codec_backward, draw_layers, initialize_codebooks
+from tokenizer.training.step import (
+    DistillationLoss,
+    average_weights,
+    codec_backward,
+    draw_layers,
+    initialize_codebooks,
+    remember_statistics,
+)
 from tokenizer.training.teachers import SemanticTeacher, SpeakerTeacher
 from tokenizer.training.validation import validate_codec
 
@@ -174,7 +184,7 @@ def main(config: TokenizerConfig) -> None:
     accelerator = make_accelerator(config.precision)
     utterances = read_corpus(config.data, config.splits)
     held_out = spread(read_corpus(config.data, config.dev_splits), 16) if config.dev_splits else []
-    run = Run(config.output, config, accelerator)
+    run = Run(config.output, config, accelerator, free=MAY_CHANGE)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
         return
@@ -198,69 +208,68 @@ def main(config: TokenizerConfig) -> None:
     accelerator.print(f"tokenizer: {hours:.2f} h, {config.steps} steps of {batch}; {millions:.1f} M parameters")
 
     # 2. resume a killed run, or initialise the codebooks with the encoder's latents
-    start = 0
-    parts = {"codec": codec, "students": students, "optimizer": optimizer}
+    parts = Parts(codec=codec, students=students, optimizer=optimizer)
     optional = {"averaged": averaged, "adversary": adversary, "balancer": criterion.balancer}
     parts |= {name: part for name, part in optional.items() if part is not None}
-    if state := run.resume():
-        start = state["step"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    else:
+    loop = TrainingLoop(run, parts, "tokenizer", steps=config.steps, seed=config.seed, save_every=config.save_every)
+    if not loop.done:
         initialize_codebooks(codec, crops, config.batch_size, config.seed)
 
     # 3. train. Gradients are combined, weighted by their norms, at the waveform and at the latents z0; processes
     # therefore average gradients here instead of in a wrapper, which expects a single backward pass
-    sampler = StepSampler(config.batch_size, start, config.steps, accelerator.process_index, accelerator.num_processes)
+    place = accelerator.process_index, accelerator.num_processes
+    sampler = StepSampler(config.batch_size, loop.done, config.steps, *place)
     workers = {"num_workers": config.num_workers, "persistent_workers": config.num_workers > 0}
-    loader = DataLoader(crops, batch_sampler=sampler, **workers)
+    loader = DataLoader(crops, batch_sampler=sampler, worker_init_fn=follow_parent, **workers)
     window = None if config.decode_s is None else round(config.decode_s * codec.frame_rate)
     codec.train()
-    for step, batch in zip(bar := run.steps(start, config.steps, "tokenizer"), loader, strict=True):
-        seed_step(config.seed, step, accelerator.process_index)
+    for step, batch in zip(loop, loader, strict=True):
         set_learning_rate(optimizer, factor := warmup_cosine(step, config.steps, config.warmup))
         if adversary:
             set_learning_rate(adversary.optimizer, factor)
             criterion.adversary = adversary if step >= config.adversary.start else None
         optimizer.zero_grad()
         batch = {name: value.to(device) for name, value in batch.items()}
+        restore = remember_statistics(codec, students, balancer=criterion.balancer)
         num_layers = draw_layers(config.quantizer_dropout, len(batch["length"]), device)
         with accelerator.autocast():
             metrics = codec_backward(codec, batch, criterion, [*distillations.values()], num_layers, window)
         average_gradients(parameters)
         # of the codec only: AdamW's updates of a student do not depend on the scale of its gradient
         metrics["gradient_norm"] = norm = nn.utils.clip_grad_norm_(codec.parameters(), config.clip or math.inf)
-        if not norm.isfinite():  # of the average over processes, so that all of them stop
-            raise RunError(
-                f"the gradient norm of step {step + 1} is {norm:g}; the last checkpoint is kept: "
-                'try a lower learning_rate, a smaller clip or precision="no" in another output folder'
-            )
+        own = nn.utils.get_total_norm([p.grad for p in students.parameters() if p.grad is not None])
+        names = functools.partial(named, batch["utterance"], utterances)
+        if loop.skips(norm, own, *metrics.values(), recordings=names):
+            restore()
+            continue
         optimizer.step()
         if averaged:
             averaged.update_parameters(codec)
 
-        # 4. log, validate, and save checkpoints
-        done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
-            figures = {name: float(value) for name, value in metrics.items()}
-            run.log(done, **figures)
-            bar.set_postfix({name: f"{figures[name]:.3f}" for name in ("mel", "semantic") if name in figures})
-        if dev and (done % config.validate_every == 0 or done == config.steps):
-            report(run, done, averaged.module if averaged else codec, criterion.mel, [*distillations.values()], dev)
-        if done % config.save_every == 0 and done < config.steps:
-            run.save(done, {name: part.state_dict() for name, part in parts.items()})
+        # 4. log and validate
+        if loop.due(config.log_every):
+            loop.log(**{name: float(value) for name, value in metrics.items()})
+        if dev and loop.due(config.validate_every):
+            report(
+                run, loop.done, averaged.module if averaged else codec, criterion.mel, [*distillations.values()], dev
+            )
 
     # 5. export
     codec = (averaged.module if averaged else codec).eval()
     if run.main:
         with atomic_folder(run.folder / "model") as folder:
             codec.save_pretrained(folder)
-        summary = {"steps": config.steps, "fingerprint": codec.fingerprint, **figures}
+        summary = {"steps": config.steps, "fingerprint": codec.fingerprint, **loop.figures}
         if not dev:  # otherwise the last validation has written the report
             write_training_report(run, summary)
         run.finish(summary)
         print(f"codec {codec.fingerprint} saved in {run.folder / 'model'}")
     accelerator.wait_for_everyone()
+
+
+def named(numbers: Tensor, utterances: list[Utterance]) -> list[str]:
+    """The recordings of a batch, by their numbers long [B]."""
+    return [utterances[number].path for number in numbers.tolist()]
 
 
 def make_distillations(config: TokenizerConfig, device: torch.device) -> Distillations:

@@ -6,6 +6,7 @@ from pathlib import Path
 from tokenizer.codec.converters import convert_speechtokenizer
 from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.custom import TokenizerError, load_class
+from tokenizer.errors import InputError
 from tokenizer.interface import AudioTokenizer, Codec, DiscreteTokenizer
 from tokenizer.pretrained import SETTINGS_FILE, check_folder, read_pretrained_json
 from tokenizer.schemes.features import FeatureEncoder
@@ -101,7 +102,7 @@ def _by_files(name: str) -> AudioTokenizer:
     if model_type in PUBLISHED:
         return PublishedCodec.from_pretrained(name)
     if model_type == "whisper" or "conv_stride" in config:
-        raise ValueError(
+        raise InputError(
             f"it is a {model_type} model: write features:{name} for its features, recognizer:{name} for text"
         )
     if "num_codebooks" in config and not model_type:
@@ -109,7 +110,7 @@ def _by_files(name: str) -> AudioTokenizer:
     if "n_q" in config:
         return convert_speechtokenizer(name)
     found = f"a {model_type} model" if model_type else f"no audio tokenizer in {', '.join(config) or 'it'}"
-    raise ValueError(f"found {found}; {SPELLINGS}")
+    raise InputError(f"found {found}; {SPELLINGS}")
 
 
 def load_recognizer(name: str) -> AudioTokenizer:

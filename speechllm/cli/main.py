@@ -27,6 +27,7 @@ from tokenizer.settings import Count, Positive, argument
 
 if TYPE_CHECKING:
     from torch import Tensor
+from speechllm.runs.signals import interruptible, say_interrupted
 
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
 BASE = "another place of the language model under an adapter than the recorded one"
@@ -45,7 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     spell_unprintable()
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        with interruptible():
+            return arguments.run(arguments)
+    except KeyboardInterrupt as interrupt:
+        return say_interrupted(interrupt)
     # the package's own errors are of these kinds and say how to fix them
     except (ValueError, OSError, ImportError) as error:
         print(f"speechllm {arguments.command}: {error}", file=sys.stderr)
@@ -193,7 +197,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if {"-h", "--help", "--check"} & set(words):
         processes = 1
     if processes > 1:
-        code = subprocess.call([sys.executable, *recipe_command(file, [*words, "--check"])], env=environment)
+        several = {"WORLD_SIZE": f"{processes}", "LOCAL_RANK": "0"}  # as the launcher will tell it
+        check = [sys.executable, *recipe_command(file, [*words, "--check"])]
+        code = subprocess.call(check, env=environment | several)
     if code == 0:
         command = [sys.executable, *recipe_command(file, words, processes)]
         os.execve(command[0], command, environment)  # signals and the exit code are the recipe's own

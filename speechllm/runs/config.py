@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
+from speechllm.runs.signals import catch_early_interrupts, end_with_parent
 from tokenizer.errors import InputError
 from tokenizer.settings import SettingsError, broken_rules
 
@@ -103,8 +104,14 @@ def find_config(file: str | Path) -> Path:
     raise ConfigError(f"cannot read the configuration {file}: no such file, here or among the shipped ones; {hint}")
 
 
-def parse_config(cls: type[T], argv: list[str] | None = None) -> T:
-    """Read `--config FILE key=value ...` from the command line into `cls`; on a mistake print it and exit with 2."""
+def parse_config(cls: type[T], argv: list[str] | None = None, shares_work: bool = False) -> T:
+    """Read `--config FILE key=value ...` from the command line into `cls`; on a mistake print it and exit with 2.
+
+    shares_work: whether several processes of the recipe share its work; otherwise they are refused. From here on,
+    Ctrl-C ends the recipe with one line, and a parent that is a recipe ends it with itself.
+    """
+    catch_early_interrupts()
+    end_with_parent()
     spell_unprintable()
     module = inspect.getmodule(cls)
     parser = argparse.ArgumentParser(
@@ -121,6 +128,11 @@ def parse_config(cls: type[T], argv: list[str] | None = None) -> T:
         metavar="key=value",
         help="set single keys, nested ones as a.b=1; --key is short for key=true",
     )
+    if not shares_work and "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        yield_to_first_process()
+        parser.exit(
+            2, f"{parser.prog} does not share its work, several processes would all do it: leave out --processes\n"
+        )
     arguments, rest = parser.parse_known_args(argv)  # the rest: flags, and arguments after one
     overrides = arguments.overrides + [word.removeprefix("--") if "=" in word else word for word in rest]
     try:

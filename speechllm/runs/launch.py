@@ -13,6 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speechllm.runs.config import shipped
+from speechllm.runs.signals import (
+    Interrupted,
+    catch_early_interrupts,
+    child_environment,
+    end_with_parent,
+    say_interrupted,
+)
 from tokenizer.errors import InputError
 
 
@@ -55,6 +62,9 @@ def launch(processes: int, file: str, words: Sequence[str]) -> int:
     if 0 < gpus < processes:
         raise InputError(f"{processes} processes need one GPU each, but there are {gpus}: use --processes {gpus}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // processes)))
+    # forwarded to the processes, which save a checkpoint: torch's own, and the one by which Slurm announces the end
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    os.environ |= child_environment()
     logging.disable(logging.ERROR)  # the launchers' own lines around the error of a process
     try:
         if gpus:
@@ -71,11 +81,13 @@ def launch(processes: int, file: str, words: Sequence[str]) -> int:
             print(f"process {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         return abs(failure.exitcode) or 1
     except SignalException as ended:
-        return 128 + ended.sigval
+        return say_interrupted(Interrupted(ended.sigval))
     return 0
 
 
 if __name__ == "__main__":
+    catch_early_interrupts()
+    end_with_parent()
     try:
         sys.exit(launch(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
     except InputError as error:

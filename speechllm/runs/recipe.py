@@ -4,6 +4,7 @@ A recipe parses its configuration (`parse_config`) before it imports anything he
 """
 
 import contextlib
+import errno
 import inspect
 import json
 import logging
@@ -17,11 +18,15 @@ from typing import Any, TypeVar
 import yaml
 
 from speechllm.runs.config import yield_to_first_process
+from speechllm.runs.signals import end_with_parent, interruptible, say_interrupted
 from tokenizer.claims import claim_folder
 from tokenizer.errors import InputError
 
 T = TypeVar("T")
 EXPECTED = (InputError, OSError, ImportError)  # their messages say how to fix the problem
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for a file, on the disk or by the user's limits
+# what libraries that write in other languages make of these
+FULL_WORDS = "No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter", "unexpected pos"
 
 
 @contextlib.contextmanager
@@ -40,16 +45,32 @@ def log_printed() -> Iterator[None]:
 
 
 def run_recipe(main: Callable[[T], None], config: T) -> None:
-    """Call `main` with the configuration; exit with the message of an expected error."""
+    """Call `main` with the configuration; exit with the message of an expected error, or of a signal to end."""
+    end_with_parent()
     try:
-        with log_printed():
+        with interruptible(), log_printed():
             main(config)
-    except EXPECTED as error:
-        yield_to_first_process()
-        sys.exit(f"error: {error}")
+    except KeyboardInterrupt as interrupt:
+        sys.exit(say_interrupted(interrupt))
     except SystemExit:
         yield_to_first_process()
         raise
+    except Exception as error:
+        full = out_of_space(error)
+        if not full and not isinstance(error, EXPECTED):
+            raise
+        yield_to_first_process()
+        advice = "; the disk is full: make room, and the same command goes on from what is finished" if full else ""
+        sys.exit(f"error: {error}{advice}")
+
+
+def out_of_space(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that a file cannot be written for want of space."""
+    while error is not None:
+        if getattr(error, "errno", None) in FULL or any(words in str(error) for words in FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def claim_output(folder: str | Path, config: Any, mark: str | None = None) -> Path:

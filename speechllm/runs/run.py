@@ -6,10 +6,12 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+import uuid
+import zipfile
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -21,8 +23,12 @@ from speechllm.runs.machine import provenance, versions
 from speechllm.runs.recipe import claim_output
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_file, json_text, read_json, read_jsonl, write_json, write_jsonl, write_text
+from tokenizer.progress import progress_bar
 
+T = TypeVar("T")
 KEPT_CHECKPOINTS = 2
+# keys of trainings that may change while they are interrupted; the schedule of the learning rate follows `steps`
+MAY_CHANGE = "steps log_every save_every validate_every trackers num_workers".split()
 PRINTED = 5  # skipped recordings that are printed
 
 
@@ -53,6 +59,7 @@ class Run:
         """
         self.folder = Path(folder)
         self.config = config
+        self.trackers = list(trackers or [])
         self._started, self._seconds_before = time.perf_counter(), 0.0
         self.accelerator = accelerator
         self.main = accelerator is None or accelerator.is_main_process
@@ -67,16 +74,29 @@ class Run:
                 raise RunError(f"cannot write the run folder {self.folder}: {error}") from error
         if accelerator is not None:
             accelerator.wait_for_everyone()
-            self._start_trackers(accelerator, trackers or [], asdict(config))
+            self._find_trackers(accelerator)
 
-    def _start_trackers(self, accelerator: Accelerator, trackers: Sequence[str], config: dict[str, Any]) -> None:
-        if trackers and self.summary is None:
+    def _find_trackers(self, accelerator: Accelerator) -> None:
+        if self.trackers:
             accelerator.project_configuration.set_directories(str(self.folder))
-            accelerator.log_with = filter_trackers(list(trackers), accelerator.logging_dir)
-            if absent := set(trackers) - set(map(str, accelerator.log_with)):
+            accelerator.log_with = filter_trackers(self.trackers, accelerator.logging_dir)
+            if absent := set(self.trackers) - set(map(str, accelerator.log_with)):
                 names = ", ".join(absent)
                 raise RunError(f"trackers: {names} is not installed: run pip install {' '.join(absent)}")
-            accelerator.init_trackers(self.folder.name, {name: str(value) for name, value in config.items()})
+
+    def _start_trackers(self, done: int) -> None:
+        """Start the trackers, or go on with what they hold up to step `done`."""
+        if self.trackers and self.accelerator is not None:
+            file = self.folder / "trackers.json"
+            names = {"wandb": uuid.uuid4().hex, **read_json(file)}
+            if self.main:
+                write_json(file, names)
+            settings = {
+                "wandb": {"id": names["wandb"], "resume": "allow"},
+                "tensorboard": {"purge_step": done + 1},
+            }
+            config = {name: str(value) for name, value in asdict(self.config).items()}
+            self.accelerator.init_trackers(self.folder.name, config, settings)
 
     def _settle_config(self, config: dict[str, Any], free: Collection[str]) -> None:
         config = json.loads(json.dumps(config))  # tuples become lists, as read from YAML
@@ -84,17 +104,28 @@ class Run:
         held = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
         if held is not None:
             places = str(held.get("output")), str(config.get("output"))
-            changed = {key for key in held | config if not _same(held.get(key), config.get(key), *places)} - set(free)
-            if changed:
-                changes = "; ".join(f"{key}: {held.get(key)} -> {config.get(key)}" for key in sorted(changed))
+            changes = {key for key in held | config if not _same(held.get(key), config.get(key), *places)}
+            if changed := changes - set(free):
+                named = "; ".join(f"{key}: {held.get(key)} -> {config.get(key)}" for key in sorted(changed))
                 raise RunError(
-                    f"{self.folder} holds a run with another configuration ({changes}): "
+                    f"{self.folder} holds a run with another configuration ({named}): "
                     "choose another output folder or delete this one"
                 )
+            if "steps" in changes and self.summary is not None:
+                self._prolong(held["steps"], config["steps"])
         else:
             write_json(self.folder / "versions.json", versions())
         if held != config:
             write_text(file, yaml.safe_dump(config, sort_keys=False))
+
+    def _prolong(self, before: int, steps: int) -> None:
+        """Let a finished run go on, which it can while it has a checkpoint."""
+        if steps < before or not self._checkpoints():
+            raise RunError(
+                f"{self.folder} is finished with steps={before}, and has no checkpoint to go on from to steps={steps}: "
+                "choose another output folder (train_asr can start from the finished model, model=RUN/model)"
+            )
+        (self.folder / "done.json").unlink()
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -116,13 +147,14 @@ class Run:
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run as finished and delete its checkpoints, which the exported model replaces.
 
-        Skipped recordings are listed with the reason and counted in the summary.
+        Skipped recordings are listed with the reason and counted in the summary, as are steps without finite numbers.
         """
         if self.main:
             rows = {row["path"]: row for row in read_jsonl(self.skipped)}  # each is recorded in every epoch
             if rows:
                 report_skipped(self.folder, [*rows.values()])
-            write_json(self.folder / "done.json", summary | ({"skipped": len(rows)} if rows else {}))
+            counts = {"skipped": len(rows), "non_finite": sum("non_finite" in line for line in read_log(self.folder))}
+            write_json(self.folder / "done.json", summary | {name: count for name, count in counts.items() if count})
             shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def log(self, step: int, **metrics: float) -> None:
@@ -134,21 +166,37 @@ class Run:
                 file.write(json_text({"step": step, **metrics}) + "\n")
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint after `step` finished steps and delete the oldest ones."""
+        """Write a checkpoint after `step` finished steps and delete the oldest ones.
+
+        Raises RunError if it cannot be written; those before are kept.
+        """
         if not self.main:
             return
-        file = self.folder / "checkpoints" / f"step_{step:08d}.pt"
-        with atomic_file(file) as part:
-            torch.save({"step": step, "seconds": self._seconds, **state}, part)
+        name = self.folder / "checkpoints" / f"step_{step:08d}.pt"
+        try:
+            with atomic_file(name) as part, part.open("wb") as file:
+                torch.save({"step": step, "seconds": self._seconds, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut may leave the new name and not yet its content
+        except (OSError, RuntimeError) as error:  # torch hides the first in the second
+            raise RunError(
+                f"cannot write the checkpoint {name}: {error}; those before are kept, the same command goes on there"
+            ) from error
         for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
             old.unlink()
 
     def resume(self) -> dict[str, Any] | None:
-        """The newest checkpoint, or None; log lines after it are removed, since those steps will run again."""
-        files = self._checkpoints()
-        # memory-mapped: otherwise every process would hold a second copy of all weights and moments
-        state = torch.load(files[-1], map_location="cpu", weights_only=True, mmap=True) if files else None
-        self.cut_log(state["step"] if state else 0)
+        """The newest checkpoint, or None; log lines after it are removed, since those steps will run again.
+
+        One that cannot be read is passed over for the one before. Raises RunError if none can be read.
+        """
+        if self.main:
+            for part in (self.folder / "checkpoints").glob("*.part"):  # of a process that was killed
+                part.unlink()
+        state = newest_usable(self._checkpoints(), _load_checkpoint, self.main)
+        done = state["step"] if state else 0
+        self.cut_log(done)
+        self._start_trackers(done)
         if state:
             self._seconds_before = state.pop("seconds", 0.0)
         return state
@@ -164,15 +212,40 @@ class Run:
 
     def steps(self, start: int, stop: int, description: str) -> tqdm:
         """Progress bar over training steps, shown in the main process only."""
-        return tqdm(
-            range(start, stop),
-            description,
-            initial=start,
-            total=stop,
-            disable=not self.main,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10,  # less often in log files
+        return progress_bar(range(start, stop), description, initial=start, total=stop, disable=not self.main, delay=0)
+
+
+def _load_checkpoint(file: Path) -> dict[str, Any]:
+    check_archive(file)
+    # memory-mapped: otherwise every process would hold a second copy of all weights and moments
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def check_archive(file: Path) -> None:
+    """Compare the content of a file that `torch.save` wrote with its checksums, which torch does not do."""
+    with zipfile.ZipFile(file) as archive:
+        if (broken := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {broken}")
+
+
+def newest_usable(files: Sequence[Path], load: Callable[[Path], T], tell: bool = True) -> T | None:
+    """What `load` returns for the last of these checkpoints, oldest first, that it can read; None without files.
+
+    tell: print which it cannot. Raises RunError if it can read none.
+    """
+    for file in reversed(files):
+        try:
+            return load(file)
+        except Exception as error:  # of many kinds: whatever a file that was cut short makes a reader stumble over
+            if tell:
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                print(f"{file} cannot be read ({reason}): trying the checkpoint before it", file=sys.stderr)
+    if files:
+        raise RunError(
+            f"none of the checkpoints in {files[0].parent} can be read: restore one, or delete the folder "
+            f"{files[0].parent} to start the training anew"
         )
+    return None
 
 
 def _same(held: Any, asked: Any, before: str, now: str) -> bool:

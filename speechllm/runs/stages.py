@@ -1,8 +1,10 @@
 """Jobs of several recipes, each run as its own command; finished stages are recorded and skipped next time."""
 
+import contextlib
 import functools
+import os
 import re
-import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -21,10 +23,12 @@ from speechllm.runs.config import ConfigError, find_config, load_config
 from speechllm.runs.launch import recipe_command, recipe_environment
 from speechllm.runs.machine import available_cpus
 from speechllm.runs.run import RunError
+from speechllm.runs.signals import child_environment
 from tokenizer.corpus import CorpusError, read_corpus
 from tokenizer.files import read_json, write_json
 
 CONFIG = "--config="
+GRACE_S = 120.0  # for the checkpoint of a recipe that is to end
 SPLITS = ("splits", "dev_splits", "train_splits", "test_splits")  # keys of the recipes that read a corpus
 
 
@@ -39,7 +43,9 @@ class Stages:
         self.recipes = recipes
         self.processes = processes or 2 ** min(3, available_cpus().bit_length() - 1)
         self.file = run / "stages.json"
-        self.lock = threading.Lock()  # of the file
+        self.lock = threading.Lock()  # of the file, and of the next two
+        self.running: list[subprocess.Popen[bytes]] = []
+        self.interrupted = False
         self.done: dict[str, dict[str, Any]] = read_json(self.file)
 
     @property
@@ -111,8 +117,14 @@ class Stages:
             self.call(name, lambda: self._run(words, at_once), [commands[name]])
 
         with ThreadPoolExecutor(at_once) as pool:
-            for running in [pool.submit(stage, name) for name in commands]:
-                running.result()
+            try:
+                for running in [pool.submit(stage, name) for name in commands]:
+                    running.result()
+            except KeyboardInterrupt:  # which only this thread receives: the others wait for their recipes
+                self.interrupted = True
+                pool.shutdown(wait=False, cancel_futures=True)
+                self._end(list(self.running))
+                raise
 
     def launch(self, name: str, command: list[str]) -> None:
         """Run one recipe on all GPUs, or in several processes if there is none.
@@ -158,19 +170,42 @@ class Stages:
     def _run(self, commands: list[list[str]], processes: int = 1) -> None:
         threads = max(1, available_cpus() // (len(commands) * processes))
         environment = recipe_environment() | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        running = []
-        for command in commands:
-            print("$ " + shlex.join(command), flush=True)
-            running.append(subprocess.Popen([sys.executable, *command[1:]], env=environment))
+        started: list[subprocess.Popen[bytes]] = []
         try:
-            failed = [process for process in running if process.wait() != 0]
+            for command in commands:
+                started.append(self._start(command, environment))
+            failed = [process for process in started if process.wait() != 0]
         finally:
-            for process in running:
-                process.terminate()
+            self._end(started)
         if failed:
             raise SystemExit(
                 "a stage failed, see above; finished work is kept, and the same command continues from there"
             )
+
+    def _start(self, command: list[str], environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+        """Start a recipe in a process group of its own, so that Ctrl-C reaches it through this process alone."""
+        with self.lock:
+            if self.interrupted:
+                raise SystemExit("interrupted")
+            print("$ " + shlex.join(command), flush=True)
+            words = [sys.executable, *command[1:]]
+            process = subprocess.Popen(words, env=environment | child_environment(), process_group=0)
+            self.running.append(process)
+        return process
+
+    def _end(self, processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+        """End recipes that still run, once they have saved a checkpoint, and what they have started."""
+        ending = [process for process in processes if process.poll() is None]
+        for process in ending:
+            process.terminate()
+        end = time.monotonic() + GRACE_S
+        for process in ending:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0, end - time.monotonic()))
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        with self.lock:
+            self.running = [process for process in self.running if process not in processes]
 
 
 def config_class(recipe: Path) -> type:
@@ -178,7 +213,7 @@ def config_class(recipe: Path) -> type:
     head, _, rest = recipe.read_text(encoding="utf-8").partition('\nif __name__ == "__main__":')
     names: dict[str, Any] = {"__name__": recipe.stem, "__file__": str(recipe)}
     exec(compile(head, recipe, "exec"), names)
-    return names[re.findall(r"parse_config\((\w+)\)", rest)[0]]
+    return names[re.findall(r"parse_config\((\w+)", rest)[0]]
 
 
 def expand(word: str) -> list[str]:

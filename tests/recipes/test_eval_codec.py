@@ -15,6 +15,7 @@ from torch import Tensor
 
 from speechllm import SpeechCodec, Transcripts, load_audio, save_audio, speech_quality
 from speechllm.runs.config import load_config
+from tokenizer.errors import InputError
 
 pytest.importorskip("pesq")
 pytest.importorskip("pystoi")
@@ -238,7 +239,7 @@ def test_the_order_is_kept_with_a_full_queue(
 
 
 def test_missing_codebooks_are_refused_in_one_line(evaluate: Callable[..., dict], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"^error: layers must be numbers from 1 to 3.*got \[1, 8\]$"):
+    with pytest.raises(InputError, match=r"^layers must be numbers from 1 to 3.*got \[1, 8\]$"):
         evaluate(tmp_path / "new", "layers=[1,8]")
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"claim.json", ".lock"}  # nothing was written
 

@@ -21,6 +21,7 @@ from speechllm import (
     swap_layers,
 )
 from speechllm.runs.config import load_config
+from tokenizer.errors import InputError
 from tokenizer.metrics.prosody import align_voices, mel_cepstral_distortion, pitch_correlation, voice_frames
 from tokenizer.training.small_teachers import save_ecapa
 
@@ -342,7 +343,7 @@ def test_code_vectors_are_collected_once(recipe: Callable[[str], ModuleType], co
 def test_errors_are_reported_in_one_line(
     evaluate: Callable[..., dict], tmp_path: Path, word: str, message: str
 ) -> None:
-    with pytest.raises(SystemExit, match=f"^error: {message}"):
+    with pytest.raises(InputError, match=f"^{message}"):
         evaluate(tmp_path / "new", word)
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"claim.json", ".lock"}  # nothing was written
 

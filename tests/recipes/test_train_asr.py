@@ -255,18 +255,23 @@ def test_an_extended_model_is_trained_further_with_its_rows(work: Work, here: Ca
             here(f"{BASE} model=first/model {words} output=refused_{number}")
 
 
-def test_a_non_finite_gradient_stops_the_training_before_the_update(
+def test_steps_with_a_non_finite_gradient_are_skipped_and_many_end_the_training(
     work: Work, here: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = torch.Tensor.backward
 
     def broken(loss: torch.Tensor, *args: object, **kwargs: object) -> None:
-        usual(loss * (math.nan if broken.steps == 4 else 1), *args, **kwargs)
+        usual(loss * (math.nan if broken.steps in skipped else 1), *args, **kwargs)
         broken.steps += 1
 
-    broken.steps = 0
     monkeypatch.setattr(torch.Tensor, "backward", broken)
-    with pytest.raises(SystemExit, match="gradient norm of step 5 is nan; the last checkpoint is kept"):
+    broken.steps, skipped = 0, [4]
+    here(f"{BASE} model=base output=skipped")
+    assert work.done("skipped")["non_finite"] == 1 and list(work.log("skipped", "non_finite")) == [5]
+    assert all(math.isfinite(loss) for loss in work.log("skipped", "loss").values())
+    assert all(value.isfinite().all() for value in work.weights("skipped").values())
+    broken.steps, skipped = 0, range(4, 12)
+    with pytest.raises(SystemExit, match=r"in 8 steps in a row, up to step 12; the last checkpoint is kept: .* u\d\d"):
         here(f"{BASE} model=base output=broken")
     (*_, last) = sorted((work.folder / "broken" / "checkpoints").glob("step_*.pt"))
     state = torch.load(last)

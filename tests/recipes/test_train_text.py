@@ -1,7 +1,9 @@
 """recipes/train_text.py on a handful of sentences: what it learns from, killed, cut into processes, what it leaves."""
 
 import json
+import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from speechllm import DataError, RunError, SpeechCodec, extend_vocabulary
 from speechllm.runs.run import read_log
+from speechllm.runs.signals import Interrupted
 from speechllm.small_model import SmallShape, small_text_tokenizer
 from tokenizer.tables import TableError
 
@@ -127,6 +130,92 @@ def test_a_killed_run_resumes_bit_for_bit(
     expected = weights(config)
     assert all(torch.equal(value, expected[name]) for name, value in weights(killed).items())
     assert read_log(killed.output) == read_log(config.output)
+
+
+def run_folder(config: object, name: str) -> Path:
+    return Path(config.output).with_name(name)
+
+
+@pytest.mark.parametrize("place", ["finish_training"])
+def test_a_run_killed_while_it_ends_ends_the_same(
+    train_text: ModuleType, config: object, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    train_text.main(config)
+    killed = replace(config, output=str(run_folder(config, "killed")))
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_text, place, die)
+        with pytest.raises(KeyboardInterrupt):
+            train_text.main(killed)
+    train_text.main(killed)
+    assert all(torch.equal(value, weights(config)[name]) for name, value in weights(killed).items())
+    assert read_log(killed.output) == read_log(config.output)
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_signal_saves_a_checkpoint_and_a_damaged_one_is_passed_over(
+    train_text: ModuleType,
+    config: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    log_every: int,
+) -> None:
+    config = replace(config, log_every=log_every, steps=9)
+    train_text.main(config)
+    ended, usual = replace(config, output=str(run_folder(config, "ended"))), Trainer.training_step
+
+    def signalled(trainer: Trainer, *args: object, **kwargs: object) -> torch.Tensor:
+        if trainer.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return usual(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", signalled)
+        with pytest.raises(Interrupted, match="step 5 is saved, and the same command goes on from there"):
+            train_text.main(ended)
+    checkpoints = run_folder(config, "ended") / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-5"]
+    if log_every == 1:
+        (checkpoints / "checkpoint-5" / "optimizer.pt").write_bytes(b"")
+    train_text.main(ended)
+    said = capsys.readouterr().err
+    assert ("checkpoint-5 cannot be read" in said) == (log_every == 1)
+    assert all(torch.equal(value, weights(config)[name]) for name, value in weights(ended).items())
+    assert read_log(ended.output) == read_log(config.output)
+
+
+def test_a_run_may_be_prolonged(train_text: ModuleType, config: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(train_text, "finish_training", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_text.main(config)
+    train_text.main(replace(config, steps=8, save_every=99, log_every=2, validate_every=4))
+    log = read_log(config.output)
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5, 6, 8]
+    assert json.loads((Path(config.output) / "done.json").read_text())["steps"] == 8
+
+
+def test_a_step_with_a_non_finite_gradient_changes_no_weight_and_no_moment(
+    train_text: ModuleType, config: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, before = Trainer.training_step, []
+
+    def broken(trainer: Trainer, model: torch.nn.Module, *args: object, **kwargs: object) -> torch.Tensor:
+        moments = [value for held in trainer.optimizer.state.values() for value in held.values()]
+        before.append([value.clone() for value in (*model.parameters(), *moments)])
+        loss = usual(trainer, model, *args, **kwargs)
+        if len(before) == 3:
+            next(model.parameters()).grad.view(-1)[0] = torch.nan
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", broken)
+    train_text.main(config)
+    assert all(map(torch.equal, before[2], before[3])) and not all(map(torch.equal, before[3], before[4]))
+    assert json.loads((Path(config.output) / "done.json").read_text())["non_finite"] == 1
+    assert [line["step"] for line in read_log(config.output) if "loss" in line] == [1, 2, 4, 5, 6]
 
 
 def test_impossible_settings_are_reported(

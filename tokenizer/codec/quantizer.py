@@ -7,6 +7,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.progress import progress_bar
+
 DEAD_USAGE = 0.1  # a code used less than this fraction of the mean usage is dead and is re-initialised
 
 
@@ -61,7 +63,7 @@ class ResidualVectorQuantizer(nn.Module):
         if len(latents) < 20 * size:
             raise ValueError(f"k-means for {size} codes needs at least {20 * size} latent vectors, got {len(latents)}")
         residual = latents.float().cpu()
-        for layer in range(num_codebooks):
+        for layer in progress_bar(range(num_codebooks), "k-means for the codebooks", unit="codebook"):
             kmeans = MiniBatchKMeans(size, batch_size=4096, n_init=1, max_iter=30, random_state=seed + layer)
             ids = torch.from_numpy(kmeans.fit_predict(residual.numpy())).long()
             centroids = torch.from_numpy(kmeans.cluster_centers_).float()

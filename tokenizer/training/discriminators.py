@@ -214,13 +214,15 @@ class Adversary(nn.Module):
     def train_step(self, real: Tensor, fake: Tensor) -> Tensor:
         """One optimizer step of the discriminators on waveforms float [B, N]; returns their loss, detached.
 
-        `fake` receives no gradient; the gradients of the discriminators are averaged over all processes.
+        `fake` receives no gradient; the gradients of the discriminators are averaged over all processes. If they are
+        not finite, no step is made.
         """
         loss = discriminator_loss(self.discriminate(real), self.discriminate(fake.detach()), self.kind)
         self.optimizer.zero_grad()
         loss.backward()
         average_gradients(list(self.parameters()))
-        self.optimizer.step()
+        if nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None]).isfinite():
+            self.optimizer.step()
         return loss.detach()
 
     def losses(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:

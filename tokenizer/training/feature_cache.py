@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import os
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -14,13 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tokenizer.audio import AudioError, open_recording
 from tokenizer.corpus import Utterance, load_utterance
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_file, read_json, write_text
 from tokenizer.frames import frame_count
+from tokenizer.progress import progress_bar
 from tokenizer.reading import reading
 
 
@@ -54,16 +53,8 @@ class FeatureCache:
         share = utterances[process::processes]
         hashes = _Hashes(self.folder)
         skipped: list[AudioError] = []
-        bar = tqdm(
-            share,
-            f"features {self.teacher_key}",
-            unit="utt",
-            disable=process > 0,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10,  # fewer lines in a log file
-        )
         try:
-            for utterance in bar:
+            for utterance in progress_bar(share, f"features {self.teacher_key}", unit="utt"):
                 try:
                     file = self._file(hashes[utterance.path])
                     if not _is_whole(file):

@@ -1,6 +1,6 @@
 """One training step of the codec: reconstruction and distillation losses, weighted at the latents (eq. 7)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.frames import frame_mask
+from tokenizer.progress import progress_bar
 from tokenizer.training.crops import Crops
-from tokenizer.training.losses import ReconstructionLoss, gradient_ratio
+from tokenizer.training.losses import Balancer, ReconstructionLoss, gradient_ratio
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,39 @@ def initialize_codebooks(codec: SpeechCodec, crops: Crops, batch_size: int, seed
     codec.train()
     device = codec.codebooks.device
     latents: list[Tensor] = []
-    first = 0
-    while sum(map(len, latents)) < 20 * codec.codebook_size:
+    first, wanted = 0, 20 * codec.codebook_size
+    bar = progress_bar(None, "latents for the codebooks", total=wanted, unit="frames")
+    while (found := sum(map(len, latents))) < wanted:
+        bar.update(found - bar.n)
         items = [crops[first + i] for i in range(batch_size)]
         first += batch_size
         z = codec.latents(torch.stack([item["waveform"] for item in items]).to(device))
         lengths = torch.tensor([item["length"] for item in items], device=device)
         mask = frame_mask(lengths, z.shape[2], codec.hop_length)
         latents.append(z.transpose(1, 2)[mask])
+    bar.update(wanted - bar.n)
+    bar.close()
     codec.quantizer.initialize(torch.cat(latents), seed)
+
+
+@torch.no_grad()
+def remember_statistics(*modules: nn.Module, balancer: Balancer | None = None) -> Callable[[], None]:
+    """Remember what a forward pass in training mode changes: codebooks, statistics of batch normalisation, balancer.
+
+    The function returned restores it, for a step that turns out to be of no use.
+    """
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    held = [buffer.clone() for buffer in buffers]
+    balance = None if balancer is None else {name: dict(part) for name, part in balancer.state_dict().items()}
+
+    @torch.no_grad()
+    def restore() -> None:
+        for buffer, value in zip(buffers, held, strict=True):
+            buffer.copy_(value)
+        if balancer is not None and balance is not None:
+            balancer.load_state_dict(balance)
+
+    return restore
 
 
 def average_weights(codec: SpeechCodec, decay: float | None) -> AveragedModel | None:

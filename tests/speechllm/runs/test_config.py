@@ -483,6 +483,21 @@ def test_check_ends_before_anything_is_done() -> None:
     assert end.value.code == 0
 
 
+@pytest.mark.parametrize("shares_work", [True, False])
+def test_several_processes_need_a_recipe_that_shares_its_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, shares_work: bool
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parse_config(Job, ["data=x"])  # a job of several machines, say, not of a launcher here
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    if shares_work:
+        parse_config(Job, ["data=x"], shares_work=True)
+        return
+    with pytest.raises(SystemExit) as end:
+        parse_config(Job, ["data=x"])
+    assert end.value.code == 2 and "does not share its work" in capsys.readouterr().err
+
+
 def test_of_several_processes_the_first_tells_what_all_have_found(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
