@@ -9,7 +9,7 @@ codes of the training splits, and its error rate on the test splits is compared 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -34,9 +34,9 @@ class EvalTokenizerConfig(Settings):
     probe_steps: Natural = 0  # training steps of the probe of layer 0; 0: no probe
     seed: Seed = 0
 
-    def __post_init__(self) -> None:
+    def contradictions(self) -> Iterable[str]:
         if self.output.endswith(".html"):
-            raise ValueError(f"output is the JSON file, the page beside it ends in .html: got {self.output}")
+            yield f"output is the JSON file, the page beside it ends in .html: got {self.output}"
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys

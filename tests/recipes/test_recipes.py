@@ -53,7 +53,7 @@ ASR = (
     "small.num_attention_heads=2 small.num_key_value_heads=1 layers=2 steps=80 batch_tokens=560 "
     "learning_rate=1e-3 warmup=5 validate_every=20 log_every=1 save_every=3"
 )
-EXACT = 'precision="no"'  # YAML reads a bare no as false
+EXACT = "precision=no"
 ASR_RANDOM = f"{ASR} {EXACT} augmentation.substitute=0.3"
 
 

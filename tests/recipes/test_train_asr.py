@@ -50,9 +50,8 @@ SIZES = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-# YAML reads a bare no as false
 BASE = (
-    'codes=codes codec=codec splits=[train] dev_splits=[dev] layers=2 precision="no" batch_tokens=400 steps=12 '
+    "codes=codes codec=codec splits=[train] dev_splits=[dev] layers=2 precision=no batch_tokens=400 steps=12 "
     "learning_rate=1e-3 warmup=2 log_every=1 validate_every=3 save_every=2"
 )
 SMALL = f"{BASE} model=null small.text_tokens=300 small.text_steps=2 " + " ".join(

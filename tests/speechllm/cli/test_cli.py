@@ -442,4 +442,4 @@ def test_an_error_is_one_line(capsys: Capture) -> None:
     assert main(["codebooks", "--codec", "./nowhere", "a.wav"]) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1
-    assert printed.err.startswith("speechllm codebooks: nowhere: no such folder")
+    assert printed.err.startswith("speechllm codebooks: ./nowhere: no such folder")
