@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import soundfile
-from judge import Case, Killed, accepted, refused
+from judge import Case, Killed, accepted, recipe_after, refused
 from parts import ALIGNMENT, ASR, EMOTION, ENCODE, EVAL_ASR, RATE, SPEAKER, TEXT, TOKENIZER, UNITS, read_json, tone
 
 OWNED = r"hold|not empty|exists|another|other|belong|was not|foreign|not made by|claim"
@@ -74,6 +74,11 @@ def same_codes(folder: Path, _: str) -> bool:
 
 
 RUN = ("new/*",)
+SLOWLY = (
+    "import time, speechllm.data.shards as shards; write = shards._write_shard\n"
+    "shards._write_shard = lambda *a, **k: (time.sleep(8), write(*a, **k))"
+)
+SLOW_ENCODE = recipe_after(SLOWLY, f"{ENCODE} output=new")
 TEACHER_NEW = f"{SPEAKER} output=mine"
 KILLED_TEACHER = Killed(f"{SPEAKER} save_every=2 steps=60 output=old", "old/checkpoints/step_*")
 CASES = (
@@ -382,7 +387,7 @@ CASES = (
         refused(BUSY),
         "corpus tokenizer",
         beside=Killed(
-            'python \'import runpy, sys, time; import speechllm.data.shards as shards; write = shards._write_shard; shards._write_shard = lambda *a, **k: (time.sleep(8), write(*a, **k)); sys.argv = ["encode_speech.py", "codec=tokenizer/model", "data=corpus", "layers=null", "output=new"]; from speechllm.runs.launch import find_recipe; runpy.run_path(str(find_recipe("encode_speech")), run_name="__main__")\'',
+            SLOW_ENCODE,
             "new/*",
         ),
     ),

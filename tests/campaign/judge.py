@@ -101,6 +101,13 @@ class Case:
         return self.expected if isinstance(self.expected, tuple) else (self.expected,)
 
 
+def recipe_after(lines: str, command: str) -> list[str]:
+    """A command that runs lines of Python before a recipe, in the same process."""
+    name, *words = command.split()
+    run = f"sys.argv = {[name, *words]!a}; runpy.run_path(str(find_recipe({name!r})), run_name='__main__')"
+    return ["python", f"import runpy, sys\nfrom speechllm.runs.launch import find_recipe\n{lines}\n{run}"]
+
+
 def run_case(case: Case, lane: Lane, folder: Path, parts: Path) -> tuple[list[str], Ended | None]:
     """The problems, none if all is as expected, and how the command ended."""
     shutil.rmtree(folder, ignore_errors=True)
