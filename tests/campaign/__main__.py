@@ -45,6 +45,8 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
     "trainings": trainings.CASES,
     "settings": settings.CASES,
 }
+for name, cases in SECTIONS.items():
+    assert len({case.name for case in cases}) == len(cases), f"{name}: a name stands for two cases"
 README = ROOT / "tests" / "README.md"
 PLACE = re.compile(r"(<!-- campaign -->\n).*(<!-- /campaign -->)", re.DOTALL)
 
