@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import checkpoints
 import folders
 import models
 import paths
@@ -27,6 +28,7 @@ import recordings
 import scores
 import settings
 import tables
+import texts
 import trainings
 from judge import Case, run_case
 from kills import JOBS, quotas, run_job
@@ -39,9 +41,9 @@ SECTIONS: dict[str, tuple[Case, ...]] = {
     "folders": folders.CASES,
     "paths": paths.CASES,
     "recordings": recordings.CASES,
-    "tables": tables.CASES,
+    "tables": tables.CASES + texts.CASES,
     "scores": scores.CASES,
-    "models": models.CASES,
+    "models": models.CASES + checkpoints.CASES,
     "trainings": trainings.CASES,
     "settings": settings.CASES,
 }

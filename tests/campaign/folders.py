@@ -73,6 +73,24 @@ def same_codes(folder: Path, _: str) -> bool:
     return read_json(folder / "new" / "done.json")["utterances"] == 24
 
 
+def owned(
+    name: str,
+    command: str,
+    needs: str,
+    *mine: str,
+    prepare: Callable[[Path], object] | None = None,
+    writes: tuple[str, ...] = ("new", "new/*", "new.*"),
+) -> Case:
+    """An output that is somebody's: another job's, or the user's, whose files these are. Said before any work."""
+    prepare = prepare or (wrote(*mine) if mine else None)
+    return Case(name, command, refused(OWNED, before_any_work), needs, prepare, writes=writes)
+
+
+def unwritable(name: str, command: str, needs: str) -> Case:
+    """Where nothing can be written, below a file; said before any work."""
+    return Case(name, command, refused(UNWRITABLE, before_any_work), needs, wrote("notes.txt"))
+
+
 RUN = ("new/*",)
 SLOWLY = (
     "import time, speechllm.data.shards as shards; write = shards._write_shard\n"
@@ -83,12 +101,11 @@ TEACHER_NEW = f"{SPEAKER} output=mine"
 KILLED_TEACHER = Killed(f"{SPEAKER} save_every=2 steps=60 output=old", "old/checkpoints/step_*")
 CASES = (
     # ---- published codecs
-    Case(
+    owned(
         "import-codec into a folder with a thesis",
         "speechllm import-codec --kind encodec encodec mine",
-        refused(OWNED),
         "encodec",
-        wrote("mine/thesis.txt"),
+        "mine/thesis.txt",
     ),
     Case(
         "import-codec beside a folder of the user's that ends in .part",
@@ -103,158 +120,94 @@ CASES = (
         refused("encodec"),
         "encodec",
     ),
-    Case(
+    owned(
         "import-codec onto its source by a link",
         "speechllm import-codec --kind encodec encodec link",
-        refused(OWNED),
         "encodec",
-        lambda folder: (folder / "link").symlink_to("encodec"),
+        prepare=lambda folder: (folder / "link").symlink_to("encodec"),
     ),
-    Case(
+    owned(
         "import-codec onto another codec",
         "speechllm import-codec --kind encodec encodec tokenizer/model",
-        refused(OWNED),
         "encodec tokenizer",
     ),
     # ---- runs of another job
-    Case("fit_units into a finished train_asr run", f"{UNITS} output=asr", refused(OWNED), "alignment corpus asr"),
-    Case("train_teacher into a folder of codes", f"{SPEAKER} output=codes", refused(OWNED), "corpus codes"),
-    Case(
-        "train_tokenizer into a folder of codes",
-        f"{TOKENIZER} output=codes",
-        refused(OWNED),
-        "corpus codes alignment speaker",
-    ),
-    Case("train_asr into a folder of codes", f"{ASR} output=codes", refused(OWNED), "codes tokenizer"),
-    Case("train_emotion into a train_asr run", f"{EMOTION} output=asr", refused(OWNED), "actor_codes tokenizer asr"),
-    Case("train_text into a train_asr run", f"{TEXT} output=asr", refused(OWNED), "text.txt asr"),
-    Case("encode_speech into a training's folder", f"{ENCODE} output=asr", refused(OWNED), "corpus tokenizer asr"),
-    Case("encode_speech into its corpus", f"{ENCODE} output=corpus", refused(OWNED), "corpus tokenizer"),
-    Case("eval_asr into a training's folder", f"{EVAL_ASR} output=tokenizer", refused(OWNED), "asr codes tokenizer"),
-    Case(
-        "another teacher into a teacher's folder",
-        f"{ALIGNMENT} output=speaker",
-        refused(OWNED),
-        "corpus speaker",
-    ),
-    Case(
+    owned("fit_units into a finished train_asr run", f"{UNITS} output=asr", "alignment corpus asr"),
+    owned("train_teacher into a folder of codes", f"{SPEAKER} output=codes", "corpus codes"),
+    owned("train_tokenizer into a folder of codes", f"{TOKENIZER} output=codes", "corpus codes alignment speaker"),
+    owned("train_asr into a folder of codes", f"{ASR} output=codes", "codes tokenizer"),
+    owned("train_emotion into a train_asr run", f"{EMOTION} output=asr", "actor_codes tokenizer asr"),
+    owned("train_text into a train_asr run", f"{TEXT} output=asr", "text.txt asr"),
+    owned("encode_speech into a training's folder", f"{ENCODE} output=asr", "corpus tokenizer asr"),
+    owned("encode_speech into its corpus", f"{ENCODE} output=corpus", "corpus tokenizer"),
+    owned("eval_asr into a training's folder", f"{EVAL_ASR} output=tokenizer", "asr codes tokenizer"),
+    owned("another teacher into a teacher's folder", f"{ALIGNMENT} output=speaker", "corpus speaker"),
+    owned(
         "benchmark_asr into a training's folder",
         'benchmark_asr.py codes=codes codec=tokenizer/model shape=small steps=1 precision="no" output=asr',
-        refused(OWNED),
         "codes tokenizer asr",
     ),
-    Case(
-        "train_asr into the folder of its base model",
-        f"{ASR} model=text/model output=text",
-        refused(OWNED),
-        "codes tokenizer text",
-    ),
-    Case("a demo into its corpus", "demo.py data=corpus output=corpus", refused(OWNED), "corpus"),
-    Case(
+    owned("train_asr into the folder of its base model", f"{ASR} model=text/model output=text", "codes tokenizer text"),
+    owned("a demo into its corpus", "demo.py data=corpus output=corpus", "corpus"),
+    owned(
         "a comparison into a training's folder",
         "compare.py --config tiny/compare.yaml data=corpus output=asr",
-        refused(OWNED),
         "corpus tiny tokenizer asr",
     ),
     # ---- folders of the user's
-    Case(
-        "train_teacher beside a model of the user's", TEACHER_NEW, refused(OWNED), "corpus", wrote("mine/model/best.pt")
-    ),
-    Case(
-        "train_teacher beside checkpoints of the user's",
-        TEACHER_NEW,
-        refused(OWNED),
-        "corpus",
-        wrote("mine/checkpoints/best.pt"),
-    ),
-    Case("train_teacher beside a log of the user's", TEACHER_NEW, refused(OWNED), "corpus", wrote("mine/log.jsonl")),
-    Case(
-        "train_text beside a model of the user's",
-        f"{TEXT} output=mine",
-        refused(OWNED),
-        "text.txt",
-        wrote("mine/model/best.pt"),
-    ),
-    Case(
-        "train_asr beside notes of the user's",
-        f"{ASR} output=mine",
-        refused(OWNED),
-        "codes tokenizer",
-        wrote("mine/notes.txt"),
-    ),
-    Case(
+    owned("train_teacher beside a model of the user's", TEACHER_NEW, "corpus", "mine/model/best.pt"),
+    owned("train_teacher beside checkpoints of the user's", TEACHER_NEW, "corpus", "mine/checkpoints/best.pt"),
+    owned("train_teacher beside a log of the user's", TEACHER_NEW, "corpus", "mine/log.jsonl"),
+    owned("train_text beside a model of the user's", f"{TEXT} output=mine", "text.txt", "mine/model/best.pt"),
+    owned("train_asr beside notes of the user's", f"{ASR} output=mine", "codes tokenizer", "mine/notes.txt"),
+    owned(
         "train_emotion beside folds of the user's",
         f"{EMOTION} output=mine",
-        refused(OWNED),
         "actor_codes tokenizer",
-        wrote("mine/folds/0.json"),
+        "mine/folds/0.json",
     ),
-    Case(
-        "fit_units beside a model of the user's",
-        f"{UNITS} output=mine",
-        refused(OWNED),
-        "alignment corpus",
-        wrote("mine/model/best.pt"),
-    ),
-    Case(
-        "encode_speech beside results of the user's",
-        f"{ENCODE} output=mine",
-        refused(OWNED),
-        "corpus tokenizer",
-        wrote("mine/done.json"),
-    ),
-    Case(
+    owned("fit_units beside a model of the user's", f"{UNITS} output=mine", "alignment corpus", "mine/model/best.pt"),
+    owned("encode_speech beside results of the user's", f"{ENCODE} output=mine", "corpus tokenizer", "mine/done.json"),
+    owned(
         "encode_speech beside Parquet of the user's",
         f"{ENCODE} output=mine",
-        refused(OWNED),
         "corpus tokenizer",
-        wrote("mine/codes_00000.parquet"),
+        "mine/codes_00000.parquet",
     ),
-    Case(
-        "eval_asr beside results of the user's",
-        f"{EVAL_ASR} output=mine",
-        refused(OWNED, before_any_work),
-        "asr codes",
-        wrote("mine/results.json"),
-    ),
-    Case(
+    owned("eval_asr beside results of the user's", f"{EVAL_ASR} output=mine", "asr codes", "mine/results.json"),
+    owned(
         "eval_codec beside results of the user's",
         "eval_codec.py codec=tokenizer/model data=corpus splits=[test] output=mine",
-        refused(OWNED, before_any_work),
         "tokenizer corpus",
-        wrote("mine/utterances.jsonl"),
+        "mine/utterances.jsonl",
     ),
-    Case(
+    owned(
         "eval_conversion beside results of the user's",
         "eval_conversion.py codec=tokenizer/model data=corpus pairs=2 output=mine",
-        refused(OWNED, before_any_work),
         "tokenizer corpus",
-        wrote("mine/audio/song.wav"),
+        "mine/audio/song.wav",
     ),
-    Case(
+    owned(
         "eval_tokenizer onto a file of the user's",
         "eval_tokenizer.py codes=codes data=corpus output=mine.json",
-        refused(OWNED),
         "codes corpus",
-        wrote("mine.json"),
+        "mine.json",
     ),
-    Case(
+    owned(
         "eval_tokenizer beside a page of the user's",
         "eval_tokenizer.py codes=codes data=corpus output=mine.json",
-        refused(OWNED),
         "codes corpus",
-        wrote("mine.html"),
+        "mine.html",
         writes=("mine.json",),
     ),
-    Case(
+    owned(
         "import_speech beside checkpoints of the user's",
         "import_speech.py data=shards output=mine",
-        refused(OWNED),
         "shards",
-        wrote("mine/checkpoints/best.pt"),
+        "mine/checkpoints/best.pt",
     ),
-    Case("import_speech into a corpus", "import_speech.py data=shards output=corpus", refused(OWNED), "shards corpus"),
-    Case("import_speech into its data", "import_speech.py data=shards output=shards", refused(OWNED), "shards"),
+    owned("import_speech into a corpus", "import_speech.py data=shards output=corpus", "shards corpus"),
+    owned("import_speech into its data", "import_speech.py data=shards output=shards", "shards"),
     Case(
         "align_speech onto its corpus",
         "align_speech.py data=corpus output=corpus splits=[train]",
@@ -268,44 +221,33 @@ CASES = (
         "corpus",
         lambda folder: (folder / "x").mkdir(),
     ),
-    Case(
+    owned(
         "align_speech onto another corpus",
         "align_speech.py data=corpus output=other splits=[train]",
-        refused(OWNED),
         "corpus",
-        lambda folder: shutil.copytree(folder / "corpus", folder / "other"),
+        prepare=lambda folder: shutil.copytree(folder / "corpus", folder / "other"),
     ),
-    Case(
-        "synthesize_speech into a corpus",
-        "synthesize_speech.py corpus --train 1 --dev 1 --test 1",
-        refused(OWNED),
-        "corpus",
-    ),
-    Case(
+    owned("synthesize_speech into a corpus", "synthesize_speech.py corpus --train 1 --dev 1 --test 1", "corpus"),
+    owned(
         "a demo that starts over in a folder of the user's",
         "demo.py data=corpus output=mine --fresh",
-        refused(OWNED),
         "corpus",
-        wrote("mine/thesis.txt"),
+        "mine/thesis.txt",
     ),
-    Case(
-        "a demo beside a thesis", "demo.py data=corpus output=mine", refused(OWNED), "corpus", wrote("mine/thesis.txt")
-    ),
-    Case(
+    owned("a demo beside a thesis", "demo.py data=corpus output=mine", "corpus", "mine/thesis.txt"),
+    owned(
         "a comparison beside results of the user's",
         "compare.py --config tiny/compare.yaml data=corpus output=mine",
-        refused(OWNED),
         "corpus tiny tokenizer",
-        wrote("mine/results.json"),
+        "mine/results.json",
     ),
-    Case(
+    owned(
         "a link to a folder of the user's",
         f"{SPEAKER} output=link",
-        refused(OWNED),
         "corpus",
-        lambda folder: (wrote("mine/model/best.pt")(folder), (folder / "link").symlink_to("mine")),
+        prepare=lambda folder: (wrote("mine/model/best.pt")(folder), (folder / "link").symlink_to("mine")),
     ),
-    Case("here, where everything lies", f"{SPEAKER} output=.", refused(OWNED), "corpus"),
+    owned("here, where everything lies", f"{SPEAKER} output=.", "corpus"),
     Case(
         "features cached beside files of the user's",
         f"{TOKENIZER} steps=2 output=new semantic.cache=mine",
@@ -315,26 +257,18 @@ CASES = (
         writes=("new*", "mine/*"),
     ),
     Case("export onto its model", "speechllm export asr/model asr/model", refused("asr/model|" + OWNED), "asr"),
-    Case(
-        "export beside files of the user's",
-        "speechllm export asr/model mine",
-        refused(OWNED),
-        "asr",
-        wrote("mine/config.json"),
-    ),
-    Case(
+    owned("export beside files of the user's", "speechllm export asr/model mine", "asr", "mine/config.json"),
+    owned(
         "codebooks onto numbers of the user's",
         "speechllm codebooks --codec tokenizer/model --data corpus --output mine.json",
-        refused(OWNED),
         "tokenizer corpus",
-        wrote("mine.json"),
+        "mine.json",
     ),
-    Case(
+    owned(
         "codebooks onto a picture of the user's",
         "speechllm codebooks --codec tokenizer/model --data corpus --picture mine.png",
-        refused(OWNED),
         "tokenizer corpus",
-        wrote("mine.png"),
+        "mine.png",
     ),
     Case(
         "convert onto a recording",
@@ -365,12 +299,11 @@ CASES = (
         "tokenizer",
         lambda folder: (said_twice(folder), codes_of_both(folder)),
     ),
-    Case(
+    owned(
         "reconstruct onto a picture of the user's",
         "speechllm reconstruct a/1.wav --codec tokenizer/model --output a",
-        refused(OWNED),
         "tokenizer",
-        lambda folder: (said_twice(folder), wrote("a/1.png")(folder)),
+        prepare=lambda folder: (said_twice(folder), wrote("a/1.png")(folder)),
         writes=("a/1_*",),
     ),
     # ---- twice at once, moved, renamed
@@ -472,13 +405,7 @@ CASES = (
         writes=("mine/*",),
     ),
     # ---- where nothing can be written: known before the work
-    Case(
-        "eval_asr into a file",
-        f"{EVAL_ASR} output=notes.txt/x",
-        refused(UNWRITABLE, before_any_work),
-        "asr codes",
-        wrote("notes.txt"),
-    ),
+    unwritable("eval_asr into a file", f"{EVAL_ASR} output=notes.txt/x", "asr codes"),
     Case(
         "eval_asr onto a file",
         f"{EVAL_ASR} output=notes.txt",
@@ -486,41 +413,19 @@ CASES = (
         "asr codes",
         wrote("notes.txt"),
     ),
-    Case(
-        "fit_units into a file",
-        f"{UNITS} output=notes.txt/x",
-        refused(UNWRITABLE, before_any_work),
-        "alignment corpus",
-        wrote("notes.txt"),
-    ),
-    Case(
+    unwritable("fit_units into a file", f"{UNITS} output=notes.txt/x", "alignment corpus"),
+    unwritable(
         "eval_codec into a file",
         "eval_codec.py codec=tokenizer/model data=corpus output=notes.txt/x",
-        refused(UNWRITABLE, before_any_work),
         "tokenizer corpus",
-        wrote("notes.txt"),
     ),
-    Case(
+    unwritable(
         "eval_tokenizer into a file",
         "eval_tokenizer.py codes=codes data=corpus output=notes.txt/x.json",
-        refused(UNWRITABLE, before_any_work),
         "codes corpus",
-        wrote("notes.txt"),
     ),
-    Case(
-        "align_speech into a file",
-        "align_speech.py data=corpus output=notes.txt/x",
-        refused(UNWRITABLE, before_any_work),
-        "corpus",
-        wrote("notes.txt"),
-    ),
-    Case(
-        "encode_speech into a file",
-        f"{ENCODE} output=notes.txt/x",
-        refused(UNWRITABLE, before_any_work),
-        "corpus tokenizer",
-        wrote("notes.txt"),
-    ),
+    unwritable("align_speech into a file", "align_speech.py data=corpus output=notes.txt/x", "corpus"),
+    unwritable("encode_speech into a file", f"{ENCODE} output=notes.txt/x", "corpus tokenizer"),
     Case("a training into /proc", f"{SPEAKER} output=/proc/x", refused(UNWRITABLE), "corpus"),
     Case(
         "import-codec into /proc",

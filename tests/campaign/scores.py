@@ -6,7 +6,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from judge import Case, Outcome, accepted, refused
 from parts import EVAL_ASR, read_json
-from tables import both, jsonl, predictions
+from tables import jsonl
+from texts import both, predictions
 
 ZERO = r"\b0\.00 ?%|^0\.0\b"
 IMPORTS = "from speechllm import character_error_rate, paired_bootstrap, word_error_rate; "

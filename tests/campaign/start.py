@@ -165,7 +165,9 @@ class Process:
                 if trouble:
                     os.kill(self.pid, signal.SIGKILL)
             time.sleep(0.002)
-        texts = (file.read_text(errors="replace") for file in (self.output, self.errors))
+        texts = [file.read_text(errors="replace") for file in (self.output, self.errors)]
+        for file in (self.output, self.errors):
+            file.unlink()
         return Ended(self.code or 0, *texts, time.monotonic() - self.started, trouble)
 
     def _memory(self) -> int:
