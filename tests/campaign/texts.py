@@ -5,8 +5,6 @@ from pathlib import Path
 
 from judge import Case, accepted, refused
 from parts import TEXT, read_json
-
-ENCODE_MINE = "encode_speech.py codec=tokenizer/model data=mine output=new"
 from tables import Write, sounds
 
 
