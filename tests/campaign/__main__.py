@@ -112,12 +112,16 @@ class Campaign:
                     self.record(task.section, task.name, "", [{"what": "", "problems": [f"campaign: {error!r}"]}], 0.0)
 
         threads = [threading.Thread(target=work, args=(lane,), daemon=True) for lane in lanes]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for lane in lanes:
-            lane.close()
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt:
+            raise SystemExit("interrupted: the same command with --resume goes on") from None
+        finally:
+            for lane in lanes:
+                lane.close()
         rows = [row for task in self.tasks for row in self.results[f"{task.section}: {task.name}"]["tries"]]
         wrong = sum(bool(row["problems"]) for row in rows)
         print(f"{len(rows)} tries, {len(rows) - wrong} as expected, in {self.seconds / 60:.1f} minutes: {self.file}")

@@ -70,6 +70,9 @@ class Lane:
             "HOME": str(work / "home"),
         }
         (work / "home").mkdir(exist_ok=True)
+        self.serve()
+
+    def serve(self) -> None:
         command, pipe = [sys.executable, str(ROOT / "tests" / "fork_server.py")], subprocess.PIPE
         self.server = subprocess.Popen(command, env=self.environment, stdin=pipe, stdout=pipe, text=True)
 
@@ -89,6 +92,8 @@ class Lane:
                 settings = {"cwd": folder, "env": environment, "start_new_session": True}
                 started = subprocess.Popen([sys.executable, *words], stdin=nothing, stdout=out, stderr=err, **settings)
             return Process(started.pid, started.poll, output, errors)
+        if self.server.poll() is not None:  # what it forked has ended it: the next ones need another
+            self.serve()
         request = {"command": words, "folder": str(folder), "output": str(output), "errors": str(errors)}
         number = self.ask({**request, "environment": own})
         return Process(number, lambda: self.ask({"poll": number}), output, errors)
@@ -116,16 +121,17 @@ class Lane:
             time.sleep(0.05)
         commands = []
         for process in found:
-            try:
+            with contextlib.suppress(psutil.Error):
                 commands.append(shlex.join(process.cmdline())[-200:])
                 process.kill()
-            except psutil.Error:
-                continue
         return commands
 
     def close(self) -> None:
-        assert self.server.stdin
-        self.server.stdin.close()
+        """End the server and whatever runs in this lane."""
+        for process in self.left():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.server.kill()
         self.server.wait()
 
 
