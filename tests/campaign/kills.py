@@ -112,6 +112,13 @@ JOBS = (  # the long ones first
     Job("eval_asr", EVAL_ASR, 4, ("predictions.jsonl", "results.json")),
     Job("eval_codec", "eval_codec.py codec=tokenizer/model data=corpus splits=[test]", 4, ("utterances.jsonl",)),
     Job("eval_tokenizer", "eval_tokenizer.py codes=codes data=corpus output=OUT/content.json probe_steps=5", 3),
+    Job(
+        "benchmark_asr",
+        'benchmark_asr.py codes=codes codec=tokenizer/model shape=small steps=2 precision="no"',
+        2,
+        loose=("*.json",),  # of seconds
+    ),
+    Job("draw_pipeline", "draw_pipeline.py model=asr/model audio=corpus/test/u18.flac output=OUT/drawn.svg", 2),
     Job("eval_conversion", "eval_conversion.py codec=tokenizer/model data=corpus pairs=4", 3, ("audio*",)),
 )
 
