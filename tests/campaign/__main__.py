@@ -13,6 +13,7 @@ import argparse
 import json
 import queue
 import re
+import shutil
 import sys
 import threading
 import time
@@ -135,6 +136,8 @@ class Campaign:
         started = time.monotonic()
         folder = self.work / "cases" / section / re.sub(r"\W+", "-", case.name)[:60]
         problems, ended = run_case(case, lane, folder, self.parts)
+        if not problems:  # the folders of the others are kept, to look at
+            shutil.rmtree(folder, ignore_errors=True)
         said = ended.errors[-1500:] or ended.output[-1500:] if ended and problems else ""
         row = {"what": "", "problems": problems, "said": said}
         self.record(section, case.name, case.outcomes[0].kind, [row], time.monotonic() - started)

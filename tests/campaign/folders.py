@@ -1,6 +1,7 @@
 """Folders are owned: what a user has is not written over, not emptied, not taken for something else."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import soundfile
 from judge import Case, Killed, accepted, recipe_after, refused
 from parts import ALIGNMENT, ASR, EMOTION, ENCODE, EVAL_ASR, RATE, SPEAKER, TEXT, TOKENIZER, UNITS, read_json, tone
 
-OWNED = r"hold|not empty|exists|another|other|belong|was not|foreign|not made by|claim"
+OWNED = r"hold|not empty|exists|another|other|belong|was not|foreign|not made by|claim|inside|outside|did not write"
 BUSY = r"in use|already|running|another process|locked|being written"
 UNWRITABLE = r"cannot write|not a directory|not a folder|no such|permission|read-only|cannot create|is a file|hold"
 
@@ -39,8 +40,8 @@ def codes_of_both(folder: Path) -> None:
 
 
 def before_any_work(_: Path, said: str) -> bool:
-    """Nothing was computed before the output was looked at: no bar has moved."""
-    return "%|" not in said
+    """Nothing was computed before the output was looked at: no bar of a recipe's own has moved."""
+    return not re.search(r"(encode|transcribe|score|features|align|teacher|tokenizer|asr|fold \w+): +\d+%", said)
 
 
 def moved(old: str, new: str) -> Callable[[Path], object]:

@@ -138,7 +138,7 @@ def ogg(**settings: str) -> Make:
 def shards_with(content: bytes | None) -> Make:
     def write(folder: Path) -> None:
         (folder / "mine").mkdir()
-        sounds = [{"bytes": imports.sound(0.1), "path": "a.flac"}, {"bytes": content, "path": "b.flac"}]
+        sounds = [{"bytes": imports.sound(0.1), "path": "a.flac"}, {"bytes": content, "path": None}]
         imports.make({"id": ["a", "b"], "audio": sounds, "text": ["A", "B"]}).to_parquet(
             folder / "mine" / "train-00000-of-00001.parquet"
         )
