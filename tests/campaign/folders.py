@@ -99,7 +99,7 @@ SLOWLY = (
 )
 SLOW_ENCODE = recipe_after(SLOWLY, f"{ENCODE} output=new")
 TEACHER_NEW = f"{SPEAKER} output=mine"
-KILLED_TEACHER = Killed(f"{SPEAKER} save_every=2 steps=60 output=old", "old/checkpoints/step_*")
+KILLED_TEACHER = Killed(f"{SPEAKER} save_every=2 steps=60 output=old", "old/checkpoints/step_0000001[2-9].pt")
 CASES = (
     # ---- published codecs
     owned(
@@ -347,12 +347,14 @@ CASES = (
         accepted(pattern="is finished"),
         "codes tokenizer asr",
         lambda folder: shutil.move(folder / "asr", folder / "new"),
+        changes=("new/config.yaml",),
     ),
     Case(
         "a finished run is not begun again",
         f"{SPEAKER} output=speaker",
         accepted(pattern="is finished"),
         "corpus speaker",
+        writes=("speaker/checkpoints",),
     ),
     Case(
         "codes that were renamed are done",
