@@ -51,9 +51,9 @@ class Outcome:
         return found
 
 
-def refused(pattern: str, check: Callable[[Path, str], object] | None = None) -> Outcome:
+def refused(pattern: str, check: Callable[[Path, str], object] | None = None, lines: int = FEW) -> Outcome:
     """An error of a few lines, of which one matches."""
-    return Outcome("refused", (1, 2), pattern, check, FEW)
+    return Outcome("refused", (1, 2), pattern, check, lines)
 
 
 def skipped(check: Callable[[Path, str], object], pattern: str = "", codes: tuple[int, ...] = (0,)) -> Outcome:
@@ -91,7 +91,13 @@ class Case:
     before: tuple[Command | Killed, ...] = ()
     then: Callable[[Path], object] | None = None
     beside: Killed | None = None
-    writes: tuple[str, ...] = ("new", "new/*", "new.*")
+    writes: tuple[str, ...] = (
+        "new",
+        "new/*",
+        "new.*",
+        "features",
+        "features/*",
+    )  # the latter: where teachers' are kept
     changes: tuple[str, ...] = ()
     limit_s: float = 120
     memory: float = 4e9

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import soundfile
-from judge import Case, Outcome, accepted, refused, skipped
+from judge import SOME, Case, Outcome, accepted, refused, skipped
 from parts import RATE, SPEAKER, TOKENIZER, UNITS, imports, read_json, tone
 
 ENCODE = "encode_speech.py codec=tokenizer/model data=mine output=new"
@@ -172,6 +172,7 @@ def only_bad(folder: Path) -> None:
     manifest(folder / "mine", rows)
 
 
+UNUSABLE = "usable|unreadable|no recording|none of|cannot be used"
 EITHER = (counted(), encoded())
 WEIGHTS = "alignment speaker"
 CASES = (
@@ -374,42 +375,42 @@ CASES = (
     Case(
         "only bad recordings for encode_speech",
         ENCODE,
-        (refused("no|none|unreadable"), skipped(lambda at, _: read_json(at / "new/done.json")["utterances"] == 0)),
+        (refused(UNUSABLE, lines=SOME), skipped(lambda at, _: read_json(at / "new/done.json")["utterances"] == 0)),
         "tokenizer",
         only_bad,
     ),
     Case(
         "only bad recordings for train_teacher",
         f"{SPEAKER} data=mine splits=null dev_splits=null output=new",
-        refused("usable|unreadable|no recording"),
+        refused(UNUSABLE, lines=SOME),
         "",
         only_bad,
     ),
     Case(
         "only bad recordings for train_tokenizer",
         f"{TOKENIZER} data=mine splits=null dev_splits=null output=new",
-        refused("usable|unreadable|no recording"),
+        refused(UNUSABLE, lines=SOME),
         WEIGHTS,
         only_bad,
     ),
     Case(
         "only bad recordings for fit_units",
         f"{UNITS} data=mine output=new",
-        refused("unreadable|frames"),
+        refused("unreadable|frames", lines=SOME),
         "alignment",
         only_bad,
     ),
     Case(
         "only bad recordings for eval_codec",
         "eval_codec.py codec=tokenizer/model data=mine output=new",
-        (refused("usable|unreadable|no recording"), skipped(lambda *_: True, "not scored")),
+        (refused(UNUSABLE, lines=SOME), skipped(lambda *_: True, "not scored")),
         "tokenizer",
         only_bad,
     ),
     Case(
         "only bad recordings for speechllm codebooks",
         "speechllm codebooks --codec tokenizer/model --data mine",
-        refused("none of the recordings|unreadable", None),
+        refused(UNUSABLE, lines=SOME),
         "tokenizer",
         only_bad,
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import soundfile
 from folders import marked, moved, went_on
-from judge import Case, Killed, Outcome, accepted, recipe_after, refused, skipped
+from judge import SOME, Case, Killed, Outcome, accepted, recipe_after, refused, skipped
 from parts import ALIGNMENT, ASR, CTC, EMOTION, ENCODE, RATE, SPEAKER, TEXT, TOKENIZER, read_json, tone
 from recordings import corpus_with, finite_weights, floats, manifest, only_bad
 
@@ -275,7 +275,7 @@ CASES = (
     Case(
         "a recording that disappears",
         f"{SPEAKER} data=mine splits=null dev_splits=null output=new",
-        refused("usable|missing|recording", no_model),
+        refused("used|usable|missing|recording", no_model, SOME),
         "",
         only_bad,
         then=lambda at: [f.unlink() for f in (at / "mine").glob("*.wav")],
