@@ -97,11 +97,10 @@ CASES = (
     codec("a codec's configuration is a list", content(CODEC_CONFIG, b"[1]"), "config.json"),
     codec("a codec's configuration is missing", gone(CODEC_CONFIG)),
     codec("a codec's configuration lacks a key", settings(CODEC_CONFIG, num_codebooks=...)),
-    codec("a codec's configuration has a foreign key", settings(CODEC_CONFIG, colour="red"), "colour"),
     codec(
         "a codec's configuration has words for numbers",
         settings(CODEC_CONFIG, num_codebooks="two"),
-        "num_codebooks",
+        "num_codebooks|damaged",
     ),
     codec("a codec's configuration has other sizes", settings(CODEC_CONFIG, dimension=12)),
     codec(
