@@ -68,13 +68,17 @@ def no_model(folder: Path, _: str) -> bool:
     return not (folder / "new" / "model").exists() and not (folder / "new" / "done.json").exists()
 
 
-def nan_gradients(command: str, steps: str) -> list[str]:
-    """A training in which the gradients of these steps (a condition on `count[0]`) are not finite."""
+def nan_gradients(command: str, steps: str, function: str = "accelerate.Accelerator.backward") -> list[str]:
+    """A training in which the gradients of these steps (a condition on `count[0]`) are not finite.
+
+    function: one that takes the loss as its first argument, or returns one, once in a step.
+    """
     lines = (
-        "import accelerate; count = [0]; real = accelerate.Accelerator.backward\n"
-        "def backward(self, loss, **more):\n"
-        f"    count[0] += 1; real(self, loss * (float('nan') if {steps} else 1.0), **more)\n"
-        "accelerate.Accelerator.backward = backward"
+        f"import accelerate, tokenizer.training.losses; count = [0]; real = {function}\n"
+        "def broken(self, *values):\n"
+        f"    count[0] += 1; factor = float('nan') if {steps} else 1.0\n"
+        "    return real(self, values[0] * factor, *values[1:])\n"
+        f"{function} = broken"
     )
     return recipe_after(lines, f"{command} output=new")
 
@@ -222,7 +226,7 @@ CASES = (
     ),
     Case(
         "one gradient of a tokenizer that is none",
-        nan_gradients(f"{TOKENIZER}", "count[0] == 3"),
+        nan_gradients(TOKENIZER, "count[0] == 3", "tokenizer.training.losses.MultiScaleMelLoss.forward"),
         skipped(lambda at, said: "finite" in (at / "new/done.json").read_text() + said or "gradient" in said),
         "corpus alignment speaker",
     ),
