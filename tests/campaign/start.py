@@ -141,6 +141,7 @@ class Process:
     def __init__(self, pid: int, poll: Callable[[], int | None], output: Path, errors: Path):
         self.pid, self._poll, self.output, self.errors = pid, poll, output, errors
         self.started, self.code = time.monotonic(), None
+        self.ended: Ended | None = None
 
     def poll(self) -> int | None:
         if self.code is None:
@@ -162,6 +163,8 @@ class Process:
 
     def wait(self, limit_s: float = 120, memory: float = 4e9) -> Ended:
         """Wait for its end; it is killed after so many seconds or with so many bytes, its children included."""
+        if self.ended:
+            return self.ended
         until, look, trouble = time.monotonic() + limit_s, 0.0, ""
         while self.poll() is None:
             if not trouble and (now := time.monotonic()) > look:
@@ -174,7 +177,8 @@ class Process:
         texts = [file.read_text(errors="replace") for file in (self.output, self.errors)]
         for file in (self.output, self.errors):
             file.unlink()
-        return Ended(self.code or 0, *texts, time.monotonic() - self.started, trouble)
+        self.ended = Ended(self.code or 0, *texts, time.monotonic() - self.started, trouble)
+        return self.ended
 
     def _memory(self) -> int:
         try:
