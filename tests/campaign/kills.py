@@ -142,8 +142,8 @@ def quotas(kills: int) -> dict[str, int]:
 def run_job(job: Job, quota: int, lane: Lane, folder: Path, parts: Path, seed: int) -> Iterator[Kill]:
     """An uninterrupted run, and sequences of kills until there are enough of them."""
     shutil.rmtree(folder, ignore_errors=True)
-    whole = folder / "whole"
-    folder.mkdir(parents=True)
+    whole = folder / "whole" / "out"  # as deep as those of the sequences: results may hold relative paths
+    whole.parent.mkdir(parents=True)
     ended = lane.start(job.words(whole), parts, job.real).wait(600)
     if ended.code or TRACEBACK in ended.errors:
         yield Kill(job.name, "uninterrupted", [f"exit code {ended.code}: {ended.errors[-800:]}"], ended.seconds)
