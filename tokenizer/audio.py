@@ -294,7 +294,7 @@ def save_audio(path: str | Path, waveform: Tensor, sample_rate: int = 16_000) ->
     """Write a waveform float [N] as 16-bit audio, atomically; the file extension selects the format."""
     samples, kind = waveform.detach().clamp(-1, 1).cpu().numpy(), audio_format(path)
     with atomic_file(path) as part:
-        soundfile.write(part, samples, sample_rate, format=kind)
+        soundfile.write(os.fsencode(part), samples, sample_rate, format=kind)
 
 
 def audio_format(path: str | Path) -> str:

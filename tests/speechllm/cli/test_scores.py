@@ -64,8 +64,8 @@ def test_a_file_that_was_recognised_as_nothing_counts_as_deletions(wer: Callable
             "said: line 1 holds a tab, line 2 does not: expected a name, a tab and a text on",
         ),
         ("a\nb\n", "a\n", "said has 2 lines, heard has 1: there must be one line per utterance in both, an empty one"),
-        ("a\n", b"caf\xe9\n", r"heard, line 1: b'\xe9' is no UTF-8: save the file as UTF-8"),
-        ("a\n", "a\n".encode("utf-16-le"), "heard, line 1: holds a null"),
+        ("a\n", b"caf\xe9\n", "heard, line 1: byte e9 is not UTF-8: save the file as UTF-8"),
+        ("a\n", "a\n".encode("utf-16-le"), "heard, line 1: a NUL character"),
         ("...\n", "a\n", "the references contain no words"),
         ("", "", "the references contain no words"),
     ],
@@ -133,10 +133,13 @@ ROWS = [("u1", "The cat.", "the cat"), ("u2", "A mat", "a hat")]
 @pytest.mark.parametrize(
     "row, message",
     [
-        (("u1", "The cat.", ""), "b/p.jsonl, line 3: u1 occurs a second time: each utterance counts once"),
-        (("u3", "x", None), "b/p.jsonl, line 3: id, reference and hypothesis must be texts, got ['u3', 'x', None]"),
-        ((3, "x", "y"), "line 3: id, reference and hypothesis must be texts, got [3, 'x', 'y']"),
-        (("u3", 5.0, "y"), "must be texts, got ['u3', 5.0, 'y']"),
+        (
+            ("u1", "The cat.", ""),
+            "b/p.jsonl, row 3: id 'u1' is that of b/p.jsonl, row 1, too: give one prediction for each",
+        ),
+        (("u3", "x", None), "b/p.jsonl, row 3: hypothesis is "),
+        ((["u"], "x", "y"), "row 3: id is ['u'], expected text"),
+        (("u3", [5.0], "y"), "row 3: reference is [5.0], expected text"),
     ],
 )
 def test_rows_that_cannot_be_compared_are_named(compare: Callable, row: tuple, message: str) -> None:

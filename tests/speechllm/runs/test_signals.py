@@ -167,6 +167,6 @@ def test_the_command_says_one_line_and_130(monkeypatch: pytest.MonkeyPatch, caps
         os.kill(os.getpid(), signal.SIGINT)
         return 0
 
-    monkeypatch.setattr(main, "_wer", interrupted)
+    monkeypatch.setattr(main, "score_files", interrupted)
     assert main.main(["wer", "a", "b"]) == 130
     assert capsys.readouterr().err.startswith("\nended by SIGINT: ")

@@ -119,7 +119,7 @@ def test_units_have_one_layer(units: UnitTokenizer, noise: Noise) -> None:
 
 
 def test_a_folder_without_units_is_refused(hubert_folder: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no units: expected a folder that recipes/fit_units.py"):
+    with pytest.raises(FileNotFoundError, match="not the folder of speech units: it lacks audio_tokenizer.json"):
         UnitTokenizer.from_pretrained(hubert_folder)
 
 
