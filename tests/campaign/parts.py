@@ -134,7 +134,7 @@ def write_configs(folder: Path) -> None:
             section = found
             for name in sections:
                 section = section.setdefault(name, {})
-            section[last] = yaml.safe_load(value)
+            section[last] = value if value == "no" else yaml.safe_load(value)
         return found
 
     def write(name: str, values: dict[str, object], *without: str) -> None:
