@@ -81,6 +81,8 @@ def main(config: EvalTokenizerConfig) -> None:
     if config.probe_steps:
         check_for_probe(train, test)
     corpus = {utterance.id: utterance for utterance in read_corpus(config.data)}
+    if unknown := [name for name in chain(train["id"], test["id"]) if name not in corpus]:
+        raise DataError(f"{config.data} lacks {len(unknown)} utterances of {config.codes}, {unknown[0]} first")
     results = {
         "codec_fingerprint": encoding.fingerprint,
         "usage": usage(test, encoding),

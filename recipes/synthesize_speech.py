@@ -16,19 +16,15 @@ so results on this corpus say nothing about human speech.
 
 import argparse
 import ctypes
-import fcntl
 import importlib.util
 import itertools
-import json
 import multiprocessing
-import os
 import random
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import soundfile
@@ -36,6 +32,9 @@ from tqdm import tqdm
 
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.signals import follow_parent
+from tokenizer.claims import claim_folder
+from tokenizer.errors import InputError
+from tokenizer.files import read_json, write_json, write_jsonl
 from tokenizer.settings import Count, Seed, argument
 
 # The grammar: a word in capitals is spoken as it is, a word in small letters stands for any word of that slot.
@@ -85,7 +84,6 @@ MICROPHONE_DB = {"train": (12.0, 4.0), "dev": (0.0, 0.0), "test": (0.0, 0.0)}  #
 SAMPLE_RATE = 16_000
 PEAK = 0.7  # of full scale
 SILENCE = "_"
-LOCKS: list[TextIO] = []  # open files, locked while this process lives
 
 
 @dataclass(frozen=True)
@@ -274,33 +272,15 @@ def synthesize_all(out: Path, plan: list[Utterance], jobs: int) -> list[dict]:
         return list(tqdm(lines, total=len(plan), desc="speaking", unit="utt", disable=None))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is never visible half-written."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
 def prepare_folder(out: Path, arguments: dict[str, int]) -> bool:
-    """Prepare the folder for the corpus and lock it; False if it already holds exactly this one, complete."""
-    record, manifest = out / "corpus.json", out / "manifest.jsonl"
-    if record.exists():
-        made = json.loads(record.read_text(encoding="utf-8"))
-        if made != arguments:
-            sys.exit(f"error: {out} holds a corpus made with {made}: choose another folder or delete this one")
-        if manifest.exists():
-            return False
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        sys.exit(f"error: {out} holds other files: choose another folder")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(record, json.dumps(arguments) + "\n")
-    LOCKS.append(record.open("r+"))
-    try:
-        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
-    except BlockingIOError:
-        sys.exit(f"error: {out} is being written by another process: wait for it, stop it, or choose another folder")
-    return True
+    """Claim the folder for the corpus; False if it already holds exactly this one, complete."""
+    record = out / "corpus.json"
+    claim_folder(out, "synthesize_speech", own=lambda _: record.is_file())
+    made = read_json(record)
+    if made and made != arguments:
+        raise InputError(f"{out} holds a corpus made with {made}: choose another folder or delete this one")
+    write_json(record, arguments)
+    return not (out / "manifest.jsonl").exists()
 
 
 def main() -> None:
@@ -316,17 +296,14 @@ def main() -> None:
     )
     args = parser.parse_args()
     if importlib.util.find_spec("espeakng_loader") is None:
-        sys.exit('error: the speech synthesiser is missing: pip install "speechllm[demo]"')
+        raise ImportError('the speech synthesiser is missing: pip install "speechllm[demo]"')
     arguments = {name: getattr(args, name) for name in (*VOICES, "seed")}
     plan = make_plan(**arguments)
-    try:
-        if not prepare_folder(args.out, arguments):
-            print(f"{args.out} already holds this corpus, complete: nothing to do")
-            return
-    except (OSError, ValueError) as error:  # it cannot be written, or its corpus.json is of another kind
-        sys.exit(f"error: cannot write {args.out}: {error}")
+    if not prepare_folder(args.out, arguments):
+        print(f"{args.out} already holds this corpus, complete: nothing to do")
+        return
     lines = synthesize_all(args.out, plan, args.jobs)
-    write_atomically(args.out / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_jsonl(args.out / "manifest.jsonl", lines)
     print(f"{len(lines)} utterances, {sum(line['duration_s'] for line in lines) / 3600:.2f} hours, in {args.out}")
 
 

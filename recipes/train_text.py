@@ -166,8 +166,9 @@ def main(config: TextConfig) -> None:
 
 
 def saved_steps(folder: Path) -> list[Path]:
-    """The Trainer's checkpoints, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    """The Trainer's checkpoints, oldest first; not one that it was writing when it was killed: the state comes last."""
+    found = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json") if state.stat().st_size]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def complete(checkpoint: Path) -> Path:

@@ -96,7 +96,9 @@ def _check(folder: Path, job: str, own: Callable[[Path], bool] | None) -> str | 
 
 
 def _give_up(folder: Path, new: bool, process: int) -> None:
-    if process == os.getpid() and locked(folder) and set(os.listdir(folder)) <= {CLAIM, LOCK}:
+    if process != os.getpid() or not folder.is_dir():
+        return
+    if locked(folder) and set(os.listdir(folder)) <= {CLAIM, LOCK}:
         for name in os.listdir(folder):
             (folder / name).unlink()
         if new:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizer.locks import OutputError, is_running, locked
+from tokenizer.reading import read_json_object
 from tokenizer.tables import TableError, json_rows, read_text
 
 PART = re.compile(r"\..+\.(\d+)\.part")  # what a process is writing: .NAME.PROCESS.part
@@ -55,8 +56,8 @@ def write_jsonl(file: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_json(file: str | Path) -> dict[str, Any]:
-    """The object in a JSON file, or an empty one if there is no such file."""
-    return json.loads(Path(file).read_text(encoding="utf-8")) if Path(file).exists() else {}
+    """The object in a JSON file, or an empty one if there is no such file. Raises InputError for anything else."""
+    return read_json_object(file, "an object in JSON") if Path(file).exists() else {}
 
 
 def read_jsonl(file: str | Path) -> list[dict[str, Any]]:

@@ -99,8 +99,18 @@ def encode_shards(
 
 def claim_codes(folder: str | Path) -> None:
     """Claim a folder for encoded speech, see `claim_folder`, which says what it raises."""
-    # of an earlier version, or another process of this one was faster
-    claim_folder(folder, "encode_speech", own=lambda place: any((*place.glob(REQUEST), *place.glob("codes_*.parquet"))))
+
+    def own(place: Path) -> bool:  # of an earlier version, or another process of this one was faster
+        return (place / REQUEST).is_file() or any(map(_is_shard, place.glob("codes_*.parquet")))
+
+    claim_folder(folder, "encode_speech", own)
+
+
+def _is_shard(file: Path) -> bool:
+    try:
+        return b"encoding" in (pq.read_schema(file).metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def _write_shard(

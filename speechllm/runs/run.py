@@ -1,5 +1,6 @@
 """A run folder: configuration, log, checkpoints and results. Its files are written atomically."""
 
+import contextlib
 import json
 import math
 import os
@@ -68,8 +69,9 @@ class Run:
         if self.main:
             claim_output(self.folder, config)
             try:
-                (self.folder / "checkpoints").mkdir(exist_ok=True)
                 self._settle_config(asdict(config), free)
+                if self.summary is not None:  # killed just before they were deleted
+                    self._delete_checkpoints()
             except OSError as error:
                 raise RunError(f"cannot write the run folder {self.folder}: {error}") from error
         if accelerator is not None:
@@ -112,20 +114,15 @@ class Run:
                     "choose another output folder or delete this one"
                 )
             if "steps" in changes and self.summary is not None:
-                self._prolong(held["steps"], config["steps"])
+                raise RunError(
+                    f"{self.folder} is finished with steps={held['steps']}, and a finished run has no checkpoint to go on "
+                    f"from to steps={config['steps']}: choose another output folder (train_asr can start from the "
+                    "finished model, model=RUN/model)"
+                )
         else:
             write_json(self.folder / "versions.json", versions())
         if held != config:
             write_text(file, yaml.safe_dump(config, sort_keys=False))
-
-    def _prolong(self, before: int, steps: int) -> None:
-        """Let a finished run go on, which it can while it has a checkpoint."""
-        if steps < before or not self._checkpoints():
-            raise RunError(
-                f"{self.folder} is finished with steps={before}, and has no checkpoint to go on from to steps={steps}: "
-                "choose another output folder (train_asr can start from the finished model, model=RUN/model)"
-            )
-        (self.folder / "done.json").unlink()
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -155,7 +152,15 @@ class Run:
                 report_skipped(self.folder, [*rows.values()])
             counts = {"skipped": len(rows), "non_finite": sum("non_finite" in line for line in read_log(self.folder))}
             write_json(self.folder / "done.json", summary | {name: count for name, count in counts.items() if count})
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            self._delete_checkpoints()
+
+    def _delete_checkpoints(self) -> None:
+        for file in self._checkpoints():
+            file.unlink()
+        for folder in (self.folder / "checkpoints").glob("checkpoint-*"):  # of transformers' Trainer
+            shutil.rmtree(folder)
+        with contextlib.suppress(OSError):  # not there, or somebody keeps something in it
+            (self.folder / "checkpoints").rmdir()
 
     def log(self, step: int, **metrics: float) -> None:
         """Append one line to log.jsonl and send it to the trackers."""

@@ -1,6 +1,7 @@
 """How a process ends: asked to by a signal, with one line, and never later than the process that started it."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -122,3 +123,6 @@ def follow_parent(number: int = 0) -> None:
     for stopping in STOPPING:
         signal.signal(stopping, signal.SIG_IGN)
     kill_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it has ended while this one was starting
+        os._exit(1)

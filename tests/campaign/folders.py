@@ -145,7 +145,7 @@ CASES = (
     owned("another teacher into a teacher's folder", f"{ALIGNMENT} output=speaker", "corpus speaker"),
     owned(
         "benchmark_asr into a training's folder",
-        'benchmark_asr.py codes=codes codec=tokenizer/model shape=small steps=1 precision=no output=asr',
+        "benchmark_asr.py codes=codes codec=tokenizer/model shape=small steps=1 precision=no output=asr",
         "codes tokenizer asr",
     ),
     owned("train_asr into the folder of its base model", f"{ASR} model=text/model output=text", "codes tokenizer text"),

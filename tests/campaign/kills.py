@@ -120,7 +120,7 @@ JOBS = (  # the long ones first
     Job("eval_tokenizer", "eval_tokenizer.py codes=codes data=corpus output=OUT/content.json probe_steps=5", 3),
     Job(
         "benchmark_asr",
-        'benchmark_asr.py codes=codes codec=tokenizer/model shape=small steps=2 precision=no',
+        "benchmark_asr.py codes=codes codec=tokenizer/model shape=small steps=2 precision=no",
         2,
         loose=("*.json",),  # of seconds
     ),

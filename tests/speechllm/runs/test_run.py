@@ -334,6 +334,16 @@ def test_a_finished_run_says_so_and_has_no_checkpoints(tmp_path: Path) -> None:
     assert Run(tmp_path, Job()).summary == {"loss": 0.5}
 
 
+def test_checkpoints_that_a_kill_has_left_in_a_finished_run_go_and_files_of_others_stay(tmp_path: Path) -> None:
+    run = Run(tmp_path, Job())
+    run.save(2, {})
+    write_json(tmp_path / "done.json", {"loss": 0.5})
+    assert Run(tmp_path, Job()).summary == {"loss": 0.5} and not (tmp_path / "checkpoints").exists()
+    write_text(tmp_path / "checkpoints" / "notes.txt", "mine")
+    run.finish({"loss": 0.5})
+    assert (tmp_path / "checkpoints" / "notes.txt").read_text() == "mine"
+
+
 def test_recordings_that_were_skipped_are_listed_once_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = Run(tmp_path, Job())
     lines = [{"path": name, "reason": "unreadable", "detail": f"{name}: broken"} for name in ("a", "b", "a")]
