@@ -26,12 +26,16 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+from speechllm.runs.signals import catch_early_interrupts, follow_parent
+
+if __name__ == "__main__":  # before slow imports
+    catch_early_interrupts()
+
 import numpy as np
 import soundfile
 from tqdm import tqdm
 
 from speechllm.runs.recipe import run_recipe
-from speechllm.runs.signals import follow_parent
 from tokenizer.claims import claim_folder
 from tokenizer.errors import InputError
 from tokenizer.files import read_json, write_json, write_jsonl

@@ -8,6 +8,7 @@ import errno
 import inspect
 import json
 import logging
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -62,6 +63,9 @@ def run_recipe(main: Callable[[T], None], config: T) -> None:
         yield_to_first_process()
         advice = "; the disk is full: make room, and the same command goes on from what is finished" if full else ""
         sys.exit(f"error: {error}{advice}")
+    finally:
+        for worker in multiprocessing.active_children():  # Python would ask them to end, which they ignore, and wait
+            worker.kill()
 
 
 def out_of_space(error: BaseException | None) -> bool:

@@ -115,8 +115,8 @@ class Run:
                 )
             if "steps" in changes and self.summary is not None:
                 raise RunError(
-                    f"{self.folder} is finished with steps={held['steps']}, and a finished run has no checkpoint to go on "
-                    f"from to steps={config['steps']}: choose another output folder (train_asr can start from the "
+                    f"{self.folder} is finished with steps={held['steps']}, and a finished run has no checkpoint to go "
+                    f"on from to steps={config['steps']}: choose another output folder (train_asr can start from the "
                     "finished model, model=RUN/model)"
                 )
         else:
