@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint install clean
+.PHONY: help demo test campaign lint install clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ demo: $(READY) ## speech -> tokens -> language model -> text, from nothing to a 
 
 test: $(READY) ## run all tests (no network, no GPU needed)
 	$(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
+
+campaign: $(READY) ## kills and hostile files, about 25 minutes: see tests/README.md
+	$(BIN)/python tests/campaign $(ARGS)
 
 lint: $(READY) ## ruff (rules and format) and mypy
 	$(BIN)/python -m ruff check .

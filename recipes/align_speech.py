@@ -12,10 +12,10 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Names, Settings
 
 FRAME_RATE = 100  # of PocketSphinx
 # beams wide enough for accents; only the first pass, because alignments of the later ones need not match its words
@@ -23,10 +23,10 @@ SEARCH = {"beam": 1e-80, "pbeam": 1e-80, "wbeam": 1e-60, "fwdflat": False, "best
 
 
 @dataclass
-class AlignConfig:
+class AlignConfig(Settings):
     data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
     output: str  # folder for manifest.jsonl; the recordings stay where they are
-    splits: list[str] | None = None  # all when null
+    splits: Names | None = None  # all when null
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -34,11 +34,12 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 
 from tqdm import tqdm
 
-from speechllm import AudioError, Utterance, load_audio, read_corpus
+from speechllm import AudioError, Utterance, read_corpus
 from speechllm.evaluation.normalizers import librispeech_normalizer
 from speechllm.runs.machine import available_cpus
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.signals import follow_parent
+from tokenizer.corpus import load_utterance
 from tokenizer.files import write_jsonl
 from tokenizer.rates import SAMPLE_RATE
 
@@ -48,14 +49,14 @@ def main(config: AlignConfig) -> None:
         decoder()
     except ImportError:
         raise ImportError('PocketSphinx is required: pip install "speechllm[align]"') from None
+    folder = claim_output(config.output, config)
     utterances = read_corpus(config.data, config.splits)
     with ProcessPoolExecutor(available_cpus(), initializer=follow_parent) as pool:
         results = list(tqdm(pool.map(align, utterances, chunksize=8), "align", len(utterances), unit="utt"))
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {**asdict(utterance), "path": os.path.relpath(utterance.path, folder), "phones": phones}
         for utterance, (phones, _) in zip(utterances, results, strict=True)
+        if utterance.duration_s  # otherwise there is no recording, and the manifest would be refused
     ]
     write_jsonl(folder / "manifest.jsonl", rows)
     problems = Counter(problem for _, problem in results if problem)
@@ -68,7 +69,7 @@ def align(utterance: Utterance) -> tuple[list[tuple[str, float]] | None, str | N
     if not text:
         return None, "no transcript"
     try:
-        waveform = load_audio(utterance.path, SAMPLE_RATE)
+        waveform = load_utterance(utterance, SAMPLE_RATE)
     except AudioError as error:
         return None, error.reason
     sound = (32767 * waveform.clamp(-1, 1)).short().numpy().tobytes()
@@ -81,7 +82,8 @@ def align(utterance: Utterance) -> tuple[list[tuple[str, float]] | None, str | N
         spans = [(phone.name, phone.start + phone.duration) for word in decoder().get_alignment() for phone in word]
     except RuntimeError:
         return None, "not aligned"
-    phones = [(name, end / FRAME_RATE) for name, end in spans]
+    # the last window may end a little after the recording
+    phones = [(name, min(end / FRAME_RATE, utterance.duration_s)) for name, end in spans]
     return phones, None if phones else "not aligned"
 
 

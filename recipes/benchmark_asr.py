@@ -13,11 +13,11 @@ RESULTS/results.json and report.html: tokens/s, their ratio, peak memory, and th
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Count, Names, Positive, Seed, Settings
 
 SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, embedding rows
     "1.5b": (1536, 8960, 28, 12, 2, 151_936),
@@ -26,21 +26,21 @@ SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, em
 
 
 @dataclass
-class BenchmarkConfig:
+class BenchmarkConfig(Settings):
     codes: str  # folder of encode_speech
     codec: str  # the audio tokenizer that made them
     output: str  # folder for results.json and report.html
     model: str | None = None  # language model, folder or hub name; null: random weights in `shape`
     shape: Literal["1.5b", "small"] = "1.5b"
     train: Literal["full", "lora"] = "full"
-    splits: list[str] | None = None  # all when null
-    batch_tokens: int = 24_576  # per optimizer step
-    micro_batch_tokens: int = 8192  # computed at once; in padded batches including padding
+    splits: Names | None = None  # all when null
+    batch_tokens: Count = 24_576  # per optimizer step
+    micro_batch_tokens: Count = 8192  # computed at once; in padded batches including padding
     precision: Literal["no", "bf16"] = "bf16"
     gradient_checkpointing: bool = False
-    steps: int = 8  # timed steps per method, after one for warm-up
-    peak_tflops: float | None = None
-    seed: int = 0
+    steps: Count = 8  # timed steps per method, after one for warm-up
+    peak_tflops: Positive | None = None
+    seed: Seed = 0
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -49,7 +49,7 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from speechllm import (
     Example,
@@ -60,6 +60,7 @@ from speechllm import (
     prepare_adapter,
     transcription_example,
 )
+from speechllm.adapters import load_causal
 from speechllm.data.batches import token_batches
 from speechllm.data.packing import micro_batches
 from speechllm.data.shards import codes_of, transcribed
@@ -67,20 +68,22 @@ from speechllm.evaluation.tables import plain
 from speechllm.prompt import label_counts
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.small_model import small_text_tokenizer
 from speechllm.training.optimization import make_optimizer
 from speechllm.training.plan import training_flops
 from tokenizer.files import write_json
+from tokenizer.pretrained import check_folder, load_part
 
 Step = Callable[[Sequence[Example]], None]
 
 
 def main(config: BenchmarkConfig) -> None:
     started = time.perf_counter()
+    folder = claim_output(config.output, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows, encoding = load_codes(config.codes, config.splits)
-    rows = transcribed(rows)
+    rows = transcribed(rows, normalizer="librispeech")  # as train_asr does by default
     codec = load_tokenizer(config.codec)
     encoding.require(codec.fingerprint, config.codec)
     torch.manual_seed(config.seed)
@@ -150,8 +153,6 @@ def main(config: BenchmarkConfig) -> None:
         },
         **provenance(config, time.perf_counter() - started),
     }
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", results)
     write_results_report(folder / "report.html", f"Training speed: {results['model']}", results)
     print(table(results))
@@ -160,8 +161,8 @@ def main(config: BenchmarkConfig) -> None:
 def language_model(config: BenchmarkConfig, texts: list[str]) -> tuple[Any, Any]:
     """The named language model, or one with random weights, and its text tokenizer."""
     if config.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(config.model)
+        name = check_folder(config.model, ["config.json"], "a causal language model")
+        return load_causal(name), load_part(AutoTokenizer, name, "the text tokenizer of a language model")
     hidden, intermediate, layers, heads, key_heads, rows = SHAPES[config.shape]
     text_tokenizer = small_text_tokenizer(texts, 400)
     shape = Qwen2Config(

@@ -13,12 +13,14 @@ import json
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from speechllm.runs.config import parse_config
+from speechllm.runs.config import override, parse_config
+from tokenizer.settings import DISTINCT, NOT_EMPTY, Count, Counts, Names, Natural, Seed, Settings
 
 RECIPES = Path(__file__).parent
 Task = Literal["content", "quality", "conversion", "emotion", "asr"]
+Seeds = Annotated[list[Seed], NOT_EMPTY, DISTINCT]
 TASKS = get_args(Task)
 ENCODED = ("content", "emotion", "asr")  # tasks that read encoded speech
 # keys that may be used as placeholders, such as "{tokenizer}"
@@ -49,11 +51,11 @@ class SystemConfig:
 
 
 @dataclass
-class CompareConfig:
+class CompareConfig(Settings):
     data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
     output: str  # run folder
     systems: list[SystemConfig]
-    tasks: list[Task]
+    tasks: Annotated[list[Task], NOT_EMPTY, DISTINCT]
     codec: str | None = None  # configuration of train_tokenizer, shared by all codecs trained here
     asr: str | None = None  # configuration of train_asr, shared by all systems
     emotion: str | None = None  # configuration of train_emotion, shared by all systems
@@ -67,30 +69,26 @@ class CompareConfig:
     recognizer: str | None = None  # the same; a .yaml fine-tunes the semantic teacher on asr_data
     evaluation_recognizer: str | None = None  # recognizer:NAME, for the WER of decoded and converted speech
     evaluation_speaker: str | None = "{speaker_teacher}"  # ideally not a teacher of a system
-    train_splits: list[str] = field(default_factory=lambda: ["train"])  # of data, for units and probes
-    test_splits: list[str] = field(default_factory=lambda: ["test"])  # of data, for content and voice
-    quality_splits: list[str] = field(default_factory=lambda: ["test"])  # of data
-    conversion_splits: list[str] = field(default_factory=lambda: ["test"])
-    asr_splits: list[str] = field(default_factory=lambda: ["test"])  # for evaluation; training splits are set in `asr`
-    quality_layers: list[int] | None = None  # numbers of codebooks to decode from; 1, 2, 4, ... and all when null
-    quality_utterances: int | None = None  # at most, all when null
-    conversion_pairs: int = 100
-    probe_steps: int = 400  # of the CTC probe for the content of layer 0; 0: none
-    seeds: list[int] = field(default_factory=lambda: [0])  # asr and emotion are trained once with each
+    train_splits: Names = field(default_factory=lambda: ["train"])  # of data, for units and probes
+    test_splits: Names = field(default_factory=lambda: ["test"])  # of data, for content and voice
+    quality_splits: Names = field(default_factory=lambda: ["test"])  # of data
+    conversion_splits: Names = field(default_factory=lambda: ["test"])
+    asr_splits: Names = field(default_factory=lambda: ["test"])  # for evaluation; training splits are set in `asr`
+    quality_layers: Counts | None = None  # numbers of codebooks to decode from; 1, 2, 4, ... and all when null
+    quality_utterances: Count | None = None  # at most, all when null
+    conversion_pairs: Count = 100
+    probe_steps: Natural = 400  # of the CTC probe for the content of layer 0; 0: none
+    seeds: Seeds = field(default_factory=lambda: [0])  # asr and emotion are trained once with each
 
-    def __post_init__(self) -> None:
-        if problems := find_problems(self):
-            raise ValueError("\n  ".join(problems))
+    def contradictions(self) -> list[str]:
+        return find_problems(self)
 
 
 def find_problems(config: CompareConfig) -> list[str]:
     """All problems that the configuration alone shows."""
     names, problems = [system.name for system in config.systems], []
-    if not names or len(set(names)) < len(names) or any(Path(name).name != name for name in names):
+    if not names or len(set(names)) < len(names) or any(Path(name).name != name or name == ".." for name in names):
         problems.append(f"systems need different names that are valid folder names, got {names}")
-    for key in ("tasks", "seeds"):
-        if not (values := getattr(config, key)) or len(set(values)) < len(values):
-            problems.append(f"{key}: expected at least one, without repetitions, got {values}")
     wanted = {task for system in config.systems for task in tasks_of(system, config)}
     needed = {key: key in wanted for key in ("asr", "emotion")}
     needed |= {"codec": any(system.train is not None for system in config.systems)}
@@ -123,7 +121,7 @@ import numpy as np
 from speechllm.evaluation.comparison import comparison_markdown, pool_emotion, pool_recognition
 from speechllm.reports.comparison_page import write_comparison
 from speechllm.runs.machine import provenance
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.run import read_log
 from speechllm.runs.stages import Stages
 from tokenizer.files import read_json, read_jsonl, write_json, write_text
@@ -131,9 +129,9 @@ from tokenizer.files import read_json, read_jsonl, write_json, write_text
 
 def main(config: CompareConfig) -> None:
     run = Path(config.output)
+    claim_output(run, config, None if (run / "demo.json").exists() else "stages.json")
     commands, stages = plan(config, run), Stages(run, RECIPES)
     stages.check(commands)
-    run.mkdir(parents=True, exist_ok=True)
     try:
         stages.run(commands, SHARED, SINGLE)
     finally:  # also after a failure: with the results so far
@@ -177,7 +175,7 @@ def make_tokenizer(system: SystemConfig, config: CompareConfig, run: Path) -> Co
         shared = [f"--config={config.codec}", f"data={config.data}", output, *teachers]
         return {f"{system.name}: tokenizer": ["train_tokenizer.py", *shared, *system.train]}
     if system.units is not None:
-        shared = ["model={semantic_teacher}", f"data={config.data}", output, argument("splits", config.train_splits)]
+        shared = ["model={semantic_teacher}", f"data={config.data}", output, override("splits", config.train_splits)]
         return {f"{system.name}: tokenizer": ["fit_units.py", *shared, *system.units]}
     return {}
 
@@ -198,11 +196,6 @@ def encoded(system: SystemConfig, task: str, config: CompareConfig, run: Path) -
     return data, run / owner(system, config).name / ("codes" if data == config.data else f"{task}_codes")
 
 
-def argument(key: str, value: Any) -> str:
-    """key=value for a command line."""
-    return f"{key}={json.dumps(value)}"
-
-
 def baseline_host(systems: list[SystemConfig], run: Path) -> SystemConfig | None:
     """The system whose evaluation includes the common baseline, log-mel k-means: as before, or the first one."""
     found = {system.name: read_json(run / system.name / "content.json").get("config", {}) for system in systems}
@@ -212,14 +205,14 @@ def baseline_host(systems: list[SystemConfig], run: Path) -> SystemConfig | None
 
 def content(system: SystemConfig, config: CompareConfig, run: Path, baseline: bool) -> list[str]:
     folder = run / system.name
-    probe = [f"output={folder / 'content.json'}", f"probe_steps={config.probe_steps}", argument("baseline", baseline)]
-    splits = [argument("train_splits", config.train_splits), argument("test_splits", config.test_splits)]
+    probe = [f"output={folder / 'content.json'}", f"probe_steps={config.probe_steps}", override("baseline", baseline)]
+    splits = [override("train_splits", config.train_splits), override("test_splits", config.test_splits)]
     return ["eval_tokenizer.py", f"codes={folder / 'codes'}", f"data={config.data}", *splits, *probe]
 
 
 def quality(system: SystemConfig, config: CompareConfig, run: Path) -> list[str]:
-    settings = [argument("splits", config.quality_splits), argument("layers", config.quality_layers)]
-    limit = argument("max_utterances", config.quality_utterances)
+    settings = [override("splits", config.quality_splits), override("layers", config.quality_layers)]
+    limit = override("max_utterances", config.quality_utterances)
     shared = [
         f"codec={codec_of(system, config, run)}",
         f"data={config.data}",
@@ -230,7 +223,7 @@ def quality(system: SystemConfig, config: CompareConfig, run: Path) -> list[str]
 
 def conversion(system: SystemConfig, config: CompareConfig, run: Path) -> list[str]:
     shared = [f"codec={codec_of(system, config, run)}", f"data={config.conversion_data or config.data}"]
-    settings = [argument("splits", config.conversion_splits), f"pairs={config.conversion_pairs}"]
+    settings = [override("splits", config.conversion_splits), f"pairs={config.conversion_pairs}"]
     output = f"output={run / system.name / 'conversion'}"
     return ["eval_conversion.py", *shared, output, *settings, *evaluators(config), *system.conversion]
 
@@ -252,7 +245,7 @@ def training(system: SystemConfig, task: str, config: CompareConfig, run: Path, 
 def eval_asr(system: SystemConfig, config: CompareConfig, run: Path, seed: int) -> list[str]:
     folder, codes = run / system.name / f"asr_{seed}", encoded(system, "asr", config, run)[1]
     arguments = [f"model={folder / 'model'}", f"codes={codes}", f"output={folder / 'test'}"]
-    return ["eval_asr.py", *arguments, argument("splits", config.asr_splits)]
+    return ["eval_asr.py", *arguments, override("splits", config.asr_splits)]
 
 
 def with_teachers(commands: Commands, config: CompareConfig, run: Path) -> Commands:

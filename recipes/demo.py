@@ -15,26 +15,35 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
-from speechllm.runs.config import find_config, parse_config
+from speechllm.runs.config import load_config, parse_config
+from tokenizer.settings import Count, Positive, Rule, Settings
 
 RECIPES = Path(os.path.relpath(Path(__file__).parent))
+RATES = "primary cer cer_ci95 cer_shuffled_audio cer_shuffled_audio_ci95 training_normalizer".split()  # of eval_asr
+PowerOfTwo = Annotated[int, Rule("a power of two", lambda n: n > 0 and n & (n - 1) == 0)]
+WRITTEN = (  # in the run folder
+    *("corpus", "semantic_teacher", "speaker_teacher", "tokenizer", "codes", "asr", "evaluation", "demo.json"),
+    *("stages.json", "tokenizer_results.json", "tokenizer_results.html", "results.json", "predictions.jsonl"),
+    "report.html",
+)
 
 
 @dataclass
-class DemoConfig:
+class DemoConfig(Settings):
     output: str = "runs/demo"  # run folder
     data: str | None = None  # corpus folder; null: synthetic speech
-    fresh: bool = False  # delete the run folder first
-    processes: int | None = None  # per training without a GPU, a power of two; null: one per core, at most 8
+    fresh: bool = False  # delete what an earlier demo wrote there first
+    processes: PowerOfTwo | None = None  # per training without a GPU; null: one per core, at most 8
     semantic_teacher: str = "configs/teacher/semantic_demo.yaml"  # configurations of the stages
     speaker_teacher: str = "configs/teacher/speaker_demo.yaml"
     tokenizer_stage: str = "configs/tokenizer/demo.yaml"
     asr: str = "configs/asr/demo.yaml"
-    scale: float = 1.0  # factor of all numbers of training steps: 0.5 for a quicker run, 2 for a longer one
-    synthetic_train: int = 4000  # synthetic utterances
-    synthetic_dev: int = 100
-    synthetic_test: int = 200
+    scale: Positive = 1.0  # factor of all numbers of training steps: 0.5 for a quicker run, 2 for a longer one
+    synthetic_train: Count = 4000  # synthetic utterances
+    synthetic_dev: Count = 100
+    synthetic_test: Count = 200
     notes: list[str] | None = None  # shown in the report
 
 
@@ -42,55 +51,54 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
     CONFIG = parse_config(DemoConfig)
 
 import numpy as np
-import yaml
 
 from speechllm import CorpusError, Utterance, read_corpus
-from speechllm.evaluation.error_rates import shuffled_audio_verdict
+from speechllm.evaluation.error_rates import results_verdict
 from speechllm.reports.pages import write_report
 from speechllm.reports.sounds import read_sounds
 from speechllm.runs.machine import available_cpus, provenance
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.run import read_log
-from speechllm.runs.stages import Stages
-from tokenizer.files import read_jsonl, write_json, write_text
+from speechllm.runs.stages import Stages, config_class
+from tokenizer.files import read_json, read_jsonl, write_json, write_text
 
 
 def main(config: DemoConfig) -> None:
     run = Path(config.output)
     if config.data is not None and not Path(config.data).is_dir():
         raise CorpusError(f"{config.data}: no such corpus folder")
-    if config.fresh and run.exists():
-        if not (run / "demo.json").exists():
-            raise SystemExit(f"{run} was not created by this demo and is not deleted: remove it yourself")
-        shutil.rmtree(run)
+    if config.data is not None and Path(config.data).resolve().is_relative_to(run.resolve()):
+        raise CorpusError(f"{config.data} is in the run folder {run}: choose output=FOLDER outside it")
+    semantic, speaker = run / "semantic_teacher", run / "speaker_teacher"
+    corpus, codec, codes, asr = (run / name for name in ("corpus", "tokenizer", "codes", "asr"))
+    data = f"data={corpus}"
+    teachers = [f"semantic.teacher={semantic / 'model'}", f"acoustic.teacher={speaker / 'model'}"]
+    trainings = {  # made before anything is, so that a mistake in a configuration is found at once
+        "semantic": training("train_teacher.py", config.semantic_teacher, config, data, f"output={semantic}"),
+        "speaker": training("train_teacher.py", config.speaker_teacher, config, data, f"output={speaker}"),
+        "tokenizer": training("train_tokenizer.py", config.tokenizer_stage, config, data, f"output={codec}", *teachers),
+        "asr": training(
+            "train_asr.py", config.asr, config, f"codes={codes}", f"codec={codec / 'model'}", f"output={asr}"
+        ),
+    }
+    claim_output(run, config)
+    if config.fresh:
+        delete(run)
     record_settings(run, config)
     stages = Stages(run, RECIPES, config.processes)
     print(plan(config))
 
-    corpus, data = run / "corpus", f"data={run / 'corpus'}"
     if config.data is None:
         counts = [f"--{split}={getattr(config, f'synthetic_{split}')}" for split in ("train", "dev", "test")]
         stages.stage("corpus", ["synthesize_speech.py", str(corpus), *counts, f"--jobs={available_cpus()}"])
     else:
         stages.call("corpus", lambda: gather(config.data, corpus))
-    semantic, speaker = run / "semantic_teacher", run / "speaker_teacher"
-    stages.stage(
-        "teachers",
-        ["train_teacher.py", *training(config.semantic_teacher, config), data, f"output={semantic}"],
-        ["train_teacher.py", *training(config.speaker_teacher, config), data, f"output={speaker}"],
-    )
-    teachers = [f"semantic.teacher={semantic / 'model'}", f"acoustic.teacher={speaker / 'model'}"]
-    codec = run / "tokenizer"
-    stages.launch(
-        "tokenizer",
-        ["train_tokenizer.py", *training(config.tokenizer_stage, config), data, f"output={codec}", *teachers],
-    )
-    codec, codes = codec / "model", run / "codes"
-    stages.launch("encode", ["encode_speech.py", f"codec={codec}", data, f"output={codes}", "layers=null"])
-    asr, splits = run / "asr", ["train_splits=[train]", "test_splits=[test]"]
-    stages.launch(
-        "asr", ["train_asr.py", *training(config.asr, config), f"codes={codes}", f"codec={codec}", f"output={asr}"]
-    )
+    stages.stage("teachers", trainings["semantic"], trainings["speaker"])
+    stages.launch("tokenizer", trainings["tokenizer"])
+    encode = [f"codec={codec / 'model'}", data, f"output={codes}", "layers=null"]
+    stages.launch("encode", ["encode_speech.py", *encode])
+    stages.launch("asr", trainings["asr"])
+    splits = ["train_splits=[train]", "test_splits=[test]"]
     stages.stage(
         "evaluate",
         ["eval_asr.py", f"model={asr / 'model'}", f"codes={codes}", f"output={run / 'evaluation'}", "splits=[test]"],
@@ -103,26 +111,34 @@ def main(config: DemoConfig) -> None:
     print(summary(run, results))
 
 
-def training(file: str, config: DemoConfig) -> list[str]:
-    """Arguments that start a training with configuration `file`, its steps scaled."""
-    steps = yaml.safe_load(find_config(file).read_text(encoding="utf-8"))["steps"]
-    arguments = [f"--config={file}"]
+def training(recipe: str, file: str, config: DemoConfig, *words: str) -> list[str]:
+    """The command of a training with configuration `file`, its steps scaled. Raises ConfigError."""
+    recipe_config = config_class(RECIPES / recipe)
     if config.scale != 1:
-        arguments.append(f"steps={max(1, round(config.scale * steps))}")
-    return arguments
+        steps = max(1, round(config.scale * load_config(recipe_config, file, words).steps))
+        words = (f"steps={steps}", *words)
+    load_config(recipe_config, file, words)
+    return [recipe, f"--config={file}", *words]
+
+
+def delete(run: Path) -> None:
+    """Delete what a demo has written, and nothing else in its folder."""
+    for name in WRITTEN:
+        if (path := run / name).is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def record_settings(run: Path, config: DemoConfig) -> None:
     """Write the settings to demo.json; exit if the folder holds a demo with other settings."""
-    asked = {name: value for name, value in asdict(config).items() if name not in ("fresh", "processes")}
+    asked = {name: value for name, value in asdict(config).items() if name not in ("output", "fresh", "processes")}
     file = run / "demo.json"
-    if file.exists() and json.loads(file.read_text(encoding="utf-8")) != asked:
+    held = read_json(file)
+    held.pop("output", None)  # of earlier versions; the folder may have moved
+    if held and held != asked:
         raise SystemExit(f"{run} holds a demo with other settings: add --fresh to start over, or set output=FOLDER")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(file, asked)
-    except OSError as error:
-        raise SystemExit(f"cannot write {run}: {error}") from error
+    write_json(file, asked)
 
 
 def gather(folder: str, output: Path) -> None:
@@ -140,7 +156,7 @@ def gather(folder: str, output: Path) -> None:
     lines = [
         json.dumps({**asdict(u), "path": str(Path(u.path).resolve()), "split": named[u.id]}, ensure_ascii=False)
         for u in utterances
-        if named[u.id] in ("train", "dev", "test")
+        if named[u.id] in ("train", "dev", "test") and u.duration_s  # without one there is no recording
     ]
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "manifest.jsonl", "\n".join(lines) + "\n")
@@ -175,6 +191,7 @@ def collect(config: DemoConfig, run: Path, stages: Stages) -> dict[str, object]:
         "wer_ci95": evaluation["ci95"],
         "wer_shuffled_audio": evaluation.get("wer_shuffled_audio"),  # None with a single utterance
         "wer_shuffled_audio_ci95": evaluation.get("wer_shuffled_audio_ci95"),
+        **{name: evaluation[name] for name in RATES if name in evaluation},
         "utterances": evaluation["utterances"],
         "words": evaluation["words"],
         "normalizer": evaluation["normalizer"],
@@ -220,14 +237,15 @@ def plan(config: DemoConfig) -> str:
 
 def summary(run: Path, results: dict[str, object]) -> str:
     """The results, as printed at the end."""
-    low, high = results["wer_ci95"]
+    rate = results.get("primary", "wer")  # the rate to go by
+    low, high = results[f"{rate}_ci95"]
     lines = [
-        f"\nWER {results['wer']:.1%} (95 % interval {low:.1%} to {high:.1%}) on {results['utterances']} utterances of "
-        f"unseen speakers, at {results['tokens_per_second']:.1f} tokens/s",
+        f"\n{rate.upper()} {results[rate]:.1%} (95 % interval {low:.1%} to {high:.1%}) on {results['utterances']} "
+        f"utterances of unseen speakers, at {results['tokens_per_second']:.1f} tokens/s",
     ]
-    if (control := results["wer_shuffled_audio"]) is not None:
-        lines.append(f"WER with another utterance's audio {control:.1%}")
-    lines.append(shuffled_audio_verdict(results["wer_ci95"], results["wer_shuffled_audio_ci95"]))
+    if (control := results.get(f"{rate}_shuffled_audio")) is not None:
+        lines.append(f"{rate.upper()} with another utterance's audio {control:.1%}")
+    lines.append(results_verdict(results))
     if content := results["content"]:
         layer0, baseline = content["layer_0"]["pnmi"], content["log_mel_kmeans"]["pnmi"]
         lines.append(f"{content['label']} information (PNMI) in layer 0: {layer0:.2f}; log-mel k-means: {baseline:.2f}")

@@ -25,7 +25,7 @@ BOTTOM = 238  # of the cells; layer 0 is the lowest, beside its words
 class DrawConfig:
     model: str  # folder of train_asr
     audio: str  # recording of a few seconds
-    output: str  # SVG file
+    output: str  # SVG file; an existing one is not overwritten
     base: str | None = None  # another place of the language model under an adapter than the recorded one
 
 
@@ -37,10 +37,12 @@ from torch import Tensor
 
 from speechllm import DiscreteTokenizer, load_audio, load_speech_llm, transcribe
 from speechllm.runs.recipe import run_recipe
+from tokenizer.claims import claim_file
 from tokenizer.files import write_text
 
 
 def main(config: DrawConfig) -> None:
+    claim_file(config.output)
     speech_llm = load_speech_llm(config.model, base=config.base)
     codec = speech_llm.codec
     if not isinstance(codec, DiscreteTokenizer):

@@ -6,25 +6,24 @@
 The codec is any audio tokenizer: `features:NAME` stores continuous features (float16; 100 h of 768 dimensions at 50
 frames/s are 28 GB), `recognizer:NAME` the texts of a recogniser.
 Runs in several processes, resumes a killed run, and lists skipped recordings with the reason in CODES/skipped.jsonl.
-Texts are normalised here, once for training and evaluation: lower case without punctuation, because LibriSpeech's
-capitals are rare in the training data of language models. recipes/import_speech.py imports data sets of the hub.
+Texts are stored as they are; train_asr and eval_asr normalise them. recipes/import_speech.py imports data sets of the
+hub.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Count, Names, Positive, Settings
 
 
 @dataclass
-class EncodeConfig:
+class EncodeConfig(Settings):
     codec: str  # audio tokenizer, as `load_tokenizer` takes it: a codec's folder or hub name, features:NAME, ...
     data: str  # corpus folder: manifest.jsonl, manifest.csv or LibriSpeech's layout
     output: str  # folder for the shards
-    splits: list[str] | None = None  # all when null
-    layers: int | None = 1  # codebooks to store, all when null
-    max_duration_s: float = 60.0  # longer recordings are skipped, and counted
-    normalizer: Literal["librispeech", "none"] = "librispeech"  # of the texts; none: unchanged
+    splits: Names | None = None  # all when null
+    layers: Count | None = 1  # codebooks to store, all when null
+    max_duration_s: Positive = 60.0  # longer recordings are skipped, and counted
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -32,8 +31,8 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 
 from tqdm import tqdm
 
-from speechllm import encode_shards, load_tokenizer, read_corpus
-from speechllm.data.shards import skipped_of_shards, summarize_shards
+from speechllm import DataError, encode_shards, load_tokenizer, read_corpus
+from speechllm.data.shards import claim_codes, skipped_of_shards, summarize_shards
 from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import report_skipped
@@ -42,6 +41,9 @@ from tokenizer.files import write_json
 
 def main(config: EncodeConfig) -> None:
     accelerator = make_accelerator()
+    if accelerator.is_main_process:
+        claim_codes(config.output)
+    accelerator.wait_for_everyone()
     codec = load_tokenizer(config.codec).to(accelerator.device)
     utterances = read_corpus(config.data, config.splits)
 
@@ -53,7 +55,6 @@ def main(config: EncodeConfig) -> None:
         max_duration_s=config.max_duration_s,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
-        normalizer=config.normalizer,
     )
     share = len(utterances) // accelerator.num_processes
     with tqdm(total=share, desc="encode", unit="utt", disable=not accelerator.is_main_process) as bar:
@@ -64,6 +65,8 @@ def main(config: EncodeConfig) -> None:
     if accelerator.is_main_process:
         summary = summarize_shards(config.output)
         report_skipped(config.output, skipped_of_shards(config.output))
+        if not summary["utterances"]:
+            raise DataError(f"{config.data}: no recording can be used, all are skipped ({summary['skipped']})")
         write_json(f"{config.output}/done.json", {**summary, "parameters": sum(p.numel() for p in codec.parameters())})
         print(f"encoded {summary['utterances']} utterances, {summary['hours']:.2f} h; skipped {summary['skipped']}")
 

@@ -11,29 +11,26 @@ import functools
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Count, Names, Seed, Settings
 
 
 @dataclass
-class EvalAsrConfig:
+class EvalAsrConfig(Settings):
     model: str  # folder of train_asr, or one that `SpeechLLM.save` wrote
     codes: str  # folder of encode_speech
     output: str  # folder for results.json, predictions.jsonl and report.html
     base: str | None = None  # location of an adapter's language model, if not the recorded one
-    splits: list[str] | None = None  # all when null
-    normalizer: Literal["librispeech", "whisper_english", "none"] = "librispeech"
-    beams: int = 1  # 1: greedy
+    splits: Names | None = None  # all when null
+    normalizer: Literal["librispeech", "whisper_english", "none"] = "librispeech"  # of references and answers
+    beams: Count = 1  # 1: greedy
     fallback: bool = True  # decode runaway answers again, by beam search without repetitions
     shuffled_audio: bool = True  # also run the control
     precision: Literal["no", "bf16"] = "bf16"  # of the language model on a GPU
-    batch_size: int = 32  # answers decoded at a time: with 4 beams, those of 8 utterances
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if low := [name for name in ("beams", "batch_size") if getattr(self, name) < 1]:
-            raise ValueError(f"{' and '.join(low)} must be at least 1")
+    batch_size: Count = 32  # answers decoded at a time: with 4 beams, those of 8 utterances
+    seed: Seed = 0
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -42,21 +39,32 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 import numpy as np
 import torch
 
-from speechllm import character_error_rate, load_codes, load_speech_llm, merge, speech_of, word_error_rate
-from speechllm.data.shards import summarize_shards, transcribed
+from speechllm import WordErrorRate, load_codes, load_speech_llm, merge, speech_of, word_error_rate
+from speechllm.data.shards import require_texts, summarize_shards, transcribed
 from speechllm.decoding import count_runaways, recognize
-from speechllm.evaluation.error_rates import shuffled_audio_verdict, speaker_error_rates
+from speechllm.evaluation.error_rates import (
+    character_errors,
+    results_verdict,
+    speaker_error_rates,
+    split_error_rates,
+)
+from speechllm.evaluation.scripts import primary_rate
+from speechllm.evaluation.tables import plain
 from speechllm.reports.pages import write_recognition_report
 from speechllm.runs.machine import provenance
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.run import read_log
-from tokenizer.files import write_json, write_jsonl
+from tokenizer.files import read_json, write_json, write_jsonl
+from tokenizer.pretrained import check_folder
 
 
 def main(config: EvalAsrConfig) -> None:
     run_started = time.perf_counter()
+    folder = claim_output(config.output, config)
+    require_texts(config.codes, config.normalizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" and config.precision == "bf16" else None
+    folder_of_model = Path(check_folder(config.model, [], "a speech language model"))
     loaded = load_speech_llm(config.model, device=device, dtype=dtype, base=config.base, with_codec=False)
     speech_llm = merge(loaded)
     rows, encoding = load_codes(config.codes, config.splits)
@@ -79,8 +87,9 @@ def main(config: EvalAsrConfig) -> None:
     )
     cascade = {}
     if encoding.kind == "text":
-        recognizer = word_error_rate(references, [str(part) for part in speech], config.normalizer, config.seed)
+        recognizer, spelled = rates(references, [str(part) for part in speech], config)
         cascade = {"wer_recognizer": recognizer.wer, "wer_recognizer_ci95": recognizer.ci95}
+        cascade |= {"cer_recognizer": spelled.wer}
     audio_s = sum(durations_s)
     # without the two markers
     tokens = [len(speech_llm.vocabulary.token_ids(part, speech_llm.text_tokenizer)) - 2 for part in speech]
@@ -89,10 +98,15 @@ def main(config: EvalAsrConfig) -> None:
     found = decode(speech, durations_s=durations_s)
     elapsed = time.perf_counter() - started
     hypotheses = [transcription.text for transcription in found]
-    score = word_error_rate(references, hypotheses, config.normalizer, config.seed)
+    score, characters = rates(references, hypotheses, config)
+    splits = [row["split"] or "?" for row in rows]
     results = {
         **asdict(score),
-        "cer": character_error_rate(references, hypotheses, config.normalizer),
+        "cer": characters.wer,
+        "cer_ci95": characters.ci95,
+        "primary": primary_rate(references),  # the rate to go by
+        "training_normalizer": read_json(Path(config.model).parent / "done.json").get("normalizer"),
+        "splits": split_error_rates(references, hypotheses, splits, config.normalizer, config.seed),
         "speakers": speaker_error_rates(references, hypotheses, speakers, config.normalizer),
         "beams": config.beams,
         "fallback": count_runaways(found),
@@ -102,11 +116,9 @@ def main(config: EvalAsrConfig) -> None:
         "real_time_factor": elapsed / audio_s,
         **cascade,
         "codec_fingerprint": encoding.fingerprint,
-        "encoded": summarize_shards(config.codes),  # including the normaliser of the texts, and what was skipped
+        "encoded": summarize_shards(config.codes),  # including what was skipped
         **provenance(config, time.perf_counter() - run_started),
     }
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     predictions = [
         {
             "id": row["id"],
@@ -126,8 +138,9 @@ def main(config: EvalAsrConfig) -> None:
         order = cyclic_shuffle(len(speech), config.seed)
         shuffled = decode([speech[i] for i in order], durations_s=[durations_s[i] for i in order])
         texts = [transcription.text for transcription in shuffled]
-        control = word_error_rate(references, texts, config.normalizer, config.seed)
+        control, spelled = rates(references, texts, config)
         results |= {"wer_shuffled_audio": control.wer, "wer_shuffled_audio_ci95": control.ci95}
+        results |= {"cer_shuffled_audio": spelled.wer, "cer_shuffled_audio_ci95": spelled.ci95}
         results["seconds"] = time.perf_counter() - run_started
         write_json(folder / "results.json", results)
     write_recognition_report(
@@ -135,12 +148,32 @@ def main(config: EvalAsrConfig) -> None:
         title=f"{config.model} on {', '.join(config.splits or ['all splits'])}",
         results=results,
         predictions=predictions,
-        logs={"Training": read_log(Path(config.model).parent)},  # of the run folder, if the model is in one
+        logs={"Training": read_log(folder_of_model.parent)},  # of the run folder, if the model is in one
     )
-    print(score)
-    if "wer_shuffled_audio" in results:
-        print(f"WER with another utterance's audio {results['wer_shuffled_audio']:.2%}")
-    print(shuffled_audio_verdict(score.ci95, results.get("wer_shuffled_audio_ci95")))
+    print(summary(score, results))
+
+
+def rates(references: list[str], hypotheses: list[str], config: EvalAsrConfig) -> tuple[WordErrorRate, WordErrorRate]:
+    """Error rates of words and of characters."""
+    texts = references, hypotheses, config.normalizer, config.seed
+    return word_error_rate(*texts), character_errors(*texts)
+
+
+def summary(score: WordErrorRate, results: dict[str, Any]) -> str:
+    """The results, as printed at the end: the rate to go by first, pooled and by split."""
+    low, high = results["cer_ci95"]
+    lines = [str(score), f"CER {results['cer']:.2%} (95 % interval {low:.2%} to {high:.2%})"]
+    if results["primary"] == "cer":
+        lines[::-1] = [lines[0], f"{lines[1]}, the rate to go by: most of these texts are written without spaces"]
+    if len(results["splits"]) > 1:
+        lines.insert(0, f"Pooled over the splits {', '.join(results['splits'])}:")
+        for split, found in results["splits"].items():
+            of_split = [f"{rate.upper()} {plain(found[rate], '.2%')}" for rate in ("wer", "cer")]
+            lines.append(f"{split}: {', '.join(of_split)} ({found['words']} words of {found['utterances']} utterances)")
+    rate = results["primary"]
+    if f"{rate}_shuffled_audio" in results:
+        lines.append(f"{rate.upper()} with another utterance's audio {results[f'{rate}_shuffled_audio']:.2%}")
+    return "\n".join([*lines, results_verdict(results)])
 
 
 def cyclic_shuffle(count: int, seed: int) -> np.ndarray:

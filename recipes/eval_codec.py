@@ -17,26 +17,26 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Count, Counts, Names, Seed, Settings
 
 ORIGINAL = "original"  # key of the original among the numbers of codebooks
 Row = dict[str, Any]
 
 
 @dataclass
-class EvalCodecConfig:
+class EvalCodecConfig(Settings):
     codec: str  # name of a codec, as load_tokenizer takes it
     data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
     output: str  # folder for results.json, utterances.jsonl and report.html
-    splits: list[str] | None = None  # all when null
-    layers: list[int] | None = None  # numbers of codebooks to decode from; 1, 2, 4, ... and all when null
-    max_utterances: int | None = None  # evenly chosen, all when null
+    splits: Names | None = None  # all when null
+    layers: Counts | None = None  # numbers of codebooks to decode from; 1, 2, 4, ... and all when null
+    max_utterances: Count | None = None  # evenly chosen, all when null
     speaker: str | None = None  # folder or hub name of a SpeechBrain ECAPA-TDNN, for speaker similarity
     recognizer: str | None = None  # recognizer:NAME, for the word error rate
-    seed: int = 0  # of the bootstrap
+    seed: Seed = 0  # of the bootstrap
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -52,20 +52,18 @@ from speechllm import (
     Codec,
     QualityError,
     Utterance,
-    load_audio,
     load_codec,
     read_corpus,
     reconstruct,
     speech_quality,
-    word_error_rate,
 )
 from speechllm.evaluation.comparison import quality_table
-from speechllm.evaluation.error_rates import mean_and_interval
+from speechllm.evaluation.error_rates import mean_and_interval, recognition_measures
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import available_cpus, provenance
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.signals import follow_parent
-from tokenizer.corpus import spread
+from tokenizer.corpus import load_utterance, spread
 from tokenizer.files import write_json, write_jsonl
 from tokenizer.loading import load_recognizer
 from tokenizer.metrics.evaluators import recognized_text, speaker_embedding
@@ -75,6 +73,7 @@ from tokenizer.training.teachers import SpeakerTeacher
 
 def main(config: EvalCodecConfig) -> None:
     started = time.perf_counter()
+    folder = claim_output(config.output, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     codec = load_codec(config.codec).to(device)
     counts = layer_counts(codec, config.layers)
@@ -90,15 +89,16 @@ def main(config: EvalCodecConfig) -> None:
         "utterances": len(rows),
         "original": means(rows, ORIGINAL, config.seed),
         "codebooks": {count: rates(count, codec) | means(rows, count, config.seed) for count in counts},
+        "splits": split_means(rows, [ORIGINAL, *counts], config.seed),
         "failed": failed,
         **provenance(config, time.perf_counter() - started, "pesq", "pystoi"),
     }
-    folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "utterances.jsonl", rows)
     write_json(folder / "results.json", results)
     table = quality_table({config.codec: {"quality": results}})
     write_results_report(folder / "report.html", f"{config.codec}: speech quality", results, [table])
+    if results["splits"]:
+        print(f"pooled over the splits {', '.join(results['splits'])}; each of them in {folder / 'results.json'}")
     print(table.markdown())
     if failed:
         print(f"{len(failed)} not scored, see {folder / 'results.json'}; the first: {failed[0]['detail']}")
@@ -140,7 +140,7 @@ def start_worker() -> None:
 def submit(pool: ProcessPoolExecutor, utterance: Utterance, codec: Codec, counts: Sequence[int]) -> Waiting:
     """Sounds and the futures of their scores; an unusable recording has no sounds, and futures with its AudioError."""
     try:
-        original = load_audio(utterance.path, codec.sample_rate, max_duration_s=MAX_SCORED_S)
+        original = load_utterance(utterance, codec.sample_rate, MAX_SCORED_S)
     except AudioError as error:
         unusable: Future = Future()
         unusable.set_exception(error)
@@ -160,6 +160,7 @@ def collect(
     utterance, sounds = waiting.utterance, waiting.sounds
     row: Row = {
         "id": utterance.id,
+        "split": utterance.split,
         "speaker": utterance.speaker,
         "text": utterance.text,
         "scores": {},
@@ -195,11 +196,16 @@ def means(rows: Sequence[Row], name: int | str, seed: int) -> Row:
     for measure in scores[0] if scores else ():
         found[measure] = mean_and_interval([score[measure] for score in scores], seed)
     recognized = [row for row in rows if name in row["recognized"]]
-    if recognized:
-        references = [row["text"] for row in recognized]
-        rate = word_error_rate(references, [row["recognized"][name] for row in recognized], seed=seed)
-        found["wer"] = {"mean": rate.wer, "ci95": list(rate.ci95), "words": rate.words, "normalizer": rate.normalizer}
-    return found
+    texts = [row["text"] for row in recognized], [row["recognized"][name] for row in recognized]
+    return found | recognition_measures(*texts, seed)
+
+
+def split_means(rows: Sequence[Row], names: Sequence[int | str], seed: int) -> dict[str, dict[int | str, Row]]:
+    """`means` of each split by number of codebooks, if there are several splits."""
+    splits = {row["split"]: [other for other in rows if other["split"] == row["split"]] for row in rows}
+    if len(splits) < 2:
+        return {}
+    return {split: {name: means(own, name, seed) for name in names} for split, own in splits.items()}
 
 
 if __name__ == "__main__":

@@ -20,32 +20,34 @@ RESULTS/results.json, pairs.jsonl, report.html and the sounds of some pairs, and
 import contextlib
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import NOT_EMPTY, Count, Names, Natural, Seed, Settings
 
 MEASURES = ("mcd", "f0_correlation", "speaker_similarity")
 LISTEN = 5  # pairs whose sounds are kept
 Row = dict[str, Any]
+LayerSets = Annotated[list[Annotated[list[Natural], NOT_EMPTY]], NOT_EMPTY]
 
 
 @dataclass
-class EvalConversionConfig:
+class EvalConversionConfig(Settings):
     codec: str  # name of a codec, as load_tokenizer takes it
     data: str  # corpus folder with speakers: manifest.jsonl or LibriSpeech's layout
     output: str  # folder for results.json, pairs.jsonl, report.html and audio/
-    splits: list[str] | None = None  # all when null
-    pairs: int = 100  # at most; each recording is the source of at most one pair
-    layers: list[list[int]] | None = None  # sets of layers to take from the target; [1] and [1, ..., last] when null
+    splits: Names | None = None  # all when null
+    pairs: Count = 100  # at most; each recording is the source of at most one pair
+    layers: LayerSets | None = None  # sets of layers to take from the target; [1] and [1, ..., last] when null
     speaker: str | None = None  # folder or hub name of a SpeechBrain ECAPA-TDNN, for speaker similarity
     recognizer: str | None = None  # recognizer:NAME, for the word error rate
     freevc: str | None = None  # folder of FreeVC's published files, as a further method
     wavlm: str = "microsoft/wavlm-large"  # folder or hub name, for FreeVC
-    seed: int = 0  # of the pairs and the bootstrap
+    seed: Seed = 0  # of the pairs and the bootstrap
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -53,7 +55,6 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 
 import torch
 from torch import Tensor
-from torchaudio.functional import resample
 from tqdm import tqdm
 
 from speechllm import (
@@ -67,13 +68,13 @@ from speechllm import (
     read_corpus,
     save_audio,
     swap_layers,
-    word_error_rate,
 )
 from speechllm.evaluation.comparison import conversion_table
-from speechllm.evaluation.error_rates import mean_and_interval
+from speechllm.evaluation.error_rates import mean_and_interval, recognition_measures
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import claim_output, run_recipe
+from tokenizer.audio import resample
 from tokenizer.errors import InputError
 from tokenizer.files import write_json, write_jsonl
 from tokenizer.loading import load_recognizer
@@ -99,6 +100,7 @@ class Pair:
 
 def main(config: EvalConversionConfig) -> None:
     started = time.perf_counter()
+    folder = claim_output(config.output, config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     codec = load_codec(config.codec).to(device)
     layers = layer_sets(config.layers, codec.num_codebooks)
@@ -107,7 +109,6 @@ def main(config: EvalConversionConfig) -> None:
     pairs = choose_pairs(read_corpus(config.data, config.splits), config.pairs, config.seed)
     speaker = SpeakerTeacher.from_pretrained(config.speaker).to(device) if config.speaker else None
 
-    folder = Path(config.output)
     rows: list[Row] = []
     for pair in tqdm(pairs, "convert", unit="pair"):
         row: Row = {role: recording and recording.id for role, recording in vars(pair).items()}
@@ -123,12 +124,12 @@ def main(config: EvalConversionConfig) -> None:
     results = {
         "codec_fingerprint": codec.fingerprint,
         "pairs": len(rows),
+        "splits": dict(Counter(pair.source.split for pair in pairs)),  # pooled; a target may come from another one
         "parallel": sum(pair.reference is not None for pair in pairs),
         "methods": summarize(rows, config.seed),
         "failed": [failure for row in rows for failure in row["failed"]],
         **provenance(config, time.perf_counter() - started, "pyworld"),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "pairs.jsonl", rows)
     write_json(folder / "results.json", results)
     table = conversion_table({config.codec: {"conversion": results}})
@@ -262,10 +263,9 @@ def means(scores: Sequence[Row], seed: int) -> Row:
         if values := [pair[measure] for pair in scores if measure in pair]:
             found[measure] = mean_and_interval(values, seed) | {"pairs": len(values)}
     if recognized := [pair for pair in scores if "recognized" in pair]:
-        hypotheses = [pair["recognized"] for pair in recognized]
-        rate = word_error_rate([pair["text"] for pair in recognized], hypotheses, seed=seed)
-        counts = {"pairs": len(recognized), "words": rate.words, "normalizer": rate.normalizer}
-        found["wer"] = {"mean": rate.wer, "ci95": list(rate.ci95), **counts}
+        texts = [pair["text"] for pair in recognized], [pair["recognized"] for pair in recognized]
+        measured = recognition_measures(*texts, seed)
+        found |= {rate: {**one, "pairs": len(recognized)} for rate, one in measured.items()}
     return found
 
 

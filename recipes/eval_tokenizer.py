@@ -9,28 +9,34 @@ codes of the training splits, and its error rate on the test splits is compared 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Count, Names, Natural, Seed, Settings
 
 LOG_MEL_RATE = 50.0  # frames/s of the baseline
+PROBE_NORMALIZER = "librispeech"  # of the texts that the probe learns and is scored on
 Row = dict[str, object]  # of encoded speech
 
 
 @dataclass
-class EvalTokenizerConfig:
+class EvalTokenizerConfig(Settings):
     codes: str  # folder of encode_speech, with at least two layers for the voice
     data: str  # the corpus that was encoded
     output: str  # JSON file; the report beside it has the same name and the suffix .html
-    train_splits: list[str] | None = None  # for the k-means baseline and the voices, all when null
-    test_splits: list[str] | None = None  # for codebook use and content, all when null
+    train_splits: Names | None = None  # for the k-means baseline and the voices, all when null
+    test_splits: Names | None = None  # for codebook use and content, all when null
     baseline: bool = True  # also evaluate log-mel k-means units
-    kmeans_utterances: int = 400  # training utterances for the baseline's clusters
-    probe_steps: int = 0  # training steps of the probe of layer 0; 0: no probe
-    seed: int = 0
+    kmeans_utterances: Count = 400  # training utterances for the baseline's clusters
+    probe_steps: Natural = 0  # training steps of the probe of layer 0; 0: no probe
+    seed: Seed = 0
+
+    def contradictions(self) -> Iterable[str]:
+        if self.output.endswith(".html"):
+            yield f"output is the JSON file, the page beside it ends in .html: got {self.output}"
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -52,10 +58,12 @@ from speechllm import (
     word_error_rate,
 )
 from speechllm.data.shards import codes_of, transcribed
-from speechllm.evaluation.normalizers import librispeech_normalizer
+from speechllm.evaluation.error_rates import character_errors
+from speechllm.evaluation.scripts import primary_rate
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import holds_config, run_recipe
+from tokenizer.claims import claim_file
 from tokenizer.corpus import frame_phones
 from tokenizer.files import write_json
 from tokenizer.metrics.code_usage import label_information, log_mel_features, speaker_accuracy
@@ -66,11 +74,15 @@ UnitsOf = Callable[[Row], torch.Tensor]  # units long [T]
 
 def main(config: EvalTokenizerConfig) -> None:
     started = time.perf_counter()
+    for file in (config.output, Path(config.output).with_suffix(".html")):  # the page is replaced with its results
+        claim_file(file, own=lambda _: holds_config(config.output, config))
     train, encoding = load_codes(config.codes, config.train_splits)
     test, _ = load_codes(config.codes, config.test_splits)
     if config.probe_steps:
         check_for_probe(train, test)
     corpus = {utterance.id: utterance for utterance in read_corpus(config.data)}
+    if unknown := [name for name in chain(train["id"], test["id"]) if name not in corpus]:
+        raise DataError(f"{config.data} lacks {len(unknown)} utterances of {config.codes}, {unknown[0]} first")
     results = {
         "codec_fingerprint": encoding.fingerprint,
         "usage": usage(test, encoding),
@@ -169,6 +181,7 @@ def log_mel_clusters(
 
     chosen = np.random.default_rng(config.seed).permutation(len(train))[: config.kmeans_utterances]
     fit = np.concatenate([features(train[int(i)]) for i in chosen])
+    print(f"k-means of log-mel frames: {len(fit)} frames, {clusters} clusters", flush=True)
     kmeans = MiniBatchKMeans(clusters, batch_size=4096, n_init=1, random_state=config.seed).fit(fit)
     return lambda row: torch.from_numpy(kmeans.predict(features(row))).long()
 
@@ -181,7 +194,7 @@ def check_for_probe(train: Dataset, test: Dataset) -> None:
             "that do not overlap"
         )
     for name, rows in (("train_splits", train), ("test_splits", test)):
-        if not any(rows["text"]):
+        if not len(transcribed(rows, normalizer=PROBE_NORMALIZER)):
             raise DataError(f"the probe needs texts, but no utterance of {name} has one: choose probe_steps=0")
 
 
@@ -189,18 +202,14 @@ def probe(
     config: EvalTokenizerConfig, train: Dataset, test: Dataset, units_of: UnitsOf, size: int
 ) -> dict[str, object]:
     """Error rates of a small recogniser of units, trained on one part of the corpus and tested on the other."""
-    train, test = transcribed(train), transcribed(test)
-    examples = [(units_of(row), librispeech_normalizer(row["text"])) for row in train]
-    references = [librispeech_normalizer(text) for text in test["text"]]
+    train, test = (transcribed(part, normalizer=PROBE_NORMALIZER) for part in (train, test))
+    examples = [(units_of(row), row["text"]) for row in train]
+    references = test["text"][:]
     hypotheses = ctc_probe(examples, [units_of(row) for row in test], size, config.probe_steps, config.seed)
-    words = word_error_rate(references, hypotheses)
-    characters = word_error_rate([*map(spell, references)], [*map(spell, hypotheses)], normalizer="none")
-    return {"wer": words.wer, "wer_ci95": words.ci95, "cer": characters.wer, "cer_ci95": characters.ci95}
-
-
-def spell(text: str) -> str:
-    """A text with its characters as words, including spaces."""
-    return " ".join(text.replace(" ", "_"))
+    words = word_error_rate(references, hypotheses, PROBE_NORMALIZER)
+    characters = character_errors(references, hypotheses, PROBE_NORMALIZER)
+    rates = {"wer": words.wer, "wer_ci95": words.ci95, "cer": characters.wer, "cer_ci95": characters.ci95}
+    return {**rates, "primary": primary_rate(references), "normalizer": PROBE_NORMALIZER}
 
 
 if __name__ == "__main__":

@@ -9,29 +9,30 @@ lists unusable recordings.
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Annotated, Literal
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Count, Names, Positive, Rule, Seed, Settings
 
 
 @dataclass
-class UnitsConfig:
+class UnitsConfig(Settings):
     model: str  # folder or hub name of HuBERT, WavLM, wav2vec 2.0 or Whisper
     data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
     output: str  # run folder; the tokenizer goes to its subfolder `model`
-    clusters: int = 500  # K
-    layer: int | str | None = 6  # hidden state, "avg" for the mean of all; null for Whisper
-    splits: list[str] | None = None  # all when null
+    clusters: Annotated[int, Rule("from 2 to 65536", lambda k: 2 <= k <= 65_536)] = 500  # K
+    layer: int | Literal["avg"] | None = 6  # hidden state, "avg" for the mean of all; null for Whisper
+    splits: Names | None = None  # all when null
     deduplicate: bool = False  # merge repeats of a unit
-    max_frames: int = 500_000  # for k-means: 2.8 hours
-    max_duration_s: float = 60.0  # longer utterances are skipped
-    seed: int = 0
+    max_frames: Count = 500_000  # for k-means: 2.8 hours
+    max_duration_s: Positive = 60.0  # longer utterances are skipped
+    seed: Seed = 0
 
-    def __post_init__(self) -> None:
-        if not 1 < self.clusters <= min(self.max_frames, 65_536):
-            raise ValueError(f"clusters must be 2 to 65536 and at most max_frames, got {self.clusters}")
+    def contradictions(self) -> Iterable[str]:
+        if self.clusters > self.max_frames:
+            yield f"clusters must be at most max_frames = {self.max_frames}, got {self.clusters}"
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -42,12 +43,12 @@ import torch
 from sklearn.cluster import MiniBatchKMeans
 from tqdm import tqdm
 
-from speechllm import AudioError, Utterance, load_audio, read_corpus
+from speechllm import AudioError, Utterance, read_corpus
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import make_accelerator, provenance
-from speechllm.runs.recipe import run_recipe
+from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.run import report_skipped
-from tokenizer.corpus import skipped_row
+from tokenizer.corpus import load_utterance, skipped_row
 from tokenizer.files import atomic_folder, write_json
 from tokenizer.metrics.code_usage import usage_of_counts
 from tokenizer.schemes.features import FeatureEncoder
@@ -56,6 +57,7 @@ from tokenizer.schemes.units import UnitTokenizer
 
 def main(config: UnitsConfig) -> None:
     started = time.perf_counter()
+    run = claim_output(config.output, config)
     utterances = read_corpus(config.data, config.splits)
     encoder = FeatureEncoder.from_pretrained(config.model, config.layer).to(make_accelerator().device)
     frames, skipped = collect(utterances, encoder, config)
@@ -64,10 +66,10 @@ def main(config: UnitsConfig) -> None:
         raise SystemExit(
             f"error: {config.data}: {len(frames)} frames cannot make {config.clusters} clusters; skipped: {reasons}"
         )
+    print(f"k-means: {len(frames)} frames, {config.clusters} clusters", flush=True)
     kmeans = MiniBatchKMeans(config.clusters, batch_size=10_000, n_init=5, random_state=config.seed).fit(frames)
     units = UnitTokenizer(encoder, torch.from_numpy(kmeans.cluster_centers_), config.deduplicate)
 
-    run = Path(config.output)
     with atomic_folder(run / "model") as folder:
         units.save_pretrained(folder)
     report_skipped(run, skipped)
@@ -95,7 +97,7 @@ def collect(
     with tqdm(total=config.max_frames, desc="features", unit="frames", dynamic_ncols=True) as bar:
         for index in np.random.default_rng(config.seed).permutation(len(utterances)):
             try:
-                waveform = load_audio(utterances[index].path, max_duration_s=config.max_duration_s)
+                waveform = load_utterance(utterances[index], max_duration_s=config.max_duration_s)
             except AudioError as error:
                 skipped.append(skipped_row(utterances[index], error))
                 continue

@@ -5,11 +5,12 @@
 `data` is a name on the hub, with the configuration after a colon, a folder of Parquet files, or one that `save_to_disk`
 wrote (for a folder of audio files, write a manifest.csv or install torchcodec). All other recipes read CORPUS.
 Recordings are copied unchanged: CORPUS needs as much disk space as the data set, and streaming needs no more than that.
-A killed import is resumed in the file of the data set where it stopped. Unreadable recordings are skipped and counted
-by reason in CORPUS/done.json. Texts are unchanged; encode_speech normalises them.
+A killed import is resumed in the file of the data set where it stopped. Recordings are read through; those that cannot
+be used, and rows in which text, id or speaker is neither text nor number, are skipped and counted by reason in
+CORPUS/done.json. Texts are unchanged.
 """
 
-import io
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Names, Settings
 
 COLUMNS = {  # possible columns of a data set, by our names; the first existing one is used
     "id": ("id", "file"),
@@ -28,10 +30,10 @@ Row = dict[str, Any]  # of the manifest, or the reason why it was skipped; with 
 
 
 @dataclass
-class ImportConfig:
+class ImportConfig(Settings):
     data: str  # hub name, hub name:configuration, or folder
     output: str  # corpus folder
-    splits: list[str] | None = None  # all when null
+    splits: Names | None = None  # all when null
     text: str | None = None  # column of the transcripts; null: text, sentence, transcription or normalized_text
     streaming: bool = True  # false: download into the cache of `datasets` first
 
@@ -40,19 +42,28 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
     CONFIG = parse_config(ImportConfig)
 
 import fsspec
-import soundfile
+import pyarrow as pa
 from datasets import Audio, Dataset, IterableDataset, load_dataset, load_from_disk
 from tqdm import tqdm
 
 from speechllm import AudioError, DataError
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import Run
+from tokenizer.audio import AudioInfo, inspect_audio
+from tokenizer.claims import outside
+from tokenizer.corpus import is_corpus
 from tokenizer.files import write_jsonl, write_text
+from tokenizer.tables import optional_text, shown
+
+UNREADABLE = (pa.ArrowException, ValueError, TypeError, OSError, ImportError)  # what `datasets` raises for a bad file
 
 
 def main(config: ImportConfig) -> None:
+    outside(config.output, config.data)
     parts = open_splits(config)
     columns = {split: find_columns(part, config) for split, part in parts.items()}
+    for split, part in parts.items():  # before anything is written
+        require_rows(part, columns[split], f"{config.data}, split {split}")
     run = Run(config.output, config)
     if run.summary:
         print(f"{config.output} is finished: {run.summary}")
@@ -74,14 +85,14 @@ def main(config: ImportConfig) -> None:
 def open_splits(config: ImportConfig) -> dict[str, IterableDataset]:
     """The configured splits. Raises DataError for a data set, a configuration or a split that does not exist."""
     folder = Path(config.data)
-    try:
+    if folder.is_dir() and is_corpus(folder):
+        raise DataError(f"{folder} is a corpus folder already: no import is needed, give it to the other recipes")
+    with translated(config.data):
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             found = load_from_disk(config.data)
         else:
             name, _, configuration = (config.data, "", "") if folder.is_dir() else config.data.partition(":")
             found = load_dataset(name, configuration or None, streaming=config.streaming)
-    except (ValueError, OSError) as error:
-        raise DataError(f"{config.data}: {error}") from error
     parts = {str(found.split or "train"): found} if isinstance(found, Dataset) else dict(found)
     if absent := [split for split in config.splits or [] if split not in parts]:
         raise DataError(f"{config.data} has no split {', '.join(absent)}; it has {', '.join(parts)}")
@@ -90,6 +101,18 @@ def open_splits(config: ImportConfig) -> dict[str, IterableDataset]:
         for split, part in parts.items()
         if config.splits is None or split in config.splits
     }
+
+
+@contextlib.contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Raise DataError, in one line that says what was read, for whatever `datasets` raises."""
+    try:
+        yield
+    except UNREADABLE as error:
+        mend = ": correct the data set, or fetch it again"
+        if isinstance(error, ImportError):
+            mend = "; instead of importing a folder of audio files, write a manifest.csv for it (recipes/README.md)"
+        raise DataError(f"{what}: {' '.join(str(error).split())[:500]}{mend}") from error
 
 
 def find_columns(part: IterableDataset, config: ImportConfig) -> dict[str, str]:
@@ -107,6 +130,29 @@ def find_columns(part: IterableDataset, config: ImportConfig) -> dict[str, str]:
     return columns
 
 
+def recordings_of(part: IterableDataset, columns: dict[str, str]) -> IterableDataset:
+    """The named columns, with the recordings as they are in their files."""
+    return part.select_columns(list(columns.values())).cast_column(columns["audio"], Audio(decode=False))
+
+
+def require_rows(part: IterableDataset, columns: dict[str, str], what: str) -> None:
+    """Raise DataError unless the first row can be read."""
+    with translated(what):
+        for row in recordings_of(part, columns).take(1):
+            texts_of({key: row[name] for key, name in columns.items()})
+
+
+def texts_of(row: Row) -> dict[str, str | None]:
+    """Id, text and speaker of a row; None for what it lacks. Raises ValueError for anything but texts and numbers."""
+    texts = {}
+    for key in COLUMNS:
+        try:
+            texts[key] = optional_text(row.get(key))
+        except ValueError as error:
+            raise ValueError(f"{key} is {shown(row[key])}, expected {error}") from error
+    return texts
+
+
 def read_journal(journal: Path) -> list[Row]:
     """Rows of a killed import; an incomplete last line is removed."""
     text = journal.read_text(encoding="utf-8") if journal.exists() else ""
@@ -119,12 +165,17 @@ def import_split(
     part: IterableDataset, columns: dict[str, str], folder: Path, split: str, before: list[Row]
 ) -> Iterator[Row]:
     """Copy the recordings after those of the rows `before`. Finished files of the data set are not read again."""
-    raw = part.select_columns(list(columns.values())).cast_column(columns["audio"], Audio(decode=False))
+    raw = recordings_of(part, columns)
     first, number = before[-1]["shard"] if before else 0, len(before)
     for shard in range(first, raw.num_shards):
         done = sum(row["shard"] == shard for row in before)
-        for found in raw.shard(raw.num_shards, shard).skip(done):
-            row = {key: found[name] for key, name in columns.items()}
+        found = iter(raw.shard(raw.num_shards, shard).skip(done))
+        while True:
+            with translated(f"split {split}, file {shard + 1} of {raw.num_shards}"):
+                cells = next(found, None)
+            if cells is None:
+                break
+            row = {key: cells[name] for key, name in columns.items()}
             place = f"audio/{split}/{number // 1000:04d}/{number:07d}"
             yield {"split": split, "shard": shard, **import_row(row, folder, place)}
             number += 1
@@ -134,41 +185,43 @@ def import_row(row: Row, folder: Path, place: str) -> Row:
     """Write one recording to `place`; returns its row of the manifest, or the reason why it was skipped."""
     sound = row["audio"] or {}
     try:
+        names = texts_of(row)
         content, info = read_sound(sound, place)
     except AudioError as error:
         return {"skipped": error.reason, "detail": str(error)}
+    except ValueError as error:
+        return {"skipped": "wrong type", "detail": f"{place}: {error}"}
     path = f"{place}.{info.format.lower()}"
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     (folder / path).write_bytes(content)
-    names = {key: None if row.get(key) is None else str(row[key]) for key in COLUMNS}
     names["id"] = names["id"] or Path(sound.get("path") or path).stem
-    return {"path": path, "duration_s": info.duration, **names}
+    return {"path": path, "duration_s": info.duration_s, **names}
 
 
-def read_sound(sound: Row, name: str) -> tuple[bytes, Any]:
-    """The content of a recording's file and its soundfile info."""
+def read_sound(sound: Row, name: str) -> tuple[bytes, AudioInfo]:
+    """The content of a recording's file, which is read through, and what it is; AudioError if it cannot be used."""
     content, source = sound.get("bytes"), sound.get("path")
     if content is None and source:
         try:
             with fsspec.open(source, "rb") as file:  # local, on the hub, or within an archive
                 content = file.read()
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             pass
+        except OSError as error:
+            raise AudioError(name, "unreadable", f"{source} cannot be read ({error})") from error
     if content is None:
         raise AudioError(name, "missing", f"the data set holds no recording ({source})")
-    try:
-        info = soundfile.info(io.BytesIO(content))
-    except soundfile.LibsndfileError as error:
-        raise AudioError(name, "unreadable", f"not a readable audio file ({error.error_string})") from error
-    if not info.frames:
-        raise AudioError(name, "empty", "holds no samples")
-    return content, info
+    return content, inspect_audio(content, name)
 
 
 def finish(run: Run, rows: list[Row]) -> None:
     """Write the manifest and the summary."""
     skips = [row for row in rows if "skipped" in row]
     kept = [{key: value for key, value in row.items() if key != "shard"} for row in rows if "skipped" not in row]
+    if not kept:
+        reasons = dict(Counter(row["skipped"] for row in skips))
+        first = skips[0]["detail"] if skips else "the data set has no rows"
+        raise DataError(f"{run.folder}: none of the {len(rows)} recordings can be used ({reasons}); the first: {first}")
     times = Counter(row["id"] for row in kept)
     for row in kept:
         if times[row["id"]] > 1:  # the ids are of sentences, not of recordings

@@ -18,9 +18,7 @@ import argparse
 import ctypes
 import importlib.util
 import itertools
-import json
 import multiprocessing
-import os
 import random
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -28,12 +26,20 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
+from speechllm.runs.signals import catch_early_interrupts, follow_parent
+
+if __name__ == "__main__":  # before slow imports
+    catch_early_interrupts()
+
 import numpy as np
 import soundfile
 from tqdm import tqdm
 
 from speechllm.runs.recipe import run_recipe
-from speechllm.runs.signals import follow_parent
+from tokenizer.claims import claim_folder
+from tokenizer.errors import InputError
+from tokenizer.files import read_json, write_json, write_jsonl
+from tokenizer.settings import Count, Seed, argument
 
 # The grammar: a word in capitals is spoken as it is, a word in small letters stands for any word of that slot.
 # TO and FOR are avoided because they sound like TWO and FOUR.
@@ -270,27 +276,15 @@ def synthesize_all(out: Path, plan: list[Utterance], jobs: int) -> list[dict]:
         return list(tqdm(lines, total=len(plan), desc="speaking", unit="utt", disable=None))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is never visible half-written."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
 def prepare_folder(out: Path, arguments: dict[str, int]) -> bool:
-    """Prepare the folder for the corpus; False if it already holds exactly this one, complete."""
-    record, manifest = out / "corpus.json", out / "manifest.jsonl"
-    if record.exists():
-        made = json.loads(record.read_text(encoding="utf-8"))
-        if made != arguments:
-            sys.exit(f"error: {out} holds a corpus made with {made}: choose another folder or delete this one")
-        if manifest.exists():
-            return False
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        sys.exit(f"error: {out} holds other files: choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(record, json.dumps(arguments) + "\n")
-    return True
+    """Claim the folder for the corpus; False if it already holds exactly this one, complete."""
+    record = out / "corpus.json"
+    claim_folder(out, "synthesize_speech", own=lambda _: record.is_file())
+    made = read_json(record)
+    if made and made != arguments:
+        raise InputError(f"{out} holds a corpus made with {made}: choose another folder or delete this one")
+    write_json(record, arguments)
+    return not (out / "manifest.jsonl").exists()
 
 
 def main() -> None:
@@ -299,19 +293,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=style)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the corpus; created if needed")
     for split, count in {"train": 4000, "dev": 200, "test": 200}.items():
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"utterances of the {split} split")
-    parser.add_argument("--seed", type=int, default=0, help="fixes sentences, voices and speaking styles")
-    parser.add_argument("--jobs", type=int, default=2, help="number of processes; does not change the result")
+        parser.add_argument(f"--{split}", type=argument(Count), default=count, help=f"utterances of the {split} split")
+    parser.add_argument("--seed", type=argument(Seed), default=0, help="of sentences, voices and speaking styles")
+    parser.add_argument(
+        "--jobs", type=argument(Count), default=2, help="number of processes; does not change the result"
+    )
     args = parser.parse_args()
     if importlib.util.find_spec("espeakng_loader") is None:
-        sys.exit('error: the speech synthesiser is missing: pip install "speechllm[demo]"')
+        raise ImportError('the speech synthesiser is missing: pip install "speechllm[demo]"')
     arguments = {name: getattr(args, name) for name in (*VOICES, "seed")}
     plan = make_plan(**arguments)
     if not prepare_folder(args.out, arguments):
         print(f"{args.out} already holds this corpus, complete: nothing to do")
         return
-    lines = synthesize_all(args.out, plan, max(1, args.jobs))
-    write_atomically(args.out / "manifest.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    lines = synthesize_all(args.out, plan, args.jobs)
+    write_jsonl(args.out / "manifest.jsonl", lines)
     print(f"{len(lines)} utterances, {sum(line['duration_s'] for line in lines) / 3600:.2f} hours, in {args.out}")
 
 

@@ -9,14 +9,15 @@ as if it had not been interrupted. The model is saved in RUN/model, with its tex
 For a smaller GPU: configs/asr/qwen2-1.5b_lora.yaml. To test whether new codes can be learnt: configs/asr/overfit.yaml.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from speechllm.data.config import AugmentationConfig
 from speechllm.runs.config import parse_config
-from speechllm.small_model import SmallShape
+from speechllm.small_model import SmallShape, TextTokens
+from tokenizer.settings import Count, Decay, Names, Natural, NonNegative, Positive, Seed, Settings, Share
 
 FREE = "micro_batch_tokens gradient_checkpointing".split()  # may also change while a run is interrupted
 
@@ -25,21 +26,21 @@ FREE = "micro_batch_tokens gradient_checkpointing".split()  # may also change wh
 class SmallModelConfig(SmallShape):
     """A Qwen2 with random weights and a text tokenizer trained on the transcripts."""
 
-    text_tokens: int = 400  # byte-level BPE vocabulary
-    text_steps: int = 50  # first steps, on sentences without audio, so that the model learns the language
+    text_tokens: TextTokens = 400  # byte-level BPE vocabulary
+    text_steps: Natural = 50  # first steps, on sentences without audio, so that the model learns the language
 
 
 @dataclass
-class LoraConfig:
+class LoraConfig(Settings):
     """Low-rank updates of all linear layers."""
 
-    rank: int = 64
-    alpha: int = 128  # the scale is alpha / rank
-    dropout: float = 0.0
+    rank: Count = 64
+    alpha: Count = 128  # the scale is alpha / rank
+    dropout: Share = 0.0
 
 
 @dataclass
-class AsrConfig:
+class AsrConfig(Settings):
     codes: str  # folder of encode_speech
     codec: str  # the audio tokenizer that made them, as `load_tokenizer` takes it
     output: str  # run folder; the model goes to its subfolder `model`
@@ -47,59 +48,48 @@ class AsrConfig:
     small: SmallModelConfig = field(default_factory=SmallModelConfig)  # its shape, used when model is null
     train: Literal["full", "lora", "rows"] = "full"  # all weights, LoRA and the new rows, or the new rows alone
     lora: LoraConfig = field(default_factory=LoraConfig)
-    splits: list[str] | None = None  # training splits, all when null
-    dev_splits: list[str] | None = None  # for the WER while training, none when null
-    max_utterances: int | None = None  # of the training splits, evenly chosen; all when null
-    layers: int = 1  # codebooks the model reads; 1 is 50 tokens/s
+    splits: Names | None = None  # training splits, all when null
+    dev_splits: Names | None = None  # pooled, for the WER while training (CER without spaces); none when null
+    normalizer: Literal["librispeech", "whisper_english", "none"] = "librispeech"  # of the transcripts, also for dev
+    max_utterances: Count | None = None  # of the training splits, evenly chosen; all when null
+    layers: Count = 1  # codebooks the model reads; 1 is 50 tokens/s
     order: Literal["frame", "layer", "delay", "semantic"] = "frame"  # of the codes of several codebooks
-    stack: int = 2  # continuous features per token
+    stack: Count = 2  # continuous features per token
     init: Literal["codebook", "mean", "random"] = "codebook"  # of the new rows
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    speech_loss: float = 0.0  # weight of the loss of predicting codes, with label smoothing; 0: text only
-    steps: int = 10_000
-    batch_tokens: int = 24_576  # at most, per optimizer step over all processes: about 35 utterances of 13 s
-    micro_batch_tokens: int = 8192  # about as many are computed at once in each process
-    learning_rate: float = 5e-5
-    row_learning_rate: float | None = None  # of the new rows and a projector; null: the same; 0: frozen
-    row_steps: int = 0  # first steps, in which only these are trained
-    weight_decay: float = 0.01  # except of embeddings, norms and biases
-    warmup: int = 500  # steps, at the start and again after row_steps
-    clip: float = 1.0  # largest gradient norm
+    speech_loss: NonNegative = 0.0  # weight of the loss of predicting codes, with label smoothing; 0: text only
+    steps: Count = 10_000
+    batch_tokens: Count = 24_576  # at most, per optimizer step over all processes: about 35 utterances of 13 s
+    micro_batch_tokens: Count = 8192  # about as many are computed at once in each process
+    learning_rate: Positive = 5e-5
+    row_learning_rate: NonNegative | None = None  # of the new rows and a projector; null: the same; 0: frozen
+    row_steps: Natural = 0  # first steps, in which only these are trained
+    weight_decay: NonNegative = 0.01  # except of embeddings, norms and biases
+    warmup: Count = 500  # steps, at the start and again after row_steps
+    clip: Positive = 1.0  # largest gradient norm
     precision: Literal["no", "bf16"] = "bf16"
     gradient_checkpointing: bool = False  # less memory for one third more computation
-    weight_average: float | None = None  # decay of a moving average of the weights, which is evaluated and exported
-    validate_every: int = 1000  # steps
-    dev_utterances: int = 100  # at most, evenly chosen, for the WER while training
+    weight_average: Decay | None = None  # decay of a moving average of the weights, which is evaluated and exported
+    validate_every: Count = 1000  # steps
+    dev_utterances: Count = 100  # at most, evenly chosen, for the WER while training
     keep_best: bool = True  # export the best checkpoint instead of the last one
-    patience: int | None = None  # number of validations without a better WER after which to stop; null: never
+    patience: Count | None = None  # validations without a better WER (or CER) after which to stop; null: never
     trackers: list[Literal["tensorboard", "wandb"]] | None = None  # that also receive the log
-    log_every: int = 10  # steps
-    save_every: int = 1000  # steps between checkpoints
-    seed: int = 0
+    log_every: Count = 10  # steps
+    save_every: Count = 1000  # steps between checkpoints
+    seed: Seed = 0
 
-    def __post_init__(self) -> None:
-        problems = []
-        counts = ("steps", "batch_tokens", "micro_batch_tokens", "warmup", "validate_every", "log_every", "save_every")
-        for name in (*counts, "layers", "stack", "dev_utterances", "max_utterances", "patience"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                problems.append(f"{name} must be at least 1, got {count}")
-        positive = {"learning_rate": self.learning_rate, "clip": self.clip, "lora.rank": self.lora.rank}
-        problems += [f"{name} must be above 0, got {value}" for name, value in positive.items() if not value > 0]
-        for name in ("row_learning_rate", "speech_loss", "weight_decay", "row_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                problems.append(f"{name} must not be negative, got {value}")
+    def contradictions(self) -> Iterable[str]:
         if self.row_steps > self.steps:
-            problems.append(f"row_steps must be at most steps, got {self.row_steps}")
+            yield f"row_steps must be at most steps = {self.steps}, got {self.row_steps}"
+        if self.row_learning_rate == 0 and (self.row_steps or self.train == "rows"):
+            yield "row_learning_rate=0 freezes the rows, the only weights that row_steps and train: rows train"
         if self.model is None and (self.train != "full" or self.row_steps > 0):
-            problems.append("train: lora or rows and row_steps need a pretrained language model, but model is null")
-        if self.weight_average is not None and not 0 < self.weight_average < 1:
-            problems.append(f"weight_average must lie between 0 and 1, got {self.weight_average}")
+            yield "train: lora or rows and row_steps need a pretrained language model, but model is null"
+        if self.model is None and self.small.text_steps >= self.steps:
+            yield f"small.text_steps must be below steps = {self.steps}, got {self.small.text_steps}: no audio is heard"
         if self.patience is not None and not self.dev_splits:
-            problems.append("patience needs dev_splits for measuring the WER")
-        if problems:
-            raise ValueError("; ".join(problems))
+            yield "patience needs dev_splits for measuring the WER"
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -117,6 +107,7 @@ from speechllm import (
     LabelledLoss,
     RunError,
     SpeechLLM,
+    character_error_rate,
     describe_rows,
     extend_vocabulary,
     load_codes,
@@ -130,8 +121,9 @@ from speechllm import (
 from speechllm.data.augmentation import Augmentation
 from speechllm.data.batches import token_batches
 from speechllm.data.packing import micro_batches
-from speechllm.data.shards import transcribed
+from speechllm.data.shards import require_texts, transcribed
 from speechllm.decoding import answer_bound, recognize
+from speechllm.evaluation.scripts import primary_rate
 from speechllm.extension import Extension
 from speechllm.prompt import label_counts, text_example
 from speechllm.reports.pages import finish_training
@@ -144,7 +136,9 @@ from speechllm.training.checkpoints import TrainingState, prepare
 from speechllm.training.optimization import keep_row_gradients, make_optimizer
 from speechllm.training.plan import training_plan
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
+from tokenizer.corpus import spread
 from tokenizer.files import atomic_folder
+from tokenizer.progress import progress_bar
 
 
 def main(config: AsrConfig) -> None:
@@ -152,14 +146,21 @@ def main(config: AsrConfig) -> None:
     refuse_sharding(accelerator, config)
 
     # 1. encoded speech and its codec
+    require_texts(config.codes, config.normalizer)
     train, encoding = load_codes(config.codes, config.splits)
-    train = transcribed(train, config.max_utterances)
+    total, train = len(train), transcribed(train, normalizer=config.normalizer)
+    without_words = total - len(train)
+    train = train.select(spread(range(len(train)), config.max_utterances))
     dev = []
     if config.dev_splits:
-        dev = [*transcribed(load_codes(config.codes, config.dev_splits)[0], config.dev_utterances)]
+        held_out, _ = load_codes(config.codes, config.dev_splits)
+        dev = [*transcribed(held_out, config.dev_utterances, config.normalizer)]
     if not len(train) or (config.dev_splits and not dev):
         purpose = "validation" if len(train) else "training"
         raise DataError(f"{config.codes}: no utterance for {purpose} has a transcript")
+    primary = primary_rate(row["text"] for row in dev)  # steers: the best checkpoint and early stopping follow it
+    if without_words:
+        accelerator.print(f"left out: {without_words} utterances whose transcript holds no words ({config.normalizer})")
     codec = load_tokenizer(config.codec)
     encoding.require(codec.fingerprint, config.codec)
     run = Run(config.output, config, accelerator, config.trackers, free=[*MAY_CHANGE, *FREE])
@@ -189,7 +190,7 @@ def main(config: AsrConfig) -> None:
     learn_speech = config.speech_loss > 0
     examples = [
         transcription_example(speech_of(row, encoding), row["text"], vocabulary, text_tokenizer, learn_speech)
-        for row in train
+        for row in progress_bar(train, "examples", unit="utt")
     ]
     pairs = zip(examples, train["duration_s"], strict=True)
     if long := sum(int(label_counts([example], vocabulary)[0]) > answer_bound(s) for example, s in pairs):
@@ -263,14 +264,14 @@ def main(config: AsrConfig) -> None:
         if validating:
             with training.evaluation_weights():
                 if run.main:
-                    wer = dev_wer(dev, encoding, speech_llm)
-                    run.log(loop.done, dev_wer=wer)
-                    training.record_validation(loop.done, wer, keep=config.keep_best)
+                    rates = dev_rates(dev, encoding, speech_llm, config.normalizer)
+                    run.log(loop.done, **rates)
+                    training.record_validation(loop.done, rates[f"dev_{primary}"], keep=config.keep_best)
                     if training.best.validations_without_improvement == config.patience:
                         accelerator.set_trigger()
             if accelerator.check_trigger():
-                found = f"no better WER in {config.patience} validations"
-                accelerator.print(f"{found}: training stops after {loop.done} steps")
+                better = f"no better {primary.upper()} in {config.patience} validations"
+                accelerator.print(f"{better}: training stops after {loop.done} steps")
                 break
 
     # 6. export
@@ -281,8 +282,10 @@ def main(config: AsrConfig) -> None:
             with atomic_folder(run.folder / "model") as folder:
                 speech_llm.save(folder)
     if run.main:
-        best = {"dev_wer": training.best.wer, "best_step": training.best.step} if dev else {}
-        summary = {"steps": loop.done, "loss": loop.figures.get("loss"), **best, "codec_fingerprint": codec.fingerprint}
+        best = {f"dev_{primary}": training.best.wer, "best_step": training.best.step} if dev else {}
+        texts = {"normalizer": config.normalizer} | ({"without_words": without_words} if without_words else {})
+        summary = {"steps": loop.done, "loss": loop.figures.get("loss"), **best, **texts}
+        summary["codec_fingerprint"] = codec.fingerprint
         finish_training(run, summary)
         print(f"speech language model saved in {run.folder / 'model'}")
     accelerator.wait_for_everyone()
@@ -310,11 +313,17 @@ def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[
     return token_batches(list(map(len, examples)), config.batch_tokens, config.seed, start)
 
 
-def dev_wer(dev: list[dict[str, object]], encoding: Encoding, speech_llm: SpeechLLM) -> float:
-    """WER on the dev utterances."""
+def dev_rates(
+    dev: list[dict[str, object]], encoding: Encoding, speech_llm: SpeechLLM, normalizer: str
+) -> dict[str, float]:
+    """WER on the dev utterances, and CER if it steers."""
     speech, durations_s = [speech_of(row, encoding) for row in dev], [row["duration_s"] for row in dev]
     found = recognize(speech, speech_llm, batch_size=50, durations_s=durations_s)
-    return word_error_rate([row["text"] for row in dev], [transcription.text for transcription in found]).wer
+    texts = [row["text"] for row in dev], [transcription.text for transcription in found]
+    rates = {"dev_wer": word_error_rate(*texts, normalizer).wer}
+    if primary_rate(texts[0]) == "cer":
+        rates["dev_cer"] = character_error_rate(*texts, normalizer)
+    return rates
 
 
 if __name__ == "__main__":

@@ -12,52 +12,50 @@ RUN/results.json, RUN/predictions.jsonl, RUN/confusion.png and RUN/report.html.
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import DISTINCT, NOT_EMPTY, Count, Natural, NonNegative, Positive, Seed, Settings, Several
 
 CONTROL = "shuffled labels"
+Distinct = Annotated[list[Natural], NOT_EMPTY, DISTINCT]
 SAVE_EVERY = 200  # steps between checkpoints
 
 
 @dataclass
-class BertShape:
+class BertShape(Settings):
     """Sizes of a BERT with random weights; by default those of BERT-base."""
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
+    hidden_size: Count = 768
+    intermediate_size: Count = 3072
+    num_hidden_layers: Count = 12
+    num_attention_heads: Count = 12
+
+    def contradictions(self) -> Iterable[str]:
+        if (heads := self.num_attention_heads) > 0 and self.hidden_size % heads:
+            yield f"hidden_size must be a multiple of num_attention_heads = {heads}, got {self.hidden_size}"
 
 
 @dataclass
-class EmotionConfig:
+class EmotionConfig(Settings):
     codes: str  # folder of encode_speech
     codec: str  # the audio tokenizer that made them, as `load_tokenizer` takes it
     output: str  # run folder
-    layers: list[int] = field(default_factory=lambda: [0])  # codebooks to read; the embeddings of several are summed
+    layers: Distinct = field(default_factory=lambda: [0])  # codebooks to read; the embeddings of several are summed
     model: str | None = None  # a pretrained BERT, folder or hub name; null: random weights
     bert: BertShape = field(default_factory=BertShape)  # its shape, used when model is null
     init: Literal["codebook", "random"] = "codebook"  # of the token embeddings
-    folds: int = 5  # over the actors
-    epochs: int = 30
-    batch_size: int = 16
-    learning_rate: float = 5e-5
-    weight_decay: float = 0.01
-    warmup: int = 50  # steps
-    clip: float = 1.0  # largest gradient norm
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.epochs, self.batch_size, self.warmup) < 1:
-            raise ValueError("epochs, batch_size and warmup must be at least 1")
-        if self.folds < 2:
-            raise ValueError(f"folds must be at least 2, got {self.folds}")
-        if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
-            raise ValueError(f"layers must be distinct numbers from 0, got {self.layers}")
+    folds: Several = 5  # over the actors
+    epochs: Count = 30
+    batch_size: Count = 16
+    learning_rate: Positive = 5e-5
+    weight_decay: NonNegative = 0.01
+    warmup: Count = 50  # steps
+    clip: Positive = 1.0  # largest gradient norm
+    seed: Seed = 0
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -68,7 +66,6 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from torch import Tensor
-from transformers import BertForSequenceClassification
 
 from speechllm import Codes, DataError, Encoding, load_codes, load_tokenizer
 from speechllm.data.batches import endless_batches
@@ -85,6 +82,7 @@ from speechllm.training.emotion import (
     EmotionClassifier,
     actor_folds,
     emotional_speech,
+    load_bert,
     small_bert,
 )
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
@@ -192,7 +190,7 @@ def make_classifier(speech: Sequence[EmotionalSpeech], codebooks: Tensor, config
     if config.model is None:
         bert = small_bert(**asdict(config.bert))
     else:
-        bert = BertForSequenceClassification.from_pretrained(config.model, num_labels=len(EMOTIONS))
+        bert = load_bert(config.model)
     longest, places = max(one.codes.shape[1] for one in speech), bert.config.max_position_embeddings
     if longest >= places:
         raise DataError(

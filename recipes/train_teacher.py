@@ -16,41 +16,41 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from speechllm.runs.config import parse_config
+from tokenizer.settings import Count, CropLength, Names, Positive, Rule, Seed, Settings
 
 HEAD_RATE = 20  # factor of the learning rate of a new head on a pretrained HuBERT
+Width = Annotated[int, Rule("a multiple of 8", lambda n: n > 0 and n % 8 == 0)]  # groups of convolutions
 LOG_EVERY = 10  # steps
 WORD_END = "|"  # the space in transformers' CTC vocabularies
 
 
 @dataclass
-class TeacherConfig:
+class TeacherConfig(Settings):
     kind: Literal["semantic", "speaker"]
     data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
     output: str  # run folder; the teacher goes to its subfolder `model`
     objective: Literal["ctc", "alignment"] = "ctc"  # of the semantic teacher
-    splits: list[str] | None = None  # training splits, all when null
-    dev_splits: list[str] | None = None  # for the score at the end, none when null
+    splits: Names | None = None  # training splits, all when null
+    dev_splits: Names | None = None  # for the score at the end, none when null
     init: str | None = None  # semantic: HuBERT to start from, folder or hub name; null: a small new one
-    hidden_size: int = 128  # of a new HuBERT: width of the features
-    layers: int = 3  # of a new HuBERT: transformer layers
-    channels: int = 64  # speaker: ECAPA channels; frames have three times as many
-    steps: int = 300
-    batch_size: int = 32  # over all processes
-    learning_rate: float = 2e-3
-    warmup: int = 30  # steps
-    max_duration_s: float = 12.0  # longer utterances are skipped
-    crop_s: float = 1.0  # speaker: seconds per example
-    save_every: int = 200  # steps between checkpoints
-    seed: int = 0
+    hidden_size: Width = 128  # of a new HuBERT: width of the features
+    layers: Count = 3  # of a new HuBERT: transformer layers
+    channels: Width = 64  # speaker: ECAPA channels; frames have three times as many
+    steps: Count = 300
+    batch_size: Count = 32  # over all processes
+    learning_rate: Positive = 2e-3
+    warmup: Count = 30  # steps
+    max_duration_s: Positive = 12.0  # longer utterances are skipped
+    crop_s: CropLength = 1.0  # speaker: seconds per example
+    save_every: Count = 200  # steps between checkpoints
+    seed: Seed = 0
 
-    def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size, self.save_every, self.warmup) < 1:
-            raise ValueError("steps, batch_size, save_every and warmup must be at least 1")
+    def contradictions(self) -> Iterable[str]:
         if self.init and self.kind != "semantic":
-            raise ValueError("init is for kind: semantic; an ECAPA-TDNN is always trained from scratch")
+            yield "init is for kind: semantic; an ECAPA-TDNN is always trained from scratch"
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded

@@ -8,35 +8,38 @@ recipes/train_asr.py can use like Qwen/Qwen2-1.5B (model=RUN/model). Uses the Tr
 started again with the same command, resumes from its newest checkpoint.
 """
 
+import glob
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from speechllm.runs.config import parse_config
-from speechllm.small_model import SmallShape
+from speechllm.small_model import SmallShape, TextTokens
+from tokenizer.settings import Count, Names, Natural, Positive, Seed, Settings, Several
 
 HELD_OUT = 0.01  # share of the sentences, unless files of held-out ones are given
 
 
 @dataclass
-class TextConfig:
-    text: list[str]  # files with one sentence per line, .gz or not
+class TextConfig(Settings):
+    text: Names  # files with one sentence per line, .gz or not
     output: str  # run folder; the model goes to its subfolder `model`
-    held_out: list[str] | None = None  # files for the perplexity; null: one in a hundred of the sentences
-    text_tokens: int = 1000  # byte-level BPE vocabulary, learnt from the text
+    held_out: Names | None = None  # files for the perplexity; null: one in a hundred of the sentences
+    text_tokens: TextTokens = 1000  # byte-level BPE vocabulary, learnt from the text
     shape: SmallShape = field(default_factory=SmallShape)
-    block: int = 256  # tokens per example: concatenated sentences, each followed by the end token
-    steps: int = 1000
-    batch_size: int = 32  # blocks per optimizer step, over all processes
-    learning_rate: float = 2e-3
-    warmup: int = 100  # steps
+    block: Several = 256  # tokens per example: concatenated sentences, each followed by the end token
+    steps: Count = 1000
+    batch_size: Count = 32  # blocks per optimizer step, over all processes
+    learning_rate: Positive = 2e-3
+    warmup: Natural = 100  # steps
     precision: Literal["no", "bf16"] = "no"
-    validate_every: int = 250  # steps
-    save_every: int = 250  # steps between checkpoints
-    log_every: int = 10  # steps
-    seed: int = 0
+    validate_every: Count = 250  # steps
+    save_every: Count = 250  # steps between checkpoints
+    log_every: Count = 10  # steps
+    seed: Seed = 0
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -59,6 +62,7 @@ from speechllm.runs.run import MAY_CHANGE, Run, check_archive, newest_usable
 from speechllm.runs.signals import Interrupted
 from speechllm.small_model import small_qwen2, small_text_tokenizer
 from tokenizer.files import atomic_folder
+from tokenizer.tables import require_utf8
 from tokenizer.training.distributed import mean_over_processes
 
 
@@ -113,7 +117,7 @@ def main(config: TextConfig) -> None:
         accelerator.print(f"{config.output} is finished: {run.summary}")
         return
 
-    # 1. sentences, normalised like the transcripts of encode_speech, and a text tokenizer trained on them
+    # 1. sentences, normalised as train_asr does by default, and a text tokenizer trained on them
     with accelerator.main_process_first():  # the others read the cache of `datasets`
         train, held_out = sentences(config)
         text_tokenizer = small_text_tokenizer(train["text"], config.text_tokens)
@@ -134,8 +138,16 @@ def main(config: TextConfig) -> None:
     callback = RunCallback(run, guard := StepGuard(run, config.steps), config.text)
     trainer = TextTrainer(model, settings, train_dataset=train, eval_dataset=held_out, callbacks=[callback])
     callback.trainer = trainer
-    with guard.catching():
-        trainer.train(resume_from_checkpoint=newest_usable(saved_steps(checkpoints), complete, run.main))
+    checkpoint = newest_usable(saved_steps(checkpoints), complete, run.main)
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
+    if state.global_step > config.steps:
+        raise RunError(f"{run.folder} has done {state.global_step} steps already: set steps to at least that")
+    if checkpoint and state.global_step == config.steps:  # the Trainer would make one more step
+        trainer.state = state
+        model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)  # without a head that is tied
+    else:
+        with guard.catching():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if guard.signal is not None:
         step = trainer.state.global_step
         raise Interrupted(guard.signal, f"step {step} is saved, and the same command goes on from there")
@@ -154,25 +166,28 @@ def main(config: TextConfig) -> None:
 
 
 def saved_steps(folder: Path) -> list[Path]:
-    """The Trainer's checkpoints, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    """The Trainer's checkpoints, oldest first; not one that it was writing when it was killed: the state comes last."""
+    found = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json") if state.stat().st_size]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def complete(checkpoint: Path) -> str:
-    """The name of a Trainer's checkpoint. Raises an error of some kind if a file is missing or cut short."""
+def complete(checkpoint: Path) -> Path:
+    """The Trainer's checkpoint itself. Raises an error of some kind if a file is missing or cut short."""
     TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     load_file(checkpoint / "model.safetensors")
     for name in ("optimizer.pt", "scheduler.pt"):
         check_archive(checkpoint / name)
-    return str(checkpoint)
+    return checkpoint
 
 
 def sentences(config: TextConfig) -> tuple[Dataset, Dataset]:
     """Normalised sentences for training, and held-out ones; column text."""
-    files = {"train": config.text}
-    if config.held_out:
-        files["held_out"] = config.held_out
-    texts = load_dataset("text", data_files=files)
+    files = {"train": config.text, **({"held_out": config.held_out} if config.held_out else {})}
+    # a file that exists is no pattern, whatever its name looks like
+    found = {part: [glob.escape(name) if os.path.exists(name) else name for name in files[part]] for part in files}
+    for file in (file for part in files.values() for file in part if Path(file).is_file()):
+        require_utf8(file)
+    texts = load_dataset("text", data_files=found)
     texts = texts.map(lambda text: {"text": librispeech_normalizer(text)}, input_columns="text", desc="normalise")
     texts = texts.filter(bool, input_columns="text", desc="empty lines")
     if config.held_out:

@@ -9,132 +9,141 @@ interrupted. The codec is saved in RUN/model; RUN also has the configuration, lo
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from speechllm.runs.config import parse_config
 from tokenizer.codec.config import SpeechCodecConfig
 from tokenizer.rates import HOP_LENGTH, SAMPLE_RATE
+from tokenizer.settings import (
+    NOT_EMPTY,
+    Betas,
+    Count,
+    Counts,
+    CropLength,
+    Decay,
+    Names,
+    Natural,
+    NonNegative,
+    Positive,
+    Rule,
+    Seed,
+    Settings,
+    Share,
+)
+
+Windows = Annotated[list[Annotated[int, Rule("at least 16", lambda n: n >= 16)]], NOT_EMPTY]
+Grouped = Annotated[int, Rule("0 or a multiple of 16", lambda n: n >= 0 and n % 16 == 0)]  # the convolutions' groups
 
 
 @dataclass
-class SemanticConfig:
+class SemanticConfig(Settings):
     teacher: str | None = "facebook/hubert-base-ls960"  # folder or hub name; null: no distillation
     layer: int | Literal["avg"] = "avg"  # hidden state, or the mean of all
-    weight: float = 120.0  # lambda of eq. 7; the paper's 0.5 next to EnCodec's losses, SpeechTokenizer's 120 to its own
-    gradient_ratio: float | None = (
-        1.0  # most that its gradient at the latents may be of the reconstruction's; null: any
-    )
+    weight: NonNegative = 120.0  # lambda of eq. 7 (0.5 next to EnCodec's losses); SpeechTokenizer's, next to its own
+    gradient_ratio: NonNegative | None = 1.0  # most that its gradient at the latents is of the reconstruction's
     center: bool = True  # subtract the mean over time first; false is the paper's literal form
     cache: str | None = None  # folder for the teacher's features of whole utterances; null: recomputed for every crop
 
 
 @dataclass
-class AcousticConfig:
+class AcousticConfig(Settings):
     teacher: str | None = "speechbrain/spkrec-ecapa-voxceleb"  # folder or hub name; null: no distillation
-    target: Literal["embedding", "frames"] = (
-        "embedding"  # speaker embedding from pooled layer 1, or eq. 5 to the letter
-    )
-    weight: float = 10.0  # lambda of eq. 7; the paper's is 0.5
-    gradient_ratio: float | None = 0.2  # as above; from about 1 on it degrades the content of layer 0
+    target: Literal["embedding", "frames"] = "embedding"  # the speaker from pooled layer 1, or eq. 5 to the letter
+    weight: NonNegative = 10.0  # lambda of eq. 7; the paper's is 0.5
+    gradient_ratio: NonNegative | None = 0.2  # as above; from about 1 on it degrades the content of layer 0
     cache: str | None = None  # as above
 
 
 @dataclass
-class LossConfig:
-    time: float = 0.1  # L1 of the waveform
-    mel: float = 1.0  # multi-scale log-mel distance
-    adversarial: float = 3.0  # no discriminators if this and the next are 0
-    feature_matching: float = 3.0
-    speech_features: float = 0.0  # L1 distance of the semantic teacher's features of reconstruction and original
-    commitment: float = 1.0  # outside the balancer
+class LossConfig(Settings):
+    time: NonNegative = 0.1  # L1 of the waveform
+    mel: NonNegative = 1.0  # multi-scale log-mel distance
+    adversarial: NonNegative = 3.0  # no discriminators if this and the next are 0
+    feature_matching: NonNegative = 3.0
+    speech_features: NonNegative = 0.0  # L1 distance of the semantic teacher's features of reconstruction and original
+    commitment: NonNegative = 1.0  # outside the balancer
     balance: bool = True  # EnCodec's balancer: weights are shares of the gradient at the waveform
-    mel_windows: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048])  # samples
-    mel_bands: list[int] | None = None  # per window; one sixteenth of it when null
-    mel_weights: list[float] | None = None  # per window; their mean when null, all 1 is the sum
+    mel_windows: Windows = field(default_factory=lambda: [256, 512, 1024, 2048])  # samples
+    mel_bands: list[Count] | None = None  # per window; one sixteenth of it when null
+    mel_weights: list[NonNegative] | None = None  # per window; their mean when null, all 1 is the sum
     mel_squared: bool = True  # L2 in addition to L1
 
 
 @dataclass
-class AdversaryConfig:
+class AdversaryConfig(Settings):
     kind: Literal["hinge", "least_squares"] = "hinge"
-    stft_filters: int = 32  # width of the multi-scale STFT discriminator; 0: none, also below
-    period_channels: int = 0  # width of the multi-period discriminator (HiFi-GAN: 32)
-    scale_channels: int = 0  # width of the multi-scale discriminator (HiFi-GAN: 128)
+    stft_filters: Natural = 32  # width of the multi-scale STFT discriminator; 0: none, also below
+    period_channels: Natural = 0  # width of the multi-period discriminator (HiFi-GAN: 32)
+    scale_channels: Grouped = 0  # width of the multi-scale discriminator (HiFi-GAN: 128)
     relative_features: bool = True  # feature matching relative to the size of the features (EnCodec)
-    learning_rate: float = 3e-4
-    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])  # of Adam
-    start: int = 0  # first step with discriminators; an untrained codec is of no use to them
+    learning_rate: Positive = 3e-4
+    betas: Betas = field(default_factory=lambda: [0.5, 0.9])  # of Adam
+    start: Natural = 0  # first step with discriminators; an untrained codec is of no use to them
 
 
 @dataclass
-class TokenizerConfig:
+class TokenizerConfig(Settings):
     data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
     output: str  # run folder; the codec goes to its subfolder `model`
-    splits: list[str] | None = None  # training splits, all when null
-    dev_splits: list[str] | None = None  # for validation, none when null
+    splits: Names | None = None  # training splits, all when null
+    dev_splits: Names | None = None  # for validation, none when null
     codec: SpeechCodecConfig = field(default_factory=SpeechCodecConfig)
     semantic: SemanticConfig = field(default_factory=SemanticConfig)
     acoustic: AcousticConfig = field(default_factory=AcousticConfig)
     losses: LossConfig = field(default_factory=LossConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
-    quantizer_dropout: list[int] | None = None  # codebooks to decode from, drawn per utterance; all when null
-    codebook_decay: float = 0.99  # of the codebooks' moving averages; 0.99 is too slow for a few hundred steps
-    weight_average: float | None = None  # decay of a moving average of the weights, which is exported; null: none
-    steps: int = 200_000
-    batch_size: int = 32  # crops over all processes
-    crop_s: float = 3.0  # seconds per crop
-    decode_s: float | None = None  # decode only a random window of the crop; all of it when null
-    learning_rate: float = 1e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # of AdamW
-    weight_decay: float = 0.01
-    warmup: int = 1000  # steps
-    clip: float | None = 1.0  # largest gradient norm; null: no limit
+    quantizer_dropout: Counts | None = None  # codebooks to decode from, drawn per utterance; all when null
+    codebook_decay: Share = 0.99  # of the codebooks' moving averages; 0.99 is too slow for a few hundred steps
+    weight_average: Decay | None = None  # decay of a moving average of the weights, which is exported; null: none
+    steps: Count = 200_000
+    batch_size: Count = 32  # crops over all processes
+    crop_s: CropLength = 3.0  # seconds per crop
+    decode_s: CropLength | None = None  # decode only a random window of the crop; all of it when null
+    learning_rate: Positive = 1e-4
+    betas: Betas = field(default_factory=lambda: [0.9, 0.99])  # of AdamW
+    weight_decay: NonNegative = 0.01
+    warmup: Count = 1000  # steps
+    clip: Positive | None = 1.0  # largest gradient norm; null: no limit
     precision: Literal["no", "bf16"] = "no"
-    log_every: int = 10  # steps
-    validate_every: int = 2000  # steps
-    dev_utterances: int = 16  # at most, evenly chosen, for validation
-    best: Literal["mel", "pesq_wb", "stoi"] | None = (
-        "mel"  # figure by which the exported weights are chosen; null: last
-    )
-    patience: int | None = None  # number of validations without a better figure after which to stop; null: never
-    save_every: int = 2000  # steps between checkpoints
-    num_workers: int = 2  # data loading processes, per training process
-    seed: int = 0
+    log_every: Count = 10  # steps
+    validate_every: Count = 2000  # steps
+    dev_utterances: Count = 16  # at most, evenly chosen, for validation
+    best: Literal["mel", "pesq_wb", "stoi"] | None = "mel"  # figure that chooses the exported weights; null: the last
+    patience: Count | None = None  # validations without a better figure after which to stop; null: never
+    save_every: Count = 2000  # steps between checkpoints
+    num_workers: Natural = 2  # data loading processes, per training process
+    seed: Seed = 0
 
-    def __post_init__(self) -> None:
-        problems = []
-        if min(self.steps, self.batch_size, self.warmup, self.log_every, self.validate_every, self.save_every) < 1:
-            problems.append("steps, batch_size, warmup, log_every, validate_every and save_every must be at least 1")
-        for name in ("codebook_decay", "weight_average"):
-            if (decay := getattr(self, name)) is not None and not 0 <= decay < 1:
-                problems.append(f"{name} must be at least 0 and below 1, got {decay}")
-        if self.decode_s is not None and not 0.08 <= self.decode_s <= self.crop_s:
-            problems.append(f"decode_s must be between 0.08 and crop_s = {self.crop_s}, got {self.decode_s}")
+    def contradictions(self) -> Iterable[str]:
+        if self.decode_s is not None and self.decode_s > self.crop_s:
+            yield f"decode_s must be at most crop_s = {self.crop_s}, got {self.decode_s}"
         if self.acoustic.teacher and self.codec.num_codebooks < 2:
-            problems.append("acoustic distillation is on layer 1: codec.num_codebooks must be at least 2")
-        if self.quantizer_dropout and not all(1 <= n <= self.codec.num_codebooks for n in self.quantizer_dropout):
-            problems.append(f"quantizer_dropout must be numbers from 1 to {self.codec.num_codebooks}")
+            yield "acoustic distillation is on layer 1: codec.num_codebooks must be at least 2"
+        if max(self.quantizer_dropout or [0]) > self.codec.num_codebooks:
+            yield f"quantizer_dropout must be numbers from 1 to {self.codec.num_codebooks}"
         if self.patience is not None and not (self.dev_splits and self.best):
-            problems.append("patience needs dev_splits and best, the figure to watch")
+            yield "patience needs dev_splits and best, the figure to watch"
         losses, adversary = self.losses, self.adversary
         for name in ("mel_bands", "mel_weights"):
             if (values := getattr(losses, name)) is not None and len(values) != len(losses.mel_windows):
-                problems.append(f"losses.{name} needs one number per value of losses.mel_windows, got {len(values)}")
+                yield f"losses.{name} needs one number per value of losses.mel_windows, got {len(values)}"
         adversarial = losses.adversarial or losses.feature_matching
         if adversarial and not (adversary.stft_filters or adversary.period_channels or adversary.scale_channels):
-            problems.append("adversarial losses need adversary.stft_filters, period_channels or scale_channels above 0")
+            yield "adversarial losses need adversary.stft_filters, period_channels or scale_channels above 0"
         if not (losses.time or losses.mel or losses.speech_features or (adversarial and adversary.start == 0)):
-            problems.append("the first steps have no loss: set losses.time or losses.mel above 0, or adversary.start=0")
+            yield "the first steps have no loss: set losses.time or losses.mel above 0, or adversary.start=0"
         if losses.speech_features and not self.semantic.teacher:
-            problems.append("losses.speech_features needs semantic.teacher")
+            yield "losses.speech_features needs semantic.teacher"
         rate, hop = self.codec.sample_rate, self.codec.hop_length
+        decoded = rate * (self.crop_s if self.decode_s is None else self.decode_s)  # samples at a time
+        if max(losses.mel_windows) >= 2 * decoded > 0:
+            yield f"losses.mel_windows must be below {2 * decoded:g}, twice the samples decoded at a time"
         if (self.semantic.teacher or self.acoustic.teacher) and rate != SAMPLE_RATE:
-            problems.append(f"teachers need codec.sample_rate=16000, got {rate}: set it, or both teachers to null")
+            yield f"teachers need codec.sample_rate=16000, got {rate}: set it, or both teachers to null"
         if self.semantic.teacher and hop != HOP_LENGTH:
-            problems.append(f"semantic.teacher needs codec.strides with a product of 320, got {hop}: or set it to null")
-        if problems:
-            raise ValueError("; ".join(problems))
+            yield f"semantic.teacher needs codec.strides with a product of 320, got {hop}: or set it to null"
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded

@@ -1,22 +1,24 @@
 """Adapters: only LoRA updates and the new rows of a language model, or the new rows alone, are trained and saved."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import load_peft_weights
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from speechllm.encoding import DataError
 from speechllm.projector import NAME as PROJECTOR
 from speechllm.projector import add_projector
 from speechllm.vocabulary import AudioVocabulary
 from tokenizer.files import write_json
-from tokenizer.pretrained import check_folder
+from tokenizer.pretrained import IncompleteError, check_folder, load_complete, load_config
+from tokenizer.reading import AGAIN, read_json_object, reading
 
 BASE_FILE = "base_model.json"
 ROWS = "trainable_tokens_delta"  # what PEFT calls the rows' parameters
@@ -80,10 +82,15 @@ def load_adapter(folder: str | Path, vocabulary: AudioVocabulary, base: str | Pa
 
     Raises FileNotFoundError, or DataError for a language model other than the one it was trained on.
     """
-    recorded = json.loads((Path(folder) / BASE_FILE).read_text(encoding="utf-8"))
+    if not any((Path(folder) / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
+        raise FileNotFoundError(f"{folder} lacks adapter_model.safetensors, the weights of an adapter: {AGAIN}")
+    file = Path(folder) / BASE_FILE
+    recorded = read_json_object(file, "the language model that an adapter belongs to")
+    if not {"name_or_path", "fingerprint"} <= recorded.keys():
+        raise DataError(f"{file} lacks name_or_path or fingerprint: expected what `save_adapter` wrote")
     name = recorded["name_or_path"] if base is None else base
-    check_folder(name, ["config.json"], "the language model that the adapter was trained on; set `base` to it")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)  # as in train_asr
+    name = check_folder(name, ["config.json"], "the language model that the adapter was trained on; set `base` to it")
+    model = load_causal(name)  # in float32, as in train_asr
     if (found := base_fingerprint(model, vocabulary.offset)) != recorded["fingerprint"]:
         raise DataError(
             f"{folder} was trained on a language model with fingerprint {recorded['fingerprint']} "
@@ -91,7 +98,29 @@ def load_adapter(folder: str | Path, vocabulary: AudioVocabulary, base: str | Pa
         )
     model.resize_token_embeddings(vocabulary.size, mean_resizing=False)  # the adapter holds the new rows
     add_projector(model, vocabulary)
-    return PeftModel.from_pretrained(model, folder)
+    with reading(folder, "an adapter of this language model"):
+        adapted, stored = PeftModel.from_pretrained(model, folder), load_peft_weights(str(folder), device="cpu")
+        own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if absent := sorted(own.keys() - stored.keys()):  # PEFT would leave them as they were initialised
+        raise IncompleteError(
+            f"the adapter {folder} lacks {len(absent)} of {len(own)} weights, {absent[0]} first; {AGAIN}"
+        )
+    return adapted
+
+
+def load_causal(name: str | Path, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
+    """A causal language model of transformers from a folder or the hub, complete, in eval mode.
+
+    Raises FileNotFoundError, or InputError for another kind of model or a checkpoint that is damaged or incomplete.
+    """
+    expected = "a causal language model of transformers"
+    config = load_config(name, expected)
+    known = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type))
+    found = config.architectures or [known]  # transformers would load a BERT, but it does not predict the next word
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or known.lower() not in map(str.lower, found):
+        raise DataError(f"{name} is a {config.model_type} model ({', '.join(found)}): expected {expected}")
+    # a chat model's own settings are not even read: they would change, or prevent, what it answers
+    return load_complete(AutoModelForCausalLM, name, expected, dtype=dtype, generation_config=GenerationConfig())
 
 
 def base_fingerprint(model: nn.Module, texts: int) -> str:

@@ -3,7 +3,7 @@
 import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,7 +39,7 @@ class Transcription:
 
 
 def transcribe(
-    speech: Sequence[str | Path | Tensor],
+    speech: Iterable[str | Path | Tensor],
     speech_llm: SpeechLLM,
     batch_size: int = 16,
     progress: bool = False,
@@ -47,6 +47,8 @@ def transcribe(
     fallback: bool = False,
 ) -> list[str]:
     """Texts of recordings, given as files or as waveforms float [N] at the codec's rate, in the order given.
+
+    They are encoded one by one, so that an iterator need hold no more than one waveform in memory.
 
     beams, fallback: as in `recognize`. Raises AudioError for an unusable file.
     """
@@ -185,8 +187,6 @@ def _decode(
             max_new_tokens=max(limits) + 1,  # including the end token
             do_sample=False,
             num_beams=beams,
-            no_repeat_ngram_size=0,  # a chat model's own settings would forbid repeated words
-            repetition_penalty=1.0,
             eos_token_id=end_id,
             pad_token_id=pad_id,
         )[:, prompt_size:]

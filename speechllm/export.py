@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import GenerationConfig
 
 from speechllm.decoding import forbidden_ids
-from speechllm.model import SpeechLLM
+from speechllm.model import SpeechLLM, own_generation_config
+from tokenizer.claims import new_folder
 from tokenizer.files import atomic_folder
 
 
@@ -26,23 +26,18 @@ def export_model(speech_llm: SpeechLLM, output: str | Path) -> None:
 
     The prompt is text: "Transcribe this speech<|audio_start|><|audio_17|>...<|audio_end|>". `generate` of transformers
     gives the same answers as `transcribe`; with other engines, set the temperature to 0. Merges as `merge` does.
-    Raises FileExistsError for an existing output, ValueError for a model that reads continuous features.
+    Raises OutputError unless the output is new or empty, ValueError for a model that reads continuous features.
     """
-    if Path(output).exists():
-        raise FileExistsError(f"{output} already exists: choose another folder or delete it")
+    new_folder(output)
     if speech_llm.vocabulary.encoding.kind == "features":
         raise ValueError("this model reads continuous features through a projector, which other engines do not support")
     merged = merge(speech_llm)
     model, text_tokenizer = merged.model, merged.text_tokenizer
     model.config.eos_token_id = text_tokenizer.eos_token_id
-    # replaced: a chat model's own has sampling, a repetition penalty and perhaps another end token
-    model.generation_config = GenerationConfig(
-        eos_token_id=text_tokenizer.eos_token_id,
-        pad_token_id=text_tokenizer.pad_token_id,
-        suppress_tokens=forbidden_ids(merged).nonzero().flatten().tolist(),
-    )
+    suppressed = forbidden_ids(merged).nonzero().flatten().tolist()
     # transformers 5 keeps it in rope_parameters; engines based on transformers 4 would silently use 10,000 instead
     if theta := (getattr(model.config, "rope_parameters", None) or {}).get("rope_theta"):
         model.config.rope_theta = theta
     with atomic_folder(output) as folder:
+        model.generation_config = own_generation_config(text_tokenizer, suppress_tokens=suppressed)
         merged.save(folder)

@@ -58,7 +58,13 @@ def extend_vocabulary(
             f"the model already reads codes of codec {read}: a vocabulary can be extended only once; to train further, "
             "load the model with the text tokenizer in its folder (`load_language_model`)"
         )
-    texts = len(text_tokenizer)
+    texts, known = len(text_tokenizer), model.get_input_embeddings().weight.shape[0]
+    if not known / 2 < texts <= known:  # without its files a text tokenizer is almost empty
+        raise VocabularyError(
+            f"the text tokenizer has {texts} tokens, the language model {known} rows: take the one that belongs to it"
+        )
+    if text_tokenizer.eos_token_id is None:
+        raise VocabularyError("the text tokenizer has no end token (eos_token), so no answer would end: set one")
     count = encoding.layers * encoding.codebook_size
     names = [f"<|audio_{code}|>" for code in range(count)] + [START, END]
     added = text_tokenizer.add_tokens(names, special_tokens=True)

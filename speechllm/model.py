@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from speechllm.adapters import load_adapter, save_adapter
+from speechllm.adapters import load_adapter, load_causal, save_adapter
 from speechllm.encoding import DataError, Encoding
 from speechllm.extension import Extension, extend_vocabulary
 from speechllm.projector import load_projector, save_with_projector
@@ -16,7 +16,7 @@ from speechllm.vocabulary import FILE as VOCABULARY_FILE
 from speechllm.vocabulary import AudioVocabulary, VocabularyError
 from tokenizer.interface import AudioTokenizer
 from tokenizer.loading import load_tokenizer
-from tokenizer.pretrained import check_folder
+from tokenizer.pretrained import check_folder, load_part
 
 
 @dataclass
@@ -27,6 +27,11 @@ class SpeechLLM:
     text_tokenizer: PreTrainedTokenizerBase
     vocabulary: AudioVocabulary
     codec: AudioTokenizer | None = None
+
+    def __post_init__(self) -> None:
+        """Replace the generation settings of the language model: a chat model's own would change what it answers."""
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        model.generation_config = own_generation_config(self.text_tokenizer)
 
     def save(self, folder: str | Path) -> None:
         """Write everything into one folder: the model in transformers' format, the codec in its subfolder `codec`.
@@ -41,6 +46,14 @@ class SpeechLLM:
         self.vocabulary.save(folder)
         if self.codec is not None:
             self.codec.save_pretrained(Path(folder) / "codec")
+
+
+def own_generation_config(text_tokenizer: PreTrainedTokenizerBase, **settings: Any) -> GenerationConfig:
+    """Greedy decoding, as transformers does it by default, with the ids of a text tokenizer and nothing else."""
+    tokens = text_tokenizer
+    return GenerationConfig(
+        bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id, **settings
+    )
 
 
 def load_speech_llm(
@@ -59,21 +72,23 @@ def load_speech_llm(
     Raises FileNotFoundError, VocabularyError, or DataError (for another codec than the vocabulary's, or another
     language model than the adapter's).
     """
+    folder = check_folder(folder, [], "a speech language model")
     adapter = (Path(folder) / "adapter_config.json").is_file()
     if not adapter:
-        check_folder(folder, ["config.json"], "a speech language model")
+        folder = check_folder(folder, ["config.json"], "a speech language model")
     vocabulary = AudioVocabulary.load(folder)
     loaded_codec = _load_codec(folder, codec, vocabulary) if with_codec else None
     if adapter:
         model = load_adapter(folder, vocabulary, base)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = load_causal(folder, "auto")
         load_projector(model, vocabulary, folder)
     if dtype is not None:
         model = model.merge_and_unload() if adapter else model
         for parameter in model.parameters():  # not model.to(dtype): the rotary frequencies must stay float32
             parameter.data = parameter.data.to(dtype)
-    text_tokenizer = AutoTokenizer.from_pretrained(folder)
+    text_tokenizer = load_part(AutoTokenizer, folder, "the text tokenizer of a speech language model")
+    vocabulary.check(model, text_tokenizer, folder)
     return SpeechLLM(model.to(device).eval(), text_tokenizer, vocabulary, loaded_codec and loaded_codec.to(device))
 
 
@@ -98,10 +113,12 @@ def load_language_model(
     Raises DataError for an adapter, or a saved model that reads another codec; VocabularyError for a saved model that
     reads other layers, or reads them differently.
     """
+    name = check_folder(name, [], "a language model")
     if (Path(name) / "adapter_config.json").is_file():
         raise DataError(f"{name} is an adapter: merge it with `speechllm export` and train the result further")
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    text_tokenizer = AutoTokenizer.from_pretrained(name)
+    name = check_folder(name, [], "a causal language model")
+    model = load_causal(name)
+    text_tokenizer = load_part(AutoTokenizer, name, "the text tokenizer of a language model")
     if not (Path(name) / VOCABULARY_FILE).is_file():
         vocabulary = extend_vocabulary(model, text_tokenizer, codec, **extension)
         return SpeechLLM(model, text_tokenizer, vocabulary, codec)
@@ -113,4 +130,5 @@ def load_language_model(
     if found != expected:
         raise VocabularyError(f"{name} reads (layers, order, stack) {found}, but {expected} was asked for")
     load_projector(model, vocabulary, name)
+    vocabulary.check(model, text_tokenizer, name)
     return SpeechLLM(model, text_tokenizer, vocabulary, codec)

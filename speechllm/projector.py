@@ -4,9 +4,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from tokenizer.pretrained import fill_weights, read_weights
 
 if TYPE_CHECKING:
     from speechllm.vocabulary import AudioVocabulary
@@ -55,7 +57,8 @@ def load_projector(model: PreTrainedModel, vocabulary: "AudioVocabulary", folder
     """Load the projector that `save_with_projector` wrote into a language model."""
     add_projector(model, vocabulary)
     if vocabulary.encoding.kind == "features":
-        model.speech_projector.load_state_dict(load_file(Path(folder) / FILE))
+        file = Path(folder) / FILE
+        fill_weights(model.speech_projector, read_weights(file, "the projector of a speech language model"), file)
 
 
 def model_inputs(

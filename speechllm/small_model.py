@@ -1,10 +1,16 @@
 """Small language models with random weights and text tokenizers, for training from scratch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from tokenizer.settings import Count, Rule, Settings
 
 if TYPE_CHECKING:  # the shape is a part of configurations, which must not wait for torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# of a byte-level BPE: every byte, and three special tokens
+TextTokens = Annotated[int, Rule("at least 259", lambda n: n >= 259)]
 
 
 def small_text_tokenizer(texts: list[str], size: int) -> "PreTrainedTokenizerBase":
@@ -26,14 +32,21 @@ def small_text_tokenizer(texts: list[str], size: int) -> "PreTrainedTokenizerBas
 
 
 @dataclass
-class SmallShape:
+class SmallShape(Settings):
     """Sizes of a small Qwen2."""
 
-    hidden_size: int = 192
-    intermediate_size: int = 512
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
+    hidden_size: Count = 192  # a multiple of twice the attention heads
+    intermediate_size: Count = 512
+    num_hidden_layers: Count = 4
+    num_attention_heads: Count = 4  # a multiple of the key-value heads
+    num_key_value_heads: Count = 2
+
+    def contradictions(self) -> Iterable[str]:
+        heads, shared = self.num_attention_heads, self.num_key_value_heads
+        if heads > 0 and self.hidden_size % (2 * heads):  # the position is a rotation of pairs
+            yield f"hidden_size must be a multiple of {2 * heads}, twice num_attention_heads, got {self.hidden_size}"
+        if shared > 0 and heads % shared:
+            yield f"num_attention_heads must be a multiple of num_key_value_heads = {shared}, got {heads}"
 
 
 def small_qwen2(text_tokenizer: "PreTrainedTokenizerBase", **shape: int) -> "PreTrainedModel":

@@ -1,11 +1,10 @@
 """Audio tokens in the vocabulary of a language model: one token per code, and two markers."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from speechllm.encoding import DataError, Encoding, Speech
 from tokenizer.errors import InputError
 from tokenizer.files import write_json
 from tokenizer.interface import Codes
+from tokenizer.reading import AGAIN, read_json_object, reading
 
 START, END = "<|audio_start|>", "<|audio_end|>"
 FILE = "audio_vocabulary.json"
@@ -142,8 +142,26 @@ class AudioVocabulary:
         file = Path(folder) / FILE
         if not file.is_file():
             raise VocabularyError(f"{folder} has no {FILE}: it is not a model with an audio vocabulary")
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return AudioVocabulary(**{**values, "encoding": Encoding(**values["encoding"])})
+        expected = "an audio vocabulary as `SpeechLLM.save` writes it"
+        values = read_json_object(file, expected)
+        with reading(file, expected, error_class=VocabularyError):
+            vocabulary = AudioVocabulary(**{**values, "encoding": Encoding(**values["encoding"])})
+            ends = [vocabulary.offset, int(vocabulary.new_ids.max()) + 1, vocabulary.size, vocabulary.stack - 1]
+        if not 0 <= ends[0] <= ends[1] <= ends[2] or ends[3] < 0 or vocabulary.order not in get_args(Order):
+            raise VocabularyError(f"{file} contradicts itself: expected {expected}; {AGAIN}")
+        return vocabulary
+
+    def check(self, model: Any, text_tokenizer: PreTrainedTokenizerBase, holder: str | Path) -> None:
+        """Raise VocabularyError unless the model and the text tokenizer of a folder are the ones that were extended."""
+        rows = model.get_input_embeddings().weight.shape[0]
+        if rows != self.size:
+            raise VocabularyError(f"{holder}: the model has {rows} rows and its vocabulary {self.size}: {AGAIN}")
+        found = text_tokenizer.convert_tokens_to_ids([START, END])
+        if found != (expected := [self.start_id, self.end_id]):
+            raise VocabularyError(
+                f"{holder}: the ids of {START} and {END} are {found} in the text tokenizer and {expected} in the "
+                f"vocabulary: they do not belong together; {AGAIN}"
+            )
 
 
 def _describe(speech: Speech) -> str:

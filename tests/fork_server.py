@@ -48,6 +48,7 @@ def serve() -> dict | None:
 
 def run(command: list[str], folder: str, output: str, errors: str, environment: dict[str, str]) -> int:
     """The exit code."""
+    os.setsid()  # a process group of its own, as a command of a shell has: signals to it leave the server alone
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, file in ((1, output), (2, errors)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

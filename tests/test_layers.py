@@ -14,13 +14,15 @@ CODE = ("speechllm", "tokenizer", "recipes")
 MAX_LINES = 400  # beyond which a file probably does two things
 # From the ground up: a file imports what stands in its own layer or below. `python tests/test_layers.py` draws it.
 LAYERS = {
-    "tokenizer: interface, rates, files": ("interface", "rates", "errors", "files", "frames", "progress"),
+    "tokenizer: interface, rates, files": tuple(
+        "interface rates errors locks tables files claims reading frames settings progress".split()
+    ),
     "tokenizer: audio, corpus, pretrained": ("audio", "corpus", "pretrained", "ravdess"),
     "tokenizer.codec": ("codec",),
     "tokenizer.metrics": ("metrics",),
     "tokenizer.training": ("training",),
     "tokenizer.schemes": ("schemes",),
-    "tokenizer: loading": ("loading",),
+    "tokenizer: loading": ("loading", "custom"),
     "speechllm.evaluation": ("evaluation",),
     "speechllm: encoding, vocabulary, prompt": (
         *("encoding", "speech", "vocabulary", "projector", "extension", "prompt", "small_model"),

@@ -31,7 +31,7 @@ from speechllm.data.shards import codes_of
 from speechllm.runs.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("recipes", "configs", "tokenizer", "speechllm")
+FOLDERS = ("recipes", "configs", "tokenizer", "speechllm", "tests")
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "recipes/RESULTS.md", *(f"{folder}/README.md" for folder in FOLDERS)]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 documents = pytest.mark.parametrize("document", DOCUMENTS)

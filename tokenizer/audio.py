@@ -1,25 +1,57 @@
 """Reading and writing audio files as float waveforms, with one clear error for every file that cannot be used."""
 
+import contextlib
+import io
+import math
 import os
-from collections.abc import Sequence
+import re
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import soundfile
+import soxr
 import torch
 from torch import Tensor
-from torchaudio.functional import resample
 
 from tokenizer.errors import InputError
+from tokenizer.files import atomic_file
 
 SILENCE_PEAK = 1e-6  # below this peak a recording holds digital silence: nothing was recorded
+LOUDEST_PEAK = 4.0  # above this peak the samples of a float file are in other units than [-1, 1]
+RATES = range(2_000, 1_000_001)  # Hz; of a recording of speech
+CANCELLED = 0.01  # share of the channels' energy below which their average is what is left of opposite phases
+HEADER_TOLERANCE_S = 0.1  # a decoder may lose part of a frame at the end
+BLOCK = 2**18  # samples read at a time
+UNKNOWN = 2**63 - 1  # libsndfile's number of frames for a FLAC file that does not state it
+DENSEST = 100  # samples a byte: headers that state more are not believed
+OGG_PAGE = 65_307  # bytes of the longest page
+STREAMED = 0x7FFFF000  # bytes: sizes from here on are what programs write into a pipe, where they do not know the size
+# What libsndfile notes when a container states more bytes than the file has, such as "data : 64000 (should be 31978)"
+CUT = re.compile(r"^\s*(?:data|SSND|BODY|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)$", re.MULTILINE)
+
+SPHERE_COUNT = re.compile(rb"\ANIST_1A\n.*^sample_count -i (\d+)", re.MULTILINE | re.DOTALL)  # the same for NIST SPHERE
 
 
 class AudioError(InputError):
     """A recording that cannot be used; `reason` is one or two words, for counting skipped recordings."""
 
     def __init__(self, path: str | Path, reason: str, detail: str):
-        super().__init__(f"{path}: {detail}")
-        self.reason = reason
+        super().__init__(path, reason, detail)  # all, so that the error can be pickled
+        self.path, self.reason, self.detail = path, reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """A recording that was read through: its length in s and its format, such as FLAC, as soundfile names it."""
+
+    duration_s: float
+    format: str
 
 
 def load_audio(
@@ -32,46 +64,245 @@ def load_audio(
 ) -> Tensor:
     """Read a recording as a mono waveform, float32 [N] in [-1, 1], at `sample_rate` Hz.
 
-    Reads every format that soundfile supports (FLAC, WAV, Ogg Vorbis and Opus, MP3), averages the channels and
-    resamples where the rate differs. `start_s` and `duration_s` select a part of the recording.
-    Raises `AudioError` (reasons: missing, unreadable, empty, too long, non-finite, silent).
+    Reads every format that soundfile supports (FLAC, WAV, Ogg Vorbis and Opus, MP3), averages the channels (where they
+    cancel each other, takes the loudest one), resamples where the rate differs, and clips peaks up to `LOUDEST_PEAK`.
+    `start_s` and `duration_s` select a part of the recording.
+    Reads in blocks until the end, whatever the header says; so memory is that of the result.
+    Raises `AudioError`, and nothing else, for a file that cannot be used (reasons: missing, unreadable, empty, too
+    long, truncated, non-finite, out of range, sample rate, silent).
     """
-    if not Path(path).is_file():
-        raise AudioError(path, "missing", "no such audio file")
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
-            total_s = file.frames / rate
-            if max_duration_s is not None and duration_s is None and total_s > max_duration_s:
-                detail = f"{total_s:.1f} s long, at most {max_duration_s:g} s are allowed: split it or raise the limit"
-                raise AudioError(path, "too long", detail)
-            start = round(start_s * rate)
+
+    def decode(channel: int | None = None) -> tuple[np.ndarray, _Levels]:
+        levels = _Levels(path)
+        with _open(path, path) as file:
+            start = min(round(start_s * file.samplerate), file.frames)
             if start:
-                file.seek(min(start, file.frames))
-            samples = file.read(-1 if duration_s is None else round(duration_s * rate), "float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise AudioError(path, "unreadable", f"not a readable audio file ({error})") from error
-    waveform = torch.from_numpy(samples.mean(axis=1))
-    if waveform.numel() == 0:
+                file.seek(start)
+            frames = None if duration_s is None else round(duration_s * file.samplerate)
+            blocks = _mono(file, levels, frames, max_duration_s, channel)
+            samples = _resample(blocks, file.samplerate, sample_rate)
+            if duration_s is None:
+                _check_whole(file, levels, start)
+        return samples, levels
+
+    samples, levels = decode()
+    if levels.cancelled:
+        samples, _ = decode(levels.loudest)
+    if samples.size == 0:
         raise AudioError(path, "empty", "holds no samples")
-    if not torch.isfinite(waveform).all():
-        raise AudioError(path, "non-finite", "holds NaN or infinite samples: record or convert it again")
-    if duration_s is None and waveform.abs().max() < SILENCE_PEAK:
-        raise AudioError(path, "silent", "holds digital silence only")
-    return resample(waveform, rate, sample_rate) if rate != sample_rate else waveform
+    if duration_s is None and np.abs(samples).max() < SILENCE_PEAK:
+        raise AudioError(path, "silent", f"holds silence only at {sample_rate} Hz")
+    return torch.from_numpy(samples).clamp_(-1, 1)
+
+
+def inspect_audio(source: str | Path | bytes, name: str | Path | None = None) -> AudioInfo:
+    """Read a recording, or the content of its file, through with the checks of `load_audio`; errors say `name`."""
+    name = name or str(source)
+    levels = _Levels(name)
+    with _open(source, name) as file:
+        for _ in _mono(file, levels):
+            pass
+        _check_whole(file, levels)
+        return AudioInfo(levels.frames / file.samplerate, file.format)
+
+
+def audio_duration(path: str | Path) -> float:
+    """Seconds of a recording by its header, or counted where no header states them or they cannot be true.
+
+    Raises AudioError (reasons: missing, unreadable, truncated, sample rate).
+    """
+    with _open(path, path) as file:
+        frames = file.frames
+        if frames > os.stat(path).st_size * DENSEST:
+            frames = sum(len(block) for block in _blocks(file))
+        return frames / file.samplerate
+
+
+def open_recording(path: str | Path) -> io.FileIO:
+    """Open a file for its bytes. Raises AudioError (missing, unreadable), also for folders, pipes and devices."""
+    try:
+        stream = io.FileIO(path, opener=_open_at_once)
+    except PermissionError as error:
+        raise AudioError(path, "unreadable", f"cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:
+        kind = ", it is a folder" if isinstance(error, IsADirectoryError) else ""
+        raise AudioError(path, "missing", f"no such audio file{kind}") from error
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise AudioError(path, "missing", "no such audio file, it is a pipe or device")
+    return stream
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # without waiting for the writer of a pipe
+
+
+def resample(waveform: Tensor, rate: int, new_rate: int) -> Tensor:
+    """Change the sample rate of a waveform on the CPU, float32 [N] -> float32 [ceil(N * new_rate / rate)].
+
+    By the sinc interpolation of soxr (20 bits; pass band up to 0.91 of the lower Nyquist frequency), without delay, at
+    a cost that does not depend on common factors of the rates.
+    """
+    if rate == new_rate:
+        return waveform
+    return torch.from_numpy(_resample([waveform.detach().cpu().numpy()], rate, new_rate))
+
+
+class _Forward(soundfile.SoundFile):
+    """Reads forward only: soundfile seeks after every read of a seekable file, which fails at the end of some FLACs."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def _open(source: str | Path | bytes, name: str | Path) -> Iterator[_Forward]:
+    """The recording in a file or of its content; whatever goes wrong until it is closed becomes an AudioError."""
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else open_recording(source) as stream:
+            head, cut = stream.read(1024), _is_cut_ogg(stream)
+            stream.seek(0)
+            # by its descriptor, because soundfile takes the ending .raw, not the content, for the format
+            with _Forward(stream if isinstance(source, bytes) else stream.fileno(), closefd=False) as file:
+                if file.samplerate not in RATES:
+                    detail = f"states {file.samplerate} Hz, expected {RATES[0]} to {RATES[-1]} Hz: convert it again"
+                    raise AudioError(name, "sample rate", detail)
+                if cut or _missing_s(file, head) > HEADER_TOLERANCE_S:
+                    raise AudioError(name, "truncated", "ends before its last sample: fetch or convert it again")
+                yield file
+    except AudioError:
+        raise
+    except MemoryError as error:
+        raise AudioError(name, "too long", "needs more memory than there is: split it") from error
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError, RuntimeError) as error:
+        raise AudioError(name, "unreadable", f"not a readable audio file ({error})") from error
+
+
+def _is_cut_ogg(stream: io.FileIO | io.BytesIO) -> bool:
+    """Whether the last page of an Ogg file is incomplete, or not marked as the last one (RFC 3533, section 6)."""
+    stream.seek(0)
+    if stream.read(4) != b"OggS":
+        return False
+    stream.seek(max(0, stream.seek(0, os.SEEK_END) - OGG_PAGE))
+    _, capture, page = (stream.read() or b"").rpartition(b"OggS")
+    if not capture or len(page) < 23:
+        return True
+    head = 23 + page[22]
+    return not page[1] & 4 or len(page) < head + sum(page[23:head])
+
+
+def _missing_s(file: soundfile.SoundFile, head: bytes) -> float:
+    """Seconds that the container states and the file does not have; libsndfile takes what is there without a word."""
+    if count := SPHERE_COUNT.search(head):
+        return int(count[1]) / file.samplerate - file.frames / file.samplerate
+    sizes = [(int(stated), int(there)) for stated, there in CUT.findall(file.extra_info)]
+    shares = [stated / there - 1 for stated, there in sizes if there and stated % 2**32 < STREAMED]
+    return max(shares, default=0) * file.frames / file.samplerate
+
+
+def _blocks(file: soundfile.SoundFile, frames: int | None = None) -> Iterator[np.ndarray]:
+    """The next `frames` frames, all when None, float32 [n, C] at a time."""
+    left = math.inf if frames is None else frames
+    most = max(1, BLOCK // file.channels)
+    while left > 0 and len(block := file.read(int(min(most, left)), "float32", always_2d=True)):
+        left -= len(block)
+        yield block
+
+
+class _Levels:
+    """What was read of a recording: frames, range of the mono samples, energies of the channels and their average."""
+
+    def __init__(self, name: str | Path):
+        self.name = name
+        self.frames, self.lowest, self.highest = 0, math.inf, -math.inf
+        self.mono = 0.0
+        self.channels: np.ndarray | float = 0.0
+
+    def add(self, block: np.ndarray, mono: np.ndarray) -> None:
+        """Samples float32 [n, C] and their average [n]. Raises AudioError for values that no recording has."""
+        peak = max(block.max(), -block.min())
+        if not np.isfinite(peak):
+            raise AudioError(self.name, "non-finite", "holds NaN or infinite samples: record or convert it again")
+        if peak > LOUDEST_PEAK:
+            detail = (
+                f"has a peak of {peak:.4g} where floating-point samples lie in [-1, 1]: divide them by their full "
+                "scale, 32768 for 16-bit integers, and write it again"
+            )
+            raise AudioError(self.name, "out of range", detail)
+        self.frames += len(block)
+        self.lowest, self.highest = min(self.lowest, mono.min()), max(self.highest, mono.max())
+        if block.shape[1] > 1:
+            self.mono += np.square(mono, dtype=np.float64).sum()
+            self.channels = self.channels + np.square(block, dtype=np.float64).sum(0)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the channels' average is next to nothing while they hold something, as in opposite phases."""
+        return bool(self.mono < CANCELLED * np.mean(self.channels))
+
+    @property
+    def loudest(self) -> int:
+        return int(np.argmax(self.channels))
+
+
+def _mono(
+    file: soundfile.SoundFile,
+    levels: _Levels,
+    frames: int | None = None,
+    max_duration_s: float | None = None,
+    channel: int | None = None,
+) -> Iterator[np.ndarray]:
+    """The recording's blocks as float32 [n], the average of the channels or one of them; notes their levels."""
+    for block in _blocks(file, frames):
+        mono = block.mean(1) if channel is None else block[:, channel]
+        levels.add(block, mono)
+        if frames is None and max_duration_s is not None and levels.frames > max_duration_s * file.samplerate:
+            known = file.frames < UNKNOWN
+            total_s = max(levels.frames, file.frames if known else 0) / file.samplerate
+            detail = f"{total_s:.1f} s long, at most {max_duration_s:g} s are allowed: split it or raise the limit"
+            raise AudioError(levels.name, "too long", detail if known else f"more than {detail}")
+        yield mono
+
+
+def _check_whole(file: soundfile.SoundFile, levels: _Levels, start: int = 0) -> None:
+    """Raise AudioError if a recording, read to its end, is not what its header states, or is constant."""
+    rate, stated = file.samplerate, file.frames if file.frames < UNKNOWN else 0
+    found_s = (start + levels.frames) / rate
+    if stated / rate - found_s > HEADER_TOLERANCE_S:
+        detail = f"ends after {found_s:.2f} s of the {stated / rate:.2f} s in its header: fetch or convert it again"
+        raise AudioError(levels.name, "truncated", detail)
+    if levels.frames == 0:
+        raise AudioError(levels.name, "empty", "holds no samples")
+    if levels.highest - levels.lowest < 2 * SILENCE_PEAK and not levels.cancelled:
+        raise AudioError(levels.name, "silent", "holds one value only: nothing was recorded")
+
+
+def _resample(blocks: Iterable[np.ndarray], rate: int, new_rate: int) -> np.ndarray:
+    """Consecutive samples float32 [n] -> all of them at the new rate, float32 [ceil(N * new_rate / rate)]."""
+    if rate == new_rate:
+        return np.concatenate([np.empty(0, np.float32), *blocks])
+    stream = soxr.ResampleStream(rate, new_rate, 1, "float32")
+    samples, parts = 0, []
+    for block in blocks:
+        samples += len(block)
+        parts.append(stream.resample_chunk(np.ascontiguousarray(block, np.float32)))
+    parts.append(stream.resample_chunk(np.zeros(2 * rate // new_rate + 2, np.float32), last=True))  # the last sample
+    return np.concatenate(parts)[: -(-samples * new_rate // rate)]
 
 
 def save_audio(path: str | Path, waveform: Tensor, sample_rate: int = 16_000) -> None:
     """Write a waveform float [N] as 16-bit audio, atomically; the file extension selects the format."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        soundfile.write(part, waveform.detach().clamp(-1, 1).cpu().numpy(), sample_rate)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    samples, kind = waveform.detach().clamp(-1, 1).cpu().numpy(), audio_format(path)
+    with atomic_file(path) as part:
+        soundfile.write(os.fsencode(part), samples, sample_rate, format=kind)
+
+
+def audio_format(path: str | Path) -> str:
+    """The audio format of a file name, such as WAV. Raises InputError for one that cannot be written."""
+    kind, known = Path(path).suffix[1:].upper(), soundfile.available_formats()
+    if kind not in known:
+        raise InputError(f"{path}: expected the name of an audio file, ending in .wav, .flac or .ogg")
+    return kind
 
 
 def pad_waveforms(waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

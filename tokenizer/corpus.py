@@ -1,23 +1,40 @@
 """Reading speech corpora: a folder with a manifest, or in LibriSpeech's or RAVDESS's layout, as utterances."""
 
-import csv
 import json
+import logging
+import math
+import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import soundfile
 from torch import Tensor
 
-from tokenizer.audio import AudioError, load_audio
+from tokenizer.audio import DENSEST, RATES, AudioError, audio_duration, load_audio, open_recording
 from tokenizer.errors import InputError
 from tokenizer.ravdess import parse_ravdess
+from tokenizer.tables import (
+    TableError,
+    optional_name,
+    optional_text,
+    positive_seconds,
+    read_lines,
+    read_table,
+    refuse_repeats,
+    required_path,
+)
 
 READERS = 16  # threads that read the headers of audio files: on a network disk each read has to wait
+MOST_MISSING = 0.1  # share of the recordings of a split; one may always be missing
+DURATION_SLACK = 0.05  # share by which a recording may differ from its duration in the corpus, or a second
+PHONE_SLACK_S = 0.1  # by which the last phone may end after the recording: frames are rounded up
+TRANSCRIPT = ".trans.txt"
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -39,6 +56,9 @@ class Utterance:
     phones: tuple[tuple[str, float], ...] | None = None
 
 
+Row = tuple[str, Utterance]  # with its place, for messages
+
+
 def read_corpus(folder: str | Path, splits: Sequence[str] | None = None) -> list[Utterance]:
     """Utterances of a corpus folder in a fixed order, of the given splits only (all when None).
 
@@ -47,107 +67,242 @@ def read_corpus(folder: str | Path, splits: Sequence[str] | None = None) -> list
     manifest, the folder has LibriSpeech's layout,
     <split>/<speaker>/<chapter>/<speaker>-<chapter>-<n>.flac with <speaker>-<chapter>.trans.txt, or RAVDESS's, whose
     file names contain text and speaker (`parse_ravdess`), Actor_01/03-01-05-01-02-02-01.wav, all in split "train".
-    Raises CorpusError for a missing folder, an unreadable row, or splits that the corpus does not have.
+    Utterances whose recording is missing stay in the list, for whoever loads it to skip and count; without a manifest
+    they have the duration 0. Logs a line for each split.
+    Raises CorpusError for a missing folder, a bad row, ids that occur twice, splits that the corpus does
+    not have, and splits that lack more than one recording and more than `MOST_MISSING` of them, or all.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CorpusError(f"{folder}: no such corpus folder (recipes/import_speech.py makes one from a hub data set)")
-    manifests = [folder / name for name in ("manifest.jsonl", "manifest.csv") if (folder / name).is_file()]
-    utterances = _read_manifest(manifests[0]) if manifests else _read_librispeech(folder) or _read_ravdess(folder)
-    if not utterances:
+        problem = "is a file, no corpus folder" if folder.exists() else "no such corpus folder"
+        raise CorpusError(f"{folder}: {problem} (recipes/import_speech.py makes one from a hub data set)")
+    try:
+        rows = _read_manifest(manifest) if (manifest := _manifest(folder)) else _read_layout(folder)
+        found = sorted({utterance.split for _, utterance in rows})
+        if absent := [split for split in splits or () if split not in found]:
+            raise CorpusError(f"{folder} has no split {', '.join(absent)}; it has {', '.join(found)}")
+        places = [place for place, _ in rows]
+        refuse_repeats(places, [one.id for _, one in rows], "id", "give every utterance an id of its own")
+    except TableError as error:
+        raise CorpusError(str(error)) from error
+    utterances = [utterance for _, utterance in rows if splits is None or utterance.split in splits]
+    missing = _missing(utterances) if manifest else {one.path for one in utterances if not one.duration_s}
+    _report(manifest or folder, utterances, missing)
+    return utterances
+
+
+def is_corpus(folder: str | Path) -> bool:
+    """Whether `read_corpus` finds a manifest, or a first file of one of the layouts, in a folder."""
+    names = (name for _, names in _visible_files(str(folder)) for name in names)
+    return bool(_manifest(Path(folder))) or any(name.endswith(TRANSCRIPT) or _is_ravdess(name) for name in names)
+
+
+def _manifest(folder: Path) -> Path | None:
+    return next((folder / name for name in ("manifest.jsonl", "manifest.csv") if (folder / name).is_file()), None)
+
+
+def _read_manifest(manifest: Path) -> list[Row]:
+    folder, rows = str(manifest.parent), []
+    for place, row in read_table(manifest, COLUMNS):
+        path, phones = row["path"], row["phones"]
+        row["id"] = row["id"] or _readable(os.path.normpath(path))
+        row["path"] = os.path.join(folder, path)
+        if "\\" in path and not os.path.exists(row["path"]):  # written on Windows
+            row["path"] = os.path.join(folder, path.replace("\\", "/"))
+        row["split"] = row["split"] or "train"
+        if phones and phones[-1][1] > row["duration_s"] + PHONE_SLACK_S:
+            end, duration_s = phones[-1][1], row["duration_s"]
+            raise CorpusError(f"{place}: phones end at {end:g} s, expected at most the duration of {duration_s:g} s")
+        rows.append((place, Utterance(**row)))
+    if not rows:
+        raise CorpusError(f"{manifest} holds no utterances, expected a row for each recording")
+    return rows
+
+
+def _phones(cell: Any) -> tuple[tuple[str, float], ...] | None:
+    """(symbol, end in s) in time order. Raises ValueError for anything else."""
+    if cell is None or cell == "" or cell == []:
+        return None
+    expected = 'pairs of a symbol and its end in s, in time order, such as [["HH", 0.1], ["AY", 0.25]], in JSON lines'
+    try:
+        symbols, ends = zip(*cell, strict=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(expected) from error
+    if {*map(type, symbols)} != {str} or not {*map(type, ends)} <= {int, float} or not isinstance(cell, list):
+        raise ValueError(expected)
+    if not 0 <= ends[0] <= ends[-1] < math.inf or list(ends) != sorted(ends) or math.isnan(sum(ends)):
+        raise ValueError(expected)
+    return tuple(zip(symbols, ends, strict=True))
+
+
+COLUMNS = {
+    "id": optional_name,
+    "path": required_path,
+    "duration_s": positive_seconds,
+    "split": optional_name,
+    "text": optional_text,
+    "speaker": optional_name,
+    "phones": _phones,
+}
+
+
+def _read_layout(folder: Path) -> list[Row]:
+    """The utterances of a folder without a manifest."""
+    files = [*_visible_files(str(folder))]
+    chapters = [(place, name, names) for place, names in files for name in names if name.endswith(TRANSCRIPT)]
+    if chapters:
+        with ThreadPoolExecutor(READERS) as pool:
+            rows = [row for chapter in pool.map(lambda chapter: _read_chapter(*chapter), chapters) for row in chapter]
+        recordings = {os.path.join(place, name) for place, names in files for name in names if name.endswith(".flac")}
+        if more := recordings.difference(utterance.path for _, utterance in rows):
+            logger.info("%s: %s recordings have no transcript and are left out", folder, f"{len(more):,}")
+    else:
+        rows = _read_ravdess(folder, [os.path.join(place, name) for place, names in files for name in names])
+    if not rows:
         raise CorpusError(
             f"{folder} holds neither a manifest.jsonl or manifest.csv with utterances nor LibriSpeech's *.trans.txt "
             "files nor RAVDESS's 03-01-*.wav; recipes/import_speech.py makes a corpus folder from Parquet files"
+            + ("; songs of RAVDESS (03-02-*.wav) are not read" if _holds_songs(files) else "")
         )
-    if splits is None:
-        return utterances
-    found = sorted({utterance.split for utterance in utterances})
-    absent = [split for split in splits if split not in found]
-    if absent:
-        raise CorpusError(f"{folder} has no split {', '.join(absent)}; it has {', '.join(found)}")
-    return [utterance for utterance in utterances if utterance.split in splits]
+    return rows
 
 
-def _read_manifest(manifest: Path) -> list[Utterance]:
-    utterances: list[Utterance] = []
-    with manifest.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets may write a byte order mark first
-        rows = csv.DictReader(file) if manifest.suffix == ".csv" else map(json.loads, file)
-        try:
-            for row in rows:
-                utterances.append(_read_row(row, manifest.parent))
-        except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
-            expected = '{"path": "a.flac", "duration_s": 1.5, "text": "..."}'
-            if manifest.suffix == ".csv":
-                expected = "a row below path,duration_s,text such as a.flac,1.5,..."
-            message = f"{manifest}, row {len(utterances) + 1}: expected {expected} ({error!r})"
-            raise CorpusError(message) from error
-    return utterances
+def _visible_files(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, list[str]]]:
+    """This folder and those below, each with the names of its files, in alphabetical order.
+
+    Hidden ones, such as macOS's ._*, are left out. Symbolic links are followed, but not in circles.
+    """
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    with os.scandir(folder) as found:
+        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    yield folder, [entry.name for entry in entries if entry.is_file()]
+    for entry in entries:
+        if entry.is_dir():
+            yield from _visible_files(entry.path, above | {here})
 
 
-def _read_row(row: dict[str, Any], folder: Path) -> Utterance:
-    return Utterance(
-        id=str(row.get("id") or row["path"]),
-        path=str(folder / row["path"]),
-        duration_s=float(row["duration_s"]),
-        split=row.get("split") or "train",
-        text=row.get("text") or None,  # an empty cell
-        speaker=row.get("speaker") or None,
-        phones=tuple((phone, end) for phone, end in row["phones"]) if row.get("phones") else None,
-    )
+def _read_chapter(folder: str, transcript: str, names: list[str]) -> list[Row]:
+    above = Path(os.path.abspath(folder)).parent
+    split, speaker = _readable(above.parent.name), _readable(above.name)
+    rows, there = [], set(names)
+    for number, line in enumerate(read_lines(os.path.join(folder, transcript)), 1):
+        name, _, text = line.strip().partition(" ")
+        if not name:
+            continue
+        file = os.path.join(folder, f"{name}.flac")
+        duration_s = _duration_or_zero(file, _flac_duration) if f"{name}.flac" in there else 0.0
+        place = f"{os.path.join(folder, transcript)}, line {number}"
+        rows.append((place, Utterance(name, file, duration_s, split, text.strip() or None, speaker)))
+    return rows
 
 
-def _read_librispeech(folder: Path) -> list[Utterance]:
+def _read_ravdess(folder: Path, files: list[str]) -> list[Row]:
+    first: dict[str, str] = {}  # by name: the published archive is often unpacked at two levels
+    for file in files:
+        name = os.path.basename(file)
+        if _is_ravdess(name) and os.path.getsize(file) != os.path.getsize(first.setdefault(name, file)):
+            raise CorpusError(f"{file} and {first[name]} have one name and other sizes: keep the one that is whole")
+    copies = sum(map(_is_ravdess, map(os.path.basename, files))) - len(first)
+    if copies:
+        logger.info("%s: %s recordings are there twice and read once", folder, f"{copies:,}")
     with ThreadPoolExecutor(READERS) as pool:
-        chapters = pool.map(_read_chapter, sorted(folder.rglob("*.trans.txt")))
-        return [utterance for chapter in chapters for utterance in chapter]
+        durations = pool.map(lambda file: _duration_or_zero(file, _wav_duration), first.values())
+        return [_ravdess_row(file, duration_s) for file, duration_s in zip(first.values(), durations, strict=True)]
 
 
-def _read_chapter(transcript: Path) -> list[Utterance]:
-    utterances = []
-    speaker, split = transcript.parents[1].name, transcript.parents[2].name
-    for line in transcript.read_text(encoding="utf-8").splitlines():
-        name, _, text = line.partition(" ")
-        path = transcript.parent / f"{name}.flac"
+def _ravdess_row(file: str, duration_s: float) -> Row:
+    stem = Path(file).stem
+    labels = parse_ravdess(stem)
+    assert labels is not None, file
+    return file, Utterance(_readable(stem), file, duration_s, "train", labels.text, f"actor{labels.actor:02}")
+
+
+def _is_ravdess(name: str) -> bool:
+    return name.startswith("03-01-") and name.endswith(".wav") and parse_ravdess(name[:-4]) is not None
+
+
+def _holds_songs(files: Iterable[tuple[str, list[str]]]) -> bool:
+    return any(name.startswith("03-02-") for _, names in files for name in names)
+
+
+def _readable(name: str) -> str:
+    """A name that UTF-8 can write, whatever the bytes of the file's name are."""
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _duration_or_zero(file: str, duration: Callable[[Path], float]) -> float:
+    """0 for a recording that cannot be read: whoever loads it finds out why, skips and counts it."""
+    try:
+        return duration(Path(file))
+    except (OSError, InputError):
+        return 0.0
+
+
+def _report(source: Path, utterances: Sequence[Utterance], missing: set[str]) -> None:
+    """Log a line for each split. Raises CorpusError where too many recordings, given by their paths, are missing."""
+    if listed_twice := len(utterances) - len({os.path.normpath(one.path) for one in utterances}):
+        logger.info("%s: %s rows name a recording that another row names, too", source, f"{listed_twice:,}")
+    splits: dict[str, list[Utterance]] = {}
+    for utterance in utterances:
+        splits.setdefault(utterance.split, []).append(utterance)
+    for split, members in splits.items():
+        gone = [one for one in members if one.path in missing]
+        if len(gone) == len(members) or len(gone) > max(1, MOST_MISSING * len(members)):
+            raise CorpusError(
+                f"{source}: {len(gone)} of {len(members)} recordings of split {split} are missing or unreadable, the "
+                f"first is {gone[0].path}, expected one or {MOST_MISSING:.0%} at most: fetch them again or leave them "
+                "out of the corpus"
+            )
+        hours = sum(one.duration_s for one in members) / 3600
+        speakers, texts = len({one.speaker for one in members} - {None}), sum(one.text is not None for one in members)
+        counts = f"{len(members):,} utterances, {hours:.2f} h, {speakers:,} speakers, {texts:,} with text"
+        logger.info("%s, %s: %s%s", source, split, counts, f"; {len(gone):,} recordings missing" if gone else "")
+
+
+def _missing(utterances: Sequence[Utterance]) -> set[str]:
+    """The paths of recordings that are not there.
+
+    Folders are listed, which on a network disk is much faster than to ask for every file.
+    """
+    folders: dict[str, list[str]] = {}
+    for utterance in utterances:
+        folders.setdefault(os.path.dirname(utterance.path), []).append(os.path.basename(utterance.path))
+
+    def absent(folder: str) -> list[str]:
         try:
-            duration_s = _flac_duration(path)
-        except FileNotFoundError as error:
-            raise CorpusError(f"{transcript} names {path.name}, which is not in the same folder") from error
-        except soundfile.LibsndfileError as error:
-            raise CorpusError(f"{path}: not a readable FLAC file ({error}): fetch it again") from error
-        utterances.append(Utterance(name, str(path), duration_s, split, text, speaker))
-    return utterances
+            there = set(os.listdir(folder))
+        except (OSError, ValueError):
+            there = set()
+        paths = [os.path.join(folder, name) for name in folders[folder] if name not in there]
+        return [path for path in paths if not os.path.isfile(path)]  # asked for again, where case does not matter
 
-
-def _read_ravdess(folder: Path) -> list[Utterance]:
-    files = [(path, name) for path in sorted(folder.rglob("03-01-*.wav")) if (name := parse_ravdess(path.stem))]
     with ThreadPoolExecutor(READERS) as pool:
-        durations = pool.map(_wav_duration, [path for path, _ in files])
-        return [
-            Utterance(path.stem, str(path), duration_s, "train", name.text, f"actor{name.actor:02}")
-            for (path, name), duration_s in zip(files, durations, strict=True)
-        ]
+        return {path for paths in pool.map(absent, folders) for path in paths}
 
 
 def _wav_duration(path: Path) -> float:
     try:
-        return float(soundfile.info(str(path)).duration)
-    except soundfile.LibsndfileError as error:
-        raise CorpusError(f"{path}: not a readable WAV file ({error}): fetch it again") from error
+        return audio_duration(path)
+    except AudioError as error:
+        raise CorpusError(f"{error}: fetch it again") from error
 
 
 def _flac_duration(path: Path) -> float:
     """Duration in s from the STREAMINFO block of a FLAC file (RFC 9639, 8.2), much faster than with libsndfile.
 
-    Falls back to libsndfile if the file starts with a tag or does not state the number of samples.
+    Falls back to `audio_duration`, if the file starts with a tag, or if it does not state the number of samples or
+    states one that cannot be true. Raises AudioError as `audio_duration` does.
     """
-    with path.open("rb", buffering=0) as file:
-        head = file.read(26)
+    with open_recording(path) as file:
+        head, size = file.read(26), os.fstat(file.fileno()).st_size
     fields = int.from_bytes(head[18:], "big")  # 20 bits sample rate, 8 bits format, 36 bits number of samples
     rate, samples = fields >> 44, fields & (1 << 36) - 1
-    if head[:5] == b"fLaC\0" and len(head) == 26 and rate and samples:
+    if head[:5] == b"fLaC\0" and len(head) == 26 and rate in RATES and 0 < samples <= size * DENSEST:
         return samples / rate
-    info = soundfile.info(str(path))
-    return info.frames / info.samplerate
+    return audio_duration(path)
 
 
 def frame_phones(utterance: Utterance, frames: int, frame_rate: float = 50.0) -> list[str]:
@@ -165,13 +320,38 @@ def spread(items: Sequence[T], most: int | None) -> list[T]:
     return [items[i * len(items) // most] for i in range(most)]
 
 
+def load_utterance(utterance: Utterance, sample_rate: int = 16_000, max_duration_s: float | None = None) -> Tensor:
+    """`load_audio` of a whole utterance. Raises AudioError also as `recorded_s` does."""
+    waveform = load_audio(utterance.path, sample_rate, max_duration_s=max_duration_s)
+    _require_duration(utterance, len(waveform) / sample_rate)
+    return waveform
+
+
+def recorded_s(utterance: Utterance) -> float:
+    """Duration in s of the recording itself, by the header of its file; 0 if that cannot be read.
+
+    Raises AudioError (reason: duration) where the corpus states another one, by more than a second and more than
+    `DURATION_SLACK`: then it is not the recording that the corpus speaks of.
+    """
+    found_s = _duration_or_zero(utterance.path, _wav_duration)
+    _require_duration(utterance, found_s)
+    return found_s
+
+
+def _require_duration(utterance: Utterance, found_s: float) -> None:
+    stated_s = utterance.duration_s
+    if stated_s and found_s and abs(found_s - stated_s) > max(1.0, DURATION_SLACK * found_s):
+        detail = f"{found_s:.2f} s long, but the corpus states {stated_s:.2f} s: correct its duration_s"
+        raise AudioError(utterance.path, "duration", detail)
+
+
 def load_usable(
     utterances: Iterable[Utterance], sample_rate: int = 16_000, skipped: str | Path | None = None
 ) -> Iterator[tuple[Utterance, Tensor]]:
     """Utterances with their waveforms float [N]; recordings that cannot be used are skipped with a warning."""
     for utterance in utterances:
         try:
-            waveform = load_audio(utterance.path, sample_rate)
+            waveform = load_utterance(utterance, sample_rate)
         except AudioError as error:
             record_skip(utterance, error, skipped)
         else:

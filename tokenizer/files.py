@@ -3,10 +3,17 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from tokenizer.locks import OutputError, is_running, locked
+from tokenizer.reading import read_json_object
+from tokenizer.tables import TableError, json_rows, read_text
+
+PART = re.compile(r"\..+\.(\d+)\.part")  # what a process is writing: .NAME.PROCESS.part
 
 
 @contextlib.contextmanager
@@ -14,7 +21,7 @@ def atomic_file(file: str | Path) -> Iterator[Path]:
     """A temporary path that replaces `file` when the block ends without an error; safe for concurrent processes."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    part = _part(file)
     try:
         yield part
         os.replace(part, file)
@@ -25,39 +32,86 @@ def atomic_file(file: str | Path) -> Iterator[Path]:
 def write_text(file: str | Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_file(file) as part:
-        part.write_text(text, encoding="utf-8")
+        # names that are not UTF-8 are spelt as JSON reads them back
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, which knows neither NaN nor infinities: they become null."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+        return json.dumps(finite, indent=indent, ensure_ascii=False)
 
 
 def write_json(file: str | Path, value: Any) -> None:
     """Write indented JSON atomically."""
-    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(file, json_text(value, indent=2) + "\n")
 
 
 def write_jsonl(file: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line, atomically."""
-    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(file, "".join(json_text(row) + "\n" for row in rows))
 
 
 def read_json(file: str | Path) -> dict[str, Any]:
-    """The object in a JSON file, or an empty one if there is no such file."""
-    return json.loads(Path(file).read_text(encoding="utf-8")) if Path(file).exists() else {}
+    """The object in a JSON file, or an empty one if there is no such file. Raises InputError for anything else."""
+    return read_json_object(file, "an object in JSON") if Path(file).exists() else {}
 
 
 def read_jsonl(file: str | Path) -> list[dict[str, Any]]:
-    """The objects in a file with one JSON object per line, or none if there is no such file."""
+    """The objects in a file with one JSON object per line, or none if there is no such file.
+
+    A last line without its end, which a killed process may leave, is left out unless it is whole. Raises TableError,
+    which names the row, for any other that is no JSON object.
+    """
     if not Path(file).exists():
         return []
-    with open(file, encoding="utf-8") as lines:  # not splitlines, which also splits at characters a text may contain
-        return [json.loads(line) for line in lines]
+    whole, _, last = read_text(file).rpartition("\n")
+    rows = [cells for _, cells in json_rows(str(file), whole)]
+    with contextlib.suppress(TableError):
+        rows += [cells for _, cells in json_rows(str(file), last)]
+    return rows
 
 
 @contextlib.contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that replaces `folder` when the block ends without an error."""
+    """A temporary folder that replaces `folder` when the block ends without an error.
+
+    Raises OutputError if `folder` exists and is not empty, unless it is in a folder that this process has claimed.
+    """
     folder = Path(folder)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    part, before = _part(folder), _part(folder.with_name(f"{folder.name}.before"))
+    if not is_free(folder) and not locked(folder.parent):
+        raise OutputError(f"{folder} already exists: choose another folder or delete it")
     part.mkdir(parents=True)
-    yield part
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    try:
+        yield part
+        if folder.exists() and locked(folder.parent):
+            os.replace(folder, before)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def is_free(folder: Path) -> bool:
+    """Whether there is nothing, or an empty folder."""
+    return not any(folder.iterdir()) if folder.is_dir() else not folder.exists()
+
+
+def is_part(name: str) -> bool:
+    """Whether a name is one of those under which `atomic_file` and `atomic_folder` write."""
+    return PART.fullmatch(name) is not None
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what processes that have ended left half written in a folder and its subfolders."""
+    for path in (*folder.glob(".*.part"), *folder.glob("*/.*.part")):
+        if (found := PART.fullmatch(path.name)) and not is_running(int(found[1])):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")

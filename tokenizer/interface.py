@@ -8,6 +8,8 @@ from typing import Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from tokenizer.errors import InputError
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -32,6 +34,25 @@ class Codes:
     def first(self, layers: int) -> "Codes":
         """The codes of the first `layers` codebooks only."""
         return Codes(self.ids[:, :layers], self.lengths, self.samples)
+
+    def require(self, num_codebooks: int, codebook_size: int) -> None:
+        """Raise InputError unless a codec with so many codebooks can have made these codes."""
+        if self.ids.ndim != 3 or self.ids.is_floating_point() or not 1 <= self.ids.shape[1] <= num_codebooks:
+            raise InputError(
+                f"expected codes long [B, 1..{num_codebooks}, T], got {self.ids.dtype} {list(self.ids.shape)}"
+            )
+        if self.ids.numel() and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < codebook_size:
+            raise InputError(
+                f"codes must be 0..{codebook_size - 1}, got {int(self.ids.min())}..{int(self.ids.max())}: "
+                "they are another codec's, or damaged"
+            )
+        if (
+            len(self.lengths) != len(self)
+            or not 0 <= int(self.lengths.min()) <= int(self.lengths.max()) <= self.ids.shape[2]
+        ):
+            raise InputError(f"the lengths {self.lengths.tolist()} are not those of codes {list(self.ids.shape)}")
+        if self.samples is not None and (len(self.samples) != len(self) or int(self.samples.min()) < 0):
+            raise InputError(f"expected the numbers of samples of {len(self)} utterances, got {self.samples.tolist()}")
 
     @staticmethod
     def from_utterances(utterances: Sequence[Tensor], samples: Tensor | None = None) -> "Codes":

@@ -1,10 +1,11 @@
 """Loading any audio tokenizer by its name; the files of a folder or hub model determine its kind."""
 
-import runpy
+import os
 from pathlib import Path
 
 from tokenizer.codec.converters import convert_speechtokenizer
 from tokenizer.codec.speech_codec import SpeechCodec
+from tokenizer.custom import TokenizerError, load_class
 from tokenizer.errors import InputError
 from tokenizer.interface import AudioTokenizer, Codec, DiscreteTokenizer
 from tokenizer.pretrained import SETTINGS_FILE, check_folder, read_pretrained_json
@@ -21,10 +22,6 @@ SPELLINGS = (
 )
 
 
-class TokenizerError(InputError):
-    """A name that is no audio tokenizer; the message says what was found and which names are accepted."""
-
-
 def load_tokenizer(name: str | Path) -> AudioTokenizer:
     """Load an audio tokenizer of any kind, in eval mode, from a folder or a hub name.
 
@@ -34,19 +31,19 @@ def load_tokenizer(name: str | Path) -> AudioTokenizer:
     FILE.py:CLASS                       your own, an instance of the class made without arguments
     Raises FileNotFoundError for a missing folder, TokenizerError for a folder or model of another kind.
     """
-    name = str(name)
-    if ".py:" in name:
-        return _from_file(*name.rsplit(":", 1))
+    name = os.path.expanduser(name)
     prefix, colon, rest = name.partition(":")
+    found = os.path.exists(name)  # then it is no other spelling, whatever it looks like
+    if ".py:" in name and not found and prefix not in ("features", "recognizer"):
+        return _from_file(*name.rsplit(":", 1))
     try:
-        if not colon:
+        if found or not colon:
             return _by_files(name)
         if prefix == "features":
-            folder, _, layer = rest.partition("#")
-            return FeatureEncoder.from_pretrained(folder, _layer(layer))
+            return FeatureEncoder.from_pretrained(*_folder_and_layer(os.path.expanduser(rest)))
         if prefix == "recognizer":
             return Recognizer.from_pretrained(rest)
-        raise InputError(f"unknown kind {prefix!r}; {SPELLINGS}")
+        raise ValueError(f"no such folder, and an unknown kind {prefix!r}; {SPELLINGS}")
     except ValueError as error:
         raise TokenizerError(f"{name}: {error}") from error
 
@@ -70,36 +67,31 @@ def load_discrete(name: str | Path) -> DiscreteTokenizer:
 def _from_file(file: str, name: str) -> AudioTokenizer:
     if not Path(file).is_file():
         raise FileNotFoundError(f"{file}: no such file; {SPELLINGS}")
-    module = runpy.run_path(file)
-    if name not in module:
-        raise TokenizerError(f"{file} has no class {name}")
-    audio_tokenizer = module[name]()
-    if not isinstance(audio_tokenizer, AudioTokenizer):
-        missing = sorted(member for member in _members(AudioTokenizer) if not hasattr(audio_tokenizer, member))
-        raise TokenizerError(f"{name} of {file} is no audio tokenizer yet, it lacks {', '.join(missing)}")
-    return audio_tokenizer
+    return load_class(file, name)
 
 
-def _members(protocol: type) -> set[str]:
-    return {member for member in vars(protocol) if not member.startswith("_")}
-
-
-def _layer(text: str) -> int | str | None:
-    if text in ("", "avg"):
-        return text or None
+def _folder_and_layer(name: str) -> tuple[str, int | str | None]:
+    """FOLDER_OR_HUB_NAME#LAYER; the folder may have a # of its own."""
+    folder, mark, layer = name.rpartition("#")
+    if not mark or os.path.exists(name):
+        return name, None
+    if layer in ("", "avg"):
+        return folder, layer or None
     try:
-        return int(text)
+        return folder, int(layer)
     except ValueError:
-        raise InputError(f"expected a number or avg after #, got {text!r}") from None
+        raise ValueError(f"expected a number or avg after #, got {layer!r}") from None
 
 
 def _by_files(name: str) -> AudioTokenizer:
-    check_folder(name, [], "an audio tokenizer")
+    name = check_folder(name, [], "an audio tokenizer")
     settings = read_pretrained_json(name, SETTINGS_FILE)
     match settings.get("kind"):
         case "units":
             return UnitTokenizer.from_pretrained(name)
         case "features":
+            if "layer" not in settings:
+                raise ValueError(f"its {SETTINGS_FILE} names no layer: expected what `save_pretrained` wrote")
             return FeatureEncoder.from_pretrained(name, settings["layer"])
         case "recognizer":
             return Recognizer.from_pretrained(name)

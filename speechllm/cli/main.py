@@ -1,15 +1,17 @@
 """The `speechllm` command: run recipes, transcribe, encode and decode speech, look into a codec, score transcripts."""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # no torch among these: every command imports what it needs itself, so that help and mistakes need not wait
 from speechllm.cli.codec import (
+    WHOLE_S,
     convert_file,
     count_codebooks,
     decode_file,
@@ -18,18 +20,30 @@ from speechllm.cli.codec import (
     reconstruct_files,
     usable,
 )
-from speechllm.runs.config import shipped
+from speechllm.cli.scores import FORMATS, compare_files, score_files
+from speechllm.runs.config import shipped, spell_unprintable
 from speechllm.runs.launch import find_recipe, recipe_command, recipe_environment
+from tokenizer.settings import Count, Positive, argument
+
+if TYPE_CHECKING:
+    from torch import Tensor
 from speechllm.runs.signals import interruptible, say_interrupted
 
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
 BASE = "another place of the language model under an adapter than the recorded one"
-CHUNK = 256  # recordings in memory at a time
+ONE_LINE = dict.fromkeys(map(ord, "\t\r\n"), " ")  # a text must not look like a further line or column
+COUNT, SECONDS = argument(Count), argument(Positive)
+CHUNK = 256  # recordings transcribed at a time
+WHOLE = "longer recordings are skipped or refused (default 180)"
+CHUNKED = "longer recordings are skipped; by default those of over 180 s, where a codec cannot work in chunks"
+NEW = "an existing one is not overwritten"
+OWN = "new, empty, or of an earlier call of this command, whose files are replaced"
 NORMALIZERS = "librispeech (default), whisper_english or none"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when all went well, 1 after an error (one line on stderr)."""
+    spell_unprintable()
     arguments = _parser().parse_args(argv)
     try:
         with interruptible():
@@ -59,27 +73,28 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("words", nargs=argparse.REMAINDER, help="what the recipe takes, its --help among it")
     command.set_defaults(run=_run)
 
-    command = commands.add_parser("transcribe", help="recordings to text, one line each")
+    command = commands.add_parser("transcribe", help="recordings to text, one line each: the file, a tab, the text")
     command.add_argument("files", nargs="+", help="audio files")
     command.add_argument("--model", required=True, help="folder that recipes/train_asr.py wrote")
     command.add_argument("--codec", help="another place of the codec than the model's subfolder `codec`")
     command.add_argument("--base", help=BASE)
-    command.add_argument("--batch-size", type=int, default=16, help="answers written at a time; a beam counts as one")
-    command.add_argument("--beams", type=int, default=1, help="1, the default, is greedy")
+    command.add_argument("--batch-size", type=COUNT, default=16, help="answers written at a time; a beam counts as one")
+    command.add_argument("--beams", type=COUNT, default=1, help="1, the default, is greedy")
     longest = "seconds; longer recordings are skipped, as encode_speech leaves them out of training (default 60)"
-    command.add_argument("--max-duration", type=float, default=60.0, help=longest)
+    command.add_argument("--max-duration", type=SECONDS, default=60.0, help=longest)
     command.set_defaults(run=_transcribe)
 
     command = commands.add_parser("encode", help="recordings to codes, one JSON line each")
     command.add_argument("files", nargs="+", help="audio files")
     command.add_argument("--codec", required=True, help="folder or hub name of a speech codec")
-    command.add_argument("--layers", type=int, help="codebooks, all by default")
+    command.add_argument("--layers", type=COUNT, help="codebooks, all by default")
+    command.add_argument("--max-duration", type=SECONDS, metavar="SECONDS", help=CHUNKED)
     command.set_defaults(run=encode_files)
 
     command = commands.add_parser("decode", help="codes (JSON lines of `speechllm encode`) to WAV files")
     command.add_argument("codes", help="file of JSON lines, or - for standard input")
     command.add_argument("--codec", required=True, help="the codec that made the codes")
-    command.add_argument("--output", required=True, help="folder for the WAV files")
+    command.add_argument("--output", required=True, help=f"folder for the WAV files; {OWN}")
     command.set_defaults(run=decode_file)
 
     command = commands.add_parser(
@@ -93,14 +108,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="1,2,4",
         help="numbers of codebooks to decode from; 1, 2, 4, ... and all of them by default",
     )
-    command.add_argument("--output", required=True, help="folder for NAME_<n>_codebooks.wav and NAME.png")
+    command.add_argument("--output", required=True, help=f"folder for NAME_<n>_codebooks.wav and NAME.png; {OWN}")
+    command.add_argument("--max-duration", type=SECONDS, default=WHOLE_S, metavar="SECONDS", help=WHOLE)
     command.set_defaults(run=reconstruct_files)
 
     command = commands.add_parser("convert", help="what one recording says in the voice of another, by swapping codes")
     command.add_argument("source", help="audio file that says what is to be said")
     command.add_argument("target", help="audio file of the voice to say it in")
     command.add_argument("--codec", required=True, help="folder or hub name of a speech codec")
-    command.add_argument("--output", required=True, help="audio file to write")
+    command.add_argument("--output", required=True, help=f"audio file to write; {NEW}")
     command.add_argument(
         "--layers",
         type=_numbers,
@@ -114,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         default="position",
         help="take them from the target's frame of the same number (default, the paper's), or of the nearest content",
     )
+    command.add_argument("--max-duration", type=SECONDS, default=WHOLE_S, metavar="SECONDS", help=WHOLE)
     command.set_defaults(run=convert_file)
 
     command = commands.add_parser("codebooks", help="how many codes of each codebook are in use")
@@ -121,34 +138,38 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--codec", required=True, help="folder or hub name of a speech codec")
     command.add_argument("--data", help="corpus folder: manifest.jsonl or LibriSpeech's layout")
     command.add_argument("--split", action="append", help="of the corpus, can be given several times; all by default")
-    command.add_argument("--output", help="also write the numbers and the count of every code to this JSON file")
-    command.add_argument("--picture", help="also draw the sorted use of the codes into this PNG, PDF or SVG file")
+    command.add_argument("--output", help=f"JSON file for the numbers and counts; {NEW}")
+    command.add_argument("--picture", help=f"PNG, PDF or SVG of the sorted use; {NEW}")
+    command.add_argument("--max-duration", type=SECONDS, metavar="SECONDS", help=CHUNKED)
     command.set_defaults(run=count_codebooks)
 
     command = commands.add_parser("import-codec", help="a published codec as one of this package")
     command.add_argument("source", help="folder (or hub name, for encodec) of the published codec")
-    command.add_argument("output", help="folder for the codec, as --codec of the other commands takes it")
+    command.add_argument("output", help="new or empty folder for the codec, which --codec takes")
     command.add_argument(
         "--kind", required=True, choices=("encodec", "speechtokenizer"), help="encodec: in the format of transformers"
     )
     command.set_defaults(run=import_codec)
 
-    command = commands.add_parser("wer", help="word error rate of two text files, one utterance a line")
-    command.add_argument("reference")
-    command.add_argument("hypothesis")
+    command = commands.add_parser(
+        "wer", help="word error rate of two text files, one utterance a line", description=FORMATS
+    )
+    command.add_argument("reference", help="text file of what was said")
+    command.add_argument("hypothesis", help="text file of what was recognised")
     command.add_argument("--normalizer", default="librispeech", help=NORMALIZERS)
     command.add_argument("--characters", action="store_true", help="also print the character error rate")
-    command.set_defaults(run=_wer)
+    command.set_defaults(run=score_files)
 
     command = commands.add_parser("compare", help="paired bootstrap between two predictions.jsonl of eval_asr")
     command.add_argument("a", metavar="A.jsonl")
     command.add_argument("b", metavar="B.jsonl", help="of the same utterances")
-    command.add_argument("--normalizer", default="librispeech", help=NORMALIZERS)
-    command.set_defaults(run=_compare)
+    results = "librispeech, whisper_english or none; by default the one in the results.json beside the files"
+    command.add_argument("--normalizer", help=results)
+    command.set_defaults(run=compare_files)
 
     command = commands.add_parser("export", help="a model as a folder for transformers, vLLM or llama.cpp's converter")
     command.add_argument("model", help="folder that recipes/train_asr.py wrote")
-    command.add_argument("output", help="new folder")
+    command.add_argument("output", help="new or empty folder")
     command.add_argument("--base", help=BASE)
     command.set_defaults(run=_export)
     return parser
@@ -157,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
 def _processes() -> argparse.ArgumentParser:
     """The option that may stand before and behind the recipe's name."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--processes", type=int, metavar="N", help="several that share the work, one on each GPU")
+    parser.add_argument("--processes", type=COUNT, metavar="N", help="several that share the work, one on each GPU")
     return parser
 
 
@@ -196,77 +217,35 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     assert speech_llm.codec is not None
     files, done = arguments.files, 0
     for start in range(0, len(files), CHUNK):  # print the texts before more is read
-        recordings = [*usable(files[start : start + CHUNK], speech_llm.codec.sample_rate, arguments.max_duration)]
-        waveforms = [waveform for _, waveform in recordings]
-        texts = transcribe(waveforms, speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True)
-        for (file, _), text in zip(recordings, texts, strict=True):
-            print(f"{file}\t{text}", flush=True)
-        done += len(recordings)
+        used: list[str] = []
+        recordings = usable(files[start : start + CHUNK], speech_llm.codec.sample_rate, arguments.max_duration)
+        texts = transcribe(
+            _waveforms(recordings, used), speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True
+        )
+        for file, text in zip(used, texts, strict=True):
+            print(f"{str(file).translate(ONE_LINE)}\t{text.translate(ONE_LINE)}", flush=True)
+        done += len(used)
     return int(done < len(files))
 
 
-def _wer(arguments: argparse.Namespace) -> int:
-    from speechllm import character_error_rate, word_error_rate
-
-    references, hypotheses = map(_lines, (arguments.reference, arguments.hypothesis))
-    print(word_error_rate(references, hypotheses, arguments.normalizer))
-    if arguments.characters:
-        print(f"CER {character_error_rate(references, hypotheses, arguments.normalizer):.2%}")
-    return 0
-
-
-def _lines(file: str) -> list[str]:
-    with open(file, encoding="utf-8") as lines:  # not splitlines, which also ends a line at what texts may hold
-        return [line.rstrip("\n") for line in lines]
-
-
-def _compare(arguments: argparse.Namespace) -> int:
-    """Print the word error rate of both files and how sure the difference, B minus A, is."""
-    from speechllm import DataError, paired_bootstrap, word_error_rate
-
-    a, b = _predictions(arguments.a), _predictions(arguments.b)
-    differing = {
-        f"are only in {arguments.a}": a.keys() - b.keys(),
-        f"are only in {arguments.b}": b.keys() - a.keys(),
-        "have another reference": {name for name in a.keys() & b.keys() if a[name][0] != b[name][0]},
-    }
-    found = [
-        f"{len(ids)} {what} ({', '.join(sorted(ids)[:3] + ['...'] * (len(ids) > 3))})"
-        for what, ids in differing.items()
-        if ids
-    ]
-    if found:
-        raise DataError(f"of the utterances {'; '.join(found)}: give predictions for the same splits of one corpus")
-    references = [reference for reference, _ in a.values()]
-    texts_a, texts_b = [text for _, text in a.values()], [b[name][1] for name in a]
-    print(f"A: {word_error_rate(references, texts_a, arguments.normalizer)}")
-    print(f"B: {word_error_rate(references, texts_b, arguments.normalizer)}")
-    print(f"B - A: {paired_bootstrap(references, texts_a, texts_b, arguments.normalizer)}")
-    return 0
+def _waveforms(recordings: Iterable[tuple[str, "Tensor"]], used: list[str]) -> Iterator["Tensor"]:
+    """The waveforms, of which so only one is in memory at a time; their files are added to `used`."""
+    for file, waveform in recordings:
+        used.append(file)
+        yield waveform
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from speechllm import export_model, load_speech_llm
+    from tokenizer.claims import new_folder
+    from tokenizer.pretrained import check_folder
 
-    codec_too = (Path(arguments.model) / "codec").is_dir()  # what it exports needs none
-    export_model(load_speech_llm(arguments.model, base=arguments.base, with_codec=codec_too), arguments.output)
+    model = Path(check_folder(arguments.model, [], "a speech language model"))
+    new_folder(arguments.output, model)  # before the model is loaded
+    codec_too = (model / "codec").is_dir()  # what it exports needs none
+    export_model(load_speech_llm(model, base=arguments.base, with_codec=codec_too), arguments.output)
     print(arguments.output)
     return 0
-
-
-def _predictions(file: str) -> dict[str, tuple[str, str]]:
-    """Reference and hypothesis by utterance, as eval_asr writes them."""
-    from speechllm import DataError
-
-    pairs = {}
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                pairs[row["id"]] = row["reference"], row["hypothesis"]
-            except (KeyError, TypeError, ValueError) as error:
-                raise DataError(f"{file}, line {number}: not a line of eval_asr's predictions ({error!r})") from error
-    return pairs
 
 
 def _numbers(text: str) -> list[int]:

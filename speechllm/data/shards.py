@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from torch import Tensor
 
 from speechllm.encoding import DataError, Encoding, Speech
-from speechllm.evaluation.normalizers import NORMALIZERS
-from tokenizer.audio import AudioError, load_audio
-from tokenizer.corpus import Utterance, skipped_row, spread
-from tokenizer.files import read_json, write_json
+from speechllm.evaluation.normalizers import find_normalizer
+from tokenizer.audio import AudioError
+from tokenizer.claims import claim_folder
+from tokenizer.corpus import Utterance, load_utterance, skipped_row, spread
+from tokenizer.files import atomic_file, read_json, write_json
 from tokenizer.interface import AudioTokenizer
+from tokenizer.reading import reading
 
+REQUEST = "request.json"  # what the shards of a folder are made of
 SHARD_SIZE = 500  # utterances per Parquet file
+
+logger = logging.getLogger(__name__)
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -49,26 +55,31 @@ def encode_shards(
     max_duration_s: float = 60.0,
     process: int = 0,
     processes: int = 1,
-    normalizer: str = "none",
 ) -> Iterator[int]:
     """Encode utterances into Parquet shards; yields each shard's number of utterances when it is done.
 
     Each process writes every `processes`-th shard; existing shards are kept, so that a killed run loses at most one
-    shard per process. Unusable recordings are skipped and recorded in the shard with the reason.
-    normalizer: of the texts, a name that `word_error_rate` knows.
-    Raises DataError if the folder holds codes made with other settings.
+    shard per process, but those are written again that are cut short or of whose recordings one has another content
+    now. Unusable recordings are skipped and recorded in the shard with the reason. Texts are stored as they are;
+    `transcribed` normalises them.
+    Raises OutputError for a folder that is not of encoded speech, is in use or cannot be written, and DataError if it
+    holds codes made with other settings.
     """
     folder = Path(folder)
     encoding = Encoding.of(codec, layers)
     ids = [utterance.id for utterance in utterances]
     if repeated := [name for name, count in Counter(ids).items() if count > 1]:
         raise DataError(f"utterance ids must be unique, but {repeated[0]} occurs more than once")
-    if normalizer not in NORMALIZERS:
-        raise DataError(f"unknown normalizer {normalizer!r}: choose one of {', '.join(NORMALIZERS)}")
-    settings = {**asdict(encoding), "max_duration_s": max_duration_s, "normalizer": normalizer}
+    settings = {**asdict(encoding), "max_duration_s": max_duration_s}
     settings |= {"utterances": len(utterances), "speech": identity(utterances)}
-    claim = folder / "request.json"
-    held = read_json(claim) or settings
+    if process == 0:
+        claim_codes(folder)
+    held = read_json(folder / REQUEST) or settings
+    if (former := held.get("normalizer", "none")) != "none":
+        raise DataError(
+            f"{folder} was begun by an earlier version, which stored texts normalised by {former}; now they are stored "
+            f"as they are: choose another folder or delete it. What it holds can be used with normalizer={former}"
+        )
     changed = [f"{name}: {held.get(name)} -> {settings[name]}" for name in settings if held.get(name) != settings[name]]
     if changed:
         raise DataError(
@@ -77,13 +88,29 @@ def encode_shards(
         )
     folder.mkdir(parents=True, exist_ok=True)
     if process == 0:
-        write_json(claim, settings)
+        write_json(folder / REQUEST, settings)
     for shard in range(process, -(-len(utterances) // SHARD_SIZE), processes):
         part = utterances[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
         file = folder / f"codes_{shard:05d}.parquet"
-        if not file.exists():
-            _write_shard(file, part, codec, encoding, max_duration_s, normalizer)
+        if not _is_current(file, part):
+            _write_shard(file, part, codec, encoding, max_duration_s)
         yield len(part)
+
+
+def claim_codes(folder: str | Path) -> None:
+    """Claim a folder for encoded speech, see `claim_folder`, which says what it raises."""
+
+    def own(place: Path) -> bool:  # of an earlier version, or another process of this one was faster
+        return (place / REQUEST).is_file() or any(map(_is_shard, place.glob("codes_*.parquet")))
+
+    claim_folder(folder, "encode_speech", own)
+
+
+def _is_shard(file: Path) -> bool:
+    try:
+        return b"encoding" in (pq.read_schema(file).metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def _write_shard(
@@ -92,14 +119,14 @@ def _write_shard(
     codec: AudioTokenizer,
     encoding: Encoding,
     max_duration_s: float,
-    normalizer: str,
 ) -> None:
     rows, skipped, seconds = [], [], 0.0
+    stamp = _stamp(utterances)  # before they are read: what is changed meanwhile is encoded again
     # processor time on a CPU, which does not depend on other programs; wall-clock time on a GPU
     clock = time.process_time if codec.device.type == "cpu" else time.perf_counter
     for utterance in utterances:
         try:
-            waveform = load_audio(utterance.path, codec.sample_rate, max_duration_s=max_duration_s)
+            waveform = load_utterance(utterance, codec.sample_rate, max_duration_s)
         except AudioError as error:
             skipped.append(skipped_row(utterance, error))
             continue
@@ -111,21 +138,69 @@ def _write_shard(
                 "id": utterance.id,
                 "split": utterance.split,
                 "speaker": utterance.speaker,
-                "text": utterance.text and NORMALIZERS[normalizer](utterance.text),
+                "text": utterance.text,
                 "duration_s": len(waveform) / codec.sample_rate,
                 SPEECH[encoding.kind].name: _stored(speech),
             }
         )
     metadata = {
         "encoding": json.dumps(asdict(encoding)),
-        "normalizer": normalizer,
         "skipped": json.dumps(skipped),
         "seconds": json.dumps(seconds),
+        "recordings": json.dumps({"stamp": stamp, "content": _content(utterances)}),
     }
     table = pa.Table.from_pylist(rows, SCHEMA.append(SPEECH[encoding.kind]).with_metadata(metadata))
-    part = file.with_suffix(".part")
-    pq.write_table(table, part, compression="zstd")
-    os.replace(part, file)
+    with atomic_file(file) as part:
+        pq.write_table(table, part, compression="zstd")
+
+
+def _is_current(file: Path, utterances: Sequence[Utterance]) -> bool:
+    """Whether a shard is there, whole, and of these recordings as they are now."""
+    if not file.exists():
+        return False
+    try:
+        noted = _notes(file).get(b"recordings")
+    except DataError as error:
+        logger.info("%s", error)
+        return False
+    if noted is None:  # written before recordings were noted
+        return True
+    held = json.loads(noted)
+    # a copied corpus has other modification times and the same content
+    current = held["stamp"] == _stamp(utterances) or held["content"] == _content(utterances)
+    if not current:
+        logger.info("%s: recordings have changed and are encoded again", file)
+    return current
+
+
+def _stamp(utterances: Sequence[Utterance]) -> str:
+    """Fingerprint of the sizes and modification times of recordings, which may be missing, and stated durations."""
+
+    def stamp(path: str) -> tuple[int, int] | None:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None
+        return status.st_size, status.st_mtime_ns
+
+    return _fingerprint((stamp(one.path), one.duration_s) for one in utterances)
+
+
+def _content(utterances: Sequence[Utterance]) -> str:
+    """Fingerprint of the bytes of recordings, which may be missing, and of their stated durations."""
+
+    def digest(path: str) -> str | None:
+        try:
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            return None
+
+    return _fingerprint((digest(one.path), one.duration_s) for one in utterances)
+
+
+def _fingerprint(parts: Iterable[object]) -> str:
+    return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]
 
 
 def _stored(speech: Speech) -> str | np.ndarray:
@@ -138,17 +213,19 @@ def _stored(speech: Speech) -> str | np.ndarray:
 
 def skipped_of_shards(folder: str | Path) -> list[dict[str, str]]:
     """The recordings that could not be encoded, one `skipped_row` each."""
-    notes = (pq.read_schema(file).metadata for file in _shards(folder))
+    notes = map(_notes, _shards(folder))
     return [row for note in notes for row in json.loads(note[b"skipped"])]
 
 
 def summarize_shards(folder: str | Path) -> dict[str, object]:
-    """Totals over all shards of a folder: utterances, hours, skipped recordings by reason, normaliser.
+    """Totals over all shards of a folder: utterances, hours, skipped recordings by reason.
+
+    normalizer: by which an earlier version normalised the texts that it stored; "none": they are as they were.
 
     real_time_factor: seconds of encoding per second of speech, in processor time or in time of one GPU.
     """
     files = _shards(folder)
-    notes = [pq.read_schema(file).metadata for file in files]
+    notes = [*map(_notes, files)]
     durations = [pq.read_table(file, columns=["duration_s"])["duration_s"].to_numpy() for file in files]
     speech_s = float(sum(part.sum() for part in durations))
     return {
@@ -157,7 +234,7 @@ def summarize_shards(folder: str | Path) -> dict[str, object]:
         "real_time_factor": sum(json.loads(note[b"seconds"]) for note in notes) / max(speech_s, 1e-9),
         "encoding": json.loads(notes[0][b"encoding"]),
         "skipped": dict(Counter(row["reason"] for row in skipped_of_shards(folder))),
-        "normalizer": ", ".join(sorted({note.get(b"normalizer", b"none").decode() for note in notes})),
+        "normalizer": ", ".join(_stored_normalizers(files)),
     }
 
 
@@ -168,26 +245,71 @@ def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple
     if shards are missing or come from several codecs, or if a named split does not exist.
     """
     files = _shards(folder)
-    if asked := read_json(Path(folder) / "request.json").get("utterances"):
+    encodings = {_notes(file)[b"encoding"] for file in files}
+    if asked := read_json(Path(folder) / REQUEST).get("utterances"):
         there = sum(pq.read_metadata(file).num_rows for file in files) + len(skipped_of_shards(folder))
         if there < asked:
             raise DataError(f"{folder} holds {there} of {asked} utterances: run encode_speech again to finish it")
-    encodings = {pq.read_schema(file).metadata[b"encoding"] for file in files}
     if len(encodings) > 1:
         raise DataError(f"{folder} mixes codes of {len(encodings)} codecs: encode into an empty folder")
-    table = pa.concat_tables([pq.read_table(file) for file in files]).replace_schema_metadata(None)
+    table = pa.concat_tables([*map(_read_shard, files)]).replace_schema_metadata(None)
     if splits is not None:
         found = table["split"].unique().to_pylist()
         if absent := [split for split in splits if split not in found]:
             raise DataError(f"{folder} has no split {', '.join(absent)}; it has {', '.join(found)}")
         table = table.filter(pa.compute.is_in(table["split"], pa.array(splits)))
-    return Dataset(table), Encoding(**json.loads(encodings.pop()))
+    with reading(files[0], "a shard of encoded speech", "encode the speech again", DataError):
+        encoding = Encoding(**json.loads(encodings.pop()))
+        _check_speech(table, encoding, folder)
+    return Dataset(table), encoding
 
 
-def transcribed(speech: Dataset, limit: int | None = None) -> Dataset:
-    """The utterances with a transcript, at most `limit` of them, evenly chosen; all when None."""
-    speech = speech.filter(bool, input_columns="text")
-    return speech.select(spread(range(len(speech)), limit))
+def _check_speech(table: pa.Table, encoding: Encoding, folder: str | Path) -> None:
+    """Raise DataError for codes beyond the codebooks, utterances cut within a frame, and columns that are missing."""
+    names = [*SCHEMA.names, (column := SPEECH[encoding.kind].name)]
+    if absent := [name for name in names if name not in table.column_names]:
+        raise DataError(f"{folder} lacks the columns {', '.join(absent)}: encode the speech again")
+    if encoding.kind == "text" or not len(table):
+        return
+    values, step = table[column], encoding.layers if encoding.kind == "codes" else encoding.width
+    if values.null_count:
+        raise DataError(f"{folder}: {values.null_count} utterances have no {column}: encode the speech again")
+    sizes = pa.compute.list_value_length(values).to_numpy()
+    if (cut := np.flatnonzero(sizes % step)).size:
+        raise DataError(
+            f"{folder}: utterance {table['id'][int(cut[0])]} has {sizes[cut[0]]} {column}, which is no multiple of "
+            f"{step}: encode the speech again"
+        )
+    if encoding.kind == "codes":
+        highest = max(pa.compute.max(part.flatten()).as_py() or 0 for part in values.chunks)
+        if highest >= encoding.codebook_size:
+            raise DataError(
+                f"{folder} holds the code {highest}, the codec's codebooks end at {encoding.codebook_size - 1}: "
+                "encode the speech again"
+            )
+
+
+def require_texts(folder: str | Path, normalizer: str) -> None:
+    """Raise DataError if the folder's texts were stored normalised, as earlier versions did, by another normaliser."""
+    if other := [name for name in _stored_normalizers(_shards(folder)) if name not in ("none", normalizer)]:
+        raise DataError(
+            f"{folder} holds texts that an earlier version normalised by {other[0]}, of which {normalizer} cannot be "
+            f"made: choose normalizer={other[0]}, or run encode_speech again into another folder"
+        )
+
+
+def _stored_normalizers(files: Sequence[Path]) -> list[str]:
+    """The normalisers of the stored texts, sorted."""
+    return sorted({pq.read_schema(file).metadata.get(b"normalizer", b"none").decode() for file in files})
+
+
+def transcribed(speech: Dataset, limit: int | None = None, normalizer: str = "none") -> Dataset:
+    """The utterances with words in their normalised text, at most `limit` of them, evenly chosen; all when None."""
+    normalize = find_normalizer(normalizer)
+    texts = [normalize(text or "") for text in speech["text"][:]]
+    kept = [place for place, text in enumerate(texts) if text.strip()]
+    speech = speech.remove_columns("text").add_column("text", texts, feature=Value("string"))
+    return speech.select(spread(kept, limit))
 
 
 def codes_of(row: dict[str, Any], encoding: Encoding) -> Tensor:
@@ -217,7 +339,25 @@ def _shards(folder: str | Path) -> list[Path]:
     return files
 
 
+def _notes(file: Path) -> dict[bytes, bytes]:
+    """What a shard says of itself. Raises DataError for a file that is no whole shard."""
+    try:
+        notes = pq.read_schema(file).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} is no whole Parquet file ({error}): run encode_speech again to replace it") from error
+    if b"encoding" not in notes:
+        raise DataError(f"{file} is no shard of encode_speech, it does not say how it was encoded: take it away")
+    return notes
+
+
+def _read_shard(file: Path) -> pa.Table:
+    """The rows of a shard. Raises DataError for one that is damaged."""
+    try:
+        return pq.read_table(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} is damaged ({error}): delete it and run encode_speech again") from error
+
+
 def identity(utterances: Sequence[Utterance]) -> str:
     """Short fingerprint of a list of utterances: their ids, splits, speakers and texts."""
-    rows = [[one.id, one.split, one.speaker, one.text] for one in utterances]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    return _fingerprint([one.id, one.split, one.speaker, one.text] for one in utterances)

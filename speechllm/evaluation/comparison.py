@@ -11,7 +11,9 @@ import numpy as np
 
 from speechllm.evaluation.error_rates import seeds_error_rate
 from speechllm.evaluation.guidance import guidance
-from speechllm.evaluation.tables import DASH, Measure, Result, Results, Table, cell, plain
+from speechllm.evaluation.scripts import primary_rate, spell
+from speechllm.evaluation.tables import DASH, Measure, Result, Results, Table, cell, plain, primary_measure
+from tokenizer.errors import InputError
 
 QUALITY = {  # measures of eval_codec: label and format
     "pesq_wb": ("PESQ-WB", ".3f"),
@@ -21,12 +23,15 @@ QUALITY = {  # measures of eval_codec: label and format
     "mel_distance": ("mel distance", ".3f"),
     "speaker_similarity": ("speaker similarity", ".3f"),
     "wer": ("WER", ".1%"),
+    "cer": ("CER", ".1%"),  # measured only where it steers
 }
+RATES = ("wer", "cer")
 CONVERSION = {  # those of eval_conversion
     "mcd": ("MCD (dB)", ".2f"),
     "f0_correlation": ("log-F0 correlation", ".3f"),
     "speaker_similarity": ("speaker similarity", ".3f"),
     "wer": ("WER", ".1%"),
+    "cer": ("CER", ".1%"),  # measured only where it steers
 }
 
 
@@ -44,12 +49,22 @@ def comparison_markdown(results: Results) -> str:
 def pool_recognition(results: Mapping[int, Result], predictions: Mapping[int, list[Result]]) -> dict[str, Any]:
     """Pooled evaluations of eval_asr, given by seed: "mean" and "ci95" of the WER (`seeds_error_rate`), WER by seed.
 
-    predictions: of the same utterances in the same order. Seeds without a result are ignored.
+    Also "cer_ci95", and "primary", the rate to go by. predictions: of the same utterances in the same order. Seeds
+    without a result are ignored. Raises InputError if the seeds were not scored on the same texts in the same way.
     """
     done = {seed: found for seed, found in results.items() if found}
     if not done:
         return {}
     rows = [predictions[seed] for seed in done]
+    scored = {seed: [(row.get("id"), row["reference"]) for row in predictions[seed]] for seed in done}
+    for what, by_seed in {
+        "the predictions are of other utterances": scored,
+        "another normaliser was used": {seed: found["normalizer"] for seed, found in done.items()},
+    }.items():
+        if other := [seed for seed in done if by_seed[seed] != by_seed[next(iter(done))]]:
+            raise InputError(
+                f"seed {other[0]} cannot be pooled with seed {next(iter(done))}: {what}; evaluate it again"
+            )
     references = [row["reference"] for row in rows[0]]
     hypotheses = [[row["hypothesis"] for row in one] for one in rows]
     first = next(iter(done.values()))
@@ -58,7 +73,20 @@ def pool_recognition(results: Mapping[int, Result], predictions: Mapping[int, li
         if all(rate in found for found in done.values()):
             kept[rate] = float(np.mean([found[rate] for found in done.values()]))
     seeds = {str(seed): found["wer"] for seed, found in done.items()}
-    return {**seeds_error_rate(references, hypotheses, first["normalizer"]), **kept, "seeds": seeds}
+    normalizer = first["normalizer"]
+    spelled = seeds_error_rate(spell(references, normalizer), [spell(one, normalizer) for one in hypotheses], "none")
+    kept |= {"cer_ci95": spelled["ci95"], "primary": primary_rate(references), "splits": _split_means(done)}
+    return {**seeds_error_rate(references, hypotheses, normalizer), **kept, "seeds": seeds}
+
+
+def _split_means(done: Mapping[int, Result]) -> dict[str, dict[str, float]]:
+    """By split, the mean WER and CER over the seeds; without the splits that have no words."""
+    first, *_ = done.values()
+    measured = [split for split, found in first.get("splits", {}).items() if found["words"]]
+    return {
+        split: {rate: float(np.mean([found["splits"][split][rate] for found in done.values()])) for rate in RATES}
+        for split in measured
+    }
 
 
 def pool_emotion(results: Mapping[int, Result]) -> dict[str, Any]:
@@ -155,15 +183,22 @@ def recognition_table(results: Results) -> Table:
         control = plain(found.get("wer_shuffled_audio"), ".1%")
         by_seed = ", ".join(f"{wer:.1%}" for wer in seeds) or DASH
         cer, words = plain(found.get("cer"), ".1%"), plain(found.get("words"))
+        if found.get("primary") == "cer":
+            cer = f"{cell(primary_measure(found), '.1%')}, the rate to go by"
+        splits = {
+            split: f"WER {one['wer']:.1%}, CER {one['cer']:.1%}" for split, one in found.get("splits", {}).items()
+        }
+        by_split = "; ".join(f"{split}: {rates}" for split, rates in splits.items()) if len(splits) > 1 else DASH
         alone = plain(found.get("wer_recognizer"), ".1%")
-        rows.append([name, *rates, cell(found, ".1%"), by_seed, spread, cer, control, alone, words])
+        rows.append([name, *rates, cell(found, ".1%"), by_seed, spread, cer, control, alone, words, by_split])
     head = ["system", "tokens/s", "kbps", "WER", "by seed", "standard deviation of seeds", "CER"]
     note = (
         "The WER of several seeds is their mean. Its 95 % interval comes from 1,000 bootstrap samples of seeds and "
         "test utterances; with few seeds it is too narrow, so the WER of each seed is given, too. Only codes have a "
-        "bitrate, features and texts have none."
+        "bitrate, features and texts have none. All but the last column pool the splits. CER leads where texts are "
+        "written without spaces between words."
     )
-    head = [*head, "WER with another utterance's audio", "WER of the recogniser alone", "words"]
+    head = [*head, "WER with another utterance's audio", "WER of the recogniser alone", "words", "by split"]
     return Table("Table 4: speech recognition", head, rows, note)
 
 

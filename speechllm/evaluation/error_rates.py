@@ -1,19 +1,27 @@
 """Error rates with counts, a confidence interval and the name of the normaliser."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jiwer
 import numpy as np
 
 from speechllm.evaluation.normalizers import find_normalizer
+from speechllm.evaluation.scripts import primary_rate, spell
+from tokenizer.errors import InputError, text_list
 
 BOOTSTRAP_SAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class WordErrorRate:
-    """wer: as a fraction; ci95: its 95 % bootstrap interval over utterances; counts; the normaliser's name."""
+    """wer: as a fraction; ci95: its 95 % bootstrap interval over utterances; counts; the normaliser's name.
+
+    empty_references: utterances in whose reference the normaliser leaves no words; what was recognised in them counts
+    as insertions.
+    """
 
     wer: float
     ci95: tuple[float, float]
@@ -23,12 +31,18 @@ class WordErrorRate:
     words: int
     utterances: int
     normalizer: str
+    empty_references: int = 0
 
     def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self, rate: str = "WER", unit: str = "words") -> str:
+        """All of it in one line; with CER and characters for what `character_errors` returns."""
+        empty = f", {self.empty_references} of them with a reference without words" if self.empty_references else ""
         return (
-            f"WER {self.wer:.2%} (95 % interval {self.ci95[0]:.2%} to {self.ci95[1]:.2%}; {self.substitutions} "
-            f"substitutions, {self.deletions} deletions, {self.insertions} insertions in {self.words} words of "
-            f"{self.utterances} utterances, normaliser {self.normalizer})"
+            f"{rate} {self.wer:.2%} (95 % interval {self.ci95[0]:.2%} to {self.ci95[1]:.2%}; {self.substitutions} "
+            f"substitutions, {self.deletions} deletions, {self.insertions} insertions in {self.words} {unit} of "
+            f"{self.utterances} utterances{empty}, normaliser {self.normalizer})"
         )
 
 
@@ -61,47 +75,87 @@ def word_error_rate(
     """Score hypotheses against references, one text per utterance each, in the same order.
 
     The interval resamples utterances with replacement (1,000 times, seeded) and scores each sample as a whole.
-    Raises ValueError for lists of different lengths, an unknown normaliser, or references without a single word.
+    Raises InputError for anything but lists of texts, lists of different lengths, an unknown normaliser, or references
+    without a single word.
     """
     counts = _error_counts(references, hypotheses, normalizer)
     substitutions, deletions, insertions, words = map(int, counts.sum(0))
-    low, high = np.quantile(_resampled_rates(counts[:, :3].sum(1), counts[:, 3], seed), [0.025, 0.975])
     return WordErrorRate(
         (substitutions + deletions + insertions) / words,
-        (float(low), float(high)),
+        _interval(_resampled_rates(counts[:, :3].sum(1), counts[:, 3], seed)),
         substitutions,
         deletions,
         insertions,
         words,
         len(counts),
         normalizer,
+        int((counts[:, 3] == 0).sum()),
     )
 
 
 def character_error_rate(
     references: Sequence[str], hypotheses: Sequence[str], normalizer: str = "librispeech"
 ) -> float:
-    """Errors per character of the references, including the spaces between words; otherwise as `word_error_rate`."""
-    normalize = find_normalizer(normalizer)
+    """Errors per character of the references; otherwise as `word_error_rate`.
 
-    def spell(text: str) -> str:
-        return " ".join("\u2423".join(normalize(text).split()))
+    The spaces between words count as characters, but not in scripts that are written without (`spell`).
+    """
+    return character_errors(references, hypotheses, normalizer).wer
 
-    return word_error_rate([*map(spell, references)], [*map(spell, hypotheses)], "none").wer
+
+def character_errors(
+    references: Sequence[str], hypotheses: Sequence[str], normalizer: str = "librispeech", seed: int = 0
+) -> WordErrorRate:
+    """`character_error_rate` with its interval and counts: the error rate whose words are characters."""
+    spelled = spell(references, normalizer, "references"), spell(hypotheses, normalizer, "hypotheses")
+    return replace(word_error_rate(*spelled, "none", seed), normalizer=normalizer)
 
 
 def speaker_error_rates(
     references: Sequence[str], hypotheses: Sequence[str], speakers: Sequence[str], normalizer: str = "librispeech"
 ) -> dict[str, dict[str, float | int | None]]:
-    """By speaker: wer (None without reference words), words, utterances. Raises ValueError as `word_error_rate`."""
+    """By speaker: wer (None without reference words), words, utterances. Raises InputError as `word_error_rate`."""
     counts = _error_counts(references, hypotheses, normalizer)
     rates: dict[str, dict[str, float | int | None]] = {}
-    for speaker in sorted(set(speakers)):
-        own = counts[[name == speaker for name in speakers]]
+    for speaker, chosen in _groups(speakers, "speakers", len(counts)).items():
+        own = counts[chosen]
         words = int(own[:, 3].sum())
         wer = int(own[:, :3].sum()) / words if words else None
         rates[speaker] = {"wer": wer, "words": words, "utterances": len(own)}
     return rates
+
+
+def split_error_rates(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    splits: Sequence[str],
+    normalizer: str = "librispeech",
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """By split: wer, cer, their intervals wer_ci95 and cer_ci95 (all None without reference words), words, utterances.
+
+    Raises InputError as `word_error_rate`.
+    """
+    spelled = spell(references, normalizer, "references"), spell(hypotheses, normalizer, "hypotheses")
+    words, characters = _error_counts(references, hypotheses, normalizer), _error_counts(*spelled, "none")
+    rates: dict[str, dict[str, Any]] = {}
+    for split, chosen in _groups(splits, "splits", len(words)).items():
+        rates[split] = {"words": int(words[chosen, 3].sum()), "utterances": len(chosen)}
+        for name, counts in {"wer": words[chosen], "cer": characters[chosen]}.items():
+            measured = rates[split]["words"] > 0
+            rates[split][name] = float(counts[:, :3].sum() / counts[:, 3].sum()) if measured else None
+            rates[split][f"{name}_ci95"] = (
+                _interval(_resampled_rates(counts[:, :3].sum(1), counts[:, 3], seed)) if measured else None
+            )
+    return rates
+
+
+def _groups(names: Sequence[str], what: str, count: int) -> dict[str, list[int]]:
+    """The places of every name, sorted by it. Raises InputError unless there are `count` names."""
+    names = text_list(names, what)
+    if len(names) != count:
+        raise InputError(f"{count} references but {len(names)} {what}: there must be one for each reference")
+    return {name: [i for i, other in enumerate(names) if other == name] for name in sorted(set(names))}
 
 
 def paired_bootstrap(
@@ -113,18 +167,17 @@ def paired_bootstrap(
 ) -> PairedBootstrap:
     """Whether b makes fewer errors than a on the same utterances beyond chance (Bisani & Ney 2004).
 
-    Both are scored on the same 1,000 samples of utterances. Raises ValueError as `word_error_rate` does.
+    Both are scored on the same 1,000 samples of utterances. Raises InputError as `word_error_rate` does.
     """
     counts_a, counts_b = (_error_counts(references, texts, normalizer) for texts in (hypotheses_a, hypotheses_b))
     more, words = (counts_b - counts_a)[:, :3].sum(1), counts_a[:, 3]
     differences = _resampled_rates(more, words, seed)
-    low, high = np.quantile(differences, [0.025, 0.975])
     rarer = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
     return PairedBootstrap(
         float(more.sum() / words.sum()),
-        (float(low), float(high)),
+        _interval(differences),
         float((differences < 0).mean()),
-        min(1.0, 2 * (rarer + 1) / (BOOTSTRAP_SAMPLES + 1)),  # never 0, which a finite number of samples cannot show
+        min(1.0, 2 * (rarer + 1) / (len(differences) + 1)),  # never 0, which a finite number of samples cannot show
         len(words),
         normalizer,
     )
@@ -137,66 +190,113 @@ def seeds_error_rate(
 
     hypotheses: one list of texts per training. Each of the 1,000 samples draws trainings and utterances with
     replacement; for one training this is the interval of `word_error_rate`, for few it is too narrow. Raises ValueError
-    as `word_error_rate` does.
+    as `word_error_rate` does, and for no training.
     """
+    if isinstance(hypotheses, str) or not hypotheses:
+        raise InputError("expected a list with one list of texts per training, got " + reprlib.repr(hypotheses))
     counts = np.stack([_error_counts(references, texts, normalizer) for texts in hypotheses])
     errors, words = counts[:, :, :3].sum(2), counts[0, :, 3]
     generator = np.random.default_rng(seed)
     utterances = generator.integers(0, len(words), (BOOTSTRAP_SAMPLES, len(words)))
     trainings = generator.integers(0, len(errors), (BOOTSTRAP_SAMPLES, len(errors)))
     rates = [
-        errors[chosen].mean(0)[drawn].sum() / max(words[drawn].sum(), 1)
+        errors[chosen].mean(0)[drawn].sum() / words[drawn].sum()
         for chosen, drawn in zip(trainings, utterances, strict=True)
+        if words[drawn].any()
     ]
-    return {"mean": float(errors.mean(0).sum() / words.sum()), "ci95": np.quantile(rates, [0.025, 0.975]).tolist()}
+    return {"mean": float(errors.mean(0).sum() / words.sum()), "ci95": [*_interval(np.array(rates))]}
 
 
 def mean_and_interval(values: Sequence[float], seed: int = 0) -> dict[str, float | list[float]]:
-    """ "mean" and its 95 % bootstrap interval "ci95", resampled as in `word_error_rate`."""
-    array = np.array(values)
+    """ "mean" and its 95 % bootstrap interval "ci95", resampled as in `word_error_rate`.
+
+    Raises InputError without values, and for one that is no number.
+    """
+    array = np.array(values, dtype=float)
+    if not array.size or not np.isfinite(array).all():
+        raise InputError(f"expected finite numbers to take the mean of, got {reprlib.repr(list(values))}")
     means = _resampled_rates(array, np.ones(len(array)), seed)
-    return {"mean": float(array.mean()), "ci95": np.quantile(means, [0.025, 0.975]).tolist()}
+    return {"mean": float(array.mean()), "ci95": [*_interval(means)]}
 
 
-def shuffled_audio_verdict(ci95: Sequence[float] | None, control_ci95: Sequence[float] | None) -> str:
+def recognition_measures(
+    references: Sequence[str], hypotheses: Sequence[str], seed: int = 0, normalizer: str = "librispeech"
+) -> dict[str, dict[str, Any]]:
+    """The WER, and the CER where it steers (`primary_rate`), as measures of a table: "mean", "ci95" and counts.
+
+    Empty if no reference has words. empty_references: how many have none, if any.
+    """
+    if not any(map(find_normalizer(normalizer), text_list(references, "references"))):
+        return {}
+    rates = {"wer": word_error_rate(references, hypotheses, normalizer, seed)}
+    if primary_rate(references) == "cer":
+        rates["cer"] = character_errors(references, hypotheses, normalizer, seed)
+    empty = rates["wer"].empty_references
+    counts = {"words": rates["wer"].words, "normalizer": normalizer} | ({"empty_references": empty} if empty else {})
+    return {name: {"mean": rate.wer, "ci95": list(rate.ci95), **counts} for name, rate in rates.items()}
+
+
+def shuffled_audio_verdict(
+    ci95: Sequence[float] | None, control_ci95: Sequence[float] | None, rate: str = "WER"
+) -> str:
     """What the shuffled-audio control shows, in a sentence.
 
-    ci95, control_ci95: 95 % intervals of the WER and of the control, the WER with another utterance's audio; None if
-    not measured. Only a control whose whole interval lies above the WER's shows that the model uses the audio.
+    ci95, control_ci95: 95 % intervals of the error rate and of the control, the rate with another utterance's audio;
+    None if not measured. Only a control whose whole interval lies above the rate's shows that the model uses the audio.
+    rate: the name of the error rate that steers (`primary_rate`).
     """
     if not ci95 or not control_ci95:
         return (
-            "Nothing here shows that the model uses the audio: the WER with another utterance's audio and its interval "
-            "were not measured."
+            f"Nothing here shows that the model uses the audio: the {rate} with another utterance's audio and its "
+            "interval were not measured."
         )
     if control_ci95[0] > ci95[1]:
         return (
-            "The model uses the audio: with another utterance's audio the WER is higher, and the 95 % intervals do not "
-            "overlap."
+            f"The model uses the audio: with another utterance's audio the {rate} is higher, and the 95 % intervals do "
+            "not overlap."
         )
     return (
-        "Nothing here shows that the model uses the audio: the 95 % interval of the WER with another utterance's audio "
-        "does not lie above that of the WER."
+        f"Nothing here shows that the model uses the audio: the 95 % interval of the {rate} with another utterance's "
+        f"audio does not lie above that of the {rate}."
     )
+
+
+def results_verdict(results: Mapping[str, Any]) -> str:
+    """`shuffled_audio_verdict` on results of eval_asr or of the demo, by the error rate that steers in them."""
+    if results.get("primary") == "cer":
+        return shuffled_audio_verdict(results.get("cer_ci95"), results.get("cer_shuffled_audio_ci95"), "CER")
+    interval = results.get("ci95", results.get("wer_ci95"))
+    return shuffled_audio_verdict(interval, results.get("wer_shuffled_audio_ci95"))
 
 
 def _error_counts(references: Sequence[str], hypotheses: Sequence[str], normalizer: str) -> np.ndarray:
     """int [utterances, 4]: substitutions, deletions, insertions and reference words, after the normaliser."""
+    references, hypotheses = text_list(references, "references"), text_list(hypotheses, "hypotheses")
     if len(references) != len(hypotheses):
-        raise ValueError(
+        raise InputError(
             f"{len(references)} references but {len(hypotheses)} hypotheses: there must be one hypothesis per reference"
         )
     normalize = find_normalizer(normalizer)
     counts = [_count_errors(*map(normalize, pair)) for pair in zip(references, hypotheses, strict=True)]
     if not sum(words for *_, words in counts):
-        raise ValueError("the references contain no words: there is nothing to score")
+        raise InputError("the references contain no words: there is nothing to score")
     return np.array(counts)
 
 
 def _resampled_rates(errors: np.ndarray, words: np.ndarray, seed: int) -> np.ndarray:
-    """Errors per word, float [1,000], in samples drawn with replacement; errors, words: int [utterances]."""
+    """Errors per word, float, in 1,000 samples drawn with replacement, without those that hold no words.
+
+    errors, words: int [utterances].
+    """
     draws = np.random.default_rng(seed).integers(0, len(words), (BOOTSTRAP_SAMPLES, len(words)))
-    return errors[draws].sum(1) / np.maximum(words[draws].sum(1), 1)
+    sums = words[draws].sum(1)
+    return errors[draws].sum(1)[sums > 0] / sums[sums > 0]
+
+
+def _interval(rates: np.ndarray) -> tuple[float, float]:
+    """The quantiles between which 95 % of the samples lie."""
+    low, high = np.quantile(rates, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _count_errors(reference: str, hypothesis: str) -> tuple[int, int, int, int]:

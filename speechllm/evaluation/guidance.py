@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from speechllm.evaluation.tables import DASH, Measure, Result, Results, Table, cell
+from speechllm.evaluation.tables import DASH, Measure, Result, Results, Table, cell, primary_measure
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ def _row(row: Mapping[str, Any], measure: str, at: str) -> Iterator[Measure]:
 def _codebooks(measure: str) -> Callable[[Result], Iterator[Measure]]:
     def of(result: Result) -> Iterator[Measure]:
         for count, row in result.get("quality", {}).get("codebooks", {}).items():
-            yield from _row(row, measure, "1 codebook" if int(count) == 1 else f"{count} codebooks")
+            steering = "cer" if measure == "wer" and "cer" in row else measure  # where it was measured, it leads
+            yield from _row(row, steering, "1 codebook" if int(count) == 1 else f"{count} codebooks")
 
     return of
 
@@ -56,6 +57,10 @@ def _task(task: str) -> Callable[[Result], Iterator[Measure]]:
     return of
 
 
+def _recognition(result: Result) -> Iterator[Measure]:
+    yield from map(primary_measure, _task("asr")(result))
+
+
 def _single(key: str) -> Callable[[Result], Iterator[Measure]]:
     def of(result: Result) -> Iterator[Measure]:
         if result.get(key) is not None and not result.get("like"):
@@ -65,7 +70,7 @@ def _single(key: str) -> Callable[[Result], Iterator[Measure]]:
 
 
 NEEDS = (
-    Need("speech recognition", "WER of the language model", ".1%", True, _task("asr")),
+    Need("speech recognition", "WER of the language model (CER without spaces)", ".1%", True, _recognition),
     Need("speech quality", "PESQ-WB", ".3f", False, _codebooks("pesq_wb")),
     Need("voice preservation", "speaker similarity after the codec", ".3f", False, _codebooks("speaker_similarity")),
     Need("intelligibility", "WER after the codec", ".1%", True, _codebooks("wer")),

@@ -11,10 +11,11 @@ from speechllm.reports.html import bar, percent, table
 from speechllm.reports.plots import error_rates
 
 MARKS = {"equal": "", "substitute": "sub", "delete": "del", "insert": "ins"}
+UNITS = {"WER": "words", "CER": "characters"}  # what an error rate counts
 
 
-def speaker_table(alignments: Sequence[Alignment]) -> str:
-    """HTML: error rate of each speaker, worst first; speakers without reference words have none."""
+def speaker_table(alignments: Sequence[Alignment], rate: str = "WER") -> str:
+    """HTML: error rate of each speaker, worst first; speakers without reference words have none. rate: its name."""
     rates = []
     for speaker, members in groupby(sorted(alignments, key=lambda a: a.speaker), key=lambda a: a.speaker):
         group = list(members)
@@ -26,13 +27,14 @@ def speaker_table(alignments: Sequence[Alignment]) -> str:
         (escape(s), f"{n:,}", f"{w:,}", "no words" if r is None else percent(r), bar(r, largest))
         for r, s, n, w in rates
     ]
-    return table(rows, ["speaker", "utterances", "words", "WER", ""])
+    return table(rows, ["speaker", "utterances", UNITS[rate], rate, ""])
 
 
-def duration_figure(alignments: Sequence[Alignment]) -> str:
-    """HTML: error rate by duration, of the utterances with a known duration."""
+def duration_figure(alignments: Sequence[Alignment], rate: str = "WER") -> str:
+    """HTML: error rate by duration, of the utterances with a known duration. rate: its name."""
     rows = sorted((a.duration_s, a.errors, a.words) for a in alignments if a.duration_s is not None and a.words)
-    return error_rates(*np.array(rows, dtype=float).T) if rows else ""
+    durations, errors, words = np.array(rows, dtype=float).reshape(-1, 3).T
+    return error_rates(durations, errors, words, rate) if rows else ""
 
 
 def alignment_list(alignments: Sequence[Alignment]) -> str:

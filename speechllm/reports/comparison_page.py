@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from speechllm.evaluation.comparison import comparison_tables, kbps
-from speechllm.evaluation.tables import Results
+from speechllm.evaluation.tables import Results, primary_measure
 from speechllm.reports import html
 from speechllm.reports.plots import against_bitrate, by_system
 
@@ -34,11 +34,11 @@ def _quality_by_bitrate(results: Results) -> str:
 
 
 def _errors(results: Results) -> str:
-    """Word error rates by system, and by bitrate if systems differ in it."""
+    """Error rates by system, and by bitrate if systems differ in it."""
     measured = {
         name: [100 * rate for rate in (found["mean"], *found["ci95"])]
         for name, result in results.items()
-        if (found := result.get("asr"))
+        if (found := primary_measure(result.get("asr") or {}))
     }
     if not measured:
         return ""
@@ -46,4 +46,6 @@ def _errors(results: Results) -> str:
     series = {name: np.array([[rate, *measured[name]]]) for name, rate in rates.items() if rate is not None}
     without = {name: measured[name][0] for name, rate in rates.items() if rate is None}
     several = len({points[0, 0] for points in series.values()}) > 1
-    return by_system(measured, "WER (%)") + (against_bitrate(series, without, "WER (%)") if several else "")
+    leading = {result["asr"].get("primary", "wer").upper() for result in results.values() if result.get("asr")}
+    label = f"{' or '.join(sorted(leading))} (%)"
+    return by_system(measured, label) + (against_bitrate(series, without, label) if several else "")

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from speechllm.evaluation.alignment import Alignment, align
-from speechllm.evaluation.error_rates import shuffled_audio_verdict
+from speechllm.evaluation.error_rates import results_verdict
 from speechllm.evaluation.normalizers import NORMALIZERS
+from speechllm.evaluation.scripts import spelled
 from speechllm.evaluation.tables import Table, number
 from speechllm.reports.alignments import alignment_list, duration_figure, speaker_table
 from speechllm.reports.html import (
@@ -35,8 +36,9 @@ from tokenizer.metrics.code_usage import usage_of_counts
 ALIGNMENTS_SHOWN = 10
 PROVENANCE = set("config command seconds versions codec_fingerprint".split())
 SHOWN_ELSEWHERE = PROVENANCE | set(
-    "wer wer_ci95 ci95 cer wer_shuffled_audio wer_shuffled_audio_ci95 utterances tokens_per_second substitutions "
-    "deletions insertions notes seconds_by_stage codebooks speakers".split()
+    "wer wer_ci95 ci95 cer cer_ci95 primary wer_shuffled_audio wer_shuffled_audio_ci95 cer_shuffled_audio "
+    "cer_shuffled_audio_ci95 utterances tokens_per_second substitutions deletions insertions notes seconds_by_stage "
+    "codebooks speakers splits empty_references".split()
 )
 INTERVALS = {"over actors": "ci95_actors", "over utterances": "ci95"}
 CODEC_METRICS = {  # in the order in which they are shown
@@ -116,11 +118,12 @@ def write_recognition_report(
 
     results, predictions: as written by eval_asr, error rates as fractions; logs: by the title of their section.
     """
-    ranked = _ranked(predictions, results)
+    ranked, rate = _ranked(predictions, results), _primary(results).upper()
     sections = {
+        **({"Error rates by split": found} if (found := _splits(results)) else {}),
         "Errors": _errors(results),
-        "WER by speaker": speaker_table(ranked),
-        "WER by duration": duration_figure(ranked),
+        f"{rate} by speaker": speaker_table(ranked, rate),
+        f"{rate} by duration": duration_figure(ranked, rate),
         **_extremes(ranked),
         **{name: curves(log) for name, log in (logs or {}).items()},
         "Further results": tables(_rest(results)),
@@ -168,7 +171,7 @@ def write_report(
     predictions: list[dict[str, Any]],
 ) -> None:
     """Write the demo's page. codebook_counts: int [K] per layer; error rates are fractions, times in seconds."""
-    ranked = _ranked(predictions, results)
+    ranked, rate = _ranked(predictions, results), _primary(results).upper()
     sections = {
         "Notes": _notes(results.get("notes")),
         "Results": tables(_rest(results)),
@@ -176,7 +179,7 @@ def write_report(
         "Recogniser training": curves(asr_log),
         "Codebook usage": _codebooks(codebook_counts),
         "Reconstruction": spectrograms_and_players(reconstruction),
-        "WER by speaker": speaker_table(ranked),
+        f"{rate} by speaker": speaker_table(ranked, rate),
         **_extremes(ranked),
         "Time per stage": _stages(results.get("seconds_by_stage")),
         **provenance_sections(results),
@@ -193,23 +196,59 @@ def _codec_tiles(metrics: Mapping[str, float]) -> str:
 
 
 def _recognition_tiles(results: Mapping[str, Any]) -> str:
-    interval = results.get("ci95", results.get("wer_ci95"))
-    low, high = interval if isinstance(interval, list | tuple) and len(interval) == 2 else (None, None)
-    rows = [("Word error rate", percent(results.get("wer")), f"95 % interval {percent(low)} to {percent(high)}")]
-    if "cer" in results:
-        rows.append(("Character error rate", percent(results["cer"]), "on the same texts"))
-    control = results.get("wer_shuffled_audio_ci95")
-    note = f", 95 % interval {' to '.join(map(percent, control))}" if control else ""
+    """Tiles of the error rates, the one that steers first, with its control and what that shows."""
+    steering = _primary(results)
+    intervals = {"wer": results.get("ci95", results.get("wer_ci95")), "cer": results.get("cer_ci95")}
+    notes = {rate: f"95 % interval {_span(interval)}" for rate, interval in intervals.items()}
+    if steering == "cer":
+        notes["cer"] += "; the rate to go by, because most of these texts are written without spaces"
+    elif not intervals["cer"]:
+        notes["cer"] = "on the same texts"
+    pooled = len(results.get("splits") or ())
+    notes[steering] += f"; {pooled} splits pooled, see below" if pooled > 1 else ""
+    labels = {"wer": "Word error rate", "cer": "Character error rate"}
+    order = sorted(("wer", "cer"), key=lambda rate: rate != steering)
+    rows = [
+        (labels[rate], percent(results.get(rate)), notes[rate]) for rate in order if rate == "wer" or rate in results
+    ]
+    control = results.get(f"{steering}_shuffled_audio_ci95")
+    note = f", 95 % interval {_span(control)}" if control else ""
+    empty = results.get("empty_references")
     rows += [
         (
             "Shuffled-audio control",
-            percent(results.get("wer_shuffled_audio")),
-            f"WER with another utterance's audio{note}",
+            percent(results.get(f"{steering}_shuffled_audio")),
+            f"{steering.upper()} with another utterance's audio{note}",
         ),
-        ("Utterances", text(results.get("utterances")), "transcribed"),
+        (
+            "Utterances",
+            text(results.get("utterances")),
+            f"transcribed; {empty} with a reference without words" if empty else "transcribed",
+        ),
         ("Token rate", text(results.get("tokens_per_second")), "tokens per second of speech"),
     ]
-    return f"{tiles(rows)}<p>{escape(shuffled_audio_verdict(interval, control))}</p>"
+    return f"{tiles(rows)}<p>{escape(results_verdict(results))}</p>"
+
+
+def _span(interval: Any) -> str:
+    """An interval of rates in words."""
+    low, high = interval if isinstance(interval, list | tuple) and len(interval) == 2 else (None, None)
+    return f"{percent(low)} to {percent(high)}"
+
+
+def _splits(results: Mapping[str, Any]) -> str:
+    """The rates of each of several splits."""
+    splits = results.get("splits") or {}
+    rows = [
+        (
+            escape(name),
+            text(found["utterances"]),
+            text(found["words"]),
+            *(f"{percent(found[rate])} ({_span(found[f'{rate}_ci95'])})" for rate in ("wer", "cer")),
+        )
+        for name, found in splits.items()
+    ]
+    return table(rows, ["split", "utterances", "words", "WER", "CER"]) if len(splits) > 1 else ""
 
 
 def _errors(results: Mapping[str, Any]) -> str:
@@ -224,9 +263,15 @@ def _errors(results: Mapping[str, Any]) -> str:
 
 
 def _ranked(predictions: list[dict[str, Any]], results: Mapping[str, Any]) -> list[Alignment]:
-    """Alignments of the normalised texts, worst first."""
+    """Alignments of the normalised texts, worst first; of their characters, if the character error rate steers."""
     normalize = NORMALIZERS.get(str(results.get("normalizer")), str)
-    return sorted(align(predictions, normalize), key=lambda a: a.badness, reverse=True)
+    units = (lambda text: spelled(normalize(text))) if _primary(results) == "cer" else normalize
+    return sorted(align(predictions, units), key=lambda a: a.badness, reverse=True)
+
+
+def _primary(results: Mapping[str, Any]) -> str:
+    """The error rate that steers, `primary_rate`; the word error rate in results that do not say."""
+    return "cer" if results.get("primary") == "cer" else "wer"
 
 
 def _extremes(ranked: Sequence[Alignment]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from speechllm.reports.html import grid
+from tokenizer.errors import InputError
 from tokenizer.files import atomic_file
 
 LAYER = re.compile(r"_(\d+)$")  # suffix of a quantity's name
@@ -34,8 +35,11 @@ def curves(log: Sequence[Mapping[str, object]]) -> str:
     return f"<figure>{grid(pictures, 260)}<figcaption>{caption}</figcaption></figure>"
 
 
-def error_rates(durations: np.ndarray, errors: np.ndarray, words: np.ndarray) -> str:
-    """HTML: error rate by duration; float [M]: durations in s in ascending order, errors, reference words."""
+def error_rates(durations: np.ndarray, errors: np.ndarray, words: np.ndarray, rate: str = "WER") -> str:
+    """HTML: error rate by duration; float [M]: durations in s in ascending order, errors, reference words.
+
+    rate: WER, or CER, for which words are characters.
+    """
     groups = np.array_split(np.arange(len(durations)), min(8, max(1, len(durations) // 10)))
     rates = [100 * errors[group].sum() / words[group].sum() for group in groups]
     top = max(100, 1.2 * max(rates))  # a runaway answer must not compress the scale
@@ -43,13 +47,13 @@ def error_rates(durations: np.ndarray, errors: np.ndarray, words: np.ndarray) ->
     points = np.minimum(100 * errors / words, top)
     axis.plot(durations, points, "o", color="#1f5f99", alpha=0.25, markersize=5, markeredgewidth=0)
     axis.plot([durations[group].mean() for group in groups], rates, "o-", color="#c4540a")
-    axis.set(xlabel="duration (s)", ylabel="WER (%)", ylim=(-0.03 * top, 1.03 * top))
+    axis.set(xlabel="duration (s)", ylabel=f"{rate} (%)", ylim=(-0.03 * top, 1.03 * top))
     axis.grid(alpha=0.25)
     caption = (
-        "Points: utterances; those beyond the upper edge are drawn there. Line: error rates over all words of "
+        "Points: utterances; those beyond the upper edge are drawn there. Line: error rates over all utterances of "
         f"{len(groups)} equally large groups of utterances, from short to long."
     )
-    return _image(figure, "Word error rate by duration", caption)
+    return _image(figure, f"{'Character' if rate == 'CER' else 'Word'} error rate by duration", caption)
 
 
 def by_system(measures: Mapping[str, Sequence[float]], label: str) -> str:
@@ -161,9 +165,17 @@ def spectrogram_figure(sounds: Mapping[str, np.ndarray], sample_rate: int) -> An
 
 def save_figure(figure: Any, path: str | Path) -> None:
     """Write a figure atomically as PNG, PDF or SVG, depending on the file's suffix."""
-    path = Path(path)
+    kind = figure_format(path)
     with atomic_file(path) as part:
-        figure.savefig(part, format=path.suffix[1:], dpi=130)
+        figure.savefig(part, format=kind, dpi=130)
+
+
+def figure_format(path: str | Path) -> str:
+    """The format of a figure's file name, such as png. Raises InputError for one that cannot be written."""
+    kind = Path(path).suffix[1:].lower()
+    if kind not in ("png", "pdf", "svg"):
+        raise InputError(f"{path}: expected the name of a picture, ending in .png, .pdf or .svg")
+    return kind
 
 
 def _series(log: Sequence[Mapping[str, object]]) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 from dataclasses import dataclass
 from html import escape
@@ -19,6 +20,7 @@ from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.metrics.quality import layer_counts, reconstruct
 
 AUDIO_BUDGET_BYTES = 640_000  # 16-bit audio of all players together; base64 adds a third
+NAME_BYTES = 200  # of a file name, which most file systems limit to 255, with room for what is added
 MAX_RECONSTRUCTIONS = 4  # in a report
 
 
@@ -42,10 +44,13 @@ class Reconstruction:
 
 
 def save_sounds(folder: str | Path, reconstruction: Reconstruction) -> None:
-    """Write NAME_original.wav and NAME_<n>_codebooks.wav, 16-bit; a slash in the name becomes an underscore."""
+    """Write NAME_original.wav and NAME_<n>_codebooks.wav, 16-bit; a slash in the name becomes an underscore.
+
+    NAME is cut to the length of a file name, and bytes that are not UTF-8 are left out.
+    """
     sounds = {"original": reconstruction.original}
     sounds |= {f"{count}_codebooks": wave for count, wave in reconstruction.reconstructions.items()}
-    name = reconstruction.name.replace("/", "_")
+    name = os.fsencode(reconstruction.name.replace("/", "_"))[:NAME_BYTES].decode("utf-8", "ignore")
     for kind, waveform in sounds.items():
         save_audio(Path(folder) / f"{name}_{kind}.wav", torch.from_numpy(waveform), reconstruction.sample_rate)
 

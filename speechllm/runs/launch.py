@@ -13,7 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speechllm.runs.config import shipped
-from speechllm.runs.signals import catch_early_interrupts, child_environment, end_with_parent
+from speechllm.runs.signals import (
+    Interrupted,
+    catch_early_interrupts,
+    child_environment,
+    end_with_parent,
+    say_interrupted,
+)
 from tokenizer.errors import InputError
 
 
@@ -75,7 +81,7 @@ def launch(processes: int, file: str, words: Sequence[str]) -> int:
             print(f"process {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         return abs(failure.exitcode) or 1
     except SignalException as ended:
-        return 128 + ended.sigval
+        return say_interrupted(Interrupted(ended.sigval))
     return 0
 
 

@@ -91,7 +91,7 @@ class StepGuard:
         if self.skipped == MOST_SKIPPED or (done == self.steps and self.skipped > 1):
             raise RunError(
                 f"loss or gradient norm were not finite in {self.skipped} steps in a row, up to step {done}; the last "
-                'checkpoint is kept: try a lower learning_rate or precision="no" in another output folder, or look at '
+                "checkpoint is kept: try a lower learning_rate or precision=no in another output folder, or look at "
                 f"what that batch was made from: {', '.join(recordings)}"
             )
         self.run.log(done, non_finite=1)

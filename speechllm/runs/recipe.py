@@ -3,27 +3,53 @@
 A recipe parses its configuration (`parse_config`) before it imports anything heavy, and ends with `run_recipe`.
 """
 
+import contextlib
 import errno
+import inspect
+import json
+import logging
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
 
 from speechllm.runs.config import yield_to_first_process
 from speechllm.runs.signals import end_with_parent, interruptible, say_interrupted
+from tokenizer.claims import claim_folder
 from tokenizer.errors import InputError
 
 T = TypeVar("T")
 EXPECTED = (InputError, OSError, ImportError)  # their messages say how to fix the problem
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for a file, on the disk or by the user's limits
 # what libraries that write in other languages make of these
-FULL_WORDS = ("No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter failed writing")
+FULL_WORDS = "No space left on device", "Disk quota exceeded", "File too large", "PytorchStreamWriter", "unexpected pos"
+
+
+@contextlib.contextmanager
+def log_printed() -> Iterator[None]:
+    """Print what the packages log, such as what a corpus holds; of several processes, only the first does."""
+    handler = logging.StreamHandler(sys.stdout)
+    loggers = [logging.getLogger(package) for package in ("tokenizer", "speechllm")]
+    for logger in loggers if os.environ.get("RANK", "0") == "0" else ():
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 def run_recipe(main: Callable[[T], None], config: T) -> None:
     """Call `main` with the configuration; exit with the message of an expected error, or of a signal to end."""
     end_with_parent()
     try:
-        with interruptible():
+        with interruptible(), log_printed():
             main(config)
     except KeyboardInterrupt as interrupt:
         sys.exit(say_interrupted(interrupt))
@@ -37,6 +63,9 @@ def run_recipe(main: Callable[[T], None], config: T) -> None:
         yield_to_first_process()
         advice = "; the disk is full: make room, and the same command goes on from what is finished" if full else ""
         sys.exit(f"error: {error}{advice}")
+    finally:
+        for worker in multiprocessing.active_children():  # Python would ask them to end, which they ignore, and wait
+            worker.kill()
 
 
 def out_of_space(error: BaseException | None) -> bool:
@@ -46,3 +75,28 @@ def out_of_space(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def claim_output(folder: str | Path, config: Any, mark: str | None = None) -> Path:
+    """Claim a folder for the recipe that defines the configuration, see `claim_folder`, which says what it raises.
+
+    Folders of earlier versions are known by the configuration that they hold, or by `mark`, a file that no other recipe
+    wrote.
+    """
+
+    def own(place: Path) -> bool:
+        files = [place / name for name in ("config.yaml", "demo.json", "results.json")]
+        return any(holds_config(file, config) for file in files) or bool(mark and (place / mark).is_file())
+
+    return claim_folder(folder, Path(inspect.getfile(type(config))).stem, own)
+
+
+def holds_config(file: str | Path, config: Any) -> bool:
+    """Whether a file holds a configuration of this recipe, alone or under "config"; the keys may be more by now."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        held = yaml.safe_load(text) if Path(file).suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    held = held.get("config", held) if isinstance(held, dict) else None
+    return isinstance(held, dict) and bool(held) and held.keys() <= asdict(config).keys()

@@ -1,5 +1,6 @@
 """A run folder: configuration, log, checkpoints and results. Its files are written atomically."""
 
+import contextlib
 import json
 import math
 import os
@@ -20,8 +21,9 @@ from accelerate.tracking import filter_trackers
 from tqdm import tqdm
 
 from speechllm.runs.machine import provenance, versions
+from speechllm.runs.recipe import claim_output
 from tokenizer.errors import InputError
-from tokenizer.files import atomic_file, read_json, read_jsonl, write_json, write_jsonl, write_text
+from tokenizer.files import atomic_file, json_text, read_json, read_jsonl, write_json, write_jsonl, write_text
 from tokenizer.progress import progress_bar
 
 T = TypeVar("T")
@@ -53,8 +55,8 @@ class Run:
         """trackers: names of experiment trackers, as in Accelerate, that also receive the log. free: keys of the
         configuration that may change during a run, because the result does not depend on them.
 
-        Raises RunError for a folder that cannot be written or holds another configuration, or for a tracker that is
-        not installed.
+        Raises OutputError for a folder that is not this recipe's, is in use or cannot be written (`claim_output`), and
+        RunError for one that holds another configuration, or for a tracker that is not installed.
         """
         self.folder = Path(folder)
         self.config = config
@@ -65,9 +67,11 @@ class Run:
         self.log_file = self.folder / "log.jsonl"
         self.skipped = self.folder / "skipped.jsonl"  # unusable recordings, see `Crops`
         if self.main:
+            claim_output(self.folder, config)
             try:
-                (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
                 self._settle_config(asdict(config), free)
+                if self.summary is not None:  # killed just before they were deleted
+                    self._delete_checkpoints()
             except OSError as error:
                 raise RunError(f"cannot write the run folder {self.folder}: {error}") from error
         if accelerator is not None:
@@ -101,7 +105,8 @@ class Run:
         file = self.folder / "config.yaml"
         held = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
         if held is not None:
-            changes = {key for key in held | config if held.get(key) != config.get(key)}
+            places = str(held.get("output")), str(config.get("output"))
+            changes = {key for key in held | config if not _same(held.get(key), config.get(key), *places)}
             if changed := changes - set(free):
                 named = "; ".join(f"{key}: {held.get(key)} -> {config.get(key)}" for key in sorted(changed))
                 raise RunError(
@@ -109,20 +114,15 @@ class Run:
                     "choose another output folder or delete this one"
                 )
             if "steps" in changes and self.summary is not None:
-                self._prolong(held["steps"], config["steps"])
+                raise RunError(
+                    f"{self.folder} is finished with steps={held['steps']}, and a finished run has no checkpoint to go "
+                    f"on from to steps={config['steps']}: choose another output folder (train_asr can start from the "
+                    "finished model, model=RUN/model)"
+                )
         else:
             write_json(self.folder / "versions.json", versions())
         if held != config:
             write_text(file, yaml.safe_dump(config, sort_keys=False))
-
-    def _prolong(self, before: int, steps: int) -> None:
-        """Let a finished run go on, which it can while it has a checkpoint."""
-        if steps < before or not self._checkpoints():
-            raise RunError(
-                f"{self.folder} is finished with steps={before}, and has no checkpoint to go on from to steps={steps}: "
-                "choose another output folder (train_asr can start from the finished model, model=RUN/model)"
-            )
-        (self.folder / "done.json").unlink()
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -152,7 +152,15 @@ class Run:
                 report_skipped(self.folder, [*rows.values()])
             counts = {"skipped": len(rows), "non_finite": sum("non_finite" in line for line in read_log(self.folder))}
             write_json(self.folder / "done.json", summary | {name: count for name, count in counts.items() if count})
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+            self._delete_checkpoints()
+
+    def _delete_checkpoints(self) -> None:
+        for file in self._checkpoints():
+            file.unlink()
+        for folder in (self.folder / "checkpoints").glob("checkpoint-*"):  # of transformers' Trainer
+            shutil.rmtree(folder)
+        with contextlib.suppress(OSError):  # not there, or somebody keeps something in it
+            (self.folder / "checkpoints").rmdir()
 
     def log(self, step: int, **metrics: float) -> None:
         """Append one line to log.jsonl and send it to the trackers."""
@@ -160,7 +168,7 @@ class Run:
             self.accelerator.log(metrics, step=step)
         if self.main:
             with self.log_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+                file.write(json_text({"step": step, **metrics}) + "\n")
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint after `step` finished steps and delete the oldest ones.
@@ -243,6 +251,17 @@ def newest_usable(files: Sequence[Path], load: Callable[[Path], T], tell: bool =
             f"{files[0].parent} to start the training anew"
         )
     return None
+
+
+def _same(held: Any, asked: Any, before: str, now: str) -> bool:
+    """Whether two values of a configuration are equal; paths are if they were moved as the output was, to `now`."""
+    if isinstance(held, dict) and isinstance(asked, dict):
+        return held.keys() == asked.keys() and all(_same(held[key], asked[key], before, now) for key in held)
+    if isinstance(held, list) and isinstance(asked, list):
+        return len(held) == len(asked) and all(_same(*pair, before, now) for pair in zip(held, asked, strict=True))
+    if isinstance(held, str) and isinstance(asked, str) and held and asked and before != now:
+        return held == asked or os.path.relpath(held, before) == os.path.relpath(asked, now)
+    return held == asked
 
 
 def _logged_step(line: str) -> float:

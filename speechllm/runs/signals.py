@@ -1,6 +1,7 @@
 """How a process ends: asked to by a signal, with one line, and never later than the process that started it."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -24,20 +25,23 @@ class Interrupted(KeyboardInterrupt):
 
 
 def say_interrupted(error: KeyboardInterrupt) -> int:
-    """Print one line about the interruption, of several processes in the first; returns the exit code."""
+    """Print one line about the interruption; returns the exit code.
+
+    Of several processes only the first prints, and only what their launcher does not say itself.
+    """
     error = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
-    if os.environ.get("RANK", "0") == "0":
+    first, said = os.environ.get("RANK", "0") == "0", "LOCAL_RANK" in os.environ and str(error).endswith(GOES_ON)
+    if first and not said:
         print(f"\n{error}", file=sys.stderr, flush=True)
     return error.exit_code
 
 
 def catch_early_interrupts() -> None:
     """From now on Ctrl-C ends this process with one line; call it before slow imports."""
-    usual = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not isinstance(error, KeyboardInterrupt):
-            usual(kind, error, trace)
+            sys.__excepthook__(kind, error, trace)
             return
         code = say_interrupted(error)
         sys.stdout.flush()
@@ -119,3 +123,6 @@ def follow_parent(number: int = 0) -> None:
     for stopping in STOPPING:
         signal.signal(stopping, signal.SIG_IGN)
     kill_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it has ended while this one was starting
+        os._exit(1)

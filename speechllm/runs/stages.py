@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -142,9 +143,11 @@ class Stages:
         asked: the commands; a configuration file counts by its content, not its name. Raises RunError if the stage was
         done with other settings.
         """
-        words = [setting for command in asked for word in command for setting in expand(word)]
+        given = [setting for command in asked for word in command for setting in expand(word)]
+        here = re.compile(rf"(?<![\w./-]){re.escape(str(self.file.parent))}(?=/|$)")
+        words = [here.sub("RUN", word) for word in given]  # the folder may move
         before = self.done.get(name, {"seconds": 0.0, "finished": False, "words": words})
-        if before["finished"] and before.get("words", words) != words:  # earlier versions did not record them
+        if before["finished"] and before.get("words", words) not in (words, given):  # `given` by earlier versions
             changed = set(before["words"]) ^ set(words)
             raise RunError(
                 f"[{name}] was done with other settings ({', '.join(sorted(changed))}) in {self.file.parent}: "
@@ -185,7 +188,7 @@ class Stages:
         with self.lock:
             if self.interrupted:
                 raise SystemExit("interrupted")
-            print("$ " + " ".join(command), flush=True)
+            print("$ " + shlex.join(command), flush=True)
             words = [sys.executable, *command[1:]]
             process = subprocess.Popen(words, env=environment | child_environment(), process_group=0)
             self.running.append(process)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +13,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from speechllm.data.shards import codes_of
 from speechllm.encoding import DataError, Encoding
 from speechllm.extension import new_rows
+from tokenizer.errors import InputError
 from tokenizer.interface import Codes
+from tokenizer.pretrained import check_folder, load_complete, load_config
 from tokenizer.ravdess import parse_ravdess
 
 EMOTIONS = ("neutral", "happy", "sad", "angry")  # the paper's four of the eight of RAVDESS
@@ -106,6 +109,18 @@ class EmotionClassifier(nn.Module):
         places = torch.arange(frames.shape[1] + 1, device=frames.device)
         mask = places <= codes.lengths[:, None].to(frames.device)
         return self.bert(inputs_embeds=torch.cat([marker, frames], 1), attention_mask=mask.long()).logits
+
+
+def load_bert(name: str | Path) -> BertForSequenceClassification:
+    """A pretrained BERT with a new head, one class per emotion; BERTs without a pooler get a new one too.
+
+    Raises FileNotFoundError, or InputError for another kind of model or a checkpoint that is damaged or incomplete.
+    """
+    name = check_folder(name, ["config.json"], "a BERT")
+    if (found := load_config(name, "a BERT").model_type) != "bert":
+        raise InputError(f"{name} is a {found} model: expected a BERT, such as bert-base-uncased")
+    new = ("classifier.", "bert.pooler.")
+    return load_complete(BertForSequenceClassification, name, "a BERT", new, num_labels=len(EMOTIONS))
 
 
 def small_bert(hidden_size: int = 768, **shape: Any) -> BertForSequenceClassification:

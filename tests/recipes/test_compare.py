@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import yaml
 
-from speechllm import ConfigError, RunError, word_error_rate
+from speechllm import ConfigError, InputError, RunError, word_error_rate
 from speechllm.evaluation.comparison import comparison_markdown, pool_emotion, pool_recognition
 from speechllm.evaluation.error_rates import seeds_error_rate
 from speechllm.evaluation.guidance import guidance
@@ -64,8 +64,8 @@ def test_all_problems_of_the_configuration_are_reported_at_once(config_of: Calla
         config_of(systems=systems, tasks=["asr", "asr"], seeds=[])
     for part in (
         "a/b",
-        "tasks: expected at least one, without repetitions",
-        "seeds: expected at least one",
+        "tasks must be without repetitions, got ['asr', 'asr']",
+        "seeds must be not empty, got []",
         "missing key asr",
         "missing key codec",
         "missing key recognizer",
@@ -87,7 +87,7 @@ def test_commands_are_checked_before_the_first_one_runs(
         compare.main(config)
     assert "[a: asr 0]" in str(error.value) and "did you mean layers" in str(error.value)
     assert "[b: asr 0]" in str(error.value) and "init must be one of" in str(error.value)
-    assert not (tmp_path / "run").exists()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"claim.json", ".lock"}  # nothing was written
 
 
 def test_a_split_that_a_corpus_lacks_is_reported_before_anything_runs(
@@ -96,7 +96,31 @@ def test_a_split_that_a_corpus_lacks_is_reported_before_anything_runs(
     keys = {"data": str(corpus), "tasks": ["quality"], "quality_splits": ["nowhere"], "evaluation_speaker": None}
     with pytest.raises(RunError, match="no split nowhere"):
         compare.main(config_of(systems=[{"name": "a", "tokenizer": "folder"}], **keys))
-    assert not (corpus / "run").exists()
+    assert {path.name for path in (corpus / "run").iterdir()} == {"claim.json", ".lock"}  # nothing was written
+
+
+@pytest.mark.parametrize("name", ["exp #2", "12:30", "a, b", "it's", 'a "b"', "a=b", "a\nb", "[x]", "caf\udce9"])
+def test_paths_reach_the_recipes_as_they_are(
+    compare: ModuleType,
+    config_of: Callable[..., object],
+    config_class: Callable[[str], type],
+    name: str,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / name
+    file.write_text("model: null\n")
+    systems = [{"name": name, "tokenizer": f"features:{name}#1"}, {"name": "units", "units": []}]
+    keys = {"tasks": ["asr", "content"], "asr": str(file), "data": name, "train_splits": [name, "b"]}
+    config = config_of(systems=systems, semantic_teacher=f"/{name}", output=f"run/{name}", **keys)
+    loaded = {}
+    for stage, (recipe, *words) in compare.plan(config, Path(config.output)).items():
+        file = words.pop(0).removeprefix("--config=") if words[0].startswith("--config=") else None
+        loaded[stage] = load_config(config_class(recipe), file, words)
+    run = f"run/{name}"
+    encoded, units, trained = (loaded[f"{stage}"] for stage in (f"{name}: codes", "units: tokenizer", f"{name}: asr 0"))
+    assert (encoded.codec, encoded.data, encoded.output) == (f"features:{name}#1", name, f"{run}/{name}/codes")
+    assert (units.model, units.splits, units.output) == (f"/{name}", [name, "b"], f"{run}/units/tokenizer")
+    assert (trained.model, trained.codes, trained.output) == (None, encoded.output, f"{run}/{name}/asr_0")
 
 
 def test_the_baseline_stays_with_the_system_it_was_measured_with(
@@ -292,6 +316,34 @@ def test_seeds_without_a_result_are_ignored() -> None:
     )
     assert emotion["mean"] == pytest.approx(0.55) and emotion["ci95"] == pytest.approx([0.4, 0.7])
     assert emotion["chance"] == 0.25
+
+
+def test_seeds_on_other_utterances_or_by_another_normalizer_are_not_pooled() -> None:
+    rows = [{"id": "u", "reference": "one two", "hypothesis": "one"}]
+    found = {"wer": 0.5, "tokens_per_second": 50.0, "words": 2, "utterances": 1, "normalizer": "none"}
+    other = [{**rows[0], "id": "v"}]
+    for results, predictions in (
+        ({0: found, 1: found}, {0: rows, 1: other}),
+        ({0: found, 1: found}, {0: rows, 1: []}),
+        ({0: found, 1: {**found, "normalizer": "librispeech"}}, {0: rows, 1: rows}),
+    ):
+        with pytest.raises(InputError, match="seed 1 cannot be pooled with seed 0"):
+            pool_recognition(results, predictions)
+
+
+def test_the_cer_leads_in_tables_where_texts_have_no_spaces() -> None:
+    def pooled(heard: str) -> dict[str, object]:
+        rows = [{"id": f"u{i}", "reference": "今天天气很好", "hypothesis": heard} for i in range(3)]
+        found = {"wer": 1.0, "cer": 0.5, "tokens_per_second": 50.0, "words": 1, "utterances": 3, "normalizer": "none"}
+        rates = {"wer": 1.0, "cer": 0.5, "words": 1}
+        return pool_recognition({0: {**found, "splits": {"a": rates, "b": rates}}}, {0: rows})
+
+    one = pooled("今天天")
+    assert one["primary"] == "cer" and one["mean"] == 1 and one["cer_ci95"] == [0.5, 0.5]
+    systems = {"one": {"asr": one}, "two": {"asr": {**pooled("今天天气很"), "cer": 1 / 6}}}
+    table = comparison_markdown(systems)
+    assert "50.0% (50.0% to 50.0%), the rate to go by" in table and "a: WER 100.0%, CER 50.0%; b: WER" in table
+    assert guidance(systems).rows[0][2] == "two"  # their WER is the same
 
 
 # ---- the page

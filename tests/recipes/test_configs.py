@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -95,6 +96,81 @@ def test_every_config_is_named_somewhere() -> None:
     named = {file: config_paths(file.read_text(encoding="utf-8")) for file in files if file.is_file()}
     for config in CONFIGS:
         assert any(config in paths for file, paths in named.items() if file != ROOT / config), f"who uses {config}?"
+
+
+# What every configuration needs, and settings that cannot work.
+NEEDED = {
+    "align_speech": "data=d output=o",
+    "benchmark_asr": "codes=c codec=t output=o",
+    "compare": 'data=d output=o systems=[{"name":"a","units":[]}] tasks=content',
+    "demo": "",
+    "draw_pipeline": "model=m audio=a output=o",
+    "encode_speech": "codec=t data=d output=o",
+    "eval_asr": "model=m codes=c output=o",
+    "eval_codec": "codec=t data=d output=o",
+    "eval_conversion": "codec=t data=d output=o",
+    "eval_tokenizer": "codes=c data=d output=o",
+    "fit_units": "model=m data=d output=o",
+    "import_speech": "data=d output=o",
+    "train_asr": "codes=c codec=t output=o model=null",
+    "train_emotion": "codes=c codec=t output=o",
+    "train_teacher": "kind=speaker data=d output=o",
+    "train_text": "text=t output=o",
+    "train_tokenizer": "data=d output=o",
+}
+REFUSED = {
+    "align_speech": "splits=[]",
+    "benchmark_asr": "steps=0 batch_tokens=0 micro_batch_tokens=-1 peak_tflops=0 seed=-1",
+    "compare": "seeds=[] seeds=1,1 seeds=-1 tasks=[] test_splits=[] quality_layers=0 conversion_pairs=0 probe_steps=-1",
+    "demo": "scale=0 scale=nan scale=-1 processes=0 processes=3 synthetic_dev=0",
+    "encode_speech": "layers=0 layers=-1 max_duration_s=0 max_duration_s=-1 max_duration_s=.nan splits=[] normalizer=x",
+    "eval_asr": "beams=0 batch_size=-1 seed=4294967296 splits=[]",
+    "eval_codec": "layers=0 layers=[] layers=[-1] max_utterances=0 seed=-1",
+    "eval_conversion": "pairs=0 layers=[] layers=[[]] layers=[[-1]] layers=1",
+    "eval_tokenizer": "probe_steps=-1 kmeans_utterances=0 train_splits=[]",
+    "fit_units": "clusters=1 clusters=70000 max_frames=0 max_frames=10 max_duration_s=0 layer=last",
+    "import_speech": "splits=[]",
+    "train_asr": "learning_rate=0 learning_rate=inf row_learning_rate=-1 clip=0 layers=0 stack=0 batch_tokens=0 "
+    "small.hidden_size=17 small.num_attention_heads=0 small.num_attention_heads=3 small.num_key_value_heads=3 "
+    "small.num_hidden_layers=0 small.text_tokens=3 small.text_steps=-1 small.text_steps=10_000 weight_average=0 "
+    "weight_average=1 patience=0 patience=1 max_utterances=0 dev_utterances=0 speech_loss=-1 weight_decay=-1 "
+    "row_steps=-1 row_steps=1 augmentation.mask=1 augmentation.spans=-1 lora.rank=0 lora.dropout=1 seed=-1 train=lora",
+    "train_emotion": "folds=1 epochs=0 batch_size=0 warmup=0 layers=[] layers=0,0 layers=-1 bert.hidden_size=15 "
+    "bert.num_attention_heads=0 bert.num_attention_heads=5 clip=0 weight_decay=-1 learning_rate=-1",
+    "train_teacher": "crop_s=-1 crop_s=0.01 crop_s=nan learning_rate=0 learning_rate=-1e-3 seed=-1 steps=0 "
+    "batch_size=0 warmup=0 save_every=0 channels=7 hidden_size=17 layers=0 max_duration_s=0 init=x splits=[]",
+    "train_text": "text=[] block=1 text_tokens=258 shape.hidden_size=17 shape.num_key_value_heads=3 warmup=-1 steps=0",
+    "train_tokenizer": "crop_s=-1 crop_s=0.01 decode_s=0 decode_s=9 codec.num_codebooks=0 codec.codebook_size=1 "
+    "codec.strides=0 codec.strides=[] codec.sample_rate=0 codec.n_filters=-4 losses.mel=-1 losses.mel_windows=8 "
+    "losses.mel_windows=[] losses.mel_windows=200000 losses.mel_bands=[1] losses.mel_weights=[-1,1,1,1] betas=2,2 "
+    "betas=0.9 adversary.betas=0.5 adversary.learning_rate=0 adversary.scale_channels=8 adversary.start=-1 clip=0 "
+    "weight_average=1 codebook_decay=1 quantizer_dropout=0 quantizer_dropout=9 quantizer_dropout=[] num_workers=-1 "
+    "semantic.gradient_ratio=-1 acoustic.weight=-1 log_every=0 validate_every=0 weight_decay=-1",
+}
+ANY_NUMBER = ("layer",)  # keys without a rule: hidden states can be counted from the end
+
+
+@pytest.mark.parametrize("job", REFUSED)
+def test_settings_that_cannot_work_are_refused_by_their_key(job: str, config_class: Callable[[str], type]) -> None:
+    for word in REFUSED[job].split():
+        with pytest.raises(ConfigError) as error:
+            print(load_config(config_class(f"{job}.py"), None, [*NEEDED[job].split(), word]))
+        assert word.partition("=")[0].rpartition(".")[2] in str(error.value), word
+
+
+@pytest.mark.parametrize("job", NEEDED)
+def test_every_number_of_a_recipe_has_a_rule(job: str, config_class: Callable[[str], type]) -> None:
+    def options(hint: Any) -> tuple[Any, ...]:
+        return (hint,) if get_origin(hint) in (Annotated, None) else get_args(hint)
+
+    def loose(cls: type) -> list[str]:
+        hints = get_type_hints(cls, include_extras=True)
+        inner = [name for hint in hints.values() if is_dataclass(hint) for name in loose(hint)]
+        return inner + [name for name, hint in hints.items() if {int, float} & set(options(hint))]
+
+    cls = config_class(f"{job}.py")
+    assert [name for name in loose(cls) if name not in ANY_NUMBER] == []
+    load_config(cls, None, NEEDED[job].split())  # what is needed is enough
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

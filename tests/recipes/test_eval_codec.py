@@ -15,6 +15,7 @@ from torch import Tensor
 
 from speechllm import SpeechCodec, Transcripts, load_audio, save_audio, speech_quality
 from speechllm.runs.config import load_config
+from tokenizer.errors import InputError
 
 pytest.importorskip("pesq")
 pytest.importorskip("pystoi")
@@ -124,14 +125,25 @@ def test_evaluators_score_what_was_decoded(
     (tmp_path / "manifest.jsonl").write_text(json.dumps(row), encoding="utf-8")
     monkeypatch.setattr(recipe(RECIPE).SpeakerTeacher, "from_pretrained", lambda name: Speaker(1, 1))
     monkeypatch.setattr(recipe(RECIPE), "load_recognizer", lambda name: Recognizer())
-    found = evaluate(tmp_path, f"data={tmp_path}", "layers=[1]", "speaker=x", "recognizer=recognizer:x")
+    found = evaluate(tmp_path / "new", f"data={tmp_path}", "layers=[1]", "speaker=x", "recognizer=recognizer:x")
     assert found["original"]["speaker_similarity"]["mean"] == pytest.approx(1)
     similarity = torch.cosine_similarity(original[:4_000], reconstruction[:4_000], dim=0)
     assert found["codebooks"]["1"]["speaker_similarity"]["mean"] == pytest.approx(float(similarity), abs=1e-5)
     assert found["original"]["wer"] == {"mean": 0, "ci95": [0, 0], "words": 1, "normalizer": "librispeech"}
     assert found["codebooks"]["1"]["wer"]["mean"] == 1
-    line = json.loads((tmp_path / "utterances.jsonl").read_text(encoding="utf-8"))
+    line = json.loads((tmp_path / "new" / "utterances.jsonl").read_text(encoding="utf-8"))
     assert line["recognized"] == {"original": "LOUD", "1": "LOW"}
+
+
+def test_several_splits_have_means_of_their_own(recipe: Callable[[str], ModuleType]) -> None:
+    rows = [
+        {"split": split, "text": text, "scores": {1: {"stoi": stoi}}, "recognized": {1: "loud"}}
+        for split, text, stoi in (("a", "loud", 0.5), ("b", "...", 1.0))
+    ]
+    found = recipe(RECIPE).split_means(rows, [1], seed=0)
+    assert {split: means[1]["stoi"]["mean"] for split, means in found.items()} == {"a": 0.5, "b": 1.0}
+    assert found["a"][1]["wer"]["mean"] == 0 and "wer" not in found["b"][1]  # without words there is none
+    assert recipe(RECIPE).split_means(rows[:1], [1], seed=0) == {}
 
 
 def test_failures_are_listed_once_with_the_reason(results: dict) -> None:
@@ -227,9 +239,9 @@ def test_the_order_is_kept_with_a_full_queue(
 
 
 def test_missing_codebooks_are_refused_in_one_line(evaluate: Callable[..., dict], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"^error: layers must be numbers from 1 to 3.*got \[1, 8\]$"):
+    with pytest.raises(InputError, match=r"^layers must be numbers from 1 to 3.*got \[1, 8\]$"):
         evaluate(tmp_path / "new", "layers=[1,8]")
-    assert not (tmp_path / "new").exists()
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"claim.json", ".lock"}  # nothing was written
 
 
 def test_a_missing_package_ends_the_evaluation_with_the_remedy(
@@ -238,4 +250,4 @@ def test_a_missing_package_ends_the_evaluation_with_the_remedy(
     monkeypatch.setitem(sys.modules, "pesq", None)
     with pytest.raises(ImportError, match=r'pip install "speechllm\[eval\]"'):
         evaluate(tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"claim.json", ".lock"}  # nothing was written

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 import soundfile
 from datasets import Audio, Dataset, DatasetDict
 
-from speechllm import DataError, RunError, Utterance, read_corpus
+from speechllm import DataError, InputError, RunError, Utterance, read_corpus
+from tokenizer.files import write_text
 
 Run = Callable[..., Path]
 PATHS = ("84-0.flac", "84-1.flac", "7-0.flac", "7-1.flac", "7-2.flac")
@@ -73,7 +75,9 @@ def run(recipe: Callable[[str], ModuleType], tmp_path: Path) -> Run:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert files.pop("claim.json") == b'{\n  "job": "import_speech"\n}\n' and files.pop(".lock")
+    return files
 
 
 def same_speech(folder: Path, split: str = "train") -> None:
@@ -126,6 +130,8 @@ def test_other_column_names_formats_and_external_files_are_imported(run: Run, tm
 
 
 def test_rows_without_a_readable_recording_are_skipped_and_counted(run: Run, tmp_path: Path) -> None:
+    uncounted = bytearray(sound(0.3))  # the number of samples is not stated
+    uncounted[21:26] = bytes([uncounted[21] & 0xF0, 0, 0, 0, 0])
     sounds = [
         {"bytes": b"fLaC" + bytes(range(200)), "path": "a.flac"},
         {"bytes": sound(0.1), "path": "b.flac"},
@@ -135,14 +141,18 @@ def test_rows_without_a_readable_recording_are_skipped_and_counted(run: Run, tmp
         {"bytes": b"", "path": "c.flac"},
         {"bytes": sound(0, "WAV"), "path": "d.wav"},
         {"bytes": sound(0.2), "path": "e.flac"},
+        {"bytes": uncounted, "path": "f.flac"},
+        {"bytes": sound(2)[:-9000], "path": "g.flac"},
+        {"bytes": sound(2, "WAV")[:-9000], "path": "h.wav"},
     ]
     (tmp_path / "plain").mkdir()  # Parquet that `datasets` did not write: the column is known by its name only
     file = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     pq.write_table(pa.table({"audio": pa.array(sounds, file)}), tmp_path / "plain" / "train.parquet")
     folder = run(tmp_path / "plain")
-    assert [(u.id, Path(u.path).stem) for u in read_corpus(folder)] == [("b", "0000001"), ("e", "0000007")]
+    found = [(u.id, Path(u.path).stem, u.duration_s) for u in read_corpus(folder)]
+    assert found == [("b", "0000001", 0.1), ("e", "0000007", 0.2), ("f", "0000008", 0.3)]
     done = json.loads((folder / "done.json").read_text())
-    assert done["skipped"] == {"unreadable": 2, "missing": 3, "empty": 1} and done["utterances"] == 2
+    assert done["skipped"] == {"unreadable": 3, "missing": 3, "empty": 1, "truncated": 1} and done["utterances"] == 3
     assert done["skipped_first"][0].startswith("audio/train/0000/0000000: not a readable audio file")
     assert len(done["skipped_first"]) == 5
 
@@ -201,6 +211,97 @@ def test_a_finished_import_is_not_repeated_and_another_one_is_refused(run: Run, 
     with pytest.raises(RunError, match="another configuration .*splits: None -> "):
         run(parquet, splits=["train"])
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+FILE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+
+def recordings(count: int = 2) -> pa.Array:
+    return pa.array([{"bytes": sound(0.1), "path": f"{i}.flac"} for i in range(count)], FILE)
+
+
+def test_numbers_are_texts_and_nulls_are_none(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    columns = {"audio": recordings(), "id": [0, 1], "speaker_id": [0, None], "text": [None, "A"]}
+    pq.write_table(pa.table(columns), tmp_path / "plain" / "train.parquet")
+    found = [(u.id, u.speaker, u.text) for u in read_corpus(run(tmp_path / "plain"))]
+    assert found == [("0", "0", None), ("1", None, "A")]
+
+
+def test_a_text_of_another_kind_further_on_is_skipped(
+    run: Run, parquet: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = recipe("import_speech.py")
+    import_row = module.import_row
+
+    def odd(row: dict, *arguments: Any) -> dict:
+        return import_row(row | ({"text": [1]} if row["id"] == "7-0" else {}), *arguments)
+
+    monkeypatch.setattr(module, "import_row", odd)
+    folder = run(parquet, splits=["train"])
+    assert [u.id for u in read_corpus(folder)] == ["84-0", "84-1", "7-1", "7-2"]
+    assert json.loads((folder / "done.json").read_text())["skipped"] == {"wrong type": 1}
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"audio": recordings(), "text": [["A"], ["B"]]}, r"split train: text is \['A'\], expected text"),
+        ({"audio": recordings(), "text": [b"A", b"B"]}, "split train: text is b'A', expected text"),
+        ({"audio": recordings(), "speaker": [True, False]}, "split train: speaker is True, expected text"),
+        ({"audio": [[0.1, 0.2], [0.3]]}, "split train: Couldn't cast array of type list"),
+        ({"audio": [1, 2]}, "split train: Unsupported cast from int64"),
+    ],
+)
+def test_columns_of_another_kind_are_refused_before_anything_is_written(
+    run: Run, tmp_path: Path, columns: dict, message: str
+) -> None:
+    (tmp_path / "plain").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "plain" / "train.parquet")
+    with pytest.raises(DataError, match=message):
+        run(tmp_path / "plain")
+    assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("file", ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"])
+def test_a_cut_file_is_an_error_of_one_line(run: Run, parquet: Path, file: str) -> None:
+    (parquet / file).write_bytes((parquet / file).read_bytes()[:900])
+    with pytest.raises(DataError, match="Parquet magic bytes not found.*: correct the data set, or fetch it again"):
+        run(parquet, splits=["train"])
+
+
+def test_a_data_set_without_a_usable_recording_is_an_error(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    pq.write_table(pa.table({"audio": ["nowhere.wav"]}), tmp_path / "plain" / "train.parquet")
+    with pytest.raises(DataError, match=r"none of the 1 recordings can be used \({'missing': 1}\); the first: "):
+        run(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("layout", ["manifest", "LibriSpeech", "sounds"])
+def test_a_corpus_folder_needs_no_import(run: Run, tmp_path: Path, layout: str) -> None:
+    chapter = tmp_path / "data" / "dev-clean" / "84" / "121"
+    chapter.mkdir(parents=True)
+    (chapter / "84-121-0000.flac").write_bytes(sound(0.1))
+    message = "is a corpus folder already: no import is needed"
+    if layout == "manifest":
+        (tmp_path / "data" / "manifest.csv").write_text("path,duration_s\n", encoding="utf-8")
+    elif layout == "LibriSpeech":
+        (chapter / "84-121.trans.txt").write_text("84-121-0000 GO\n", encoding="utf-8")
+    elif find_spec("torchcodec"):
+        pytest.skip("imported with torchcodec")
+    else:
+        message = "instead of importing a folder of audio files, write a manifest.csv"
+    with pytest.raises(DataError, match=message):
+        run(tmp_path / "data")
+    assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.jsonl", "checkpoints/mine.pt", "audio/train/0000/0000000.flac"])
+def test_a_corpus_of_somebody_is_not_replaced(run: Run, parquet: Path, tmp_path: Path, name: str) -> None:
+    write_text(tmp_path / "out" / name, "mine")
+    with pytest.raises(InputError, match=f"holds what import_speech did not write .{name.split('/')[0]}.: choose"):
+        run(parquet)
+    assert [path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["mine"]
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def paper(tmp_path: Path, make_qwen2: Callable, make_text_tokenizer: Callable, m
     save_hubert(small_hubert(16, 2), folders["HUBERT"])
     save_ecapa(ECAPA_TDNN(8, **ECAPA), ECAPA, 8, ["a", "b"], folders["ECAPA"])
     text_tokenizer = make_text_tokenizer()
-    make_qwen2(text_tokenizer, spare=300).save_pretrained(folders["QWEN"])  # rows to spare, as Qwen2-1.5B has
+    make_qwen2(text_tokenizer, spare=200).save_pretrained(folders["QWEN"])  # rows to spare, as Qwen2-1.5B has
     text_tokenizer.save_pretrained(folders["QWEN"])
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertForMaskedLM(BertConfig(vocab_size=50, **shape)).save_pretrained(folders["BERT"])

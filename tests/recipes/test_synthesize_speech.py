@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from tokenizer.errors import InputError
+
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "synthesize_speech.py"
 COUNTS = {"train": 300, "dev": 40, "test": 40}
 
@@ -91,21 +93,22 @@ def test_a_complete_corpus_is_kept_and_an_interrupted_one_is_made_again(
     assert call(recipe, monkeypatch, tmp_path, "--train=4") == []
     manifest.unlink()
     assert len(call(recipe, monkeypatch, tmp_path, "--train=4")) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"audio", "corpus.json", "manifest.jsonl"}
+    names = {path.name for path in tmp_path.iterdir()} - {".lock"}
+    assert names == {"audio", "claim.json", "corpus.json", "manifest.jsonl"}
 
 
 def test_folder_of_other_arguments_is_refused(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call(recipe, monkeypatch, tmp_path, "--train=8")
-    with pytest.raises(SystemExit, match="holds a corpus made with .*'train': 8"):
+    with pytest.raises(InputError, match="holds a corpus made with .*'train': 8"):
         call(recipe, monkeypatch, tmp_path, "--train=4")
     assert len((tmp_path / "manifest.jsonl").read_text().splitlines()) == 12
 
 
 def test_foreign_folder_is_refused(recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.txt").touch()
-    with pytest.raises(SystemExit, match="holds other files"):
+    with pytest.raises(InputError, match=r"holds what synthesize_speech did not write \(mine.txt\)"):
         call(recipe, monkeypatch, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

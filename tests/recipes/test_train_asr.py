@@ -21,6 +21,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from speechllm import (
+    Encoding,
     RunError,
     SpeechCodec,
     Utterance,
@@ -34,6 +35,7 @@ from speechllm import (
     word_error_rate,
 )
 from speechllm.decoding import recognize
+from speechllm.evaluation.normalizers import NORMALIZERS
 from speechllm.runs.run import read_log
 from speechllm.small_model import small_qwen2, small_text_tokenizer
 from tokenizer.files import read_jsonl
@@ -48,9 +50,8 @@ SIZES = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-# YAML reads a bare no as false
 BASE = (
-    'codes=codes codec=codec splits=[train] dev_splits=[dev] layers=2 precision="no" batch_tokens=400 steps=12 '
+    "codes=codes codec=codec splits=[train] dev_splits=[dev] layers=2 precision=no batch_tokens=400 steps=12 "
     "learning_rate=1e-3 warmup=2 log_every=1 validate_every=3 save_every=2"
 )
 SMALL = f"{BASE} model=null small.text_tokens=300 small.text_steps=2 " + " ".join(
@@ -253,18 +254,23 @@ def test_an_extended_model_is_trained_further_with_its_rows(work: Work, here: Ca
             here(f"{BASE} model=first/model {words} output=refused_{number}")
 
 
-def test_a_non_finite_gradient_stops_the_training_before_the_update(
+def test_steps_with_a_non_finite_gradient_are_skipped_and_many_end_the_training(
     work: Work, here: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = torch.Tensor.backward
 
     def broken(loss: torch.Tensor, *args: object, **kwargs: object) -> None:
-        usual(loss * (math.nan if broken.steps == 4 else 1), *args, **kwargs)
+        usual(loss * (math.nan if broken.steps in skipped else 1), *args, **kwargs)
         broken.steps += 1
 
-    broken.steps = 0
     monkeypatch.setattr(torch.Tensor, "backward", broken)
-    with pytest.raises(SystemExit, match="gradient norm of step 5 is nan; the last checkpoint is kept"):
+    broken.steps, skipped = 0, [4]
+    here(f"{BASE} model=base output=skipped")
+    assert work.done("skipped")["non_finite"] == 1 and list(work.log("skipped", "non_finite")) == [5]
+    assert all(math.isfinite(loss) for loss in work.log("skipped", "loss").values())
+    assert all(value.isfinite().all() for value in work.weights("skipped").values())
+    broken.steps, skipped = 0, range(4, 12)
+    with pytest.raises(SystemExit, match=r"in 8 steps in a row, up to step 12; the last checkpoint is kept: .* u\d\d"):
         here(f"{BASE} model=base output=broken")
     (*_, last) = sorted((work.folder / "broken" / "checkpoints").glob("step_*.pt"))
     state = torch.load(last)
@@ -355,7 +361,7 @@ def test_the_last_weights_are_exported_without_keep_best(work: Work, here: Calla
 
 
 def test_the_plan_is_printed_first(work: Work, here: Callable, capsys: pytest.CaptureFixture) -> None:
-    here(f"{SMALL} steps=2 max_utterances=5 precision=bf16 output=plan")
+    here(f"{SMALL} steps=2 small.text_steps=1 max_utterances=5 precision=bf16 output=plan")
     lines = capsys.readouterr().out.splitlines()
     assert all(math.isfinite(loss) for loss in work.log("plan", "loss").values())
     assert lines[0].startswith("asr: 5 utterances, ") and "2 steps of up to 400 tokens" in lines[0]
@@ -372,16 +378,16 @@ def test_the_plan_is_printed_first(work: Work, here: Callable, capsys: pytest.Ca
         ("dev_splits=null patience=3", "patience needs dev_splits for measuring the WER"),
         (
             "batch_tokens=0 max_utterances=-1",
-            "batch_tokens must be at least 1, got 0; max_utterances must be at least 1, got -1",
+            "max_utterances must be at least 1, got -1\n  batch_tokens must be at least 1, got 0",
         ),
-        ("augmentation.mask=2", "mask must be at least 0 and below 1, got 2.0"),
-        ("clip=0 lora.rank=0", "clip must be above 0, got 0.0; lora.rank must be above 0, got 0"),
-        ("learning_rate=.nan", "learning_rate must be above 0, got nan"),
+        ("augmentation.mask=2", "augmentation.mask must be at least 0 and below 1, got 2.0"),
+        ("clip=0 lora.rank=0", "lora.rank must be at least 1, got 0\n  clip must be above 0, got 0.0"),
+        ("learning_rate=.nan", "learning_rate must be float, got .nan"),
         (
             "row_learning_rate=-1e-3 speech_loss=-1",
-            "must not be negative, got -0.001; speech_loss must not be",
+            "speech_loss must be at least 0, got -1.0\n  row_learning_rate must be at least 0, got -0.001",
         ),
-        ("row_steps=13", "row_steps must be at most steps, got 13"),
+        ("row_steps=13", "row_steps must be at most steps = 12, got 13"),
         ("model=null row_steps=1", "row_steps need a pretrained language model, but model is null"),
     ],
 )
@@ -470,6 +476,27 @@ def test_two_processes_train_the_same_adapter_as_one(work: Work) -> None:
     work.run(f"{words} output=adapter_1")
     work.run(f"{words} output=adapter_2", processes=2)
     assert_close(work.weights("adapter_2"), work.weights("adapter_1"), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "text, heard, normalizer, rates",
+    [
+        ("3.5 percent", "three point five percent", "whisper_english", {"dev_wer": 0}),
+        ("It's 3.5!", "it's 3 5", "librispeech", {"dev_wer": 0}),
+        ("It's", "it's", "none", {"dev_wer": 1}),
+        ("今天天气很好", "今天 天汽很好", "librispeech", {"dev_wer": 2, "dev_cer": pytest.approx(1 / 6)}),
+    ],
+)
+def test_the_dev_rates_are_by_the_normalizer_of_the_training(
+    recipe: Callable, monkeypatch: pytest.MonkeyPatch, text: str, heard: str, normalizer: str, rates: dict
+) -> None:
+    if normalizer == "whisper_english":
+        pytest.importorskip("whisper_normalizer", reason="needs the eval extra")
+    train_asr = recipe("train_asr.py")
+    monkeypatch.setattr(train_asr, "recognize", lambda speech, *_, **__: [SimpleNamespace(text=heard)])
+    encoding = Encoding("f" * 16, 16_000, 50.0, 1, 4)
+    dev = [{"text": NORMALIZERS[normalizer](text), "codes": [1, 2], "duration_s": 0.04}]
+    assert train_asr.dev_rates(dev, encoding, None, normalizer) == rates
 
 
 @pytest.mark.parametrize("name, kind", [("fsdp2", "FSDP"), ("deepspeed_zero2", "DEEPSPEED")])

@@ -1,7 +1,9 @@
 """recipes/train_text.py on a handful of sentences: what it learns from, killed, cut into processes, what it leaves."""
 
 import json
+import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from speechllm import DataError, RunError, SpeechCodec, extend_vocabulary
 from speechllm.runs.run import read_log
+from speechllm.runs.signals import Interrupted
 from speechllm.small_model import SmallShape, small_text_tokenizer
+from tokenizer.tables import TableError
 
 WORDS = "the a red blue lamp door opens closes now never Anna's room is small, dark and cold".split()
 
@@ -64,6 +68,18 @@ def test_blocks_are_concatenated_sentences(train_text: ModuleType) -> None:
     found = train_text.blocks(Dataset.from_dict({"text": texts}), text_tokenizer, 7)
     stream = [*map(text_tokenizer.convert_tokens_to_ids, text_tokenizer.tokenize("<|im_end|>".join(texts)))]
     assert found["input_ids"][:] == [stream[i : i + 7] for i in range(0, len(stream) - 6, 7)] == found["labels"][:]
+
+
+@pytest.mark.parametrize("name", ["a*.txt", "a [1] #2.txt", "[x]/a.txt"])
+def test_a_file_is_read_by_its_name_which_is_no_pattern(
+    train_text: ModuleType, config: object, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "ab.txt").write_text("another file\n")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("this file\n")
+    files = [str(tmp_path / name)]
+    train, held_out = train_text.sentences(replace(config, text=files, held_out=files))
+    assert train["text"][:] == held_out["text"][:] == ["this file"]
 
 
 def test_the_language_model_can_be_extended(train_text: ModuleType, config: object, small_codec: SpeechCodec) -> None:
@@ -116,6 +132,92 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert read_log(killed.output) == read_log(config.output)
 
 
+def run_folder(config: object, name: str) -> Path:
+    return Path(config.output).with_name(name)
+
+
+@pytest.mark.parametrize("place", ["finish_training"])
+def test_a_run_killed_while_it_ends_ends_the_same(
+    train_text: ModuleType, config: object, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    train_text.main(config)
+    killed = replace(config, output=str(run_folder(config, "killed")))
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_text, place, die)
+        with pytest.raises(KeyboardInterrupt):
+            train_text.main(killed)
+    train_text.main(killed)
+    assert all(torch.equal(value, weights(config)[name]) for name, value in weights(killed).items())
+    assert read_log(killed.output) == read_log(config.output)
+
+
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_a_signal_saves_a_checkpoint_and_a_damaged_one_is_passed_over(
+    train_text: ModuleType,
+    config: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    log_every: int,
+) -> None:
+    config = replace(config, log_every=log_every, steps=9)
+    train_text.main(config)
+    ended, usual = replace(config, output=str(run_folder(config, "ended"))), Trainer.training_step
+
+    def signalled(trainer: Trainer, *args: object, **kwargs: object) -> torch.Tensor:
+        if trainer.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return usual(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", signalled)
+        with pytest.raises(Interrupted, match="step 5 is saved, and the same command goes on from there"):
+            train_text.main(ended)
+    checkpoints = run_folder(config, "ended") / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-5"]
+    if log_every == 1:
+        (checkpoints / "checkpoint-5" / "optimizer.pt").write_bytes(b"")
+    train_text.main(ended)
+    said = capsys.readouterr().err
+    assert ("checkpoint-5 cannot be read" in said) == (log_every == 1)
+    assert all(torch.equal(value, weights(config)[name]) for name, value in weights(ended).items())
+    assert read_log(ended.output) == read_log(config.output)
+
+
+def test_a_run_may_be_prolonged(train_text: ModuleType, config: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(train_text, "finish_training", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_text.main(config)
+    train_text.main(replace(config, steps=8, save_every=99, log_every=2, validate_every=4))
+    log = read_log(config.output)
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5, 6, 8]
+    assert json.loads((Path(config.output) / "done.json").read_text())["steps"] == 8
+
+
+def test_a_step_with_a_non_finite_gradient_changes_no_weight_and_no_moment(
+    train_text: ModuleType, config: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, before = Trainer.training_step, []
+
+    def broken(trainer: Trainer, model: torch.nn.Module, *args: object, **kwargs: object) -> torch.Tensor:
+        moments = [value for held in trainer.optimizer.state.values() for value in held.values()]
+        before.append([value.clone() for value in (*model.parameters(), *moments)])
+        loss = usual(trainer, model, *args, **kwargs)
+        if len(before) == 3:
+            next(model.parameters()).grad.view(-1)[0] = torch.nan
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", broken)
+    train_text.main(config)
+    assert all(map(torch.equal, before[2], before[3])) and not all(map(torch.equal, before[3], before[4]))
+    assert json.loads((Path(config.output) / "done.json").read_text())["non_finite"] == 1
+    assert [line["step"] for line in read_log(config.output) if "loss" in line] == [1, 2, 4, 5, 6]
+
+
 def test_impossible_settings_are_reported(
     train_text: ModuleType, config: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,3 +228,11 @@ def test_impossible_settings_are_reported(
     monkeypatch.setattr(train_text, "make_accelerator", lambda _: SimpleNamespace(num_processes=3))
     with pytest.raises(RunError, match="batch_size 4 is not divisible by 3 processes"):
         train_text.main(config)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_a_text_in_another_encoding_is_named(train_text: ModuleType, config: object, encoding: str) -> None:
+    file = Path(config.text[0])
+    file.write_text("first\nhé\n", encoding=encoding)
+    with pytest.raises(TableError, match=rf"text\.txt, line {1 if encoding == 'utf-16' else 2}: byte .* is not UTF-8"):
+        train_text.sentences(config)

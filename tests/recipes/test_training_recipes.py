@@ -10,9 +10,10 @@ import soundfile
 import torch
 from torch import Tensor
 
-from speechllm import CorpusError, RunError, SpeechCodecConfig, Utterance, read_corpus
-from speechllm.runs.run import read_log
+from speechllm import CorpusError, RunError, SpeechCodec, SpeechCodecConfig, Utterance, read_corpus
+from speechllm.runs.run import Run, read_log
 from tokenizer.corpus import spread
+from tokenizer.training.losses import ReconstructionLoss
 
 pytestmark = pytest.mark.filterwarnings("ignore:skipped")
 RATE = 16_000
@@ -44,6 +45,25 @@ def corpus(tmp_path: Path, noise: Callable[..., Tensor]) -> Path:
         (folder / f"u{i:02}.flac").write_text("not a sound")
     (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
+
+
+def kill_at(module: ModuleType, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt a recipe where it, or `Run`, uses this name."""
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    if place == "write_json":
+        monkeypatch.setattr(Run, "finish", lambda run, _: die())
+    else:
+        monkeypatch.setattr(module, place, die)
+
+
+def assert_ended_alike(run: Path, whole: Path) -> None:
+    assert read_log(run) == read_log(whole)
+    assert (run / "done.json").read_text() == (whole / "done.json").read_text()
+    for file in (whole / "model").iterdir():
+        assert (run / "model" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 # ---- the tokenizer
@@ -126,12 +146,55 @@ def test_possible_settings_are_accepted(tokenizer_recipe: ModuleType) -> None:
 def test_a_non_finite_gradient_stops_the_run_and_keeps_the_checkpoint(
     train: Callable[..., Path], tmp_path: Path, clip: float | None
 ) -> None:
-    with pytest.raises(RunError, match=r"gradient norm of step 2 is \w+; the last checkpoint is kept: try a lower"):
-        train(learning_rate=1e30, clip=clip, steps=9)
+    with pytest.raises(
+        RunError, match=r"in 10 steps in a row, up to step 11; the last checkpoint is kept: .*u\d\d.flac"
+    ):
+        train(learning_rate=1e30, clip=clip, steps=20, crop_s=0.1, validate_every=99)
     kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [file.name for file in kept] == ["step_00000001.pt"]
     assert all(torch.isfinite(value).all() for value in torch.load(kept[0])["codec"].values())
     assert not (tmp_path / "run" / "done.json").exists()
+
+
+def test_a_step_with_a_non_finite_gradient_leaves_codec_and_balancer_as_they_were(
+    train: Callable[..., Path], tokenizer_recipe: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, before = tokenizer_recipe.codec_backward, []
+
+    def broken(codec: SpeechCodec, batch: dict, criterion: ReconstructionLoss, *rest: object) -> dict[str, Tensor]:
+        state = {**codec.state_dict(), **criterion.balancer.norms}
+        before.append({name: value.clone() for name, value in state.items()})
+        metrics = usual(codec, batch, criterion, *rest)
+        if len(before) == 2:
+            next(codec.parameters()).grad.view(-1)[0] = torch.nan
+        return metrics
+
+    monkeypatch.setattr(tokenizer_recipe, "codec_backward", broken)
+    run = train(steps=4, log_every=1)
+    changed = [
+        {name for name, value in after.items() if not torch.equal(value, then[name])}
+        for then, after in zip(before[1:], before[2:], strict=False)
+    ]
+    assert changed[0] == set() and {"quantizer.codebooks", "quantizer.usage", "mel"} < changed[1]
+    assert json.loads((run / "done.json").read_text())["non_finite"] == 1
+    assert [line["step"] for line in read_log(run) if "mel" in line] == [1, 3, 4]
+
+
+@pytest.mark.parametrize("place", ["atomic_folder", "write_json"])
+def test_a_tokenizer_killed_while_it_ends_ends_the_same(
+    train: Callable[..., Path],
+    tokenizer_recipe: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    whole = train()
+    whole.rename(tmp_path / "whole")
+    kill_at(tokenizer_recipe, place, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    monkeypatch.undo()
+    assert_ended_alike(train(), tmp_path / "whole")
 
 
 def test_dev_recordings_are_evenly_chosen_read_once_and_skipped_if_unusable(
@@ -187,6 +250,53 @@ def test_a_teacher_skips_unusable_recordings_and_lists_them(
     student = (module.SpeakerStudent if name == "speaker" else module.SemanticStudent)(config, dev).eval()
     assert student.score(dev) == student.score(dev[1:]) != {}
     assert student.score(dev[:1]) == {}
+
+
+@pytest.mark.parametrize("place", ["atomic_folder", "finish_training"])
+@pytest.mark.parametrize("name", ["alignment", "speaker"])
+def test_a_teacher_killed_while_it_ends_ends_the_same(
+    recipe: Callable[[str], ModuleType],
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    place: str,
+) -> None:
+    module, words = recipe("train_teacher.py"), {"splits": ["train"], "steps": 4, "batch_size": 4, "save_every": 2}
+
+    def train(run: str) -> Path:
+        module.main(module.TeacherConfig(data=str(corpus), output=str(tmp_path / run), **words, **KINDS[name]))
+        return tmp_path / run
+
+    whole = train("whole")
+    kill_at(module, place, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train("run")
+    monkeypatch.undo()
+    assert_ended_alike(train("run"), whole)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_teacher_skips_a_step_with_a_non_finite_gradient(
+    recipe: Callable[[str], ModuleType],
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    module, words = recipe("train_teacher.py"), {"splits": ["train"], "steps": 3, "batch_size": 4}
+    student = module.SpeakerStudent if name == "speaker" else module.SemanticStudent
+    forward, calls = student.forward, []
+
+    def broken(self: torch.nn.Module, waveform: Tensor, *rest: Tensor) -> Tensor:
+        calls.append({key: value.clone() for key, value in self.state_dict().items()})
+        return forward(self, waveform * (torch.inf if len(calls) == 2 else 1), *rest)
+
+    monkeypatch.setattr(student, "forward", broken)
+    module.main(module.TeacherConfig(data=str(corpus), output=str(tmp_path / "run"), **words, **KINDS[name]))
+    assert json.loads((tmp_path / "run" / "done.json").read_text())["non_finite"] == 1
+    assert all(torch.equal(value, calls[1][key]) for key, value in calls[2].items())  # batch statistics, too
+    assert not all(torch.equal(value, calls[0][key]) for key, value in calls[1].items())
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from speechllm import (
     Example,
+    InputError,
     LabelledLoss,
     SpeechCodec,
     SpeechLLM,
@@ -332,3 +333,15 @@ def test_an_unknown_form_is_refused(make_speech_llm: Callable) -> None:
     speech_llm = make_speech_llm()
     with pytest.raises(ValueError, match="form must be .*, got 'row'"):
         prepare_adapter(speech_llm.model, speech_llm.vocabulary, "row")
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "layers.1.self_attn.q_proj"])
+def test_an_adapter_without_its_rows_or_updates_is_refused(
+    make_adapter: MakeAdapter, tmp_path: Path, part: str
+) -> None:
+    """PEFT itself warns and leaves them as they were initialised."""
+    make_adapter().save(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if part not in name}, file)
+    with pytest.raises(InputError, match=part):
+        load_speech_llm(tmp_path / "adapter")

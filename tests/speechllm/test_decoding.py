@@ -12,10 +12,14 @@ from torch import Tensor, nn
 
 from speechllm import (
     AudioError,
+    DataError,
+    SpeechCodec,
     SpeechLLM,
     Utterance,
     encode_shards,
     load_audio,
+    load_language_model,
+    load_speech_llm,
     save_audio,
     transcribe,
     transcribe_codes,
@@ -287,6 +291,46 @@ def test_eval_asr_counts_runaways_and_scores_the_final_answers(
     assert results["wer"] == 1 and results["normalizer"] == "none"
 
 
+def test_eval_asr_scores_the_texts_as_they_were_given_split_by_split(
+    tmp_path: Path,
+    recipe: Callable[[str], ModuleType],
+    make_speech_llm: MakeSpeechLLM,
+    noise: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("whisper_normalizer", reason="needs the eval extra")
+    texts = ["It's 3.5 percent, isn\u2019t it?", "...", "Turn ON"]
+    utterances = []
+    for i, (text, split) in enumerate(zip(texts, ("dev", "dev", "test"), strict=True)):
+        save_audio(tmp_path / f"{i}.wav", noise(4_000, seed=i)[0])
+        utterances.append(Utterance(f"u{i}", str(tmp_path / f"{i}.wav"), 0.25, split, text, "s"))
+    speech_llm = make_speech_llm(tied=False)
+    assert list(encode_shards(utterances, speech_llm.codec, tmp_path / "codes")) == [3]
+    speech_llm.save(tmp_path / "run" / "model")
+    (tmp_path / "run" / "done.json").write_text('{"normalizer": "none"}')
+    eval_asr = recipe("eval_asr.py")
+    places = [str(tmp_path / name) for name in ("run/model", "codes", "out")]
+    monkeypatch.setattr(eval_asr, "recognize", lambda speech, **_: [Transcription(text) for text in texts])
+    eval_asr.main(eval_asr.EvalAsrConfig(*places, normalizer="whisper_english", shuffled_audio=False))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["wer"] == results["cer"] == 0 and results["primary"] == "wer"
+    assert (results["normalizer"], results["training_normalizer"]) == ("whisper_english", "none")
+    assert results["empty_references"] == 1 and results["without_transcript"] == 0
+    assert {split: found["utterances"] for split, found in results["splits"].items()} == {"dev": 2, "test": 1}
+    printed = capsys.readouterr().out
+    assert "Pooled over the splits dev, test:" in printed and "test: WER 0.00%, CER 0.00% (2 words of 1" in printed
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert (
+        "2 splits pooled" in page and "<h2>Error rates by split</h2>" in page and "1 with a reference without" in page
+    )
+
+    monkeypatch.setattr(eval_asr, "summarize_shards", lambda folder: {})
+    monkeypatch.setattr("speechllm.data.shards._stored_normalizers", lambda files: ["librispeech"])
+    with pytest.raises(DataError, match="of which whisper_english cannot be made: choose normalizer=librispeech"):
+        eval_asr.main(eval_asr.EvalAsrConfig("nowhere", *places[1:], normalizer="whisper_english"))
+
+
 # ---- recordings
 
 
@@ -321,3 +365,37 @@ def test_without_a_codec_recordings_cannot_be_transcribed(make_speech_llm: MakeS
     speech_llm.codec = None
     with pytest.raises(ValueError, match="has no codec: load it with load_speech_llm, or use transcribe_codes"):
         transcribe([torch.zeros(1000)], speech_llm)
+
+
+CHATTY = {
+    "bad_words_ids": [[40], [41], [42], [43], [44], [45]],
+    "suppress_tokens": [*range(3, 60)],
+    "guidance_scale": 3.0,
+    "repetition_penalty": 5.0,
+    "no_repeat_ngram_size": 1,
+    "max_length": 3,
+    "forced_eos_token_id": 5,
+    "do_sample": True,
+    "temperature": 9.0,
+    "num_beams": 3,
+}
+
+
+def test_the_generation_settings_of_a_base_model_change_nothing(
+    make_qwen2: Callable, make_text_tokenizer: Callable, small_codec: SpeechCodec, tmp_path: Path
+) -> None:
+    """Neither the answers nor what is saved with the model."""
+    for name in ("plain", "chatty"):
+        text_tokenizer = make_text_tokenizer()
+        make_qwen2(text_tokenizer).save_pretrained(tmp_path / name)
+        text_tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "chatty" / "generation_config.json").write_text(json.dumps(CHATTY))
+    answers = []
+    for name in ("plain", "chatty"):
+        speech_llm = load_language_model(tmp_path / name, small_codec)
+        answers.append(transcribe_codes(random_codes(30, 11), speech_llm))
+        speech_llm.save(tmp_path / "saved" / name)
+        answers.append(transcribe_codes(random_codes(30, 11), load_speech_llm(tmp_path / "saved" / name)))
+        saved = json.loads((tmp_path / "saved" / name / "generation_config.json").read_text())
+        assert not set(saved) & set(CHATTY)
+    assert any(answers[0]) and all(answer == answers[0] for answer in answers)

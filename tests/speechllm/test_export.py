@@ -25,6 +25,7 @@ from speechllm import (
     transcription_prompt,
 )
 from speechllm.decoding import answer_bound
+from tokenizer.locks import OutputError
 
 PLAIN = """
 import json, sys
@@ -168,6 +169,6 @@ def test_an_existing_output_is_refused_and_not_changed(tmp_path: Path, make_trai
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / "thesis.txt").write_text("mine")
     speech_llm = make_trained()
-    with pytest.raises(FileExistsError, match="served already exists: choose another folder"):
+    with pytest.raises(OutputError, match="served already exists: choose another folder"):
         export_model(speech_llm, tmp_path / "served")
     assert (tmp_path / "served" / "thesis.txt").read_text() == "mine"

@@ -1,5 +1,6 @@
 """The loss, and a speech language model on disk."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from speechllm import (
     DataError,
     Example,
+    InputError,
     LabelledLoss,
     SpeechCodec,
     SpeechLLM,
     VocabularyError,
+    load_language_model,
     load_speech_llm,
     transcribe_codes,
     transcription_example,
@@ -175,6 +178,13 @@ def test_a_loaded_text_tokenizer_reads_text_like_the_one_trained_with(tmp_path: 
     assert text_token_ids(loaded, [text]) == text_token_ids(made, [text])
 
 
+def test_a_run_is_taken_for_the_model_in_it(tmp_path: Path, make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = make_speech_llm()
+    speech_llm.save(tmp_path / "model")
+    assert load_speech_llm(tmp_path).codec.fingerprint == speech_llm.codec.fingerprint
+    assert load_language_model(tmp_path, speech_llm.codec).vocabulary == speech_llm.vocabulary
+
+
 # ---- what is missing is named
 
 
@@ -225,3 +235,35 @@ def test_a_small_text_tokenizer_has_its_size_and_end_tokens() -> None:
     assert 270 < len(tokens) < 300  # the texts give no more
     assert (tokens.eos_token, tokens.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert tokens.eos_token_id != tokens.pad_token_id
+
+
+VOCABULARY = {
+    "cut": (lambda text: text[:40], "is no JSON"),
+    "a list": (lambda text: "[]", "holds a list"),
+    "other keys": (lambda text: '{"encoding": {}}', "is not an audio vocabulary"),
+    "beyond the rows": (lambda text: json.dumps(json.loads(text) | {"offset": 9_999}), "contradicts itself"),
+    "more rows": (lambda text: json.dumps(json.loads(text) | {"size": 9_999}), "the model has .* rows and its vocab"),
+    "other ids": (
+        lambda text: json.dumps(json.loads(text) | {"start_id": json.loads(text)["start_id"] - 1}),
+        "do not belong together",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", VOCABULARY)
+def test_a_vocabulary_that_does_not_fit_is_refused(make_speech_llm: MakeSpeechLLM, tmp_path: Path, kind: str) -> None:
+    make_speech_llm().save(tmp_path)
+    change, message = VOCABULARY[kind]
+    file = tmp_path / "audio_vocabulary.json"
+    file.write_text(change(file.read_text()))
+    with pytest.raises(InputError, match=message):
+        load_speech_llm(tmp_path)
+
+
+def test_a_text_tokenizer_of_another_model_is_refused(
+    make_qwen2: Callable, make_text_tokenizer: Callable, small_codec: SpeechCodec, tmp_path: Path
+) -> None:
+    """Without its files transformers makes an almost empty one."""
+    make_qwen2(make_text_tokenizer()).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="text tokenizer"):
+        load_language_model(tmp_path, small_codec)

@@ -1,5 +1,10 @@
 """Reading and writing recordings: exact samples, and an error with the reason for unusable files."""
 
+import contextlib
+import io
+import os
+import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +12,8 @@ import pytest
 import soundfile
 import torch
 
-from speechllm import AudioError, load_audio, pad_waveforms, save_audio
+from speechllm import AudioError, InputError, load_audio, pad_waveforms, save_audio
+from tokenizer.audio import audio_duration, inspect_audio, resample
 
 RATE = 16_000
 
@@ -101,6 +107,260 @@ def test_channels_are_averaged(tmp_path: Path) -> None:
     np.testing.assert_allclose(waveform.numpy(), (left + right) / 2, atol=1e-7)
 
 
+# ---- files that are none, or not whole
+
+
+def speech(seconds: float = 4.0) -> np.ndarray:
+    """A tone whose pitch and level change, so that every second needs its own bytes."""
+    time = np.arange(round(seconds * RATE)) / RATE
+    return (0.3 * np.sin(2 * np.pi * (300 + 200 * time) * time) * (1 + np.sin(9 * time)) / 2).astype("float32")
+
+
+def encoded(kind: str, subtype: str | None = None, seconds: float = 4.0) -> bytearray:
+    file = io.BytesIO()
+    soundfile.write(file, speech(seconds), RATE, subtype, format=kind)
+    return bytearray(file.getvalue())
+
+
+def flac_stating(samples: int) -> bytearray:
+    """A FLAC file of 4 s whose header states another number of samples; 0 is an unknown one."""
+    content = encoded("FLAC")
+    fields = int.from_bytes(content[18:26], "big")
+    content[18:26] = (fields >> 36 << 36 | samples).to_bytes(8, "big")
+    return content
+
+
+def wav_stating(size: int) -> bytearray:
+    """A WAV file of 4 s, 128000 bytes, whose header states another size."""
+    content = encoded("WAV")
+    content[40:44] = struct.pack("<I", size)
+    return content
+
+
+def wav_of_rate(rate: int) -> bytearray:
+    content = encoded("WAV")
+    content[24:28] = struct.pack("<I", rate)
+    return content
+
+
+def every_reason(path: Path) -> str:
+    """The reason of `load_audio`, which `inspect_audio` gives too, for a file and for its content."""
+    reason = reason_for(path)
+    for source in (path, path.read_bytes()):
+        with pytest.raises(AudioError, match="recording 7") as caught:
+            inspect_audio(source, "recording 7")
+        assert caught.value.reason == reason
+    return reason
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 300, "a.wav/b.wav"])
+def test_a_name_of_no_file_is_missing(recording: Path, name: str) -> None:
+    assert reason_for(recording.parent / name) == "missing"
+
+
+def test_pipes_and_devices_are_no_files_and_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.wav")
+    assert reason_for(tmp_path / "pipe.wav") == reason_for(Path("/dev/zero")) == "missing"
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (PermissionError(13, "Permission denied"), "unreadable"),
+        (OSError(5, "Input/output error"), "unreadable"),
+        (MemoryError(), "too long"),
+        (RuntimeError("of a library"), "unreadable"),
+    ],
+)
+def test_what_fails_while_reading_is_an_error_of_the_recording(
+    recording: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", fail)
+    assert reason_for(recording) == reason
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_unreadable(recording: Path) -> None:
+    recording.chmod(0)
+    assert reason_for(recording) == "unreadable"
+
+
+def test_an_error_survives_the_way_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(AudioError("a.wav", "empty", "holds no samples")))
+    assert (str(error), error.reason) == ("a.wav: holds no samples", "empty")
+
+
+def test_the_content_counts_not_the_ending(tmp_path: Path) -> None:
+    (tmp_path / "a.raw").write_bytes(encoded("WAV"))
+    assert len(load_audio(tmp_path / "a.raw")) == 4 * RATE
+    (tmp_path / "b.raw").write_bytes(encoded("WAV")[44:])
+    assert every_reason(tmp_path / "b.raw") == "unreadable"
+
+
+def test_a_name_that_is_not_utf8_is_read(tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/\xff\xe9.wav"
+    with open(name, "wb") as file:
+        file.write(encoded("WAV"))
+    assert len(load_audio(os.fsdecode(name))) == 4 * RATE
+
+
+def test_a_flac_file_without_number_of_samples_is_read_to_its_end(tmp_path: Path, recording: Path) -> None:
+    (tmp_path / "a.flac").write_bytes(flac_stating(0))
+    (tmp_path / "b.flac").write_bytes(encoded("FLAC"))
+    assert torch.equal(load_audio(tmp_path / "a.flac"), load_audio(tmp_path / "b.flac"))
+    assert torch.equal(load_audio(tmp_path / "a.flac", start_s=3.0), load_audio(tmp_path / "b.flac", start_s=3.0))
+    assert audio_duration(tmp_path / "a.flac") == inspect_audio(tmp_path / "a.flac").duration_s == 4
+    assert reason_for(tmp_path / "a.flac", max_duration_s=3.9) == "too long"
+    assert len(load_audio(tmp_path / "a.flac", max_duration_s=4.0)) == 4 * RATE
+
+
+@pytest.mark.parametrize("samples", [5 * RATE, 2**36 - 1])
+def test_a_flac_file_of_fewer_samples_than_its_header_states_is_truncated(tmp_path: Path, samples: int) -> None:
+    (tmp_path / "a.flac").write_bytes(flac_stating(samples))
+    assert every_reason(tmp_path / "a.flac") == "truncated"
+    assert reason_for(tmp_path / "a.flac", max_duration_s=60) == "truncated"  # by what there is, not by the header
+    assert audio_duration(tmp_path / "a.flac") == (5 if samples == 5 * RATE else 4)  # counted, where it cannot be true
+
+
+TRUNCATED = [
+    *(("WAV", subtype) for subtype in ("PCM_16", "FLOAT", "IMA_ADPCM", "ULAW")),
+    *(("AIFF", None), ("AU", None), ("W64", None), ("RF64", None), ("NIST", None)),
+    *(("MP3", None), ("OGG", "OPUS"), ("OGG", "VORBIS"), ("FLAC", None), ("CAF", None)),
+]
+
+
+@pytest.mark.parametrize("kind, subtype", TRUNCATED)
+def test_a_truncated_file_is_not_used(tmp_path: Path, kind: str, subtype: str | None) -> None:
+    content = encoded(kind, subtype, 8.0)
+    (tmp_path / "a").write_bytes(content)
+    assert len(load_audio(tmp_path / "a")) == pytest.approx(8 * RATE, abs=0.05 * RATE)
+    for share in (0.5, 0.9):
+        (tmp_path / "b").write_bytes(content[: int(share * len(content))])
+        assert every_reason(tmp_path / "b") == ("unreadable" if kind in ("FLAC", "CAF") else "truncated")
+
+
+def test_an_ogg_file_cut_between_two_pages_is_truncated(tmp_path: Path) -> None:
+    content = encoded("OGG", "OPUS", 8.0)
+    (tmp_path / "a.opus").write_bytes(content[: content.rindex(b"OggS")])
+    assert every_reason(tmp_path / "a.opus") == "truncated"
+
+
+@pytest.mark.parametrize("size", [0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
+def test_a_wav_file_that_was_written_into_a_pipe_is_whole(tmp_path: Path, size: int) -> None:
+    (tmp_path / "a.wav").write_bytes(wav_stating(size))
+    assert len(load_audio(tmp_path / "a.wav")) == 4 * RATE
+
+
+def test_a_wav_file_that_lacks_a_few_bytes_is_used(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(wav_stating(128_100))
+    assert len(load_audio(tmp_path / "a.wav")) == 4 * RATE
+    (tmp_path / "a.wav").write_bytes(wav_stating(160_000))
+    assert every_reason(tmp_path / "a.wav") == "truncated"
+
+
+# ---- values that no recording has
+
+
+def written(path: Path, samples: np.ndarray, rate: int = RATE, subtype: str = "FLOAT") -> Path:
+    soundfile.write(path / "a.wav", samples, rate, subtype)
+    return path / "a.wav"
+
+
+@pytest.mark.parametrize("peak", [4.5, 127.0, 32_767.0, 4.5e29])
+def test_samples_in_other_units_are_out_of_range(tmp_path: Path, peak: float) -> None:
+    file = written(tmp_path, peak * tone(440, 1) / 0.5)
+    assert every_reason(file) == "out of range"
+    with pytest.raises(AudioError, match=r"has a peak of .* divide them by their full scale, 32768 for 16-bit integ"):
+        load_audio(file, duration_s=0.5)
+
+
+def test_a_double_beyond_float32_is_non_finite(tmp_path: Path) -> None:
+    assert every_reason(written(tmp_path, 1e300 * tone(440, 1).astype("float64"), subtype="DOUBLE")) == "non-finite"
+
+
+def test_peaks_a_little_above_full_scale_are_clipped(tmp_path: Path) -> None:
+    loud = 3 * tone(440, 1)
+    torch.testing.assert_close(load_audio(written(tmp_path, loud)), torch.from_numpy(loud).clamp(-1, 1))
+
+
+@pytest.mark.parametrize("rate", [RATE, 48_000])
+@pytest.mark.parametrize("level", [0.0, 0.3, -0.9])
+def test_a_constant_is_silent(tmp_path: Path, rate: int, level: float) -> None:
+    assert every_reason(written(tmp_path, np.full(rate, level, "float32"), rate)) == "silent"
+
+
+def test_near_silence_is_silent(tmp_path: Path) -> None:
+    assert every_reason(written(tmp_path, 1e-6 * tone(440, 1))) == "silent"
+
+
+@pytest.mark.parametrize("gain", [-1.0, -0.97])
+@pytest.mark.parametrize("rate", [RATE, 44_100])
+def test_of_channels_that_cancel_each_other_the_loudest_is_taken(tmp_path: Path, rate: int, gain: float) -> None:
+    left = tone(440, 1, rate)
+    stereo = np.stack([left, gain * left], 1)
+    file = written(tmp_path, stereo, rate, "PCM_16")
+    found = load_audio(file)
+    torch.testing.assert_close(found, resample(torch.from_numpy(left), rate, RATE), atol=1e-3, rtol=0)
+    assert inspect_audio(file).duration_s == 1
+    torch.testing.assert_close(load_audio(file, duration_s=0.5)[:7_000], found[:7_000], atol=1e-3, rtol=0)
+
+
+def test_channels_that_are_not_opposite_are_averaged_however_many(tmp_path: Path) -> None:
+    channels = np.random.default_rng(0).uniform(-0.5, 0.5, (RATE, 12)).astype("float32")
+    channels[:, 3] = 0
+    found = load_audio(written(tmp_path, channels))
+    np.testing.assert_allclose(found.numpy(), channels.mean(1), atol=1e-6)
+
+
+# ---- sample rates
+
+
+@pytest.mark.parametrize("rate", [1, 1_999, 1_000_001, 2**31 - 1, 2**31])
+def test_a_rate_of_no_recording_is_refused(tmp_path: Path, rate: int) -> None:
+    (tmp_path / "a.wav").write_bytes(wav_of_rate(rate))
+    assert every_reason(tmp_path / "a.wav") == ("unreadable" if rate >= 2**31 else "sample rate")
+
+
+@pytest.mark.parametrize("rate", [2_000, 8_000, 11_025, 11_127, 15_999, 22_050, 24_000, 44_101, 48_000, 999_983])
+def test_a_tone_keeps_level_and_phase_at_any_rate(rate: int) -> None:
+    samples = rate + 7
+    found = resample(torch.from_numpy(tone(440, samples / rate, rate)), rate, RATE)
+    assert found.dtype == torch.float32 and len(found) == -(-samples * RATE // rate)
+    expected = torch.from_numpy(tone(440, len(found) / RATE))
+    torch.testing.assert_close(found[2_000:-2_000], expected[2_000:-2_000], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rate", [24_000, 44_100, 48_000])
+def test_what_lies_above_half_the_new_rate_is_gone_and_what_lies_below_is_kept(rate: int) -> None:
+    below, above = (resample(torch.from_numpy(tone(f, 1, rate)), rate, RATE)[1_000:-1_000] for f in (7_000, 9_000))
+    assert below.abs().max() == pytest.approx(0.5, abs=2e-3) and above.abs().max() < 1e-5
+
+
+def test_a_long_recording_is_resampled_in_blocks_as_in_one_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path, np.random.default_rng(0).uniform(-0.5, 0.5, 30_000).astype("float32"), 44_101)
+    whole = load_audio(file)
+    monkeypatch.setattr("tokenizer.audio.BLOCK", 1_000)
+    assert torch.equal(load_audio(file), whole)
+
+
+def test_reading_asks_for_no_more_than_a_block_whatever_the_header_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, read = [], soundfile.SoundFile.read
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda self, n, *a, **k: asked.append(n) or read(self, n, *a, **k))
+    for samples in (0, 2**36 - 1):
+        (tmp_path / "a.flac").write_bytes(flac_stating(samples))
+        for part in ({}, {"duration_s": 1e9}):
+            with contextlib.suppress(AudioError):
+                load_audio(tmp_path / "a.flac", **part)
+    assert max(asked) <= 2**18
+
+
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100])
 def test_resampling_keeps_duration_frequency_and_level(tmp_path: Path, rate: int) -> None:
     soundfile.write(tmp_path / "a.wav", tone(1_000, 1.0, rate), rate, "FLOAT")
@@ -151,7 +411,7 @@ def test_the_rate_is_saved(tmp_path: Path) -> None:
 
 
 def test_a_failed_save_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(TypeError):
+    with pytest.raises(InputError, match="a.unknown: expected the name of an audio file, ending in .wav"):
         save_audio(tmp_path / "a.unknown", torch.zeros(10))
     assert list(tmp_path.iterdir()) == []
 
@@ -160,7 +420,7 @@ def test_a_failed_save_keeps_the_file_that_was_there(tmp_path: Path, monkeypatch
     save_audio(tmp_path / "a.wav", torch.ones(10))
     before = (tmp_path / "a.wav").read_bytes()
 
-    def fail(path: str, *_: object) -> None:
+    def fail(path: str, *_: object, **__: object) -> None:
         Path(path).write_bytes(b"half a file")
         raise OSError("no space left")
 

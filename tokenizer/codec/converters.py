@@ -15,7 +15,16 @@ from torch import Tensor
 from tokenizer.codec.config import SpeechCodecConfig
 from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.errors import InputError
-from tokenizer.pretrained import check_folder, find_file, read_pretrained_json
+from tokenizer.pretrained import (
+    check_folder,
+    fill_weights,
+    find_file,
+    load_config,
+    load_frozen,
+    read_pretrained_json,
+    read_weights,
+)
+from tokenizer.reading import reading
 
 # The values of each original setting that our modules support.
 ENCODEC_SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -59,14 +68,12 @@ def convert_encodec(name: str | Path) -> SpeechCodec:
     It has the codebooks of the highest bandwidth; `codec.encode(waveform, layers=...)` gives the lower ones.
     Raises InputError listing all settings our modules do not support, or the parameters that do not fit.
     """
-    from transformers import AutoConfig, EncodecModel  # imported here because using a codec needs no transformers
+    from transformers import EncodecModel  # imported here because using a codec needs no transformers
 
-    check_folder(name, ["config.json"], "an EnCodec model")
-    config = AutoConfig.from_pretrained(name)
+    name = check_folder(name, ["config.json"], "an EnCodec model")
+    config = load_config(name, "an EnCodec model")
     _check_settings(name, config.to_dict(), ENCODEC_SETTINGS)
-    encodec, report = EncodecModel.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True)
-    if problems := {kind: keys for kind, keys in report.items() if keys}:
-        raise InputError(f"{name}: the parameters are not those of its configuration: {problems}")
+    encodec = load_frozen(EncodecModel, name, "an EnCodec model")
     ours = SpeechCodecConfig(
         sample_rate=config.sampling_rate,
         dimension=config.hidden_size,
@@ -87,21 +94,22 @@ def convert_speechtokenizer(name: str | Path) -> SpeechCodec:
     Raises FileNotFoundError if a file is missing, InputError listing all settings our modules do not support, or
     the parameters that do not fit.
     """
-    check_folder(name, ["config.json", "SpeechTokenizer.pt"], "SpeechTokenizer")
+    name = check_folder(name, ["config.json", "SpeechTokenizer.pt"], "SpeechTokenizer")
     config, checkpoint = read_pretrained_json(name, "config.json"), find_file(name, "SpeechTokenizer.pt")
     if not config or checkpoint is None:
         raise FileNotFoundError(f"{name} lacks config.json or SpeechTokenizer.pt: expected SpeechTokenizer's folder")
     _check_settings(name, config, SPEECHTOKENIZER_SETTINGS)
-    ours = SpeechCodecConfig(
-        sample_rate=config["sample_rate"],
-        dimension=config["dimension"],
-        n_filters=config["n_filters"],
-        strides=tuple(reversed(config["strides"])),
-        lstm="bidirectional" if config["bidirectional"] else "forward",
-        num_codebooks=config["n_q"],
-        codebook_size=config["codebook_size"],
-    )
-    return _codec(name, ours, torch.load(checkpoint, map_location="cpu", weights_only=True))
+    with reading(Path(name) / "config.json", "the configuration of SpeechTokenizer"):
+        ours = SpeechCodecConfig(
+            sample_rate=config["sample_rate"],
+            dimension=config["dimension"],
+            n_filters=config["n_filters"],
+            strides=tuple(reversed(config["strides"])),
+            lstm="bidirectional" if config["bidirectional"] else "forward",
+            num_codebooks=config["n_q"],
+            codebook_size=config["codebook_size"],
+        )
+    return _codec(checkpoint, ours, read_weights(checkpoint, "the weights of SpeechTokenizer"))
 
 
 def _check_settings(source: str | Path, config: Mapping[str, Any], settings: Mapping[str, tuple[Any, ...]]) -> None:
@@ -117,16 +125,17 @@ def _check_settings(source: str | Path, config: Mapping[str, Any], settings: Map
 
 def _codec(source: str | Path, config: SpeechCodecConfig, parameters: Mapping[str, Tensor]) -> SpeechCodec:
     """A codec with the original's parameters, which must match ours one to one."""
-    state = {_renamed(name): value for name, value in parameters.items() if not TRAINING_ONLY.search(name)}
     codec = SpeechCodec(config)
+    with reading(source, "a checkpoint of its configuration"):
+        state = {_renamed(name): value for name, value in parameters.items() if not TRAINING_ONLY.search(name)}
     try:
         codebooks = torch.stack([state.pop(f"quantizer.codebooks.{layer}") for layer in range(config.num_codebooks)])
-        # training sets codebooks = sums / usage: with these values no code is dead and none moves without data
-        state |= {"quantizer.codebooks": codebooks, "quantizer.sums": codebooks.clone()}
-        state["quantizer.usage"] = torch.ones(codebooks.shape[:2])
-        codec.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{source}: the parameters are not those of its configuration: {error}") from error
+    # training sets codebooks = sums / usage: with these values no code is dead and none moves without data
+    state |= {"quantizer.codebooks": codebooks, "quantizer.sums": codebooks.clone()}
+    state["quantizer.usage"] = torch.ones(codebooks.shape[:2])
+    fill_weights(codec, state, source)
     return codec.eval()
 
 

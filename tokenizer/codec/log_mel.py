@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
-from tokenizer.codec.seanet import Conv1d, ConvStyle
+from tokenizer.codec.seanet import RESIDUAL_KERNEL, Conv1d, ConvStyle
 from tokenizer.rates import HOP_LENGTH
 
 MEL_HOP = HOP_LENGTH // 2  # samples: two mel frames per codec frame
@@ -18,7 +18,12 @@ BANDS = 80
 
 
 class LogMel(nn.Module):
-    """Waveform float [B, N] -> log-mel float [B, 80, N / 160]; N a multiple of 160, frames centred on their hop."""
+    """Waveform float [B, N] -> log-mel float [B, 80, 2 ceil(N / 320)], two frames for every one of a codec.
+
+    Each is centred on its 160 samples; samples after the end are zeros.
+    """
+
+    margin = (N_FFT - MEL_HOP) // 2  # samples that a frame sees on each side of its own
 
     filters: Tensor
     window: Tensor
@@ -31,8 +36,7 @@ class LogMel(nn.Module):
 
     def forward(self, waveform: Tensor) -> Tensor:
         with torch.autocast(waveform.device.type, enabled=False):
-            margin = (N_FFT - MEL_HOP) // 2
-            padded = F.pad(waveform.float(), (margin, margin))
+            padded = F.pad(waveform.float(), (self.margin, self.margin - waveform.shape[-1] % -HOP_LENGTH))
             spectrum = torch.stft(padded, N_FFT, MEL_HOP, WINDOW, self.window, center=False, return_complex=True)
             power = torch.view_as_real(spectrum).square().sum(-1)
             return torch.log(self.filters.T @ power + 1e-5)
@@ -49,21 +53,26 @@ class LogMelEncoder(nn.Module):
             Conv1d(BANDS, channels, 5, style=style),
             nn.ELU(),
             Conv1d(channels, channels, 4, 2, style),
-            *(_Residual(channels, style) for _ in range(3)),
+            *(Residual(channels, style) for _ in range(3)),
             nn.ELU(),
             Conv1d(channels, dimension, 3, style=style),
         )
 
     def forward(self, waveform: Tensor) -> Tensor:
-        waveform = F.pad(waveform.squeeze(1), (0, -waveform.shape[-1] % HOP_LENGTH))
-        return self.layers(self.input_norm(self.log_mel(waveform)))
+        return self.layers(self.input_norm(self.log_mel(waveform.squeeze(1))))
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
+    """Two convolutions, of kernels 3 and 1, with a skip connection."""
+
     def __init__(self, channels: int, style: ConvStyle = ConvStyle()):
         super().__init__()
+        self.channels = channels
         self.block = nn.Sequential(
-            nn.ELU(), Conv1d(channels, channels, 3, style=style), nn.ELU(), Conv1d(channels, channels, 1, style=style)
+            nn.ELU(),
+            Conv1d(channels, channels, RESIDUAL_KERNEL, style=style),
+            nn.ELU(),
+            Conv1d(channels, channels, 1, style=style),
         )
 
     def forward(self, x: Tensor) -> Tensor:

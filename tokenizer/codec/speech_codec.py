@@ -16,13 +16,21 @@ from tokenizer.codec.log_mel import LogMelEncoder
 from tokenizer.codec.model_card import CODEC_CARD
 from tokenizer.codec.quantizer import ResidualVectorQuantizer
 from tokenizer.codec.seanet import ConvStyle, SEANetDecoder, SEANetEncoder
-from tokenizer.codec.streaming import StreamingDecoder, StreamingEncoder, in_chunks
+from tokenizer.codec.streaming import ChunkedDecoder, ChunkedEncoder, in_chunks
 from tokenizer.errors import InputError
 from tokenizer.frames import split_utterances
 from tokenizer.interface import Codes
-from tokenizer.pretrained import check_folder, module_fingerprint
+from tokenizer.pretrained import (
+    check_folder,
+    describe,
+    fill_weights,
+    module_fingerprint,
+    read_pretrained_json,
+    read_weights,
+)
+from tokenizer.reading import reading
 
-CHUNK_S = 10.0  # a causal codec processes longer utterances in chunks of this length, to bound memory
+CHUNK_S = 60.0  # longer utterances are processed in chunks of this length, to bound memory
 
 
 class SpeechCodec(
@@ -85,6 +93,11 @@ class SpeechCodec(
         """Hash of the configuration and all weights: see `module_fingerprint`."""
         return module_fingerprint(self, asdict(self.config))
 
+    @property
+    def bounded(self) -> bool:
+        """Whether memory does not grow with the utterance: every layer but a bidirectional LSTM works in chunks."""
+        return self.config.front_end != "seanet" or self.config.lstm != "bidirectional"
+
     def latents(self, waveform: Tensor) -> Tensor:
         """z0 of eq. 1: waveform float [B, N] -> float [B, D, T], T = ceil(N / hop)."""
         z = self.encoder(waveform[:, None])
@@ -94,9 +107,11 @@ class SpeechCodec(
     def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
         """Waveforms float [B, N] -> codes, T = ceil(n / hop) frames for an utterance of n samples.
 
-        Each utterance is encoded separately, so its codes do not depend on the batch and padding costs nothing. On
-        another machine, with another number of threads or in a stream, the latents are equal up to rounding, and so are
-        the codes, except in frames that are equally close to two codes within that rounding.
+        Each utterance is encoded separately, so its codes do not depend on the batch and padding costs nothing. One
+        of more than 60 s is encoded in chunks, whose last frames wait for the samples that they see, to bound memory (a
+        bidirectional LSTM between the convolutions runs on the whole).
+        On another machine, with another number of threads, in a stream or in chunks, the latents are equal up to
+        rounding, and so are the codes, except in frames that are equally close to two codes within that rounding.
         Only the first `layers` codebooks are searched (all when None); their codes do not depend on `layers`.
         Raises ValueError if the shape is not [B, N], for NaN or infinite samples, and in training mode; InputError for
         `layers` out of range.
@@ -111,8 +126,9 @@ class SpeechCodec(
         """Codes with Q' <= Q layers -> waveforms float [B, N].
 
         N is the largest of `codes.samples`, or of frames times the hop; shorter ones are zero-padded.
-        Each utterance is decoded separately.
+        Each utterance is decoded separately. Raises InputError for codes that this codec cannot have made.
         """
+        codes.require(self.num_codebooks, self.codebook_size)
         samples = codes.samples if codes.samples is not None else codes.lengths * self.hop_length
         waveform = self.codebooks.new_zeros(len(codes), int(samples.max()))
         for index, length in enumerate(samples.tolist()):
@@ -122,15 +138,15 @@ class SpeechCodec(
     def _encode(self, samples: Tensor, layers: int | None) -> Tensor:
         """One utterance float [N] -> its codes long [Q', T]."""
         frames = round(CHUNK_S * self.frame_rate)
-        if self.config.causal and len(samples) > frames * self.hop_length:
-            return in_chunks(StreamingEncoder(self, layers), samples, frames, self.hop_length)
+        if self.bounded and len(samples) > frames * self.hop_length:
+            return in_chunks(ChunkedEncoder(self, layers), samples, frames, self.hop_length)
         return self.quantizer.encode(self.latents(samples[None]), layers)[0]
 
     def _decode(self, ids: Tensor) -> Tensor:
         """The codes of one utterance long [Q', T] -> speech float [T * hop]."""
         frames = round(CHUNK_S * self.frame_rate)
-        if self.config.causal and ids.shape[1] > frames:
-            return in_chunks(StreamingDecoder(self), ids, frames)
+        if self.bounded and ids.shape[1] > frames:
+            return in_chunks(ChunkedDecoder(self), ids, frames)
         return self.decoder(self.quantizer.decode(ids[None].to(self.codebooks.device)))[0, 0]
 
     def _check(self, layers: int | None) -> None:
@@ -148,13 +164,17 @@ class SpeechCodec(
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SpeechCodec":
         """Load from a folder or hub name, in eval mode; FileNotFoundError or InputError if it holds no such codec."""
-        check_folder(pretrained_model_name_or_path, ["config.json", "model.safetensors"], "a speech codec")
-        try:
-            with contextlib.redirect_stdout(None):  # the mixin prints where it loads from
-                codec = super().from_pretrained(pretrained_model_name_or_path, strict=True, **kwargs)
-        except (RuntimeError, TypeError, KeyError) as error:
-            raise InputError(f"{pretrained_model_name_or_path} holds no codec of this package: {error}") from error
-        return codec.eval()
+        name = check_folder(pretrained_model_name_or_path, ["config.json", "model.safetensors"], "a speech codec")
+        config = read_pretrained_json(name, "config.json") if Path(name).is_dir() else {"num_codebooks": None}
+        if "model_type" in config or "num_codebooks" not in config:
+            raise InputError(f"{name} holds no codec of this package: found {describe(name)}")
+        with reading(name, "a codec of this package"), contextlib.redirect_stdout(None):  # the mixin prints the place
+            return super().from_pretrained(name, **kwargs).eval()
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        fill_weights(model, read_weights(model_file, "the weights of a speech codec"), model_file)
+        return model
 
 
 def _body(config: SpeechCodecConfig) -> tuple[Any, Any]:

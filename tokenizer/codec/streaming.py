@@ -1,6 +1,7 @@
-"""Encoding and decoding in chunks with a causal codec: live speech, and hours of speech in bounded memory.
+"""Encoding and decoding in chunks: live speech with a causal codec, and hours of speech in bounded memory with any.
 
-The trained layers are used unchanged; each stream keeps the state that they need from one chunk to the next.
+The trained layers are used unchanged; each stream keeps the state that they need from one chunk to the next. A layer
+that looks ahead waits for the inputs that its outputs depend on.
 """
 
 import math
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.codec.config import SpeechCodecConfig
+from tokenizer.codec.log_mel import BANDS, MEL_HOP, LogMel, LogMelEncoder, Residual
 from tokenizer.codec.quantizer import ResidualVectorQuantizer
 from tokenizer.codec.seanet import (
     LSTM,
@@ -22,6 +24,9 @@ from tokenizer.codec.seanet import (
     SEANetEncoder,
 )
 from tokenizer.errors import InputError
+from tokenizer.frames import frame_count
+from tokenizer.interface import Codes
+from tokenizer.rates import HOP_LENGTH
 
 Stage = Callable[[Tensor, bool], Tensor]  # new inputs [1, C, n], whether they are the last ones -> new outputs
 
@@ -55,21 +60,32 @@ class StreamableCodec(Protocol):
 
 
 class _Windowed:
-    """A layer whose outputs depend on `memory` past inputs, run on these together with the new inputs.
+    """A layer whose outputs depend on `past` inputs before and `ahead` inputs after, run on these with the new inputs.
 
     Padding has the same effect as offline. On the left it affects only past outputs, which are dropped, except at the
-    beginning of the stream. On the right there is none before the end, because the layer receives whole strides.
+    beginning of the stream; on the right only outputs that are dropped and computed again with the inputs to come,
+    except at the end of the stream.
     """
 
     def __init__(
-        self, layer: nn.Module, memory: int, out_channels: int, reflect: bool, down: int = 1, up: int = 1
+        self,
+        layer: Callable[[Tensor], Tensor],
+        past: int,
+        ahead: int,
+        out_channels: int,
+        reflect: bool,
+        down: int = 1,
+        up: int = 1,
     ) -> None:
         self.layer = layer
-        self.memory = memory
-        self.out_channels = out_channels
         self.down = down  # inputs per output
         self.up = up  # outputs per input
-        self.begin = memory + 1 if reflect else 1  # inputs needed for the first output: the left padding mirrors them
+        self.out_channels = out_channels
+        if reflect:  # at the end, the right padding mirrors past inputs
+            past = max(past, ahead + down)
+        self.memory, self.ahead = (frame_count(inputs, down) * down for inputs in (past, ahead))
+        # inputs needed for the first output: the left padding mirrors them
+        self.begin = max(self.memory, self.ahead) + 1 if reflect else 1
         self.inputs: Tensor | None = None  # past inputs, then those not yet used
         self.past = 0
 
@@ -77,13 +93,15 @@ class _Windowed:
         if self.inputs is not None:
             x = torch.cat([self.inputs, x], -1)
         end = x.shape[-1] if last else x.shape[-1] - x.shape[-1] % self.down
-        if end == self.past or (end < self.begin and not last):
+        done = end if last else max(self.past, end - self.ahead)  # inputs whose outputs will not change
+        if done == self.past or (end < self.begin and not last):
             self.inputs = x.clone()  # x may be the caller's buffer
             return x.new_zeros(1, self.out_channels, 0)
+        first, stop = self.past // self.down * self.up, frame_count(done, self.down) * self.up
         # contiguous, because torch's ELU rounds some elements of a view differently
-        y = self.layer(x[..., :end])[..., self.past // self.down * self.up :].contiguous()
-        self.past = min(end, self.memory)
-        self.inputs = x[..., end - self.past :].clone()  # a view would keep the whole chunk in memory
+        y = self.layer(x[..., :end])[..., first:stop].contiguous()
+        self.past = min(done, self.memory)
+        self.inputs = x[..., done - self.past :].clone()  # a view would keep the whole chunk in memory
         return y
 
 
@@ -100,19 +118,48 @@ class _Recurrent:
         return x
 
 
-def _stage(layer: nn.Module, reflect: bool) -> Stage:
+class _Gathered:
+    """A layer whose outputs all depend on all inputs: it runs once, at the end of the stream."""
+
+    def __init__(self, layer: LSTM) -> None:
+        self.layer = layer
+        self.inputs: list[Tensor] = []
+
+    def __call__(self, x: Tensor, last: bool) -> Tensor:
+        self.inputs.append(x)
+        if not last:
+            return x.new_zeros(1, 2 * x.shape[1], 0)
+        x, self.inputs = torch.cat(self.inputs, -1), []
+        return self.layer(x)
+
+
+def _stage(layer: nn.Module, causal: bool, reflect: bool) -> Stage:
     match layer:
         case LSTM():
-            return _Recurrent(layer)
-        case Conv1d():  # the kernel is 1, 3 or 7 at stride 1, otherwise two strides: the memory is whole strides
-            memory = layer.kernel - layer.stride
-            return _Windowed(layer, memory, layer.out_channels, reflect, down=layer.stride)
+            return _Gathered(layer) if layer.lstm.bidirectional else _Recurrent(layer)
+        case Conv1d():
+            past, ahead = _sides(layer.kernel, layer.stride, causal)
+            return _Windowed(layer, past, ahead, layer.out_channels, reflect, down=layer.stride)
         case ConvTranspose1d():
-            memory = (layer.kernel - 1) // layer.stride
-            return _Windowed(layer, memory, layer.out_channels, reflect, up=layer.stride)
+            past, ahead = (layer.kernel - 1 - layer.left) // layer.stride, frame_count(layer.left, layer.stride)
+            return _Windowed(layer, past, ahead, layer.out_channels, reflect, up=layer.stride)
         case ResidualUnit():
-            return _Windowed(layer, RESIDUAL_KERNEL - 1, layer.shortcut.out_channels, reflect)
+            past, ahead = _sides(RESIDUAL_KERNEL, 1, causal)
+            return _Windowed(layer, past, ahead, layer.shortcut.out_channels, reflect)
+        case Residual():
+            past, ahead = _sides(RESIDUAL_KERNEL, 1, causal)
+            return _Windowed(layer, past, ahead, layer.channels, reflect)
+        case LogMel():
+            frames = HOP_LENGTH // MEL_HOP
+            return _Windowed(lambda x: layer(x[:, 0]), layer.margin, layer.margin, BANDS, False, HOP_LENGTH, frames)
     return lambda x, last: layer(x)  # processes each frame separately
+
+
+def _sides(kernel: int, stride: int, causal: bool) -> tuple[int, int]:
+    """Inputs before and after those of an output that a convolution of this package sees."""
+    total = kernel - stride
+    ahead = 0 if causal else total // 2
+    return total - ahead, ahead
 
 
 class _Stream:
@@ -120,7 +167,8 @@ class _Stream:
 
     def __init__(self, codec: StreamableCodec, layers: list[nn.Module]) -> None:
         self._codec = codec
-        self._stages = [_stage(layer, codec.config.pad_mode == "reflect") for layer in layers]
+        causal, reflect = codec.config.causal, codec.config.pad_mode == "reflect"
+        self._stages = [_stage(layer, causal, reflect) for layer in layers]
         self._finished = False
 
     def _run(self, x: Tensor, last: bool) -> Tensor:
@@ -143,7 +191,26 @@ def _check(codec: StreamableCodec) -> None:
         raise ValueError("the codec is in training mode: call codec.eval() before streaming")
 
 
-class StreamingEncoder(_Stream):
+class ChunkedEncoder(_Stream):
+    """Encodes an utterance chunk by chunk, which may stay without codes until the next one."""
+
+    def __init__(self, codec: StreamableCodec, layers: int | None = None) -> None:
+        encoder = codec.encoder
+        assert isinstance(encoder, SEANetEncoder | LogMelEncoder)
+        first = [encoder.log_mel, encoder.input_norm] if isinstance(encoder, LogMelEncoder) else []
+        stages = [*first, *encoder.layers]
+        if codec.latent_norm is not None:
+            stages.append(codec.latent_norm)
+        super().__init__(codec, stages)
+        self._layers = layers
+
+    @torch.no_grad()
+    def _step(self, samples: Tensor, last: bool) -> Tensor:
+        new = samples[None, None].to(self._codec.device)
+        return self._codec.quantizer.encode(self._run(new, last), self._layers)[0]
+
+
+class StreamingEncoder(ChunkedEncoder):
     """Encodes an utterance incrementally; the concatenated codes equal `codec.encode` up to rounding.
 
     Each frame is returned as soon as its samples are complete; with pad_mode reflect the first seven are returned
@@ -160,12 +227,7 @@ class StreamingEncoder(_Stream):
         _check(codec)
         if layers is not None and not 1 <= layers <= codec.num_codebooks:
             raise InputError(f"layers must be 1..{codec.num_codebooks}, got {layers}")
-        assert isinstance(codec.encoder, SEANetEncoder)  # the only causal one
-        stages = list(codec.encoder.layers)
-        if codec.latent_norm is not None:
-            stages.append(codec.latent_norm)
-        super().__init__(codec, stages)
-        self._layers = layers
+        super().__init__(codec, layers)
 
     def push(self, samples: Tensor) -> Tensor:
         """The next samples float [n], any n >= 0 -> the frames that are complete now, long [Q, t].
@@ -182,13 +244,20 @@ class StreamingEncoder(_Stream):
         """The remaining frames, long [Q, t]; the encoder cannot be used afterwards."""
         return self._step(self._codec.codebooks.new_zeros(0), last=True)
 
+
+class ChunkedDecoder(_Stream):
+    """Decodes an utterance chunk by chunk, which may stay without samples until the next one."""
+
+    def __init__(self, codec: StreamableCodec) -> None:
+        super().__init__(codec, [*codec.decoder.layers])
+
     @torch.no_grad()
-    def _step(self, samples: Tensor, last: bool) -> Tensor:
-        new = samples[None, None].to(self._codec.device)
-        return self._codec.quantizer.encode(self._run(new, last), self._layers)[0]
+    def _step(self, ids: Tensor, last: bool) -> Tensor:
+        latents = self._codec.quantizer.decode(ids[None].to(self._codec.codebooks.device))
+        return self._run(latents, last)[0, 0]
 
 
-class StreamingDecoder(_Stream):
+class StreamingDecoder(ChunkedDecoder):
     """Decodes an utterance incrementally; the concatenated samples equal `codec.decode` up to rounding.
 
     The samples of a frame are returned at once; with pad_mode reflect those of the first seven frames together.
@@ -197,29 +266,26 @@ class StreamingDecoder(_Stream):
 
     def __init__(self, codec: StreamableCodec) -> None:
         _check(codec)
-        super().__init__(codec, [*codec.decoder.layers])
+        super().__init__(codec)
 
     def push(self, ids: Tensor) -> Tensor:
         """The next frames, long [Q', t] with Q' <= Q layers and any t >= 0 -> the samples complete now, float [n].
 
-        Raises ValueError if the shape is not [Q', t], and after `finish`.
+        Raises ValueError if the shape is not [Q', t], and after `finish`; InputError for codes beyond the codebooks.
         """
         if ids.ndim != 2 or not 1 <= len(ids) <= self._codec.num_codebooks:
             expected = f"ids long [1..{self._codec.num_codebooks}, t] of one utterance"
             raise ValueError(f"expected {expected}, got shape {tuple(ids.shape)}")
+        layers, size, _ = self._codec.codebooks.shape
+        Codes(ids[None], torch.tensor([ids.shape[1]])).require(layers, size)
         return self._step(ids, last=False)
 
     def finish(self) -> Tensor:
         """The remaining samples, float [n]; the decoder cannot be used afterwards."""
         return self._step(torch.zeros(1, 0, dtype=torch.long), last=True)
 
-    @torch.no_grad()
-    def _step(self, ids: Tensor, last: bool) -> Tensor:
-        latents = self._codec.quantizer.decode(ids[None].to(self._codec.codebooks.device))
-        return self._run(latents, last)[0, 0]
 
-
-def in_chunks(stream: StreamingEncoder | StreamingDecoder, x: Tensor, frames: int, hop: int = 1) -> Tensor:
+def in_chunks(stream: ChunkedEncoder | ChunkedDecoder, x: Tensor, frames: int, hop: int = 1) -> Tensor:
     """Run all of x through a new stream, at most `frames` frames of `hop` elements at a time; the concatenated output.
 
     The chunks are whole frames of about equal length, because torch's kernels round short and odd ones differently. The

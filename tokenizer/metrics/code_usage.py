@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.codec.log_mel import LogMel
+from tokenizer.errors import InputError, text_list
 from tokenizer.rates import HOP_LENGTH
 
 
@@ -27,8 +28,11 @@ def label_information(ids: np.ndarray, labels: Sequence[str]) -> dict[str, float
 
     purity: fraction of frames whose label is the most frequent one of their code.
     pnmi: mutual information of codes and labels divided by the entropy of the labels; 1 if codes determine labels.
+    Raises InputError unless there is one label, a text, for each frame.
     """
-    names, label_ids = np.unique(np.asarray(labels), return_inverse=True)
+    names, label_ids = np.unique(np.asarray(text_list(labels, "labels")), return_inverse=True)
+    if len(label_ids) != len(ids):
+        raise InputError(f"{len(ids)} codes but {len(label_ids)} labels: there must be one label for each frame")
     joint = np.zeros((int(ids.max()) + 1, len(names)))
     np.add.at(joint, (ids, label_ids), 1)
     joint /= joint.sum()
@@ -43,7 +47,12 @@ def speaker_accuracy(utterances: Sequence[np.ndarray], speakers: Sequence[str], 
     """Accuracy of classifying speakers by code histograms: nearest class mean, every second utterance held out.
 
     utterances: codes int [T_i] of one layer; size: K. Chance level is one over the number of speakers.
+    Raises InputError unless there is one speaker for each utterance, and one with two of them.
     """
+    if len(speakers := text_list(speakers, "speakers")) != len(utterances):
+        raise InputError(f"{len(utterances)} utterances but {len(speakers)} speakers: there must be one for each")
+    if len(set(speakers)) == len(speakers):
+        raise InputError("no speaker has a second utterance: there is nothing to test on")
     histograms = np.stack([np.sqrt(np.bincount(ids, minlength=size) / len(ids)) for ids in utterances])
     names, labels = np.unique(np.asarray(speakers), return_inverse=True)
     rank = np.zeros(len(labels), int)

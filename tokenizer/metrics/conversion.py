@@ -9,6 +9,7 @@ from tokenizer.errors import InputError
 from tokenizer.interface import Codec, Codes
 
 MATCHINGS = ("position", "content")
+ROWS = 1000  # frames compared with all of the target at a time, to bound memory
 
 
 def convert_voice(codec: Codec, source: Tensor, target: Tensor, layers: Sequence[int], matching: str) -> Tensor:
@@ -51,8 +52,11 @@ def swap_layers(source: Codes, target: Codes, layers: Sequence[int], matching: s
 
 def _nearest_frames(source: Tensor, target: Tensor, codebook: Tensor) -> Tensor:
     """For each source code, long [T], the frame of the nearest target code, long [T']: long [T], below T'."""
-    # exact, because with the rounding of a matrix product equal codes would no longer be equally near
-    distance = torch.cdist(codebook[source], codebook[target], compute_mode="donot_use_mm_for_euclid_dist")
-    time = torch.arange(max(len(source), len(target)), device=distance.device)
-    apart = (time[: len(source), None] - time[: len(target)]).abs().float()
-    return apart.masked_fill(distance > distance.amin(1, keepdim=True), torch.inf).argmin(1)
+    time = torch.arange(max(len(source), len(target)), device=source.device)
+    found = []
+    for part, now in zip(source.split(ROWS), time[: len(source)].split(ROWS), strict=True):
+        # exact, because with the rounding of a matrix product equal codes would no longer be equally near
+        distance = torch.cdist(codebook[part], codebook[target], compute_mode="donot_use_mm_for_euclid_dist")
+        apart = (now[:, None] - time[: len(target)]).abs().float()
+        found.append(apart.masked_fill(distance > distance.amin(1, keepdim=True), torch.inf).argmin(1))
+    return torch.cat(found)

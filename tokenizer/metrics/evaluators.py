@@ -5,8 +5,8 @@ from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchaudio.functional import resample
 
+from tokenizer.audio import resample
 from tokenizer.interface import AudioTokenizer, Transcripts
 from tokenizer.metrics.quality import resample_to_16_khz
 

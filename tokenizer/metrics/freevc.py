@@ -8,11 +8,9 @@ Not run with the published weights, which were not available. With random weight
 another implementation of FreeVC, and the audio agrees to 1e-6; the quality of the published model is unmeasured.
 """
 
-import json
 import math
 from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,8 +19,9 @@ from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
 from tokenizer.errors import InputError
-from tokenizer.pretrained import check_folder, load_complete
+from tokenizer.pretrained import check_folder, fill_weights, load_config, load_frozen, read_weights
 from tokenizer.rates import HOP_LENGTH, SAMPLE_RATE
+from tokenizer.reading import read_json_object, reading
 
 SHORTEST = 1_600  # samples, 0.1 s
 SPEAKER_WIDTH = 256  # G, width of the speaker encoder and its embeddings
@@ -218,20 +217,21 @@ class FreeVC(nn.Module):
 
         folder = Path(folder)
         _check_files(folder)
-        check_folder(wavlm, ["config.json"], "a WavLM model")
-        config = json.loads((folder / "freevc.json").read_text(encoding="utf-8")).get("model", {})
-        _check_config(folder, config)
-        synthesizer, speaker_encoder = Synthesizer(config), SpeakerEncoder()
+        wavlm = check_folder(wavlm, ["config.json"], "a WavLM model")
+        settings = load_config(wavlm, "a WavLM model")
+        config = read_json_object(folder / "freevc.json", "the configuration of FreeVC").get("model", {})
+        with reading(folder / "freevc.json", "the configuration of FreeVC"):
+            _check_config(folder, config)
+            synthesizer, speaker_encoder = Synthesizer(config), SpeakerEncoder()
         _load(synthesizer, folder / "freevc.pth", "model")
         _load(speaker_encoder, folder / "pretrained_bak_5805000.pt", "model_state")
-        model = load_complete(AutoModel, wavlm)
-        kind, width = model.config.model_type, model.config.hidden_size
+        kind, width = settings.model_type, getattr(settings, "hidden_size", None)
         if (kind, width) != ("wavlm", config["ssl_dim"]):
             raise InputError(
                 f"{wavlm} is a {kind} model of width {width}: {folder} needs WavLM of width {config['ssl_dim']} "
                 "(microsoft/wavlm-large for the published FreeVC)"
             )
-        return cls(synthesizer, speaker_encoder, model)
+        return cls(synthesizer, speaker_encoder, load_frozen(AutoModel, wavlm, "a WavLM model"))
 
     @torch.no_grad()
     def convert(self, source: Tensor, target: Tensor, seed: int = 0) -> Tensor:
@@ -289,11 +289,10 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
 
 def _load(module: nn.Module, file: Path, key: str) -> None:
     """Load the parameters of a checkpoint, which must match those of the module one to one."""
-    try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)[key]
-        module.load_state_dict(_inference_weights(weights))
-    except (KeyError, RuntimeError, UnpicklingError) as error:
-        raise InputError(f"{file} is not the published one, or not of this freevc.json: {error}") from error
+    expected = "the published one for this freevc.json"
+    with reading(file, expected):
+        weights = _inference_weights(read_weights(file, expected)[key])
+    fill_weights(module, weights, file)
 
 
 def _inference_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.corpus import CorpusError
+from tokenizer.errors import text_list
 
 BATCH, WIDTH, PEAK_RATE = 32, 128, 3e-3
 
@@ -53,7 +54,7 @@ def ctc_probe(
     The idea is DASB's (arXiv 2406.14294): a language model will not recognise what a probe cannot.
     Raises CorpusError if there are no training texts.
     """
-    characters = sorted({character for _, text in train for character in text})
+    characters = sorted(set("".join(text_list([text for _, text in train], "texts of train"))))
     if not characters:
         raise CorpusError("the probe is trained on texts, but the training utterances have none")
     labels = {character: label for label, character in enumerate(characters, 1)}

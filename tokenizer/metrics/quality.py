@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchaudio.functional import resample
 from torchaudio.transforms import MelSpectrogram
 
-from tokenizer.audio import SILENCE_PEAK
+from tokenizer.audio import SILENCE_PEAK, resample
 from tokenizer.errors import InputError
 from tokenizer.interface import Codec
 from tokenizer.rates import SAMPLE_RATE  # of all metrics, because wide-band PESQ is defined for no other

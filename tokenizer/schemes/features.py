@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from tokenizer.errors import InputError
 from tokenizer.frames import frame_count, split_utterances
 from tokenizer.interface import Features
-from tokenizer.pretrained import check_folder, load_complete, module_fingerprint, read_pretrained_json, write_settings
+from tokenizer.pretrained import (
+    check_folder,
+    load_config,
+    load_frozen,
+    load_part,
+    module_fingerprint,
+    write_settings,
+)
 from tokenizer.rates import HOP_LENGTH, SAMPLE_RATE
 from tokenizer.training.small_teachers import save_hubert
 from tokenizer.training.teachers import SemanticTeacher
@@ -37,9 +44,11 @@ class WhisperFrames(nn.Module):
         from transformers import AutoFeatureExtractor, WhisperModel
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-        saved_alone = read_pretrained_json(name, "config.json").get("architectures") == ["WhisperEncoder"]
-        encoder = load_complete(WhisperEncoder, name) if saved_alone else load_complete(WhisperModel, name).encoder
-        return cls(encoder, AutoFeatureExtractor.from_pretrained(name))
+        expected = "a Whisper model"
+        extractor = load_part(AutoFeatureExtractor, name, f"the preprocessor settings of {expected}")
+        if load_config(name, expected).architectures == ["WhisperEncoder"]:  # saved alone
+            return cls(load_frozen(WhisperEncoder, name, expected), extractor)
+        return cls(load_frozen(WhisperModel, name, expected).encoder, extractor)
 
     @torch.no_grad()
     def forward(self, waveform: Tensor) -> Tensor:
@@ -67,8 +76,13 @@ class FeatureEncoder(nn.Module):
         layer: index into the hidden states, or "avg" (also None), their mean; must be None for Whisper.
         Raises InputError for another kind of model, or a layer that it does not have.
         """
-        check_folder(name, ["config.json", "preprocessor_config.json"], "a HuBERT, WavLM, wav2vec 2.0 or Whisper model")
-        if read_pretrained_json(name, "config.json").get("model_type") != "whisper":
+        expected = "HuBERT, WavLM or wav2vec 2.0, or Whisper"
+        name = check_folder(name, ["config.json"], expected)
+        config = load_config(name, expected)
+        if config.model_type != "whisper" and not hasattr(config, "conv_stride"):
+            raise InputError(f"{name} is a {config.model_type} model: expected {expected}")
+        check_folder(name, ["preprocessor_config.json"], expected)
+        if config.model_type != "whisper":
             return cls(SemanticTeacher.from_pretrained(name, "avg" if layer is None else layer))
         if layer is not None:
             raise InputError(

@@ -11,7 +11,7 @@ from tokenizer.audio import pad_waveforms
 from tokenizer.errors import InputError
 from tokenizer.frames import split_utterances
 from tokenizer.interface import Codes
-from tokenizer.pretrained import load_complete, module_fingerprint
+from tokenizer.pretrained import check_folder, load_config, load_frozen, module_fingerprint
 
 PUBLISHED = ("encodec", "mimi", "dac")  # model types of transformers
 
@@ -36,10 +36,14 @@ class PublishedCodec(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "PublishedCodec":
-        """Load a transformers folder or hub name, e.g. kyutai/mimi."""
+        """Load a transformers folder or hub name, e.g. kyutai/mimi. Raises InputError for another kind of model."""
         from transformers import AutoModel
 
-        return cls(load_complete(AutoModel, name))
+        expected = "an EnCodec, Mimi or DAC of transformers"
+        name = check_folder(name, ["config.json"], expected)
+        if (found := load_config(name, expected).model_type) not in PUBLISHED:
+            raise InputError(f"{name} is a {found} model: expected {expected}")
+        return cls(load_frozen(AutoModel, name, expected))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the transformers folder."""
@@ -87,8 +91,10 @@ class PublishedCodec(nn.Module):
     def decode(self, codes: Codes) -> Tensor:
         """Codes with Q' <= Q layers -> waveforms float [B, N]; shorter ones are zero-padded.
 
-        Returns as many samples as were encoded; DAC decodes slightly fewer, followed by zeros.
+        Returns as many samples as were encoded; DAC decodes slightly fewer, followed by zeros. Raises InputError for
+        codes that this codec cannot have made.
         """
+        codes.require(self.num_codebooks, self.codebook_size)
         samples = codes.samples if codes.samples is not None else codes.lengths * self.hop_length
         waveforms = []
         for index, size in enumerate(samples.tolist()):

@@ -10,8 +10,24 @@ from torch import Tensor, nn
 from tokenizer.errors import InputError
 from tokenizer.frames import split_utterances
 from tokenizer.interface import Transcripts
-from tokenizer.pretrained import check_folder, load_complete, module_fingerprint, read_pretrained_json, write_settings
+from tokenizer.pretrained import (
+    IncompleteError,
+    check_folder,
+    load_config,
+    load_frozen,
+    load_part,
+    module_fingerprint,
+    write_settings,
+)
 
+# What belongs to a recogniser among the generation settings of its folder: the ids and prompts it was trained with.
+# Whatever else steers an answer (sampling, penalties, guidance, forbidden words) is transformers' default.
+OWN_SETTINGS = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length"),
+    *("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids", "suppress_tokens", "begin_suppress_tokens"),
+    *("is_multilingual", "lang_to_id", "task_to_id", "language", "task", "no_timestamps_token_id", "prev_sot_token_id"),
+    *("max_initial_timestamp_index", "alignment_heads"),
+)
 SHORTEST_S = 0.1  # shorter recordings are padded with silence, because convolutions need a few hundred samples
 
 
@@ -27,6 +43,8 @@ class Recognizer(nn.Module):
         """processor: transformers' processor of the model, with its feature extractor and its tokenizer."""
         super().__init__()
         self.model, self.processor = model.eval().requires_grad_(False), processor
+        if model.can_generate():
+            model.generation_config = own_generation_config(model.generation_config)
         letters = "".join(set(processor.tokenizer.get_vocab()) - set(processor.tokenizer.all_special_tokens))
         self.capitals_only = not any(letter.islower() for letter in letters)
 
@@ -39,19 +57,25 @@ class Recognizer(nn.Module):
         from transformers import AutoModelForCTC, AutoModelForSpeechSeq2Seq, AutoProcessor
         from transformers.models.auto import modeling_auto as known
 
-        check_folder(name, ["config.json"], "a speech recogniser")
-        model_type = read_pretrained_json(name, "config.json").get("model_type")
+        expected = "a speech recogniser of transformers"
+        name = check_folder(name, ["config.json"], expected)
+        model_type = load_config(name, expected).model_type
         if model_type in known.MODEL_FOR_CTC_MAPPING_NAMES:
             auto_class = AutoModelForCTC
         elif model_type in known.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
             auto_class = AutoModelForSpeechSeq2Seq
         else:
-            raise InputError(f"a model of type {model_type} is no speech recogniser of transformers")
+            raise InputError(f"{name}: a model of type {model_type} is no speech recogniser of transformers")
         try:
-            model = load_complete(auto_class, name)
-        except ValueError as error:
-            raise InputError(f"not trained to recognise speech: {error}") from error
-        return cls(model, AutoProcessor.from_pretrained(name))
+            model = load_frozen(auto_class, name, expected)
+        except IncompleteError as error:
+            raise IncompleteError(f"not trained to recognise speech: {error}") from error
+        processor = load_part(AutoProcessor, name, f"the processor of {expected}")
+        if not hasattr(processor, "feature_extractor") or not hasattr(processor, "tokenizer"):
+            raise InputError(f"{name} lacks a feature extractor or a tokenizer: expected those of {expected}")
+        if len(processor.tokenizer) < model.config.vocab_size / 2:  # what transformers makes of missing files is empty
+            raise InputError(f"{name} lacks the vocabulary of its tokenizer: expected {model.config.vocab_size} tokens")
+        return cls(model, processor)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model, its preprocessor settings and its vocabulary."""
@@ -91,9 +115,17 @@ class Recognizer(nn.Module):
             samples.cpu().numpy(), sampling_rate=self.sample_rate, return_tensors="pt", **extractor_options
         ).to(self.device)
         if generates:
-            ids = self.model.generate(**inputs, do_sample=False, num_beams=1, **generate_options)
+            ids = self.model.generate(**inputs, **generate_options)
         else:
             ids = self.model(**inputs).logits.argmax(-1)
         # CTC needs its blanks to distinguish a double letter from a long one
         text = self.processor.batch_decode(ids, skip_special_tokens=generates)[0].strip()
         return text.lower() if self.capitals_only else text
+
+
+def own_generation_config(settings: Any) -> Any:
+    """A fresh GenerationConfig, which decodes greedily, with the OWN_SETTINGS of another."""
+    from transformers import GenerationConfig
+
+    values = {name: getattr(settings, name, None) for name in OWN_SETTINGS}
+    return GenerationConfig(**{name: value for name, value in values.items() if value is not None})

@@ -3,12 +3,21 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokenizer.errors import InputError
 from tokenizer.interface import Codes
-from tokenizer.pretrained import SETTINGS_FILE, find_file, module_fingerprint, read_pretrained_json, write_settings
+from tokenizer.pretrained import (
+    SETTINGS_FILE,
+    check_folder,
+    find_file,
+    module_fingerprint,
+    read_pretrained_json,
+    read_weights,
+    write_settings,
+)
+from tokenizer.reading import reading
 from tokenizer.schemes.features import FeatureEncoder
 
 CENTROIDS_FILE = "centroids_{}.safetensors"  # with the fingerprint, so that the file always matches the settings
@@ -34,12 +43,16 @@ class UnitTokenizer(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "UnitTokenizer":
         """Load units from a folder or hub name; raises FileNotFoundError if it holds none."""
+        name = check_folder(name, [SETTINGS_FILE], "speech units")
         settings = read_pretrained_json(name, SETTINGS_FILE)
         centroids = find_file(name, CENTROIDS_FILE.format(settings.get("fingerprint")))
         if settings.get("kind") != "units" or centroids is None:
             raise FileNotFoundError(f"{name} holds no units: expected a folder that recipes/fit_units.py has written")
-        encoder = FeatureEncoder.from_pretrained(name, settings["layer"])
-        return cls(encoder, load_file(centroids)["centroids"], settings["deduplicate"])
+        with reading(Path(name) / SETTINGS_FILE, "the settings of units"):
+            layer, deduplicate = settings["layer"], bool(settings["deduplicate"])
+        encoder = FeatureEncoder.from_pretrained(name, layer)
+        with reading(centroids, f"centroids of width {encoder.width}"):
+            return cls(encoder, read_weights(centroids, "the centroids of units")["centroids"], deduplicate)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the encoder, its preprocessor settings, the centroids and the settings."""

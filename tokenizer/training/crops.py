@@ -16,7 +16,7 @@ from tokenizer.rates import HOP_LENGTH
 
 if TYPE_CHECKING:
     from tokenizer.training.feature_cache import FeatureCache
-from tokenizer.corpus import CorpusError, Utterance, record_skip
+from tokenizer.corpus import CorpusError, Utterance, record_skip, recorded_s
 
 ATTEMPTS = 10  # recordings tried for one crop before giving up
 
@@ -77,7 +77,7 @@ class Crops(Dataset):
 
     def _crop(self, utterance: Utterance, draw: np.random.Generator) -> dict[str, Any]:
         step = HOP_LENGTH if self.caches else 1
-        room = round(max(0.0, utterance.duration_s - self.crop_s) * self.sample_rate) // step
+        room = round(max(0.0, recorded_s(utterance) - self.crop_s) * self.sample_rate) // step
         start = step * int(draw.integers(room + 1))
         start_s = start / self.sample_rate
         crop = load_audio(utterance.path, self.sample_rate, start_s=start_s, duration_s=self.crop_s)

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.audio import AudioError, load_audio
-from tokenizer.corpus import Utterance
+from tokenizer.audio import AudioError, open_recording
+from tokenizer.corpus import Utterance, load_utterance
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_file, read_json, write_text
 from tokenizer.frames import frame_count
 from tokenizer.progress import progress_bar
+from tokenizer.reading import reading
 
 
 class FeatureCache:
@@ -56,7 +57,7 @@ class FeatureCache:
             for utterance in progress_bar(share, f"features {self.teacher_key}", unit="utt"):
                 try:
                     file = self._file(hashes[utterance.path])
-                    if not file.exists():
+                    if not _is_whole(file):
                         _save_features(file, self._features(utterance, teacher, sample_rate))
                 except AudioError as error:
                     skipped.append(error)
@@ -76,7 +77,8 @@ class FeatureCache:
         if not file.exists():
             detail = f"no features of it in {file.parents[1]}: fill the cache, which skips recordings it cannot use"
             raise AudioError(utterance.path, "no features", detail)
-        stored = np.load(file, mmap_mode="r")[start_frame : start_frame + frames]
+        with reading(file, "teacher features [T, P]", "delete it and fill the cache again"):
+            stored = _open_features(file)[start_frame : start_frame + frames]
         return F.pad(torch.from_numpy(stored.astype(np.float32)), (0, 0, 0, frames - len(stored)))
 
     @functools.cached_property
@@ -87,7 +89,7 @@ class FeatureCache:
         return self.folder / self.teacher_key / content[:2] / f"{content}.npy"  # a folder of millions would be slow
 
     def _features(self, utterance: Utterance, teacher: nn.Module, sample_rate: int) -> np.ndarray:
-        waveform = load_audio(utterance.path, sample_rate)
+        waveform = load_utterance(utterance, sample_rate)
         frames = frame_count(len(waveform), self.hop)
         features = teacher(waveform[None].to(next(teacher.parameters()).device))[0, :frames].half()
         if len(features) < frames:
@@ -138,10 +140,26 @@ def _stat(path: str) -> tuple[str, int, int]:
 def _hash_content(path: str, size: int, changed_ns: int) -> str:
     """SHA-256 of a file; each process reads it once unless it changes."""
     try:
-        with open(path, "rb") as file:
+        with open_recording(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise AudioError(path, "unreadable", f"cannot be read ({error.strerror})") from error
+
+
+def _open_features(file: Path) -> np.ndarray:
+    """The features [T, P] in a file, memory-mapped; ValueError for another array."""
+    features = np.load(file, mmap_mode="r", allow_pickle=False)
+    if features.ndim != 2 or features.dtype != np.float16:
+        raise ValueError(f"{features.dtype} {list(features.shape)}")
+    return features
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether there is a file of features that was not cut short, as by a full disk and a power cut."""
+    try:
+        return len(_open_features(file)) > 0
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 def _save_features(file: Path, features: np.ndarray) -> None:

@@ -4,7 +4,6 @@ Both are loaded from a folder or hub name; `recipes/train_teacher.py` trains sma
 """
 
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.errors import InputError
-from tokenizer.pretrained import check_folder, load_complete, module_fingerprint
+from tokenizer.pretrained import (
+    check_folder,
+    describe,
+    fill_weights,
+    find_file,
+    load_config,
+    load_frozen,
+    load_part,
+    module_fingerprint,
+    read_weights,
+)
 from tokenizer.rates import HOP_LENGTH
+from tokenizer.reading import reading, unreachable
+from tokenizer.training.speechbrain_files import speechbrain_settings
 
 
 class SemanticTeacher(nn.Module):
@@ -64,11 +75,14 @@ class SemanticTeacher(nn.Module):
         """
         from transformers import AutoFeatureExtractor, AutoModel
 
-        check_folder(name, ["config.json", "preprocessor_config.json"], "a HuBERT, WavLM or wav2vec 2.0 model")
-        model = load_complete(AutoModel, name)
-        if not hasattr(model.config, "conv_stride"):
-            raise InputError(f"{name} is a {model.config.model_type} model: expected HuBERT, WavLM or wav2vec 2.0")
-        return cls(model, layer, AutoFeatureExtractor.from_pretrained(name).do_normalize)
+        expected = "HuBERT, WavLM or wav2vec 2.0"
+        name = check_folder(name, ["config.json"], expected)
+        config = load_config(name, expected)
+        if not hasattr(config, "conv_stride"):
+            raise InputError(f"{name} is a {config.model_type} model: expected {expected}")
+        check_folder(name, ["preprocessor_config.json"], expected)
+        extractor = load_part(AutoFeatureExtractor, name, f"the preprocessor settings of {expected}")
+        return cls(load_frozen(AutoModel, name, expected), layer, extractor.do_normalize)
 
     def train(self, mode: bool = True) -> "SemanticTeacher":
         """Stay in eval mode, because a teacher is never trained."""
@@ -118,14 +132,11 @@ class SpeakerTeacher(nn.Module):
 
     hop = 160
 
-    def __init__(self, classifier: Any):
-        """classifier: a SpeechBrain EncoderClassifier; InputError unless its embedding model is an ECAPA_TDNN."""
+    def __init__(self, features: nn.Module, normalization: nn.Module, ecapa: Any):
+        """SpeechBrain's Fbank, InputNormalization and ECAPA_TDNN."""
         super().__init__()
-        modules = classifier.mods
-        if not hasattr(modules.embedding_model, "mfa"):
-            raise InputError(f"expected an ECAPA_TDNN embedding model, got {type(modules.embedding_model).__name__}")
-        self.features, self.normalization = modules.compute_features, modules.mean_var_norm
-        self.ecapa = modules.embedding_model.eval().requires_grad_(False)
+        self.features, self.normalization = features, normalization
+        self.ecapa: Any = ecapa.eval().requires_grad_(False)
 
     @property
     def width(self) -> int:
@@ -139,23 +150,33 @@ class SpeakerTeacher(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "SpeakerTeacher":
-        """Load a SpeechBrain folder (hyperparams.yaml, checkpoints) or hub name: speechbrain/spkrec-ecapa-voxceleb."""
-        from speechbrain.inference.classifiers import EncoderClassifier
-        from speechbrain.utils.fetching import LocalStrategy
+        """Load a SpeechBrain folder (hyperparams.yaml, embedding_model.ckpt) or hub name.
 
-        check_folder(name, ["hyperparams.yaml"], "a SpeechBrain ECAPA-TDNN")
-        overrides = {}
-        if (folder := Path(name)).is_dir():
-            name = str(folder.resolve())
-            # the published file refers to the hub for its weights, even after it has been downloaded
-            if "pretrained_path:" in (folder / "hyperparams.yaml").read_text(encoding="utf-8"):
-                overrides["pretrained_path"] = name
-        with tempfile.TemporaryDirectory() as cache:  # SpeechBrain needs a folder for downloads, even without any
-            return cls(
-                EncoderClassifier.from_hparams(
-                    source=str(name), savedir=cache, overrides=overrides, local_strategy=LocalStrategy.NO_LINK
-                )
-            )
+        Made for speechbrain/spkrec-ecapa-voxceleb, whose file is read and never run (`speechbrain_settings`). Raises
+        FileNotFoundError, InputError for another kind of model or a checkpoint that is damaged or incomplete.
+        """
+        from speechbrain.lobes.features import Fbank
+        from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
+        from speechbrain.processing.features import InputNormalization
+
+        expected = "an ECAPA-TDNN of SpeechBrain"
+        name = check_folder(name, [], expected)
+        if (file := find_file(name, "hyperparams.yaml")) is None:
+            if not Path(name).is_dir():
+                raise FileNotFoundError(unreachable(name, expected))
+            raise FileNotFoundError(f"{name} holds {describe(name)} and not {expected}: it lacks hyperparams.yaml")
+        if (checkpoint := find_file(name, "embedding_model.ckpt")) is None:
+            raise FileNotFoundError(f"{name} is not whole: it lacks embedding_model.ckpt, the weights of {expected}")
+        settings = speechbrain_settings(file)
+        with reading(file, f"the settings of {expected}"):
+            features = Fbank(**settings["compute_features"])
+            normalization = InputNormalization(**settings["mean_var_norm"])
+            ecapa = ECAPA_TDNN(**settings["embedding_model"])
+        fill_weights(ecapa, read_weights(checkpoint, f"the weights of {expected}"), checkpoint)
+        teacher = cls(features, normalization, ecapa)
+        with reading(file, f"the settings of {expected} whose parts fit together"):
+            teacher.embedding(torch.zeros(1, 1_600))
+        return teacher
 
     def train(self, mode: bool = True) -> "SpeakerTeacher":
         """Stay in eval mode, because its batch normalisation must not adapt to the training data."""

@@ -1,6 +1,7 @@
 """The `speechllm` command: what it prints and writes, and what becomes of files it cannot use."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import speechllm
 from speechllm import SpeechCodec, codebook_usage, load_audio, paired_bootstrap, reconstruct, save_audio, transcribe
 from speechllm.cli.main import main
 from speechllm.reports import plots
+from tokenizer.errors import InputError
 
 RATE = 16_000
+CLAIM = ("claim.json", ".lock")
 Capture = pytest.CaptureFixture[str]
 
 
@@ -58,7 +61,7 @@ def test_reconstruct_writes_a_sound_per_number_of_codebooks_and_a_picture(
     code, lines, _ = speak("reconstruct", folder / "a.flac", "--layers", "3,1", "--output", tmp_path / "out")
     names = ["a_1_codebooks.wav", "a_3_codebooks.wav", "a.png"]
     assert code == 0 and lines == [str(tmp_path / "out" / name) for name in names]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == set(names)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, *CLAIM}
     for count, expected in reconstruct(codec, load_audio(folder / "a.flac"), [1, 3]).items():
         found = load_audio(tmp_path / "out" / f"a_{count}_codebooks.wav")
         torch.testing.assert_close(found, expected.clamp(-1, 1), atol=2 / 32768, rtol=0)
@@ -74,10 +77,28 @@ def test_reconstruct_names_unusable_files_and_does_the_others(speak: Callable, f
     files = [folder / name for name in ("broken.wav", "a.flac", "missing.wav", "b.flac")]
     code, lines, errors = speak("reconstruct", *files, "--layers", "1", "--output", tmp_path)
     assert code == 1 and len(lines) == 4
-    assert {path.name for path in tmp_path.iterdir()} == {"a_1_codebooks.wav", "a.png", "b_1_codebooks.wav", "b.png"}
+    names = {"a_1_codebooks.wav", "a.png", "b_1_codebooks.wav", "b.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {*names, *CLAIM}
     skipped = errors.splitlines()
     assert len(skipped) == 2 and "broken.wav: not a readable audio file" in skipped[0]
     assert skipped[1] == f"skipped: {folder / 'missing.wav'}: no such audio file"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("transcribe a.wav --model m --beams 0", "argument --beams: must be int at least 1, got '0'"),
+        ("transcribe a.wav --model m --batch-size -1", "argument --batch-size: must be int at least 1, got '-1'"),
+        ("transcribe a.wav --model m --max-duration nan", "argument --max-duration: must be float above 0, got 'nan'"),
+        ("encode a.wav --codec c --layers 0", "argument --layers: must be int at least 1, got '0'"),
+        ("run train_asr --processes 0", "argument --processes: must be int at least 1, got '0'"),
+        ("run --processes x train_asr", "argument --processes: must be int at least 1, got 'x'"),
+    ],
+)
+def test_a_number_that_cannot_work_is_refused_before_anything_loads(words: str, message: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words.split())
+    assert capsys.readouterr().err.endswith(f"{message}\n")
 
 
 def test_reconstruct_does_not_overwrite_one_file_by_another(speak: Callable, folder: Path, tmp_path: Path) -> None:
@@ -115,7 +136,7 @@ def test_the_picture_has_a_panel_per_sound_on_the_scale_of_the_original(noise: C
 
 def test_a_picture_that_cannot_be_drawn_leaves_no_file(tmp_path: Path) -> None:
     figure = plots.code_usage_figure([np.ones(1)], [8])
-    with pytest.raises(ValueError, match="not supported"):
+    with pytest.raises(InputError, match=r"a.bmp3: expected the name of a picture, ending in \.png"):
         plots.save_figure(figure, tmp_path / "a.bmp3")
     assert not list(tmp_path.iterdir())
 
@@ -210,11 +231,121 @@ def test_what_is_encoded_is_decoded_again(speak: Callable, folder: Path, tmp_pat
     torch.testing.assert_close(load_audio(tmp_path / "out" / "b.wav"), expected, atol=2 / 32768, rtol=0)
 
 
+def test_encode_names_unusable_files_and_does_the_others(speak: Callable, folder: Path) -> None:
+    code, lines, errors = speak("encode", folder / "broken.wav", folder / "a.flac", "--max-duration", "1")
+    assert code == 1 and [json.loads(line)["file"] for line in lines] == [str(folder / "a.flac")]
+    assert errors.startswith("skipped: ") and "broken.wav" in errors and errors.count("\n") == 1
+
+
+def test_a_codec_that_cannot_work_in_chunks_states_its_limit_first(
+    speak: Callable, folder: Path, codec: SpeechCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not speak("encode", folder / "a.flac")[2]
+    monkeypatch.setattr(SpeechCodec, "bounded", False)
+    monkeypatch.setattr("speechllm.cli.codec.WHOLE_S", 0.5)
+    code, lines, errors = speak("encode", folder / "a.flac")
+    first, second = errors.splitlines()
+    assert code == 1 and not lines and "those of more than 0.5 s are skipped; --max-duration changes" in first
+    assert "1.0 s long, at most 0.5 s are allowed" in second
+    assert speak("encode", folder / "a.flac", "--max-duration", "1")[::2] == (0, "")
+
+
 def test_codes_of_another_codec_are_not_decoded(speak: Callable, folder: Path, tmp_path: Path) -> None:
     line = json.loads(speak("encode", folder / "a.flac")[1][0])
     (tmp_path / "codes.jsonl").write_text(json.dumps({**line, "codec": "another"}), encoding="utf-8")
     code, _, errors = speak("decode", tmp_path / "codes.jsonl", "--output", tmp_path / "out")
-    assert code == 1 and "line 1 holds codes of codec another" in errors and not (tmp_path / "out").exists()
+    assert code == 1 and "row 1 holds codes of codec another" in errors and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "cells, message",
+    [
+        ({"codes": [[1, 2], [3]]}, "codes is .*, expected a list of codes for each layer"),
+        ({"codes": [1, 2]}, "codes is .*, expected a list of codes for each layer"),
+        ({"codes": [["1"]]}, "codes is .*, expected a list of codes for each layer"),
+        ({"codes": [[True, -1]]}, "codes is .*, expected a list of codes for each layer"),
+        ({"codes": []}, "codes is .*, expected a list of codes for each layer"),
+        ({"codes": [[999_999]]}, "1 layers of codes up to 999999, but .* has .*: encode the recording again"),
+        ({"codes": [[0]] * 99}, "99 layers of codes up to 0, but "),
+        ({"samples": 10**13}, "10000000000000 samples are more than 2 frames of codes hold"),
+        ({"samples": -1}, "samples is -1, expected a number above 0"),
+        ({"samples": 1.5}, "samples is 1.5, expected a number above 0"),
+        ({"file": ["a"]}, "file is .*, expected text"),
+    ],
+)
+def test_codes_of_another_shape_or_kind_are_named(
+    speak: Callable, folder: Path, tmp_path: Path, cells: dict, message: str, codec: SpeechCodec
+) -> None:
+    line = {"file": "a.wav", "codec": codec.fingerprint, "samples": 640, "codes": [[0, 0]]} | cells
+    (tmp_path / "codes.jsonl").write_text(f"\n{json.dumps(line)}\n", encoding="utf-8")
+    code, _, errors = speak("decode", tmp_path / "codes.jsonl", "--output", tmp_path / "out")
+    assert code == 1 and re.search(rf"codes\.jsonl, row 2: {message}", errors) and not (tmp_path / "out").exists()
+
+
+def test_two_recordings_of_one_name_are_not_decoded_into_one_file(
+    speak: Callable, folder: Path, tmp_path: Path
+) -> None:
+    line = json.loads(speak("encode", folder / "a.flac")[1][0])
+    lines = [json.dumps({**line, "file": name}) for name in ("a/1.wav", "b/1.flac")]
+    (tmp_path / "codes.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    code, _, errors = speak("decode", tmp_path / "codes.jsonl", "--output", tmp_path / "out")
+    assert code == 1 and "several files are named 1.wav and would overwrite each other" in errors
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["decode", "reconstruct"])
+def test_sounds_do_not_go_into_a_folder_with_other_files(
+    speak: Callable, folder: Path, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "codes.jsonl").write_text(speak("encode", folder / "a.flac")[1][0], encoding="utf-8")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    source = {"decode": tmp_path / "codes.jsonl", "reconstruct": folder / "a.flac"}[command]
+    code, _, errors = speak(command, source, "--output", folder)  # the originals are there
+    assert code == 1 and f"holds what {command} did not write" in errors
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_decoding_again_replaces_what_was_decoded(speak: Callable, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "codes.jsonl").write_text(speak("encode", folder / "a.flac")[1][0], encoding="utf-8")
+    for _ in range(2):
+        assert speak("decode", tmp_path / "codes.jsonl", "--output", tmp_path / "out")[0] == 0
+    code, _, errors = speak("reconstruct", folder / "a.flac", "--output", tmp_path / "out")
+    assert code == 1 and "out is the output of decode, not of reconstruct" in errors
+
+
+@pytest.mark.parametrize("option", ["convert --output a.wav", "codebooks --output a.json", "codebooks --picture a.png"])
+def test_an_existing_file_is_refused_before_the_work(
+    speak: Callable, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr(speechllm, "load_codec", lambda _: pytest.fail("the work began"))
+    monkeypatch.setattr("tokenizer.loading.load_discrete", lambda _: pytest.fail("the work began"))
+    command, word, name = option.split()
+    (tmp_path / name).write_text("mine")
+    files = [folder / "a.flac", folder / "b.flac"]
+    code, _, errors = speak(command, *files, word, tmp_path / name)
+    assert code == 1 and errors.endswith(f"{name} already exists: choose another name or delete it\n")
+    assert (tmp_path / name).read_text() == "mine"
+    if name != "a.json":
+        assert "a.unknown: expected the name of" in speak(command, *files, word, tmp_path / "a.unknown")[2]
+
+
+@pytest.mark.parametrize("kind", ["encodec", "speechtokenizer"])
+@pytest.mark.parametrize("output", ["mine", "source", "source/codec", ".", "file"])
+def test_importing_a_codec_deletes_nothing(
+    tmp_path: Path, codec: SpeechCodec, monkeypatch: pytest.MonkeyPatch, kind: str, output: str
+) -> None:
+    for name in ("mine", "source", "mine.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("weights")
+    (tmp_path / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("encodec", "speechtokenizer"):
+        monkeypatch.setattr(speechllm, f"convert_{name}", lambda _: pytest.fail("the work began"), raising=False)
+    assert main(["import-codec", str(tmp_path / "source"), str(tmp_path / output), "--kind", kind]) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.setattr(speechllm, f"convert_{kind}", lambda _: codec, raising=False)
+    (tmp_path / "empty").mkdir()
+    assert main(["import-codec", str(tmp_path / "source"), str(tmp_path / "empty"), "--kind", kind]) == 0
 
 
 def test_transcribe_prints_a_text_per_file_and_decodes_runaways_again(
@@ -291,11 +422,24 @@ def test_compare_names_a_line_that_is_no_prediction(tmp_path: Path, capsys: Capt
     a = write_predictions(tmp_path / "a.jsonl", u1=("a", "a"))
     (tmp_path / "b.jsonl").write_text(Path(a).read_text() + line + "\n", encoding="utf-8")
     assert main(["compare", a, str(tmp_path / "b.jsonl")]) == 1
-    assert "b.jsonl, line 2: not a line of eval_asr's predictions" in capsys.readouterr().err
+    assert re.search(r"b\.jsonl, row 2: .*, expected ", capsys.readouterr().err)
+
+
+def test_predictions_are_read_with_their_types_and_ids_counted(tmp_path: Path, capsys: Capture) -> None:
+    rows = [{"id": 7, "reference": "a b", "hypothesis": ""}, {"id": 8, "reference": "a", "hypothesis": 1}]
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl")]
+    for file, kept in zip(files, (rows, rows, [*rows, rows[0]], []), strict=True):
+        file.write_text("\n".join(map(json.dumps, kept)) + "\n\n", encoding="utf-16")
+    a, b, c, d = map(str, files)
+    assert main(["compare", a, b]) == 0
+    assert main(["compare", a, c]) == 1
+    assert f"{c}, row 3: id '7' is that of {c}, row 1, too: give one prediction for each" in capsys.readouterr().err
+    assert main(["compare", a, d]) == 1
+    assert f"{d} is empty, expected predictions.jsonl of eval_asr" in capsys.readouterr().err
 
 
 def test_an_error_is_one_line(capsys: Capture) -> None:
     assert main(["codebooks", "--codec", "./nowhere", "a.wav"]) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1
-    assert printed.err.startswith("speechllm codebooks: nowhere: no such folder")
+    assert printed.err.startswith("speechllm codebooks: ./nowhere: no such folder")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import shutil
 from collections import Counter
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from speechllm import DataError, Encoding, SpeechCodec, Utterance, encode_shards, load_audio, load_codes, speech_of
 from speechllm.data.batches import grouped_batches, token_batches
-from speechllm.data.shards import skipped_of_shards, summarize_shards
+from speechllm.data.shards import require_texts, skipped_of_shards, summarize_shards, transcribed
 from tokenizer.files import read_jsonl
 from tokenizer.schemes.features import FeatureEncoder
 from tokenizer.schemes.units import UnitTokenizer
@@ -100,7 +102,12 @@ def test_encoding_again_changes_nothing(tmp_path: Path, speech: list[Utterance],
     before = stamps(tmp_path)
     assert encode(speech, small_codec, tmp_path) == [3, 3, 3, 1]
     assert stamps(tmp_path) == before and sorted(before) == SHARDS
-    assert {path.name for path in tmp_path.iterdir()} == {*SHARDS, "request.json"}  # nothing half written
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *SHARDS,
+        "request.json",
+        "claim.json",
+        ".lock",
+    }  # nothing half written
 
 
 def test_a_missing_shard_is_made_again_and_the_others_are_kept(
@@ -109,12 +116,62 @@ def test_a_missing_shard_is_made_again_and_the_others_are_kept(
     encode(speech, small_codec, tmp_path)
     whole, before = content(tmp_path), stamps(tmp_path)
     (tmp_path / SHARDS[1]).unlink()
-    (tmp_path / SHARDS[1]).with_suffix(".part").write_bytes(b"PAR1")  # what a kill leaves
+    (tmp_path / f".{SHARDS[1]}.{2**22 + 1}.part").write_bytes(b"PAR1")  # what a kill leaves: no process has this number
     encode(speech, small_codec, tmp_path)
     after = stamps(tmp_path)
     assert content(tmp_path) == whole
     assert {name for name in before if before[name] == after[name]} == set(SHARDS) - {SHARDS[1]}
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.fixture
+def own_speech(tmp_path: Path, speech: list[Utterance]) -> list[Utterance]:
+    """The recordings in a folder that a test may change."""
+    shutil.copytree(Path(speech[0].path).parent, tmp_path / "speech")
+    return [replace(one, path=str(tmp_path / "speech" / Path(one.path).name)) for one in speech]
+
+
+def test_only_the_shards_of_changed_recordings_are_made_again(
+    tmp_path: Path, own_speech: list[Utterance], small_codec: SpeechCodec
+) -> None:
+    gone, cut, kept = (Path(own_speech[i].path) for i in (1, 4, 7))
+    whole = gone.read_bytes()
+    gone.unlink()
+    folder = tmp_path / "codes"
+    encode(own_speech, small_codec, folder)
+    before = stamps(folder)
+    gone.write_bytes(whole)  # repaired
+    cut.write_bytes(kept.read_bytes())  # replaced
+    replaced = [
+        replace(one, duration_s=own_speech[7].duration_s) if i == 4 else one for i, one in enumerate(own_speech)
+    ]
+    os.utime(kept, ns=(1, 1))  # the same content
+    encode(replaced, small_codec, folder)
+    after = stamps(folder)
+    assert [before[name] == after[name] for name in SHARDS] == [False, False, True, True]
+    encode(replaced, small_codec, tmp_path / "anew")
+    assert [rows for rows, _ in content(folder).values()] == [rows for rows, _ in content(tmp_path / "anew").values()]
+    assert not skipped_of_shards(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"no parquet at all"])
+def test_a_damaged_shard_is_named_and_made_again(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec, content: bytes
+) -> None:
+    encode(speech, small_codec, tmp_path)
+    (tmp_path / SHARDS[2]).write_bytes(content)
+    for read in (load_codes, summarize_shards, skipped_of_shards):
+        with pytest.raises(DataError, match=rf"{SHARDS[2]} is no whole Parquet file .*: run encode_speech again"):
+            read(tmp_path)
+    encode(speech, small_codec, tmp_path)
+    assert len(load_codes(tmp_path)[0]) == 10
+
+
+def test_a_foreign_parquet_file_is_named(tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec) -> None:
+    encode(speech, small_codec, tmp_path)
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "codes_00009.parquet")
+    with pytest.raises(DataError, match=r"codes_00009\.parquet is no shard of encode_speech"):
+        load_codes(tmp_path)
 
 
 def test_a_run_stopped_after_one_shard_continues_with_the_next(
@@ -152,25 +209,45 @@ def test_any_process_may_be_the_first_to_write(
     assert len(load_codes(tmp_path / "codes")[0]) == 10
 
 
-def test_texts_are_normalised_and_the_normalizer_is_recorded(
+def test_texts_are_stored_as_they_are_and_normalised_when_they_are_used(
     tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
 ) -> None:
-    punctuated = [replace(utterance, text=utterance.text and f"{utterance.text}, “Don’t!”") for utterance in speech]
-    encode(punctuated, small_codec, tmp_path / "normal", normalizer="librispeech")
-    encode(punctuated, small_codec, tmp_path / "plain")
-    normal, plain = (load_codes(tmp_path / name)[0] for name in ("normal", "plain"))
-    assert plain["text"] == [utterance.text for utterance in punctuated]
-    assert normal["text"] == [None if i == 4 else f"word {i} é don't" for i in range(10)]
-    assert normal["codes"] == plain["codes"]
-    for folder, name in (("normal", "librispeech"), ("plain", "none")):
-        assert json.loads((tmp_path / folder / "request.json").read_text())["normalizer"] == name
-        assert summarize_shards(tmp_path / folder)["normalizer"] == name
+    texts = [utterance.text and f"{utterance.text}, “Don’t!” 3.5 %" for utterance in speech]
+    texts[5] = "…"
+    encode([replace(one, text=text) for one, text in zip(speech, texts, strict=True)], small_codec, tmp_path)
+    rows, _ = load_codes(tmp_path)
+    assert rows["text"] == texts and "normalizer" not in json.loads((tmp_path / "request.json").read_text())
+    assert transcribed(rows)["text"] == [text for text in texts if text]
+    normal = transcribed(rows, normalizer="librispeech")
+    assert normal["text"] == [f"word {i} é don't 3 5" for i in range(10) if i not in (4, 5)]  # without words: left out
+    assert normal["id"] == [f"u{i}" for i in range(10) if i not in (4, 5)]
+    assert transcribed(rows, 4, "librispeech")["id"] == normal["id"][::2]
+    with pytest.raises(ValueError, match="unknown normalizer 'loud': choose one of librispeech, "):
+        transcribed(rows, normalizer="loud")
+    for name in ("none", "librispeech", "whisper_english"):
+        require_texts(tmp_path, name)
 
 
-def test_an_unknown_normalizer_is_refused(tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec) -> None:
-    with pytest.raises(DataError, match="unknown normalizer 'loud': choose one of librispeech, "):
-        encode(speech, small_codec, tmp_path / "new", normalizer="loud")
-    assert not (tmp_path / "new").exists()
+def test_folders_of_earlier_versions_are_read_with_their_own_normalizer_only(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
+) -> None:
+    encode(speech, small_codec, tmp_path)
+    for file in tmp_path.glob("*.parquet"):  # as they were written with normalizer=librispeech
+        table = pq.read_table(file)
+        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, "normalizer": "librispeech"}), file)
+    claim = tmp_path / "request.json"
+    claim.write_text(json.dumps({**json.loads(claim.read_text()), "normalizer": "librispeech"}))
+    assert len(load_codes(tmp_path)[0]) == 10 and summarize_shards(tmp_path)["normalizer"] == "librispeech"
+    require_texts(tmp_path, "librispeech")
+    for other in ("none", "whisper_english"):
+        with pytest.raises(
+            DataError, match=f"by librispeech, of which {other} cannot be made: choose normalizer=libri"
+        ):
+            require_texts(tmp_path, other)
+    before = stamps(tmp_path)
+    with pytest.raises(DataError, match="earlier version, which stored texts normalised by librispeech; now"):
+        encode(speech, small_codec, tmp_path)
+    assert stamps(tmp_path) == before and "normalizer" in json.loads(claim.read_text())
 
 
 # ---- recordings that cannot be used
@@ -229,6 +306,16 @@ def test_the_recipe_lists_all_recordings_it_skipped_and_prints_the_first(
     ]
 
 
+def test_the_recipe_ends_with_an_error_if_nothing_can_be_used(
+    tmp_path: Path, codec_folder: Path, recipe: Callable
+) -> None:
+    (tmp_path / "a.wav").write_bytes(b"no sound")
+    (tmp_path / "manifest.jsonl").write_text('{"path": "a.wav", "duration_s": 1}\n', encoding="utf-8")
+    module = recipe("encode_speech.py")
+    with pytest.raises(DataError, match=r"no recording can be used, all are skipped \({'unreadable': 1}\)"):
+        module.main(module.EncodeConfig(str(codec_folder), str(tmp_path), str(tmp_path / "codes")))
+
+
 def test_codes_with_and_without_merged_repeats_are_distinguished(tmp_path: Path, speech: list[Utterance]) -> None:
     """Of codes without a fixed rate nobody can say when they are spoken; older folders do not know."""
     torch.manual_seed(0)
@@ -266,7 +353,6 @@ def test_a_folder_of_another_codec_is_refused_and_not_changed(
     refused += [(part, small_codec, {}, speech_changed) for part in (speech[::-1], corrected, moved)]
     refused += [(speech, small_codec, {"layers": 1}, "layers: 2 -> 1")]
     refused += [(speech, small_codec, {"max_duration_s": 5.0}, r"max_duration_s: 60\.0 -> 5\.0")]
-    refused += [(speech, small_codec, {"normalizer": "librispeech"}, "normalizer: none -> librispeech")]
     for utterances, codec, more, change in refused:
         for process in (0, 1):
             with pytest.raises(DataError, match=rf"another codec, other speech or other settings \({change}\)"):
@@ -417,3 +503,23 @@ def test_batches_of_tokens_are_random_and_a_pure_function_of_seed_and_number() -
     stream = [i for batch in whole for i in batch]
     assert stream[:40] != stream[40:80] and stream[:40] != list(range(40))
     assert first_batches(lengths, 60, 5, seed=1) != whole[:5]
+
+
+SPOILED_SHARDS = {
+    "a code too high": ({"codes": [8] * 300}, "holds the code 8, the codec's codebooks end at 7"),
+    "a frame cut": ({"codes": [1] * 301}, "has 301 codes, which is no multiple of 3"),
+    "no codes": ({"codes": None}, "utterances have no codes"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILED_SHARDS)
+def test_codes_that_the_codec_cannot_have_made_are_refused(
+    speech: list[Utterance], codec: SpeechCodec, tmp_path: Path, kind: str
+) -> None:
+    encode(speech[:3], codec, tmp_path)
+    change, message = SPOILED_SHARDS[kind]
+    table = pq.read_table(file := tmp_path / SHARDS[0])
+    rows = [row | change if row["id"] == "u1" else row for row in table.to_pylist()]
+    pq.write_table(type(table).from_pylist(rows, table.schema), file)
+    with pytest.raises(DataError, match=message):
+        load_codes(tmp_path)

@@ -6,11 +6,27 @@ import sys
 from collections.abc import Callable, Sequence
 
 import jiwer
+import numpy as np
 import pytest
 
-from speechllm import PairedBootstrap, WordErrorRate, character_error_rate, paired_bootstrap, word_error_rate
+from speechllm import (
+    InputError,
+    PairedBootstrap,
+    WordErrorRate,
+    character_error_rate,
+    paired_bootstrap,
+    word_error_rate,
+)
 from speechllm.evaluation import normalizers
-from speechllm.evaluation.error_rates import speaker_error_rates
+from speechllm.evaluation.error_rates import (
+    mean_and_interval,
+    recognition_measures,
+    results_verdict,
+    seeds_error_rate,
+    shuffled_audio_verdict,
+    speaker_error_rates,
+    split_error_rates,
+)
 from speechllm.evaluation.normalizers import librispeech_normalizer, whisper_english_normalizer
 
 WORDS = "a b c d e".split()
@@ -69,7 +85,16 @@ def test_the_rate_is_of_all_words_not_a_mean_of_rates() -> None:
 def test_words_without_a_reference_are_insertions() -> None:
     found = word_error_rate(["a b", "", "  "], ["a b", "c d", "e"])
     assert (found.substitutions, found.deletions, found.insertions, found.words) == (0, 0, 3, 2)
-    assert found.wer == 1.5
+    assert found.wer == 1.5 and found.empty_references == 2
+    assert "in 2 words of 3 utterances, 2 of them with a reference without words, normaliser" in str(found)
+    assert "reference" not in str(word_error_rate(["a"], ["a"]))
+
+
+def test_samples_without_a_reference_word_have_no_rate() -> None:
+    # a quarter of the samples hold the second utterance alone, where two errors in no words are no 200 %
+    assert word_error_rate(["a b", "..."], ["a b", "c"]).ci95 == (0.0, 0.5)
+    assert paired_bootstrap(["a b", "..."], ["a b", "c"], ["a b", ""]).ci95 == (-0.5, 0.0)
+    assert seeds_error_rate(["a b", "..."], [["a b", "c"]])["ci95"] == [0.0, 0.5]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -120,6 +145,19 @@ def test_the_rate_of_a_speaker_is_over_that_speakers_utterances() -> None:
 def test_a_speaker_without_words_has_no_rate() -> None:
     found = speaker_error_rates(["a b", "..."], ["a", "a"], ["anna", "bert"])
     assert found["bert"] == {"wer": None, "words": 0, "utterances": 1} and found["anna"]["wer"] == 0.5
+
+
+def test_every_split_has_both_rates_with_intervals() -> None:
+    references, hypotheses = random_pairs(20, 0)
+    found = split_error_rates([*references, "..."], [*hypotheses, "a"], ["test", "dev"] * 10 + ["noise"])
+    assert list(found) == ["dev", "noise", "test"]
+    for split, own in {"test": slice(0, 20, 2), "dev": slice(1, 20, 2)}.items():
+        score = word_error_rate(references[own], hypotheses[own])
+        expected = {"wer": score.wer, "wer_ci95": score.ci95, "words": score.words, "utterances": 10}
+        assert found[split].items() >= expected.items()
+        assert found[split]["cer"] == character_error_rate(references[own], hypotheses[own])
+    rates = dict.fromkeys(("wer", "cer", "wer_ci95", "cer_ci95"))
+    assert found["noise"] == {"words": 0, "utterances": 1, **rates}
 
 
 # ---- comparison
@@ -206,12 +244,78 @@ def test_the_interval_is_that_of_the_binomial_for_utterances_of_one_word() -> No
     assert found.ci95 == pytest.approx((0.25 - half, 0.25 + half), abs=0.006)
 
 
+def test_the_control_is_read_by_the_rate_that_leads() -> None:
+    words = {"ci95": [0.9, 1.0], "wer_shuffled_audio_ci95": [0.9, 1.0]}
+    assert results_verdict(words) == shuffled_audio_verdict([0.9, 1.0], [0.9, 1.0]).replace("CER", "WER")
+    characters = {"primary": "cer", "cer_ci95": [0.1, 0.2], "cer_shuffled_audio_ci95": [0.8, 0.9]}
+    assert results_verdict(words | characters).startswith("The model uses the audio: with another utterance's audio")
+    assert "the CER is higher" in results_verdict(words | characters)
+
+
 # ---- what is refused
 
 
 def test_lists_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="2 references but 1 hypotheses"):
         word_error_rate(["a", "b"], ["a"])
+
+
+SCORES: dict[str, Callable] = {
+    "words": word_error_rate,
+    "characters": character_error_rate,
+    "speakers": lambda a, b: speaker_error_rates(a, b, ["s"] * 2),
+    "splits": lambda a, b: split_error_rates(a, b, ["s"] * 2),
+    "pairs": lambda a, b: paired_bootstrap(a, b, b),
+    "others": lambda a, b: paired_bootstrap(a, a, b),
+    "seeds": lambda a, b: seeds_error_rate(a, [b]),
+    "measures": recognition_measures,
+}
+
+
+@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("ab", "expected a list with one text each, got str 'ab': write .text. for a single one"),
+        (b"ab", "expected a list with one text each, got bytes b'ab'"),
+        ({"a", "b"}, "expected a list with one text each, got set"),
+        ({"a": 1, "b": 2}, "expected a list with one text each, got dict"),
+        (None, "expected a list with one text each, got NoneType None"),
+        (["a", None], r"\[1\] is None, which is no text: write '' where nothing was said"),
+        ([math.nan, "a"], r"\[0\] is nan, which is no text"),
+        (["a", 3], r"\[1\] is 3, which is no text"),
+        (["a", ["b"]], r"\[1\] is \['b'\], which is no text"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_refused(score: Callable, wrong: object, message: str) -> None:
+    for pair in ((wrong, ["a", "b"]), (["a", "b"], wrong)):
+        with pytest.raises(InputError, match=message):
+            score(*pair)
+
+
+def test_texts_may_come_in_any_ordered_collection() -> None:
+    texts = ["a b", "c"]
+    for collection in (tuple(texts), np.array(texts), dict.fromkeys(texts).keys().__iter__(), (t for t in texts)):
+        assert word_error_rate(collection, texts).wer == 0
+
+
+def test_speakers_and_splits_belong_to_the_references() -> None:
+    for score in (speaker_error_rates, split_error_rates):
+        for wrong in (["s"], "ss", ["s", None]):
+            with pytest.raises(InputError, match="speakers|splits"):
+                score(["a", "b"], ["a", "b"], wrong)
+
+
+def test_trainings_are_a_list_of_lists() -> None:
+    for wrong in ([], "ab", None):
+        with pytest.raises(InputError, match="one list of texts per training"):
+            seeds_error_rate(["a"], wrong)
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
+def test_a_mean_of_what_is_no_number_is_refused(values: list[float]) -> None:
+    with pytest.raises(InputError, match="expected finite numbers"):
+        mean_and_interval(values)
 
 
 @pytest.mark.parametrize("score", [word_error_rate, character_error_rate])

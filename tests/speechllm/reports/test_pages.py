@@ -410,6 +410,19 @@ def test_the_recognition_page_shows_what_is_there(tmp_path: Path) -> None:
     assert all("not recorded" in section(page, title) for title in re.findall("<h2>(.*?)</h2>", page))
 
 
+def test_the_page_goes_by_the_cer_where_texts_have_no_spaces(tmp_path: Path) -> None:
+    rows = [{"id": f"u{i}", "speaker": "s", "duration_s": 1.0 + i, "reference": "今天 天气"} for i in range(3)]
+    results = {"primary": "cer", "wer": 1.0, "ci95": [1, 1], "cer": 0.25, "cer_ci95": [0.2, 0.3], "normalizer": "none"}
+    results |= {"cer_shuffled_audio": 0.9, "cer_shuffled_audio_ci95": [0.85, 0.95]}
+    predictions = [{**row, "hypothesis": "今天天汽"} for row in rows]
+    write_recognition_report(tmp_path / "r.html", title="t", results=results, predictions=predictions)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert page.index("Character error rate") < page.index("Word error rate") and "the rate to go by" in page
+    assert "<b>90.0\u00a0%</b>" in page and "audio the CER is higher" in page
+    assert "<th>characters</th>" in section(page, "CER by speaker") and ">12</td>" in section(page, "CER by speaker")
+    assert "<img" in section(page, "CER by duration")
+
+
 def test_eval_asr_writes_the_page_of_its_run(
     tmp_path: Path,
     recipe: Callable[[str], ModuleType],

@@ -81,3 +81,16 @@ def test_an_id_with_slashes_creates_no_folders(tmp_path: Path) -> None:
 def test_a_folder_without_sounds_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"{tmp_path.name} holds no NAME_original.wav"):
         read_sounds(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "語" * 100, "a/" * 150, "../../a", "caf\udce9"])
+def test_a_name_of_any_length_and_bytes_becomes_a_file_name(tmp_path: Path, name: str) -> None:
+    save_sounds(tmp_path, some(name))
+    assert len(list(tmp_path.iterdir())) == 3
+    cut = name.replace("/", "_").replace("\udce9", "").encode()[:200].decode(errors="ignore")
+    assert read_sounds(tmp_path).name == cut
+
+
+def test_sounds_are_written_below_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    save_sounds(tmp_path / "caf\udce9", some("a"))
+    assert len(list((tmp_path / "caf\udce9").iterdir())) == 3

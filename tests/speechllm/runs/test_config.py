@@ -1,6 +1,10 @@
 """Configurations: types, nesting, near misses, everything wrong at once, and the command line."""
 
-from dataclasses import dataclass, field
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -8,31 +12,34 @@ import pytest
 import yaml
 
 from speechllm import ConfigError
-from speechllm.runs.config import find_config, load_config, parse_config, shipped
+from speechllm.runs.config import find_config, load_config, override, parse_config, shipped
 from speechllm.runs.recipe import run_recipe
+from tokenizer.settings import Count, Names, Positive, Seed, Settings
 
 
 @dataclass
-class Encoder:
-    width: int = 32
+class Encoder(Settings):
+    width: Count = 32
     strides: tuple[int, ...] = (2, 4)
     kind: Literal["seanet", "log_mel"] = "seanet"
 
-    def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ValueError(f"width must be positive, got {self.width}")
+    def contradictions(self) -> Iterable[str]:
+        if self.width > 99 and self.kind == "log_mel":
+            yield "width must be at most 99 for kind: log_mel"
 
 
 @dataclass
-class Job:
+class Job(Settings):
     data: str  # where the speech is
-    steps: int = 100  # optimizer steps
-    rate: float = 1e-4
+    steps: Count = 100  # optimizer steps
+    rate: Positive = 1e-4
     fresh: bool = False
-    splits: list[str] | None = None
+    splits: Names | None = None
+    seeds: list[Seed] = field(default_factory=lambda: [0])
     layer: int | Literal["avg"] = "avg"
     precision: Literal["no", "bf16"] = "bf16"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # of AdamW
+    model: str | None = "owner/model"
     encoder: Encoder = field(default_factory=Encoder)
 
 
@@ -57,7 +64,9 @@ def problems(*overrides: str, **more: object) -> list[str]:
 
 
 def test_what_is_not_given_has_its_default() -> None:
-    assert load() == Job("x", 100, 1e-4, False, None, "avg", "bf16", [0.9, 0.99], Encoder(32, (2, 4), "seanet"))
+    assert load() == Job(
+        "x", 100, 1e-4, False, None, [0], "avg", "bf16", [0.9, 0.99], "owner/model", Encoder(32, (2, 4), "seanet")
+    )
 
 
 def test_a_file_fills_every_kind_of_key(tmp_path: Path) -> None:
@@ -74,7 +83,8 @@ def test_a_file_fills_every_kind_of_key(tmp_path: Path) -> None:
     """
     config = load(text=text, folder=tmp_path)
     assert config == Job(
-        "speech", 7, 3.0, True, ["train", "dev"], -1, "no", [0.5, 1.0], Encoder(4, (3, 5, 7), "log_mel")
+        *("speech", 7, 3.0, True, ["train", "dev"], [0], -1, "no", [0.5, 1.0], "owner/model"),
+        Encoder(4, (3, 5, 7), "log_mel"),
     )
     assert type(config.rate) is float and type(config.betas[1]) is float
 
@@ -100,15 +110,25 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(tmp_path: Path)
     "override, key, value",
     [
         ("splits=[a, b]", "splits", ["a", "b"]),
-        ("splits=[]", "splits", []),
         ("splits=null", "splits", None),
         ("layer=avg", "layer", "avg"),
         ("layer=3", "layer", 3),
         ("fresh=true", "fresh", True),
         ("data=a=b", "data", "a=b"),
-        ("data='3'", "data", "3"),
-        ("data=C:\\speech", "data", "C:\\speech"),
+        ("data='3'", "data", "'3'"),
         ("data=[a", "data", "[a"),
+        ("splits=train-clean-100", "splits", ["train-clean-100"]),
+        ("splits=a, b", "splits", ["a", "b"]),
+        ("splits=2026-11-28,1e3", "splits", ["2026-11-28", "1e3"]),
+        ("splits=[2026-11-28, 010, 'a, b', \"c #1\"]", "splits", ["2026-11-28", "010", "a, b", "c #1"]),
+        ("splits=[x].txt", "splits", ["[x].txt"]),
+        ("seeds=3", "seeds", [3]),
+        ("seeds=[1,2]", "seeds", [1, 2]),
+        ("model=null", "model", None),
+        ("data=null", "data", "null"),  # a key that must have a value takes the word as it is
+        ("model=~", "model", str(Path.home())),
+        ("encoder.strides=2,4", "encoder", Encoder(32, (2, 4))),
+        ("encoder={width: 4, kind: log_mel}", "encoder", Encoder(4, kind="log_mel")),
     ],
 )
 def test_one_word_sets_one_key(override: str, key: str, value: object) -> None:
@@ -129,6 +149,143 @@ def test_an_empty_file_is_no_mistake(tmp_path: Path, text: str) -> None:
     assert load("data=x", text=text, folder=tmp_path) == load()
 
 
+NAMES = [
+    *(
+        "/x/exp #2",
+        "2026-11-28",
+        "12:30",
+        "010",
+        "1e3",
+        "1_000",
+        "true",
+        "yes",
+        "a: b",
+        "[x]",
+        "{x}",
+        "- a",
+        "C:\\speech",
+    ),
+    *(
+        "it's",
+        '"quoted"',
+        "'quoted'",
+        "a, b",
+        "a=b",
+        "=",
+        "a\nb",
+        " a ",
+        "#",
+        "%",
+        "&a",
+        "*a",
+        "!a",
+        "|",
+        ">",
+        "?",
+        "@",
+        "`",
+    ),
+    *("\u00e9\u2028\U0001f600", "not \udcff UTF-8", "$HOME", "--fresh", "~no-such-user", "x" * 5000),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_taken_as_it_is_from_a_word_a_list_and_a_file(tmp_path: Path, name: str) -> None:
+    assert load(f"data={name}", f"model={name}").data == load(f"model={name}").model == name
+    assert load(override("data", name), override("splits", [name, "b"])) == Job(name, splits=[name, "b"])
+    text = override("splits", [name]).replace("=", ": ", 1)
+    assert load("data=x", text=text, folder=tmp_path).splits == [name]
+
+
+@pytest.mark.parametrize(
+    "name", ["2026-11-28", "12:30", "010", "1e3", "1_000", "3", "yes", "true", "C:\\speech", "a:b", "a#b"]
+)
+def test_an_unquoted_name_in_a_file_is_taken_as_it_is_written(tmp_path: Path, name: str) -> None:
+    text = f"data: {name}\nsplits: [{name}]\nmodel: {name}  # a comment"
+    assert load(text=text, folder=tmp_path) == Job(name, splits=[name], model=name)
+
+
+def test_the_home_folder_can_be_written_as_a_tilde(tmp_path: Path) -> None:
+    runs = str(Path.home() / "runs")
+    assert load("data=~/runs").data == load(text='data: "~/runs"', folder=tmp_path).data == runs
+    assert load("splits=~/runs,b").splits == [runs, "b"]
+
+
+def test_a_file_that_exists_is_one_item_of_a_list(tmp_path: Path) -> None:
+    for name in ("a,b.txt", "[a]"):
+        (tmp_path / name).touch()
+        assert load(f"splits={tmp_path / name}").splits == [str(tmp_path / name)]
+
+
+@pytest.mark.parametrize(
+    "hint, value",
+    [
+        (int | None, None),
+        (bool, True),
+        (float, -1e-5),
+        (list[str] | None, ["a", "b, c", "#"]),
+        (list[list[int]], [[1], [1, 2]]),
+        (tuple[float, ...], (0.5,)),
+    ],
+)
+def test_an_override_reads_back_as_the_value_it_was_made_of(hint: type, value: object) -> None:
+    assert load_config(make_dataclass("One", [("key", hint)]), None, [override("key", value)]).key == value
+
+
+@pytest.mark.parametrize("text", ["0.5", ".5", "5e-1", "+.5", "00.5"])
+def test_a_number_is_what_can_be_read_in_one_way(text: str) -> None:
+    if text == "00.5":
+        assert problems(f"rate={text}") == ["rate must be float, got 00.5"]
+    else:
+        assert load(f"rate={text}").rate == 0.5
+    assert load("rate=1.").rate == 1.0 and load("steps=10_000").steps == 10_000
+
+
+@pytest.mark.parametrize("text", ["data: x\nsteps: 1\n\nsteps: 2\n", "data: x\nencoder:\n  width: 3\n  width: 3\n"])
+def test_a_key_that_a_file_gives_twice_is_refused_with_its_line(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"job\.yaml: line 4: (steps|width) is given twice$"):
+        load(text=text, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ['data: ""', 'data: "a\\0b"', "data: {x: 1}", "data: [x]", "data: !!binary eA==", "data:"]
+)
+def test_what_is_no_name_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    assert [line.split(", got")[0] for line in problems(text=text, folder=tmp_path)] == ["data must be str"]
+
+
+def test_problems_of_sections_are_told_with_those_of_the_rest() -> None:
+    assert problems("steps=0", "encoder.width=0", "seeds=-1,0", "rate=x") == [
+        "rate must be float, got x",
+        "encoder.width must be at least 1, got 0",
+        "steps must be at least 1, got 0",
+        "seeds[0] must be from 0 to 4294967295, got -1",
+    ]
+    with pytest.raises(ValueError, match=r"^steps must be at least 1, got 0; rate must be above 0, got nan$"):
+        Job("x", steps=0, rate=float("nan"))
+
+
+def test_a_flag_may_have_a_value_like_a_key(tmp_path: Path) -> None:
+    assert parse_config(Job, ["--data=x #1", "--fresh", "--steps=3"]) == Job("x #1", 3, fresh=True)
+
+
+def test_help_and_names_can_be_printed_where_the_encoding_lacks_their_characters(tmp_path: Path) -> None:
+    code = (
+        "import sys; from dataclasses import dataclass; from speechllm.runs.config import parse_config\n"
+        "@dataclass\nclass One:\n    data: str\n"
+        "print(parse_config(One).data)"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code.replace("@dataclass", "import inspect; inspect.getsource = lambda _: ''\n@dataclass"),
+    ]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    for word, printed in (("data=\u00e9", b"\\xe9\n"), (b"data=\xff", b"\\udcff\n")):
+        ended = subprocess.run([*command, word], env=environment, capture_output=True)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, printed, b"")
+
+
 # ---- mistakes
 
 
@@ -136,31 +293,48 @@ def test_an_empty_file_is_no_mistake(tmp_path: Path, text: str) -> None:
     "override, problem",
     [
         ("steps='3'", "steps must be int, got '3'"),
+        ("steps=010", "steps must be int, got 010"),
+        ("steps=0x10", "steps must be int, got 0x10"),
+        ("steps=12:30", "steps must be int, got 12:30"),
+        ("steps=1_0", "steps must be int, got 1_0"),
+        ("steps=1e3", "steps must be int, got 1e3"),
+        ("steps=\u0663", "steps must be int, got \u0663"),
+        (f"steps={'9' * 5000}", f"steps must be int, got {'9' * 5000}"),
+        ("steps=0", "steps must be at least 1, got 0"),
+        ("rate=nan", "rate must be float, got nan"),
+        ("rate=.inf", "rate must be float, got .inf"),
+        ("rate=1e999", "rate must be float, got 1e999"),
+        ("rate=0,5", "rate must be float, got 0,5"),
+        ("rate=0", "rate must be above 0, got 0.0"),
+        ("data=", "`data=`: expected a value after =, or null for none"),
+        ("--data", "data must be str, got true"),
+        ("splits=[]", "splits must be not empty, got []"),
+        ("splits=a,,b", 'splits must be a list of str (not empty) or null, got ["a", "", "b"]'),
+        ("splits=[a, 'b]", "`splits=[a, 'b]`: line 1: found unexpected end of stream"),
+        ("seeds=[0,-1]", "seeds[1] must be from 0 to 4294967295, got -1"),
         ("steps=1.5", "steps must be int, got 1.5"),
         ("steps=true", "steps must be int, got true"),
         ("steps=null", "steps must be int, got null"),
         ("rate='1e-3'", "rate must be float, got '1e-3'"),
         ("rate=true", "rate must be float, got true"),
         ("fresh=1", "fresh must be bool, got 1"),
-        ("data=3", "data must be str, got 3"),
-        ("splits=train", "splits must be a list of str or null, got 'train'"),
-        ("splits=[1]", "splits must be a list of str or null, got [1]"),
         ("splits=None", "splits: None is Python's word, write null"),
         ("data=None", "data: None is Python's word, write null"),
         ("fresh=True", "fresh: True is Python's word, write true"),
         ("betas=[None]", "betas[0]: None is Python's word, write null"),
-        ("layer=max", "layer must be int or one of avg, got 'max'"),
-        ("betas=[0.9, x]", "betas[1] must be float, got 'x'"),
+        ("layer=max", "layer must be int or one of avg, got max"),
+        ("betas=[0.9, x]", "betas[1] must be float, got x"),
         ("encoder=3", "encoder must be Encoder, got 3"),
-        ("encoder.kind=mel", "encoder.kind must be one of seanet, log_mel, got 'mel'"),
-        ("encoder.strides=[2, a]", "encoder.strides[1] must be int, got 'a'"),
-        ("encoder.width=0", "width must be positive, got 0"),
+        ("encoder.kind=mel", "encoder.kind must be one of seanet, log_mel, got mel"),
+        ("encoder.strides=[2, a]", "encoder.strides[1] must be int, got a"),
+        ("encoder.width=0", "encoder.width must be at least 1, got 0"),
+        ("encoder={width: 100, kind: log_mel}", "encoder.width must be at most 99 for kind: log_mel"),
         ("stepps=3", "unknown key stepps: did you mean steps?"),
         ("encoder.widht=3", "unknown key encoder.widht: did you mean encoder.width?"),
         ("encoder.zzz=3", "unknown key encoder.zzz; known keys: width, strides, kind"),
         ("steps", "`steps`: expected key=value"),
         ("=3", "`=3`: expected key=value"),
-        ("rate.x=3", 'rate must be float, got {"x": 3}'),
+        ("rate.x=3", 'rate must be float, got {"x": "3"}'),
     ],
 )
 def test_a_mistake_is_named_with_what_was_expected(override: str, problem: str) -> None:
@@ -184,7 +358,7 @@ def test_all_mistakes_are_told_at_once_and_the_file_is_named(tmp_path: Path) -> 
         "`wrong`: expected key=value",
         "encoder.strides must be a list of int, got 3",
         "missing key data (str)",
-        "rate must be float, got 'fast'",
+        "rate must be float, got fast",
         "unknown key encoder.widht: did you mean encoder.width?",
         "unknown key stepps: did you mean steps?",
     ]
@@ -236,6 +410,12 @@ class Comparison:
         (Comparison, "speaker_judge=x", "speaker_judge is called evaluation_speaker now"),
         (Comparison, "judge_speaker=x", "judge_speaker is called evaluation_speaker now"),
         (Comparison, "part.judge=x", "part.judge is called part.recognizer now"),
+        (
+            Scoring,
+            "normalizer=none",
+            "normalizer is no key of this recipe: texts are encoded as they are; set normalizer in train_asr and in "
+            "eval_asr",
+        ),
         (Scoring, "speaker_judge=x", "unknown key speaker_judge; known keys: recognizer"),
     ],
 )
@@ -303,6 +483,21 @@ def test_check_ends_before_anything_is_done() -> None:
     assert end.value.code == 0
 
 
+@pytest.mark.parametrize("shares_work", [True, False])
+def test_several_processes_need_a_recipe_that_shares_its_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, shares_work: bool
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parse_config(Job, ["data=x"])  # a job of several machines, say, not of a launcher here
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    if shares_work:
+        parse_config(Job, ["data=x"], shares_work=True)
+        return
+    with pytest.raises(SystemExit) as end:
+        parse_config(Job, ["data=x"])
+    assert end.value.code == 2 and "does not share its work" in capsys.readouterr().err
+
+
 def test_of_several_processes_the_first_tells_what_all_have_found(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
@@ -315,7 +510,7 @@ def test_of_several_processes_the_first_tells_what_all_have_found(monkeypatch: p
         with pytest.raises(SystemExit, match=r"^error: wrong$"):
             run_recipe(fail, Job("x"))
         with pytest.raises(SystemExit):
-            parse_config(Job, ["data=3"])
+            parse_config(Job, ["steps=x"])
         assert len(waited) == told
 
 
@@ -329,9 +524,9 @@ def help_of(cls: type, capsys: pytest.CaptureFixture) -> str:
 def test_help_lists_every_key_with_type_default_and_meaning(capsys: pytest.CaptureFixture) -> None:
     lines = help_of(Job, capsys).splitlines()
     assert "  data: str [required]  where the speech is" in lines
-    assert "  steps: int [100]  optimizer steps" in lines
-    assert "  splits: a list of str or null [null]" in lines and "  fresh: bool [false]" in lines
-    assert "  encoder:" in lines and "    width: int [32]" in lines
+    assert "  steps: int (at least 1) [100]  optimizer steps" in lines
+    assert "  splits: a list of str (not empty) or null [null]" in lines and "  fresh: bool [false]" in lines
+    assert "  encoder:" in lines and "    width: int (at least 1) [32]" in lines
     assert "    kind: one of seanet, log_mel [seanet]" in lines and "    strides: a list of int [[2, 4]]" in lines
 
 

@@ -128,6 +128,13 @@ def test_a_mistake_is_told_before_several_processes_start(tmp_path: Path) -> Non
         assert ended.stderr == "1 problem(s) in the configuration:\n  unknown key stpes: did you mean steps?\n"
 
 
+def test_several_processes_of_a_recipe_that_would_all_do_the_same_are_refused(tmp_path: Path) -> None:
+    words = ["run", "--processes=2", "eval_asr", "model=a", "codes=b", "output=c"]
+    ended = python("-m", "speechllm.cli.main", *words, folder=tmp_path)
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
+    assert ended.stderr.startswith("eval_asr.py does not share its work")
+
+
 def test_on_gpus_accelerate_starts_them_and_each_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from speechllm.runs import launch
 

@@ -1,5 +1,7 @@
 """A run folder: one configuration, atomic files, a log that matches the checkpoints."""
 
+import contextlib
+import inspect
 import json
 import platform
 import re
@@ -14,10 +16,14 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from speechllm import RunError
+from speechllm.data.shards import claim_codes
 from speechllm.runs.machine import command_line, versions
+from speechllm.runs.recipe import claim_output, holds_config
 from speechllm.runs.run import Run, read_log
 from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
-from tokenizer.files import atomic_folder, read_jsonl, write_json, write_jsonl, write_text
+from tokenizer.claims import claim_folder
+from tokenizer.errors import InputError
+from tokenizer.files import atomic_folder, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 
 @dataclass
@@ -47,7 +53,8 @@ class OtherProcess:
 
 
 def files_in(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return files - {".lock", "claim.json"}
 
 
 # ---- configuration
@@ -106,7 +113,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, place: str) ->
     for file in ("taken", "folder/checkpoints"):
         (tmp_path / file).write_text("a file")
     folder = tmp_path / place.removesuffix("/checkpoints")
-    with pytest.raises(RunError, match=re.escape(f"cannot write the run folder {folder}: ")):
+    write_json(tmp_path / "folder" / "claim.json", {"job": "test_run"})
+    with pytest.raises(InputError, match=f"cannot write the (run )?folder {re.escape(str(folder))}: "):
         Run(folder, Job())
 
 
@@ -138,6 +146,102 @@ def test_trackers_receive_the_log(tmp_path: Path) -> None:
     Run(tmp_path, Job(), accelerator).log(3, loss=1.5)
     assert received[-1] == ({"loss": 1.5}, 3)
     assert read_log(tmp_path) == [{"step": 3, "loss": 1.5}]
+
+
+# ---- claims
+
+
+@dataclass
+class OtherJob(Job):
+    """The configuration of another recipe, which is its file."""
+
+
+@pytest.fixture
+def other_job(monkeypatch: pytest.MonkeyPatch) -> OtherJob:
+    file = inspect.getfile
+    monkeypatch.setattr(inspect, "getfile", lambda cls: "recipes/other.py" if cls is OtherJob else file(cls))
+    return OtherJob()
+
+
+def test_the_run_of_another_recipe_is_refused_also_when_it_is_finished(tmp_path: Path, other_job: OtherJob) -> None:
+    Run(tmp_path, Job()).finish({"loss": 0.5})
+    before = files_in(tmp_path)
+    with pytest.raises(InputError, match="is the output of test_run, not of other: choose another"):
+        Run(tmp_path, other_job)
+    assert files_in(tmp_path) == before and Run(tmp_path, Job()).summary == {"loss": 0.5}
+
+
+def test_a_folder_of_codes_is_no_run_and_a_run_no_folder_of_codes(tmp_path: Path) -> None:
+    claim_codes(tmp_path / "codes")
+    write_json(tmp_path / "codes" / "done.json", {"utterances": 3})
+    with pytest.raises(InputError, match="codes is the output of encode_speech, not of test_run"):
+        Run(tmp_path / "codes", Job())
+    Run(tmp_path / "run", Job()).finish({"loss": 0.5})
+    with pytest.raises(InputError, match="run is the output of test_run, not of encode_speech"):
+        claim_codes(tmp_path / "run")
+    write_json(tmp_path / "old" / "request.json", {"utterances": 3})  # of an earlier version
+    with pytest.raises(InputError, match="holds what test_run did not write"):
+        Run(tmp_path / "old", Job())
+    claim_codes(tmp_path / "old")
+
+
+@pytest.mark.parametrize("name", ["model", "checkpoints", "folds"])
+def test_a_folder_with_files_of_the_users_is_refused(tmp_path: Path, name: str) -> None:
+    write_text(tmp_path / name / "mine.pt", "weights")
+    with pytest.raises(InputError, match=rf"holds what test_run did not write \({name}\)"):
+        Run(tmp_path, Job())
+    assert files_in(tmp_path) == {f"{name}/mine.pt"}
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    Run(tmp_path, Job()).save(2, {})
+    (tmp_path / "claim.json").unlink()
+    assert Run(tmp_path, Job()).resume() == {"step": 2}
+    assert json.loads((tmp_path / "claim.json").read_text()) == {"job": "test_run"}
+
+
+@pytest.mark.parametrize(
+    "file, content, own",
+    [
+        ("config.yaml", "data: x\nsteps: 3\n", True),
+        ("config.yaml", "data: x\npages: 3\n", False),
+        ("config.yaml", "}{", False),
+        ("results.json", '{"wer": 1, "config": {"data": "y"}}', True),
+        ("results.json", '{"wer": 1, "config": {"other": "y"}}', False),
+        ("results.json", "[]", False),
+        ("results.json", '{"wer"', False),
+    ],
+)
+def test_results_of_an_earlier_version_are_known_by_their_configuration(
+    tmp_path: Path, file: str, content: str, own: bool
+) -> None:
+    write_text(tmp_path / file, content)
+    assert holds_config(tmp_path / file, Job()) == own
+    with contextlib.nullcontext() if own else pytest.raises(InputError, match="did not write"):
+        claim_output(tmp_path, Job())
+
+
+@dataclass
+class MovedJob(Job):
+    output: str = ""
+    codec: dict = field(default_factory=dict)
+
+
+@pytest.mark.parametrize("new", ["runs/b", "deep/er/b"])
+def test_a_run_that_was_moved_goes_on_also_with_its_inputs(tmp_path: Path, new: str) -> None:
+    def job(folder: str, data: str = "/corpus", codec: str = "codec/model") -> MovedJob:
+        place = str(tmp_path / folder)
+        return MovedJob(
+            data, 3, {"path": f"{place}/{codec}", "hub": ["owner/name", place], "none": None}, f"{place}/asr"
+        )
+
+    Run(job("runs/a").output, job("runs/a")).save(2, {})
+    (tmp_path / new).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "runs" / "a").rename(tmp_path / new)
+    for changed in (job(new, data="/other"), job(new, codec="codec2/model")):
+        with pytest.raises(RunError, match="another configuration"):
+            Run(changed.output, changed)
+    assert Run(job(new).output, job(new)).resume() == {"step": 2}
 
 
 # ---- checkpoints and the log
@@ -182,7 +286,7 @@ def test_the_command_line_can_be_used_again(monkeypatch: pytest.MonkeyPatch, pro
 def test_a_checkpoint_half_written_when_the_run_was_killed_is_not_read(tmp_path: Path) -> None:
     run = Run(tmp_path, Job())
     run.save(2, {})
-    (tmp_path / "checkpoints" / "step_00000004.part").write_bytes(b"PK\x03\x04")
+    (tmp_path / "checkpoints" / ".step_00000004.pt.1.part").write_bytes(b"PK\x03\x04")
     assert run.resume()["step"] == 2
 
 
@@ -202,6 +306,16 @@ def test_resuming_cuts_the_log_at_the_checkpoint_and_drops_a_half_written_line(t
     assert read_log(tmp_path) == [{"step": step, name: value} for step, name, value in expected]
 
 
+def test_numbers_that_json_does_not_know_are_null(tmp_path: Path) -> None:
+    run = Run(tmp_path, Job())
+    run.log(1, loss=float("nan"), norm=float("inf"), lr=0.5)
+    write_json(tmp_path / "r.json", {"é": [1.0, float("-inf")], "deep": {"x": float("nan")}})
+    for text in (run.log_file.read_text(), (tmp_path / "r.json").read_text(encoding="utf-8")):
+        assert json.loads(text, parse_constant=pytest.fail)
+    assert read_log(tmp_path) == [{"step": 1, "loss": None, "norm": None, "lr": 0.5}]
+    assert read_json(tmp_path / "r.json") == {"é": [1.0, None], "deep": {"x": None}}
+
+
 def test_without_a_checkpoint_the_log_starts_anew(tmp_path: Path) -> None:
     run = Run(tmp_path, Job())
     run.log(1, loss=1.0)
@@ -218,6 +332,16 @@ def test_a_finished_run_says_so_and_has_no_checkpoints(tmp_path: Path) -> None:
     run.finish({"loss": 0.5})
     assert files_in(tmp_path) == {"config.yaml", "versions.json", "done.json"}
     assert Run(tmp_path, Job()).summary == {"loss": 0.5}
+
+
+def test_checkpoints_that_a_kill_has_left_in_a_finished_run_go_and_files_of_others_stay(tmp_path: Path) -> None:
+    run = Run(tmp_path, Job())
+    run.save(2, {})
+    write_json(tmp_path / "done.json", {"loss": 0.5})
+    assert Run(tmp_path, Job()).summary == {"loss": 0.5} and not (tmp_path / "checkpoints").exists()
+    write_text(tmp_path / "checkpoints" / "notes.txt", "mine")
+    run.finish({"loss": 0.5})
+    assert (tmp_path / "checkpoints" / "notes.txt").read_text() == "mine"
 
 
 def test_recordings_that_were_skipped_are_listed_once_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -262,6 +386,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    claim_folder(tmp_path, "test")
     for name in ("old.txt", "new.txt"):
         with atomic_folder(tmp_path / "deep" / "model") as folder:
             (folder / name).write_text(name)
@@ -276,6 +401,7 @@ def write_in_vain(target: Path) -> None:
 
 
 def test_a_folder_is_not_touched_when_writing_it_fails(tmp_path: Path) -> None:
+    claim_folder(tmp_path, "test")
     with atomic_folder(tmp_path / "model") as folder:
         (folder / "old.txt").write_text("old")
     with pytest.raises(OSError, match="disk full"):

@@ -276,12 +276,12 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path, codec: SpeechCodec
     codec.save_pretrained(tmp_path)
     config = json.loads((codec_folder / "config.json").read_text()) | {"dimension": 16}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="holds no codec of this package"):
+    with pytest.raises(InputError, match="model.safetensors: .* has .* weights of other shapes"):
         SpeechCodec.from_pretrained(tmp_path)
 
 
 def test_all_problems_of_a_configuration_are_named_at_once() -> None:
-    with pytest.raises(InputError, match="SpeechCodecConfig") as caught:
+    with pytest.raises(InputError) as caught:
         SpeechCodecConfig(
             sample_rate=0,
             dimension=-1,
@@ -293,11 +293,11 @@ def test_all_problems_of_a_configuration_are_named_at_once() -> None:
             causal=True,
         )
     for problem in (
-        "sample_rate must be positive, got 0",
-        "dimension must be positive, got -1",
-        "n_filters must be positive, got 0",
-        "num_codebooks must be positive, got 0",
-        "codebook_size is at most 65536 (codes are stored as uint16), got 70000",
+        "sample_rate must be at least 1, got 0",
+        "dimension must be at least 1, got -1",
+        "n_filters must be at least 1, got 0",
+        "num_codebooks must be at least 1, got 0",
+        "codebook_size must be from 2 to 65536, got 70000",
         "front_end log_mel needs causal: false",
         "a causal codec cannot have a bidirectional lstm",
     ):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from speechllm import InputError, SpeechCodec, StreamingDecoder, StreamingEncoder
+from tokenizer.codec.streaming import ChunkedDecoder, ChunkedEncoder, in_chunks
 
 pytestmark = pytest.mark.numeric
 
@@ -236,6 +237,54 @@ def test_long_utterances_are_encoded_and_decoded_in_chunks(
     assert torch.equal(codes.samples, expected.samples)
     torch.testing.assert_close(codec.decode(expected), speech, atol=1e-5, rtol=0)
     assert torch.equal(codec.encode(waveform, lengths, layers=1).ids, codes.ids[:, :1])
+
+
+LOOKING_AHEAD = [
+    *({"lstm": lstm} for lstm in ("none", "forward", "bidirectional")),
+    {"pad_mode": "constant"},
+    {"norm": "batch_norm", "lstm": "none"},
+    {"strides": (40,)},
+    {"strides": (3, 1, 2), "lstm": "none"},
+    {"front_end": "log_mel", "norm": "batch_norm"},
+]
+
+
+@pytest.mark.parametrize("settings", LOOKING_AHEAD, ids=str)
+def test_a_codec_that_looks_ahead_is_encoded_and_decoded_in_chunks(
+    make_codec: MakeCodec, noise: Noise, settings: dict[str, object]
+) -> None:
+    """In float64, so that only a wrong receptive field could make a difference."""
+    codec = make_codec(**settings).train()
+    codec.decoder(codec.latents(noise(codec.hop_length * 20).float()))  # batch normalisation gets statistics
+    codec.eval()
+    exact = codec.config.front_end == "seanet"  # the other one computes its spectrogram in float32
+    if exact:
+        codec.double()
+    close = {"atol": 1e-9 if exact else 1e-4, "rtol": 0}
+    codec.quantizer.encode = lambda latents, layers: latents  # compared without the search, and decoded as they are
+    codec.quantizer.decode = lambda latents: latents
+    hop = codec.hop_length
+    for samples in (7 * hop, 20 * hop + 1, 21 * hop - 1):
+        waveform = noise(samples, seed=samples)[0].to(codec.codebooks)
+        latents = codec.latents(waveform[None])
+        for frames in (1, 6):
+            chunked = in_chunks(ChunkedEncoder(codec), waveform, frames, hop)
+            torch.testing.assert_close(chunked, latents[0], **close)
+            speech = in_chunks(ChunkedDecoder(codec), latents[0], frames)
+            torch.testing.assert_close(speech, codec.decoder(latents)[0, 0], **close)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lstm": "bidirectional"}, {"front_end": "log_mel"}], ids=str)
+def test_memory_of_a_codec_that_looks_ahead_does_not_grow_with_the_utterance(
+    make_codec: MakeCodec, noise: Noise, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]
+) -> None:
+    codec, long = make_codec(**settings), noise(64_000).float()
+    codes = codec.encode(long)
+    monkeypatch.setattr("tokenizer.codec.speech_codec.CHUNK_S", 0.2)
+    assert codec.bounded is (settings.get("lstm") != "bidirectional")
+    # 3200 and what waited for them: few samples of the first layers, few frames of the first ones of the decoder
+    assert longest_input(codec, lambda: codec.encode(long)) <= 3_200 + 24
+    assert longest_input(codec, lambda: codec.decode(codes)) <= 3_200 + 5 * 320
 
 
 def test_memory_does_not_grow_with_the_utterance(

@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import mutual_info_score
 from torchaudio.functional import melscale_fbanks
 
-from speechllm import codebook_usage
+from speechllm import InputError, codebook_usage
 from tokenizer.codec.log_mel import BANDS, LogMel
 from tokenizer.metrics.code_usage import label_information, log_mel_features, speaker_accuracy
 
@@ -126,3 +126,15 @@ def test_a_tone_is_loudest_in_the_mel_band_of_its_frequency(frequency: int) -> N
 
 def test_no_mel_band_is_empty() -> None:
     assert (LogMel().filters.sum(0) > 0).all()
+
+
+@pytest.mark.parametrize("labels", ["abc", ["a", "b"], ["a", "b", None], ["a", "b", 3]])
+def test_information_needs_one_text_for_each_frame(labels: object) -> None:
+    with pytest.raises(InputError, match="labels"):
+        label_information(np.array([0, 1, 1]), labels)
+
+
+@pytest.mark.parametrize("speakers", ["aab", ["a", "b"], ["a", "a", None], ["a", "b", "c"]])
+def test_voices_need_one_speaker_for_each_utterance_and_two_of_one(speakers: object) -> None:
+    with pytest.raises(InputError, match="speaker"):
+        speaker_accuracy([np.array([0, 1])] * 3, speakers, 2)

@@ -115,5 +115,5 @@ def test_the_command_writes_the_converted_recording(
     source, target, converted = map(load_audio, files)
     expected = convert_voice(codec, source, target, [1, 2], "position").clamp(-1, 1)
     torch.testing.assert_close(converted, expected, atol=2 / 32768, rtol=0)
-    assert main([*words, "--layers", "1,9"]) == 1
+    assert main([*words[:-1], str(tmp_path / "other.wav"), "--layers", "1,9"]) == 1
     assert "layers must be numbers from 0 to 2" in capsys.readouterr().err

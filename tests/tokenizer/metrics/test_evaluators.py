@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torchaudio.functional import resample
 
 from speechllm import QualityError, SpeechCodec, TokenizerError, Transcripts
+from tokenizer.audio import resample
 from tokenizer.loading import load_recognizer
 from tokenizer.metrics.evaluators import recognized_text, speaker_embedding
 

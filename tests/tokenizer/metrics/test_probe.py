@@ -144,3 +144,8 @@ def test_a_probe_needs_texts(evaluation: types.ModuleType, work: Path) -> None:
     rows, _ = load_codes(work / "codes")
     with pytest.raises(DataError, match="no utterance of test_splits has one: choose probe_steps=0"):
         evaluation.check_for_probe(rows.select([1]), rows.select([0]))
+
+
+def test_the_probe_learns_from_texts_only() -> None:
+    with pytest.raises(ValueError, match=r"texts of train\[0\] is None, which is no text"):
+        ctc_probe([(torch.tensor([1, 2]), None)], [torch.tensor([1])], 4, steps=1)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torchaudio.functional import melscale_fbanks, resample
+from torchaudio.functional import melscale_fbanks
 
 from speechllm import InputError, Quality, QualityError, SpeechCodec, reconstruct, speech_quality
+from tokenizer.audio import resample
 from tokenizer.metrics.quality import layer_counts
 
 pesq = pytest.importorskip("pesq")

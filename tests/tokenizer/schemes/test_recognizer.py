@@ -10,10 +10,10 @@ import pytest
 import soundfile
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCTC, AutoProcessor, HubertForCTC, pipeline
+from transformers import AutoModelForCTC, AutoProcessor, GenerationConfig, HubertForCTC, pipeline
 
 from speechllm import load_tokenizer
-from tokenizer.schemes.recognizer import Recognizer
+from tokenizer.schemes.recognizer import Recognizer, own_generation_config
 from tokenizer.training.small_teachers import FrameClassifier, save_recognizer, small_hubert
 from tokenizer.training.teachers import SemanticTeacher
 
@@ -174,3 +174,13 @@ def test_a_new_head_learns_faster_than_the_body_it_stands_on(train: Callable[...
 def test_a_speaker_teacher_starts_anew(recipe: Callable) -> None:
     with pytest.raises(ValueError, match="init is for kind: semantic"):
         recipe("train_teacher.py").TeacherConfig("speaker", "corpus", "run", init="teacher")
+
+
+def test_of_the_generation_settings_only_the_own_ids_and_prompts_are_kept() -> None:
+    """Whisper needs its own forced and suppressed tokens; penalties and sampling of a folder would change the text."""
+    own = {"suppress_tokens": [1, 2], "begin_suppress_tokens": [3], "forced_decoder_ids": [[1, 4]], "max_length": 448}
+    own |= {"lang_to_id": {"<|en|>": 5}, "task_to_id": {"transcribe": 6}, "is_multilingual": True, "eos_token_id": 7}
+    foreign = {"repetition_penalty": 9.0, "bad_words_ids": [[8]], "do_sample": True, "temperature": 3.0, "num_beams": 4}
+    kept = own_generation_config(GenerationConfig(**own, **foreign))
+    assert {name: getattr(kept, name) for name in own} == own
+    assert not set(foreign) & set(kept.to_diff_dict())

@@ -297,6 +297,41 @@ def test_a_name_that_is_no_tokenizer_is_refused_and_identified(home: Path, name:
         load(home, name)
 
 
+ODD = ["2026-11-28_12:30:00", "C:\\codec", "C:codec", "features:mine", "model #2", "mine.py:Codec", "a\nb"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_folder_that_exists_is_a_folder_whatever_its_name(
+    codec_folder: Path, codec: AudioTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / name).symlink_to(codec_folder)
+    monkeypatch.chdir(tmp_path)
+    for spelt in (name, str(tmp_path / name)):
+        assert load_tokenizer(spelt).fingerprint == codec.fingerprint
+
+
+@pytest.mark.parametrize("name", ["h #1", "h#1", "12:30", "features:h", "h.py:h"])
+def test_the_layer_is_behind_the_last_number_sign_of_a_name_that_is_no_folder(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / name).symlink_to(home / "hubert")
+    monkeypatch.chdir(tmp_path)
+    for suffix, layer in (("#1", 1), ("#avg", "avg"), ("", "avg")):
+        assert load_tokenizer(f"features:{name}{suffix}").layer == layer
+
+
+@pytest.mark.parametrize("name", ["runs/2026-11-28_12:30:00/model", "C:\\codec", "units:hubert"])
+def test_a_name_with_a_colon_that_is_no_folder_is_said_to_be_none(name: str) -> None:
+    with pytest.raises(TokenizerError, match="no such folder, and an unknown kind"):
+        load_tokenizer(name)
+
+
+@pytest.mark.parametrize("name, kind", [("features:RUN#1", "features:hubert#1"), ("RUN", "units")])
+def test_a_run_is_taken_for_the_tokenizer_in_it(home: Path, tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / "model").symlink_to(home / kind.removeprefix("features:").removesuffix("#1"))
+    assert load_tokenizer(name.replace("RUN", str(tmp_path))).fingerprint == load(home, kind).fingerprint
+
+
 @pytest.mark.parametrize("prefix", ["", "features:", "recognizer:"])
 def test_a_missing_folder_is_not_looked_for_on_the_hub(prefix: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):

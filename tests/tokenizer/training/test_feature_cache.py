@@ -323,3 +323,21 @@ def test_a_recording_without_features_is_skipped_in_training(tmp_path: Path, utt
 def test_an_empty_cache_says_what_to_do(tmp_path: Path, utterances: list[Utterance]) -> None:
     with pytest.raises(CorpusError, match=r"recordings in a row .* no features of it in .*: fill the cache"):
         Crops(utterances, 0.2, caches={"semantic": FeatureCache(tmp_path, "key", HOP)})[0]
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "objects"])
+def test_features_that_are_broken_are_named_and_computed_again(
+    tmp_path: Path, utterances: list[Utterance], kind: str
+) -> None:
+    cache = filled(tmp_path / "cache", utterances[:1], CountingTeacher())
+    expected = cache.crop(utterances[0], 0, 9)
+    (file,) = (tmp_path / "cache").rglob("*.npy")
+    if kind == "objects":
+        np.save(file, np.array([{}], object), allow_pickle=True)
+    else:
+        file.write_bytes(file.read_bytes()[: 100 if kind == "cut" else 0])
+    with pytest.raises(InputError, match=f"{file.name} is .*delete it and fill the cache again"):
+        cache.crop(utterances[0], 0, 9)
+    assert torch.equal(
+        filled(tmp_path / "cache", utterances[:1], CountingTeacher()).crop(utterances[0], 0, 9), expected
+    )

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -441,12 +442,72 @@ def test_a_downloaded_folder_is_read_locally_though_it_names_the_hub(
     assert sorted(tmp_path.rglob("*")) == before  # and no cache is left in the working directory
 
 
-def test_another_embedding_model_is_refused() -> None:
-    from types import SimpleNamespace
+def test_another_embedding_model_is_refused(ecapa_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(ecapa_folder, tmp_path, dirs_exist_ok=True)
+    text = (tmp_path / "hyperparams.yaml").read_text().replace("ECAPA_TDNN.ECAPA_TDNN", "ECAPA_TDNN.Classifier")
+    (tmp_path / "hyperparams.yaml").write_text(text)
+    with pytest.raises(InputError, match="makes embedding_model from .*Classifier: expected .*ECAPA_TDNN"):
+        SpeakerTeacher.from_pretrained(tmp_path)
 
-    modules = SimpleNamespace(embedding_model=nn.Linear(2, 2), compute_features=None, mean_var_norm=None)
-    with pytest.raises(InputError, match="expected an ECAPA_TDNN embedding model, got Linear"):
-        SpeakerTeacher(SimpleNamespace(mods=modules))
+
+# what HyperPyYAML, SpeechBrain's own loader, would do with a file
+RUN_BY_SPEECHBRAIN = {
+    "a call": "x: !apply:os.mkdir [{place}]",
+    "a call deeper down": "x: {{y: [1, !apply:os.mkdir [{place}]]}}",
+    "an object": "x: !new:pathlib.Path [{place}]",
+    "a name": "x: !name:os.mkdir",
+    "a module": "x: !module:os",
+    "another file": "x: !include:other.yaml",
+    "a Python object": "x: !!python/object/apply:os.mkdir [{place}]",
+    "a key": "!apply:os.mkdir {place}: 1",
+}
+
+
+@pytest.mark.parametrize("line", RUN_BY_SPEECHBRAIN.values(), ids=RUN_BY_SPEECHBRAIN)
+def test_the_settings_of_a_speaker_teacher_run_nothing(ecapa_folder: Path, tmp_path: Path, line: str) -> None:
+    shutil.copytree(ecapa_folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "hyperparams.yaml"
+    number = len(file.read_text().splitlines()) + 1
+    file.write_text(file.read_text() + line.format(place=tmp_path / "made") + "\n")
+    with pytest.raises(InputError, match=rf"hyperparams\.yaml, line {number}: .* is not followed"):
+        SpeakerTeacher.from_pretrained(tmp_path)
+    assert not (tmp_path / "made").exists()
+
+
+def _lacking(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if not name.startswith("mfa.")}
+
+
+SPOILED_ECAPA = {
+    "missing": (_lacking, r"lacks \d+ weights of a ECAPA_TDNN, mfa\."),
+    "renamed": (lambda state: {f"module.{name}": value for name, value in state.items()}, "lacks .* and has .* module"),
+    "another shape": (lambda s: s | {"mfa.conv.conv.bias": torch.zeros(3)}, "other shapes .* mfa.conv.conv.bias first"),
+    "no numbers": (lambda s: s | {"mfa.conv.conv.bias": torch.full((WIDTH,), math.nan)}, "bias is not finite"),
+    "none": (lambda state: list(state), "holds a list: expected the weights"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILED_ECAPA)
+def test_an_incomplete_ecapa_is_refused(ecapa_folder: Path, tmp_path: Path, kind: str) -> None:
+    """SpeechBrain's own loader leaves what is missing random."""
+    shutil.copytree(ecapa_folder, tmp_path, dirs_exist_ok=True)
+    spoil, message = SPOILED_ECAPA[kind]
+    torch.save(spoil(torch.load(ecapa_folder / "embedding_model.ckpt")), tmp_path / "embedding_model.ckpt")
+    with pytest.raises(InputError, match=f"embedding_model.ckpt.*{message}"):
+        SpeakerTeacher.from_pretrained(tmp_path)
+
+
+def test_settings_whose_parts_do_not_fit_are_refused(ecapa_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(ecapa_folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "hyperparams.yaml"
+    file.write_text(file.read_text().replace(f"n_mels: {MELS}", "n_mels: 40"))
+    with pytest.raises(InputError, match="hyperparams.yaml is not .* whose parts fit together"):
+        SpeakerTeacher.from_pretrained(tmp_path)
+
+
+def test_another_model_in_place_of_a_speaker_teacher_is_named(hubert_folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds a hubert model and not an ECAPA-TDNN"):
+        SpeakerTeacher.from_pretrained(hubert_folder)
 
 
 def test_a_frame_classifier_scores_every_codec_frame_and_learns(noise: Noise) -> None:
