@@ -94,7 +94,7 @@ OPTIONS = (
         "corpus tokenizer",
     ),
     option(
-        "speechllm convert corpus/test/u18.flac corpus/dev/u12.flac --codec tokenizer/model --layers 9 --output new.wav",
+        "speechllm convert corpus/dev/u12.flac corpus/dev/u13.flac --codec tokenizer/model --layers 9 --output a.wav",
         "layer",
         "corpus tokenizer",
     ),
