@@ -179,13 +179,10 @@ def split_by_speaker(utterances: list[Utterance]) -> dict[str, str]:
 
 def collect(config: DemoConfig, run: Path, stages: Stages) -> dict[str, object]:
     """The content of results.json."""
-    evaluation = json.loads((run / "evaluation" / "results.json").read_text(encoding="utf-8"))
-    codec = json.loads((run / "tokenizer_results.json").read_text(encoding="utf-8"))
-    encoded = json.loads((run / "codes" / "done.json").read_text(encoding="utf-8"))
-    teachers = {
-        name: json.loads((run / f"{name}_teacher" / "done.json").read_text(encoding="utf-8"))
-        for name in ("semantic", "speaker")
-    }
+    evaluation = read_json(run / "evaluation" / "results.json")
+    codec = read_json(run / "tokenizer_results.json")
+    encoded = read_json(run / "codes" / "done.json")
+    teachers = {name: read_json(run / f"{name}_teacher" / "done.json") for name in ("semantic", "speaker")}
     return {
         "wer": evaluation["wer"],
         "wer_ci95": evaluation["ci95"],
@@ -212,7 +209,7 @@ def collect(config: DemoConfig, run: Path, stages: Stages) -> dict[str, object]:
 
 def report(run: Path, results: dict[str, object]) -> None:
     """Write report.html."""
-    codec = json.loads((run / "tokenizer_results.json").read_text(encoding="utf-8"))
+    codec = read_json(run / "tokenizer_results.json")
     write_report(
         run / "report.html",
         title="speechllm demo",

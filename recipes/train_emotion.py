@@ -9,7 +9,6 @@ should be at chance. Folds are distributed over processes; a killed run, started
 RUN/results.json, RUN/predictions.jsonl, RUN/confusion.png and RUN/report.html.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Iterable, Sequence
@@ -86,7 +85,7 @@ from speechllm.training.emotion import (
     small_bert,
 )
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
-from tokenizer.files import write_json, write_jsonl
+from tokenizer.files import read_json, write_json, write_jsonl
 
 
 def main(config: EmotionConfig) -> None:
@@ -115,7 +114,7 @@ def main(config: EmotionConfig) -> None:
     # 3. results over all folds
     accelerator.wait_for_everyone()
     if run.main:
-        *found, control = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        *found, control = map(read_json, files)
         results = score(found, control) | {
             "non_finite": sum(fold["non_finite"] for fold in (*found, control)),  # steps without finite numbers
             "skipped": len(rows) - len(speech),  # other emotions, or ids that are not RAVDESS names

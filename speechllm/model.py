@@ -120,7 +120,10 @@ def load_language_model(
     model = load_causal(name)
     text_tokenizer = load_part(AutoTokenizer, name, "the text tokenizer of a language model")
     if not (Path(name) / VOCABULARY_FILE).is_file():
-        vocabulary = extend_vocabulary(model, text_tokenizer, codec, **extension)
+        try:
+            vocabulary = extend_vocabulary(model, text_tokenizer, codec, **extension)
+        except VocabularyError as error:
+            raise VocabularyError(f"{name}: {error}") from error
         return SpeechLLM(model, text_tokenizer, vocabulary, codec)
     vocabulary, encoding = AudioVocabulary.load(name), Encoding.of(codec, extension.get("layers", 1))
     encoding.require(vocabulary.encoding.fingerprint, str(name))

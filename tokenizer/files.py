@@ -79,7 +79,8 @@ def read_jsonl(file: str | Path) -> list[dict[str, Any]]:
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder that replaces `folder` when the block ends without an error.
 
-    Raises OutputError if `folder` exists and is not empty, unless it is in a folder that this process has claimed.
+    What else somebody keeps in `folder` stays there. Raises OutputError if `folder` exists and is not empty, unless it
+    is in a folder that this process has claimed.
     """
     folder = Path(folder)
     part, before = _part(folder), _part(folder.with_name(f"{folder.name}.before"))
@@ -89,6 +90,8 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     try:
         yield part
         if folder.exists() and locked(folder.parent):
+            for name in set(os.listdir(folder)) - set(os.listdir(part)):
+                os.replace(folder / name, part / name)
             os.replace(folder, before)
         os.replace(part, folder)
     finally:

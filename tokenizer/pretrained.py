@@ -1,11 +1,12 @@
 """Pretrained models: files from a folder or the hub, complete weights, and fingerprints."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def load_complete(
     the files. expected: what should be there; new: what the names of weights begin with that training starts anew.
     """
     _require_weights(Path(name), expected)
-    with reading(name, expected):
+    with reading(name, expected), _quiet_transformers():  # which prints a table of what is missing
         model, report = model_class.from_pretrained(
             name,
             dtype=dtype,
@@ -174,6 +175,18 @@ def load_complete(
     _require_complete(name, model, absent, unlike, left_over)
     _require_finite(name, model)
     return model.eval()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    held = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(held)
 
 
 def _require_weights(folder: Path, expected: str) -> None:

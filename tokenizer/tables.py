@@ -220,7 +220,9 @@ def required_name(cell: Any) -> str:
 
 def required_path(cell: Any) -> str:
     """As `required_name`; bytes of a file name that are not UTF-8 may stand there as Python reads them (surrogates)."""
-    if not isinstance(cell, str) or cell.isascii() or "\0" in cell:
+    if not isinstance(cell, str):
+        raise ValueError("the name of a file")
+    if cell.isascii() or "\0" in cell:
         return required_name(cell)
     try:
         os.fsencode(cell)

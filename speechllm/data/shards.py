@@ -20,7 +20,7 @@ from torch import Tensor
 
 from speechllm.encoding import DataError, Encoding, Speech
 from speechllm.evaluation.normalizers import find_normalizer
-from tokenizer.audio import AudioError
+from tokenizer.audio import AudioError, open_recording
 from tokenizer.claims import claim_folder
 from tokenizer.corpus import Utterance, load_utterance, skipped_row, spread
 from tokenizer.files import atomic_file, read_json, write_json
@@ -191,9 +191,9 @@ def _content(utterances: Sequence[Utterance]) -> str:
 
     def digest(path: str) -> str | None:
         try:
-            with open(path, "rb") as file:
+            with open_recording(path) as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:
+        except (AudioError, OSError):
             return None
 
     return _fingerprint((digest(one.path), one.duration_s) for one in utterances)
@@ -250,6 +250,11 @@ def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple
         there = sum(pq.read_metadata(file).num_rows for file in files) + len(skipped_of_shards(folder))
         if there < asked:
             raise DataError(f"{folder} holds {there} of {asked} utterances: run encode_speech again to finish it")
+        if there > asked:
+            raise DataError(
+                f"{folder} holds {there} utterances, of which {asked} were to be encoded: take away the "
+                "codes_*.parquet that encode_speech did not write there"
+            )
     if len(encodings) > 1:
         raise DataError(f"{folder} mixes codes of {len(encodings)} codecs: encode into an empty folder")
     table = pa.concat_tables([*map(_read_shard, files)]).replace_schema_metadata(None)
@@ -268,13 +273,16 @@ def _check_speech(table: pa.Table, encoding: Encoding, folder: str | Path) -> No
     """Raise DataError for codes beyond the codebooks, utterances cut within a frame, and columns that are missing."""
     names = [*SCHEMA.names, (column := SPEECH[encoding.kind].name)]
     if absent := [name for name in names if name not in table.column_names]:
-        raise DataError(f"{folder} lacks the columns {', '.join(absent)}: encode the speech again")
+        shards = ", ".join(file.name for file in _shards(folder))
+        raise DataError(f"{folder} ({shards}) lacks the columns {', '.join(absent)}: encode the speech again")
     if encoding.kind == "text" or not len(table):
         return
     values, step = table[column], encoding.layers if encoding.kind == "codes" else encoding.width
     if values.null_count:
         raise DataError(f"{folder}: {values.null_count} utterances have no {column}: encode the speech again")
     sizes = pa.compute.list_value_length(values).to_numpy()
+    if (without := np.flatnonzero(sizes == 0)).size:
+        raise DataError(f"{folder}: utterance {table['id'][int(without[0])]} has no {column}: encode the speech again")
     if (cut := np.flatnonzero(sizes % step)).size:
         raise DataError(
             f"{folder}: utterance {table['id'][int(cut[0])]} has {sizes[cut[0]]} {column}, which is no multiple of "
@@ -300,7 +308,7 @@ def require_texts(folder: str | Path, normalizer: str) -> None:
 
 def _stored_normalizers(files: Sequence[Path]) -> list[str]:
     """The normalisers of the stored texts, sorted."""
-    return sorted({pq.read_schema(file).metadata.get(b"normalizer", b"none").decode() for file in files})
+    return sorted({_notes(file).get(b"normalizer", b"none").decode() for file in files})
 
 
 def transcribed(speech: Dataset, limit: int | None = None, normalizer: str = "none") -> Dataset:

@@ -10,7 +10,9 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -64,8 +66,16 @@ def run_recipe(main: Callable[[T], None], config: T) -> None:
         advice = "; the disk is full: make room, and the same command goes on from what is finished" if full else ""
         sys.exit(f"error: {error}{advice}")
     finally:
-        for worker in multiprocessing.active_children():  # Python would ask them to end, which they ignore, and wait
-            worker.kill()
+        end_workers()
+
+
+def end_workers() -> None:
+    """End the workers of this process, such as data loaders: Python would ask them to, which they ignore, and wait."""
+    workers = multiprocessing.active_children()
+    if workers and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes their end for a failure
+    for worker in workers:
+        worker.kill()
 
 
 def out_of_space(error: BaseException | None) -> bool:

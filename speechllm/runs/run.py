@@ -25,6 +25,7 @@ from speechllm.runs.recipe import claim_output
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_file, json_text, read_json, read_jsonl, write_json, write_jsonl, write_text
 from tokenizer.progress import progress_bar
+from tokenizer.reading import reading
 
 T = TypeVar("T")
 KEPT_CHECKPOINTS = 2
@@ -103,7 +104,8 @@ class Run:
     def _settle_config(self, config: dict[str, Any], free: Collection[str]) -> None:
         config = json.loads(json.dumps(config))  # tuples become lists, as read from YAML
         file = self.folder / "config.yaml"
-        held = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+        with reading(file, "the configuration of a run", "restore it, or choose another output folder", RunError):
+            held = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
         if held is not None:
             places = str(held.get("output")), str(config.get("output"))
             changes = {key for key in held | config if not _same(held.get(key), config.get(key), *places)}

@@ -134,7 +134,8 @@ class Campaign:
 
     def judge(self, section: str, case: Case, lane: Lane) -> None:
         started = time.monotonic()
-        folder = self.work / "cases" / section / re.sub(r"\W+", "-", case.name)[:60]
+        number = [one.name for one in SECTIONS[section]].index(case.name)  # names may differ in signs alone
+        folder = self.work / "cases" / section / f"{number:03} {re.sub(r'[^A-Za-z0-9]+', '-', case.name)[:40]}"
         problems, ended = run_case(case, lane, folder, self.parts)
         if not problems:  # the folders of the others are kept, to look at
             shutil.rmtree(folder, ignore_errors=True)

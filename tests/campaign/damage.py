@@ -81,7 +81,7 @@ def without_half(values: dict[str, torch.Tensor]) -> None:
 
 
 def without_one(values: dict[str, torch.Tensor]) -> None:
-    del values[sorted(values)[-1]]
+    del values[sorted(values)[0]]
 
 
 def not_a_number(values: dict[str, torch.Tensor]) -> None:

@@ -127,7 +127,7 @@ CASES = (
     # ---- what YAML would take for a comment, a date, a number, nothing, a list, an object, a reference
     *map(
         output,
-        ("codes #2", "2026-11-28", "12:30", "1e3", "007", "0x10", "true", "null", "~", "[x]", "{x}", "a: b", "*x", "&x")
+        ("codes #2", "2026-11-28", "12:30", "1e3", "007", "0x10", "true", "null", "[x]", "{x}", "a: b", "*x", "&x")
         + (
             "!x",
             "%x",
@@ -149,6 +149,7 @@ CASES = (
         ),
     ),
     Case("output=", [*ENCODE, "output="], refused("output"), "corpus tokenizer"),
+    Case("output=~", [*ENCODE, "output=~"], refused("holds what encode_speech did not write"), "corpus tokenizer"),
     Case("output=~/new", [*ENCODE, "output=~/new"], (written("new"), refused("~|home")), "corpus tokenizer"),
     Case(
         "data=~/corpus",
@@ -331,7 +332,7 @@ CASES = (
         accepted(lambda at, _: (at / "new/done.json").exists()),
         "alignment speaker",
         lambda at: ((at / "mine").mkdir(), listed(*(f"../../a/{i}.wav" for i in range(4)))(at / "mine")),
-        writes=("new", "new/*", "a", "a/*"),
+        writes=("new", "new/*", "a", "a/*", "features*"),
     ),
     Case(
         "speechllm encode of a name that is not UTF-8",

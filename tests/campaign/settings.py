@@ -26,7 +26,7 @@ WORDS = {
     "train_teacher": "crop_s=-1 crop_s=0.01 crop_s=.nan learning_rate=0 learning_rate=-1e-3 learning_rate=.nan "
     "learning_rate=.inf seed=-1 steps=0 steps=-5 batch_size=0 warmup=0 save_every=0 channels=0 channels=-8 channels=7 "
     "max_duration_s=-1 max_duration_s=0 max_duration_s=.nan steps=1.5 steps=many steps=99999999999999999999",
-    "alignment teacher": "hidden_size=17 hidden_size=0 hidden_size=-16 layers=0 layers=-1 init=speaker",
+    "alignment teacher": "hidden_size=17 hidden_size=0 hidden_size=-16 layers=0 layers=-1",
     "train_tokenizer": "crop_s=-1 crop_s=0.01 crop_s=0 decode_s=0 decode_s=9 learning_rate=0 learning_rate=-1 seed=-1 "
     "codec.num_codebooks=0 codec.codebook_size=0 codec.codebook_size=1 codec.n_filters=0 codec.n_filters=-4 "
     "codec.dimension=0 codec.dimension=-8 codec.strides=[0] codec.strides=[] codec.sample_rate=0 codec.sample_rate=-1 "
@@ -56,7 +56,7 @@ WORDS = {
     "eval_conversion": "pairs=0 pairs=-1 layers=[] layers=[[]] layers=[[9]] layers=[[-1]] seed=-1",
     "eval_tokenizer": "probe_steps=-1 kmeans_utterances=0 kmeans_utterances=-1 seed=-1",
     "benchmark_asr": "steps=0 steps=-1 batch_tokens=0 micro_batch_tokens=0 peak_tflops=0 peak_tflops=-1",
-    "demo": "scale=0 scale=-1 scale=.nan processes=0 processes=-2 semantic_teacher=nowhere.yaml",
+    "demo": "scale=0 scale=-1 scale=.nan processes=0 processes=-2 nowhere=nowhere.yaml",
 }
 
 
@@ -94,7 +94,7 @@ OPTIONS = (
         "corpus tokenizer",
     ),
     option(
-        "speechllm convert corpus/test/u18.flac corpus/dev/u12.flac --codec tokenizer/model --layers 9 --output new",
+        "speechllm convert corpus/dev/u12.flac corpus/dev/u13.flac --codec tokenizer/model --layers 9 --output a.wav",
         "layer",
         "corpus tokenizer",
     ),
