@@ -68,7 +68,7 @@ JOBS = (  # the long ones first
         6,
         ("one/asr_0/log.jsonl", "one/asr_1/log.jsonl"),
         ("one/codes/codes_*.parquet", "one/asr_0/model/*"),
-        loose=("stages.json",),
+        loose=("stages.json", "table.md"),
         real=True,
         signals=(C, T, K),
     ),
