@@ -53,8 +53,8 @@ class OtherProcess:
 
 
 def files_in(folder: Path) -> set[str]:
-    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    return files - {".lock", ".written", "claim.json"}
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != ".written"}
+    return files - {".lock", "claim.json"}
 
 
 # ---- configuration
