@@ -13,6 +13,7 @@ from tokenizer.locks import OutputError, is_running, locked
 from tokenizer.reading import read_json_object
 from tokenizer.tables import TableError, json_rows, read_text
 
+WRITTEN = ".written"  # beside a folder that is replaced: what `atomic_folder` wrote into it
 PART = re.compile(r"\..+\.(\d+)\.part")  # what a process is writing: .NAME.PROCESS.part
 
 
@@ -89,14 +90,24 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
-        if folder.exists() and locked(folder.parent):
-            for name in set(os.listdir(folder)) - set(os.listdir(part)):
-                os.replace(folder / name, part / name)
-            os.replace(folder, before)
+        if locked(folder.parent):
+            _replace_own(folder, part, before)
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(before, ignore_errors=True)
+
+
+def _replace_own(folder: Path, part: Path, before: Path) -> None:
+    """Move `folder` to `before`, and what is in it beyond what was written there last time into `part`."""
+    names, record = os.listdir(part), folder.parent / WRITTEN
+    written = read_json(record)
+    if folder.exists():
+        held = set(os.listdir(folder))
+        for name in held - set(written.get(folder.name, held)) - set(names):
+            os.replace(folder / name, part / name)
+        os.replace(folder, before)
+    write_json(record, written | {folder.name: sorted(names)})
 
 
 def is_free(folder: Path) -> bool:

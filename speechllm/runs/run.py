@@ -71,7 +71,9 @@ class Run:
             claim_output(self.folder, config)
             try:
                 self._settle_config(asdict(config), free)
-                if self.summary is not None:  # killed just before they were deleted
+                if self.summary is None:
+                    (self.folder / "checkpoints").mkdir(exist_ok=True)
+                else:  # killed just before they were deleted
                     self._delete_checkpoints()
             except OSError as error:
                 raise RunError(f"cannot write the run folder {self.folder}: {error}") from error

@@ -55,7 +55,7 @@ JOBS = (  # the long ones first
         "demo",
         "demo.py data=corpus processes=1 semantic_teacher=tiny/semantic.yaml speaker_teacher=tiny/speaker.yaml "
         "tokenizer_stage=tiny/codec.yaml asr=tiny/asr.yaml",
-        6,
+        2,
         ("speaker_teacher/log.jsonl", "codes/codes_*.parquet", "asr/checkpoints/*"),
         ("*_teacher/model/*", "tokenizer/model/*", "codes/codes_*.parquet"),
         loose=("stages.json",),
@@ -65,10 +65,10 @@ JOBS = (  # the long ones first
     Job(
         "compare",
         "compare.py --config tiny/compare.yaml data=corpus asr_data=corpus",
-        6,
+        3,
         ("one/asr_0/log.jsonl", "one/asr_1/log.jsonl"),
         ("one/codes/codes_*.parquet", "one/asr_0/model/*"),
-        loose=("stages.json",),
+        loose=("stages.json", "table.md"),
         real=True,
         signals=(C, T, K),
     ),

@@ -116,7 +116,7 @@ def test_foreign_folder_is_refused(recipe: ModuleType, tmp_path: Path, monkeypat
 def test_a_missing_engine_is_reported_with_the_remedy(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit, match=r"pip install \"speechllm\[demo\]\""):
+    with pytest.raises(ImportError, match=r"pip install \"speechllm\[demo\]\""):
         call(recipe, monkeypatch, tmp_path / "corpus", engine=False)
     assert not (tmp_path / "corpus").exists()
 

@@ -19,6 +19,7 @@ from speechllm import DataError, RunError, SpeechCodec, extend_vocabulary
 from speechllm.runs.run import read_log
 from speechllm.runs.signals import Interrupted
 from speechllm.small_model import SmallShape, small_text_tokenizer
+from tokenizer.files import write_text
 from tokenizer.tables import TableError
 
 WORDS = "the a red blue lamp door opens closes now never Anna's room is small, dark and cold".split()
@@ -108,6 +109,13 @@ def test_the_last_step_is_validated_once(train_text: ModuleType, config: object)
         losses = {line["step"]: line["dev_loss"] for line in read_log(run) if "dev_loss" in line}
         assert [line["step"] for line in read_log(run) if "dev_loss" in line] == validated
         assert json.loads((run / "done.json").read_text(encoding="utf-8"))["dev_loss"] == losses[steps]
+
+
+def test_a_checkpoint_that_was_being_written_is_none(train_text: ModuleType, tmp_path: Path) -> None:
+    for step, names in ((2, ["model.safetensors", "trainer_state.json"]), (10, ["model.safetensors"])):
+        for name in names:
+            write_text(tmp_path / f"checkpoint-{step}" / name, "{}")
+    assert train_text.saved_steps(tmp_path) == [tmp_path / "checkpoint-2"]
 
 
 def test_a_killed_run_resumes_bit_for_bit(

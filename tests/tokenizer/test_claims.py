@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from tokenizer.claims import claim_file, claim_folder, new_folder
-from tokenizer.files import atomic_file, atomic_folder, write_text
+from tokenizer.files import WRITTEN, atomic_file, atomic_folder, write_text
 from tokenizer.locks import LOCK, OutputError, lock, locked
 
 CLAIMING = "import sys, time; from tokenizer.claims import claim_folder; {}; print('in', flush=True); time.sleep(60)"
 
 
 def files_in(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {LOCK}
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {LOCK, WRITTEN}
 
 
 def ended_process() -> int:
@@ -155,7 +155,9 @@ def test_a_folder_is_replaced_only_within_a_claim(tmp_path: Path) -> None:
     for name in ("old", "new"):
         with atomic_folder(tmp_path / "run" / "model") as folder:
             write_text(folder / name, name)
-    assert files_in(tmp_path / "run") == {"claim.json", "model/new"}
+        write_text(tmp_path / "run" / "model" / "notes", "mine")
+    assert files_in(tmp_path / "run") == {"claim.json", "model/new", "model/notes"}
+    assert (tmp_path / "run" / "model" / "notes").read_text() == "mine"
 
 
 def test_what_ended_processes_left_half_written_is_deleted_and_nothing_else(tmp_path: Path) -> None:

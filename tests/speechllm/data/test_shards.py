@@ -21,6 +21,7 @@ from torch import Tensor
 from speechllm import DataError, Encoding, SpeechCodec, Utterance, encode_shards, load_audio, load_codes, speech_of
 from speechllm.data.batches import grouped_batches, token_batches
 from speechllm.data.shards import require_texts, skipped_of_shards, summarize_shards, transcribed
+from tokenizer.errors import InputError
 from tokenizer.files import read_jsonl
 from tokenizer.schemes.features import FeatureEncoder
 from tokenizer.schemes.units import UnitTokenizer
@@ -170,8 +171,29 @@ def test_a_damaged_shard_is_named_and_made_again(
 def test_a_foreign_parquet_file_is_named(tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec) -> None:
     encode(speech, small_codec, tmp_path)
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "codes_00009.parquet")
-    with pytest.raises(DataError, match=r"codes_00009\.parquet is no shard of encode_speech"):
+    for read in (load_codes, summarize_shards, lambda folder: require_texts(folder, "none")):
+        with pytest.raises(DataError, match=r"codes_00009\.parquet is no shard of encode_speech"):
+            read(tmp_path)
+    (tmp_path / "new").mkdir()
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "new" / "codes_00000.parquet")
+    with pytest.raises(InputError, match="holds what encode_speech did not write"):
+        encode(speech, small_codec, tmp_path / "new")
+    assert not (tmp_path / "new" / "claim.json").exists()
+
+
+def test_a_shard_more_than_was_encoded_is_refused(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
+) -> None:
+    encode(speech, small_codec, tmp_path)
+    shutil.copy(tmp_path / SHARDS[0], tmp_path / "codes_00009.parquet")
+    with pytest.raises(DataError, match="utterances, of which 10 were to be encoded: take away the codes"):
         load_codes(tmp_path)
+
+
+def test_a_pipe_among_the_recordings_is_skipped(tmp_path: Path, small_codec: SpeechCodec) -> None:
+    os.mkfifo(tmp_path / "u.wav")
+    encode([Utterance("u", str(tmp_path / "u.wav"), 1.0, "train", "A")], small_codec, tmp_path / "codes")
+    assert [row["reason"] for row in skipped_of_shards(tmp_path / "codes")] == ["missing"]
 
 
 def test_a_run_stopped_after_one_shard_continues_with_the_next(
@@ -509,6 +531,7 @@ SPOILED_SHARDS = {
     "a code too high": ({"codes": [8] * 300}, "holds the code 8, the codec's codebooks end at 7"),
     "a frame cut": ({"codes": [1] * 301}, "has 301 codes, which is no multiple of 3"),
     "no codes": ({"codes": None}, "utterances have no codes"),
+    "empty codes": ({"codes": []}, "utterance u1 has no codes"),
 }
 
 

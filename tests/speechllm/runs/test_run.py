@@ -53,7 +53,7 @@ class OtherProcess:
 
 
 def files_in(folder: Path) -> set[str]:
-    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != ".written"}
     return files - {".lock", "claim.json"}
 
 
@@ -342,6 +342,14 @@ def test_checkpoints_that_a_kill_has_left_in_a_finished_run_go_and_files_of_othe
     write_text(tmp_path / "checkpoints" / "notes.txt", "mine")
     run.finish({"loss": 0.5})
     assert (tmp_path / "checkpoints" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "done.json"])
+def test_a_broken_file_of_a_run_is_named(tmp_path: Path, name: str) -> None:
+    Run(tmp_path, Job())
+    (tmp_path / name).write_text("{steps: [1")
+    with pytest.raises(InputError, match=rf"{name}.*:"):
+        Run(tmp_path, Job())
 
 
 def test_recordings_that_were_skipped_are_listed_once_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
