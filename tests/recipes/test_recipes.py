@@ -265,7 +265,7 @@ def test_two_processes_train_the_same_tokenizer_as_one(work: Work) -> None:
     assert len(trained) > 50 and difference < 0.01 * way
     # rounding may send a vector that lies between two codes to the other one: so here, too, the mean counts
     for key in set(one) - set(trained):
-        assert (one[key] - two[key]).abs().mean() < 1e-3 * one[key].abs().mean(), key
+        assert (one[key] - two[key]).abs().mean() < 5e-3 * one[key].abs().mean(), key
 
 
 def test_two_processes_train_the_same_teacher_as_one(work: Work) -> None:

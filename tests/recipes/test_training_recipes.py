@@ -10,10 +10,10 @@ import soundfile
 import torch
 from torch import Tensor
 
-from speechllm import CorpusError, RunError, SpeechCodec, SpeechCodecConfig, Utterance, read_corpus
+from speechllm import CorpusError, RunError, SpeechCodecConfig, Utterance, read_corpus
 from speechllm.runs.run import Run, read_log
 from tokenizer.corpus import spread
-from tokenizer.training.losses import ReconstructionLoss
+from tokenizer.training.step import CodecLoss
 
 pytestmark = pytest.mark.filterwarnings("ignore:skipped")
 RATE = 16_000
@@ -152,24 +152,22 @@ def test_a_non_finite_gradient_stops_the_run_and_keeps_the_checkpoint(
         train(learning_rate=1e30, clip=clip, steps=20, crop_s=0.1, validate_every=99)
     kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [file.name for file in kept] == ["step_00000001.pt"]
-    assert all(torch.isfinite(value).all() for value in torch.load(kept[0])["codec"].values())
+    assert all(torch.isfinite(value).all() for value in torch.load(kept[0])["loss"].values())
     assert not (tmp_path / "run" / "done.json").exists()
 
 
 def test_a_step_with_a_non_finite_gradient_leaves_codec_and_balancer_as_they_were(
     train: Callable[..., Path], tokenizer_recipe: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual, before = tokenizer_recipe.codec_backward, []
+    usual, before = CodecLoss.forward, []
 
-    def broken(codec: SpeechCodec, batch: dict, criterion: ReconstructionLoss, *rest: object) -> dict[str, Tensor]:
-        state = {**codec.state_dict(), **criterion.balancer.norms}
+    def broken(loss_of: CodecLoss, *arguments: object, **settings: object) -> tuple[Tensor, dict[str, Tensor]]:
+        state = {**loss_of.codec.state_dict(), **loss_of.criterion.balancer.norms}
         before.append({name: value.clone() for name, value in state.items()})
-        metrics = usual(codec, batch, criterion, *rest)
-        if len(before) == 2:
-            next(codec.parameters()).grad.view(-1)[0] = torch.nan
-        return metrics
+        loss, metrics = usual(loss_of, *arguments, **settings)
+        return loss * (torch.nan if len(before) == 2 else 1), metrics
 
-    monkeypatch.setattr(tokenizer_recipe, "codec_backward", broken)
+    monkeypatch.setattr(CodecLoss, "forward", broken)
     run = train(steps=4, log_every=1)
     changed = [
         {name for name, value in after.items() if not torch.equal(value, then[name])}

@@ -95,8 +95,11 @@ class SpeechCodec(
 
     @property
     def bounded(self) -> bool:
-        """Whether memory does not grow with the utterance: every layer but a bidirectional LSTM works in chunks."""
-        return self.config.front_end != "seanet" or self.config.lstm != "bidirectional"
+        """Whether memory does not grow with the utterance: every layer of SEANet but a bidirectional LSTM works in
+        chunks.
+        """
+        config = self.config
+        return config.body == "seanet" and (config.front_end != "seanet" or config.lstm != "bidirectional")
 
     def latents(self, waveform: Tensor) -> Tensor:
         """z0 of eq. 1: waveform float [B, N] -> float [B, D, T], T = ceil(N / hop)."""
@@ -138,14 +141,14 @@ class SpeechCodec(
     def _encode(self, samples: Tensor, layers: int | None) -> Tensor:
         """One utterance float [N] -> its codes long [Q', T]."""
         frames = round(CHUNK_S * self.frame_rate)
-        if self.bounded and len(samples) > frames * self.hop_length:
+        if self.config.body == "seanet" and len(samples) > frames * self.hop_length:
             return in_chunks(ChunkedEncoder(self, layers), samples, frames, self.hop_length)
         return self.quantizer.encode(self.latents(samples[None]), layers)[0]
 
     def _decode(self, ids: Tensor) -> Tensor:
         """The codes of one utterance long [Q', T] -> speech float [T * hop]."""
         frames = round(CHUNK_S * self.frame_rate)
-        if self.bounded and ids.shape[1] > frames:
+        if self.config.body == "seanet" and ids.shape[1] > frames:
             return in_chunks(ChunkedDecoder(self), ids, frames)
         return self.decoder(self.quantizer.decode(ids[None].to(self.codebooks.device)))[0, 0]
 
