@@ -155,9 +155,8 @@ def test_a_column_that_occurs_twice_is_refused(tmp_path: Path, header: str) -> N
 
 def test_a_csv_manifest_without_its_header_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.csv").write_text("a.wav,1\nb.wav,2\n", encoding="utf-8")
-    with pytest.raises(
-        CorpusError, match=r"csv, row 1 \(line 2\): no path \(there is a\.wav, 1\), expected the name of a file"
-    ):
+    message = r"csv, row 1 \(line 2\): no path \(there is a\.wav, 1\), expected the name of a file"
+    with pytest.raises(CorpusError, match=message):
         read_corpus(tmp_path)
 
 
