@@ -120,6 +120,12 @@ def load_language_model(
     model = load_causal(name)
     text_tokenizer = load_part(AutoTokenizer, name, "the text tokenizer of a language model")
     if not (Path(name) / VOCABULARY_FILE).is_file():
+        texts, rows = len(text_tokenizer), model.get_input_embeddings().weight.shape[0]
+        if texts <= rows / 2:  # without its files a text tokenizer is almost empty
+            raise VocabularyError(
+                f"{name}: the text tokenizer has {texts} tokens, the language model {rows} rows: its files are missing "
+                "or belong to another model"
+            )
         try:
             vocabulary = extend_vocabulary(model, text_tokenizer, codec, **extension)
         except VocabularyError as error:
