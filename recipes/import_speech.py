@@ -52,7 +52,7 @@ from speechllm.runs.run import Run
 from tokenizer.audio import AudioInfo, inspect_audio
 from tokenizer.claims import outside
 from tokenizer.corpus import is_corpus
-from tokenizer.files import write_jsonl, write_text
+from tokenizer.files import read_jsonl, write_jsonl
 from tokenizer.tables import optional_text, shown
 
 UNREADABLE = (pa.ArrowException, ValueError, TypeError, OSError, ImportError)  # what `datasets` raises for a bad file
@@ -155,10 +155,9 @@ def texts_of(row: Row) -> dict[str, str | None]:
 
 def read_journal(journal: Path) -> list[Row]:
     """Rows of a killed import; an incomplete last line is removed."""
-    text = journal.read_text(encoding="utf-8") if journal.exists() else ""
-    lines = text.split("\n")[:-1]
-    write_text(journal, "".join(f"{line}\n" for line in lines))
-    return [json.loads(line) for line in lines]
+    rows = read_jsonl(journal)
+    write_jsonl(journal, rows)
+    return rows
 
 
 def import_split(

@@ -59,7 +59,7 @@ def extend_vocabulary(
             "load the model with the text tokenizer in its folder (`load_language_model`)"
         )
     texts, known = len(text_tokenizer), model.get_input_embeddings().weight.shape[0]
-    if not known / 2 < texts <= known:  # without its files a text tokenizer is almost empty
+    if texts > known:
         raise VocabularyError(
             f"the text tokenizer has {texts} tokens, the language model {known} rows: take the one that belongs to it"
         )

@@ -116,10 +116,15 @@ def load_language_model(
     name = check_folder(name, [], "a language model")
     if (Path(name) / "adapter_config.json").is_file():
         raise DataError(f"{name} is an adapter: merge it with `speechllm export` and train the result further")
-    name = check_folder(name, [], "a causal language model")
     model = load_causal(name)
     text_tokenizer = load_part(AutoTokenizer, name, "the text tokenizer of a language model")
     if not (Path(name) / VOCABULARY_FILE).is_file():
+        texts, rows = len(text_tokenizer), model.get_input_embeddings().weight.shape[0]
+        if texts <= rows / 2:  # without its files a text tokenizer is almost empty
+            raise VocabularyError(
+                f"{name}: the text tokenizer has {texts} tokens, the language model {rows} rows: its files are missing "
+                "or belong to another model"
+            )
         try:
             vocabulary = extend_vocabulary(model, text_tokenizer, codec, **extension)
         except VocabularyError as error:

@@ -277,12 +277,16 @@ def config_class(recipe: Callable[[str], types.ModuleType]) -> Callable[[str], t
     return lambda name: inspect.signature(recipe(name).main).parameters["config"].annotation
 
 
+PATIENCE_S = 5.0  # for processes of which another has failed
+
+
 class Started:
     """Processes of one recipe, forked by the server; used like a `subprocess.Popen`."""
 
     def __init__(self, ask: Callable[[dict], int | None], requests: list[dict]):
         self.ask, self.requests = ask, requests
         self.returncode: int | None = None
+        self.failed_s: float | None = None  # when the first one ended with an error
         self.codes: dict[int, int | None] = {ask(request): None for request in requests}
 
     def poll(self) -> int | None:
@@ -292,7 +296,9 @@ class Started:
         if None not in self.codes.values():
             self.returncode = next((code for code in self.codes.values() if code), 0)
         elif any(self.codes.values()):
-            self.kill()  # the others would wait for it
+            self.failed_s = self.failed_s or time.monotonic()
+            if time.monotonic() - self.failed_s > PATIENCE_S:
+                self.kill()  # the others wait for it
         return self.returncode
 
     def communicate(self, timeout: float = 600) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Reading and writing audio files as float waveforms, with one clear error for every file that cannot be used."""
 
 import contextlib
+import hashlib
 import io
 import math
 import os
@@ -131,6 +132,15 @@ def open_recording(path: str | Path) -> io.FileIO:
         stream.close()
         raise AudioError(path, "missing", "no such audio file, it is a pipe or device")
     return stream
+
+
+def hash_recording(path: str | Path) -> str:
+    """SHA-256 of a recording's file, hexadecimal. Raises AudioError (missing, unreadable)."""
+    try:
+        with open_recording(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise AudioError(path, "unreadable", f"cannot be read ({error.strerror})") from error
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -209,7 +209,7 @@ def _read_ravdess(folder: Path, files: list[str]) -> list[Row]:
     if copies:
         logger.info("%s: %s recordings are there twice and read once", folder, f"{copies:,}")
     with ThreadPoolExecutor(READERS) as pool:
-        durations = pool.map(lambda file: _duration_or_zero(file, _wav_duration), first.values())
+        durations = pool.map(lambda file: _duration_or_zero(file, audio_duration), first.values())
         return [_ravdess_row(file, duration_s) for file, duration_s in zip(first.values(), durations, strict=True)]
 
 
@@ -283,13 +283,6 @@ def _missing(utterances: Sequence[Utterance]) -> set[str]:
         return {path for paths in pool.map(absent, folders) for path in paths}
 
 
-def _wav_duration(path: Path) -> float:
-    try:
-        return audio_duration(path)
-    except AudioError as error:
-        raise CorpusError(f"{error}: fetch it again") from error
-
-
 def _flac_duration(path: Path) -> float:
     """Duration in s from the STREAMINFO block of a FLAC file (RFC 9639, 8.2), much faster than with libsndfile.
 
@@ -333,7 +326,7 @@ def recorded_s(utterance: Utterance) -> float:
     Raises AudioError (reason: duration) where the corpus states another one, by more than a second and more than
     `DURATION_SLACK`: then it is not the recording that the corpus speaks of.
     """
-    found_s = _duration_or_zero(utterance.path, _wav_duration)
+    found_s = _duration_or_zero(utterance.path, audio_duration)
     _require_duration(utterance, found_s)
     return found_s
 

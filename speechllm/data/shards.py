@@ -20,7 +20,7 @@ from torch import Tensor
 
 from speechllm.encoding import DataError, Encoding, Speech
 from speechllm.evaluation.normalizers import find_normalizer
-from tokenizer.audio import AudioError, open_recording
+from tokenizer.audio import AudioError, hash_recording
 from tokenizer.claims import claim_folder
 from tokenizer.corpus import Utterance, load_utterance, skipped_row, spread
 from tokenizer.files import atomic_file, read_json, write_json
@@ -191,9 +191,8 @@ def _content(utterances: Sequence[Utterance]) -> str:
 
     def digest(path: str) -> str | None:
         try:
-            with open_recording(path) as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except (AudioError, OSError):
+            return hash_recording(path)
+        except AudioError:
             return None
 
     return _fingerprint((digest(one.path), one.duration_s) for one in utterances)

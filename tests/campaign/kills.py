@@ -101,7 +101,7 @@ JOBS = (  # the long ones first
     Job("train_tokenizer", TOKENIZER, 8, TRAINED),
     Job("train_asr", ASR, 8, TRAINED),
     Job("train_asr, lora", f"{ASR} steps=12 {LORA}", 5, TRAINED),
-    Job("train_text", TEXT, 6, ("checkpoints/checkpoint-*", "model*/**", "report.html")),
+    Job("train_text", TEXT, 6, ("checkpoints/checkpoint-*/trainer_state.json", "model*/**", "report.html")),
     Job("train_emotion", EMOTION, 6, ("folds/*.json", "results.json"), ("folds/*.json",)),
     Job("encode_speech", ENCODE, 6, ("codes_*.part*", "codes_*.parquet", "request.json"), SHARDS),
     Job("fit_units", UNITS, 5, ("model*/**", "results.json")),
@@ -117,7 +117,12 @@ JOBS = (  # the long ones first
     ),
     Job("eval_asr", EVAL_ASR, 4, ("predictions.jsonl", "results.json")),
     Job("eval_codec", "eval_codec.py codec=tokenizer/model data=corpus splits=[test]", 4, ("utterances.jsonl",)),
-    Job("eval_tokenizer", "eval_tokenizer.py codes=codes data=corpus output=OUT/content.json probe_steps=5", 3),
+    Job(
+        "eval_tokenizer",
+        "eval_tokenizer.py codes=codes data=corpus output=OUT/content.json probe_steps=5 train_splits=train "
+        "test_splits=test",
+        3,
+    ),
     Job(
         "benchmark_asr",
         "benchmark_asr.py codes=codes codec=tokenizer/model shape=small steps=2 precision=no",

@@ -420,8 +420,8 @@ def test_a_failed_save_keeps_the_file_that_was_there(tmp_path: Path, monkeypatch
     save_audio(tmp_path / "a.wav", torch.ones(10))
     before = (tmp_path / "a.wav").read_bytes()
 
-    def fail(path: str, *_: object, **__: object) -> None:
-        Path(path).write_bytes(b"half a file")
+    def fail(path: bytes, *_: object, **__: object) -> None:
+        Path(os.fsdecode(path)).write_bytes(b"half a file")
         raise OSError("no space left")
 
     monkeypatch.setattr(soundfile, "write", fail)

@@ -1,7 +1,6 @@
 """Teacher features on disk: computed once for whole utterances, then read for every training crop."""
 
 import functools
-import hashlib
 import json
 import os
 import warnings
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.audio import AudioError, open_recording
+from tokenizer.audio import AudioError, hash_recording
 from tokenizer.corpus import Utterance, load_utterance
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_file, read_json, write_text
@@ -139,11 +138,7 @@ def _stat(path: str) -> tuple[str, int, int]:
 @functools.cache
 def _hash_content(path: str, size: int, changed_ns: int) -> str:
     """SHA-256 of a file; each process reads it once unless it changes."""
-    try:
-        with open_recording(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise AudioError(path, "unreadable", f"cannot be read ({error.strerror})") from error
+    return hash_recording(path)
 
 
 def _open_features(file: Path) -> np.ndarray:

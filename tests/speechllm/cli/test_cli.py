@@ -270,7 +270,7 @@ def test_codes_of_another_codec_are_not_decoded(speak: Callable, folder: Path, t
         ({"samples": 10**13}, "10000000000000 samples are more than 2 frames of codes hold"),
         ({"samples": -1}, "samples is -1, expected a number above 0"),
         ({"samples": 1.5}, "samples is 1.5, expected a number above 0"),
-        ({"file": ["a"]}, "file is .*, expected text"),
+        ({"file": ["a"]}, "file is .*, expected the name of a file"),
     ],
 )
 def test_codes_of_another_shape_or_kind_are_named(

@@ -5,8 +5,7 @@ import math
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -247,46 +246,59 @@ def test_without_any_usable_checkpoint_nothing_starts_anew(tmp_path: Path) -> No
     assert read_log(tmp_path) == log
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """While active, no file can be made larger, as on a full disk; the system names both errors differently."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+def fill_disk() -> None:
+    """From now on this process can make no file larger; the system names both errors differently."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+
+def apart(work: Callable[[], None]) -> None:
+    """Do it in a process of its own."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_full_disk_is_named_and_the_run_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        train(tmp_path / "run", at=send(signal.SIGTERM, 5))
-
     def main(_: None) -> None:
         train(tmp_path / "run")
 
-    with largest_file(1000), pytest.raises(SystemExit) as end:
-        run_recipe(main, None)
-    message = str(end.value)
-    assert message.startswith("error: cannot write the checkpoint") and len(message.splitlines()) == 1
-    assert "the disk is full: make room, and the same command goes on" in message
+    def work() -> None:
+        with pytest.raises(Interrupted):
+            train(tmp_path / "run", at=send(signal.SIGTERM, 5))
+        fill_disk()
+        with pytest.raises(SystemExit) as end:
+            run_recipe(main, None)
+        message = str(end.value)
+        assert message.startswith("error: cannot write the checkpoint") and len(message.splitlines()) == 1
+        assert "the disk is full: make room, and the same command goes on" in message
+
+    apart(work)
     assert checkpoints(tmp_path / "run") == ["step_00000004.pt", "step_00000006.pt"]
     assert same(train(tmp_path / "run"), train(tmp_path / "whole"))
     assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
 
 
-def test_a_full_disk_is_recognised_in_the_words_of_other_libraries(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a.safetensors", "b.pt", "c.txt"])
+def test_a_full_disk_is_recognised_in_the_words_of_other_libraries(tmp_path: Path, name: str) -> None:
     from safetensors.torch import save_file
 
-    with largest_file(1000):
-        for write in (
-            lambda: save_file({"a": torch.zeros(10_000)}, tmp_path / "a.safetensors"),
-            lambda: torch.save(torch.zeros(10_000), tmp_path / "b.pt"),
-            lambda: (tmp_path / "c.txt").write_text("c" * 10_000),
-        ):
-            with pytest.raises(Exception) as error:  # noqa: PT011, as many kinds as libraries
-                write()
-            assert out_of_space(error.value), error.value
+    def work() -> None:
+        write = {
+            "a.safetensors": lambda file: save_file({"a": torch.zeros(10_000)}, file),
+            "b.pt": lambda file: torch.save(torch.zeros(10_000), file),
+            "c.txt": lambda file: file.write_text("c" * 10_000),
+        }
+        fill_disk()
+        with pytest.raises(Exception) as error:  # noqa: PT011, as many kinds as libraries
+            write[name](tmp_path / name)
+        assert out_of_space(error.value), error.value
+
+    apart(work)
     assert not out_of_space(ValueError("wrong"))
 
 
