@@ -32,7 +32,9 @@ OGG_PAGE = 65_307  # bytes of the longest page
 STREAMED = 0x7FFFF000  # bytes: sizes from here on are what programs write into a pipe, where they do not know the size
 # What libsndfile notes when a container states more bytes than the file has, such as "data : 64000 (should be 31978)"
 CUT = re.compile(r"^\s*(?:data|SSND|BODY|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)$", re.MULTILINE)
-
+# and when samples follow where the next chunk should be, because the size of the last one is too small
+MORE = re.compile(r"Unknown chunk marker \(\w+\) at position (\w+)\. Exiting parser")
+RIFF = re.compile(r"^RIFF : (\d+)", re.MULTILINE)
 SPHERE_COUNT = re.compile(rb"\ANIST_1A\n.*^sample_count -i (\d+)", re.MULTILINE | re.DOTALL)  # the same for NIST SPHERE
 
 
@@ -75,7 +77,7 @@ def load_audio(
 
     def decode(channel: int | None = None) -> tuple[np.ndarray, _Levels]:
         levels = _Levels(path)
-        with _open(path, path) as file:
+        with _open(path, path, whole=not start_s and duration_s is None) as file:
             start = min(round(start_s * file.samplerate), file.frames)
             if start:
                 file.seek(start)
@@ -112,7 +114,7 @@ def audio_duration(path: str | Path) -> float:
 
     Raises AudioError (reasons: missing, unreadable, truncated, sample rate).
     """
-    with _open(path, path) as file:
+    with _open(path, path, whole=False) as file:
         frames = file.frames
         if frames > os.stat(path).st_size * DENSEST:
             frames = sum(len(block) for block in _blocks(file))
@@ -161,24 +163,57 @@ def resample(waveform: Tensor, rate: int, new_rate: int) -> Tensor:
 class _Forward(soundfile.SoundFile):
     """Reads forward only: soundfile seeks after every read of a seekable file, which fails at the end of some FLACs."""
 
+    stated: int  # samples per channel in the header; 0: it does not say
+
     def seekable(self) -> bool:
         return False
 
 
+class _Uncounted:
+    """A FLAC stream with the number of samples in its header set to 0, so that it is decoded to its end.
+
+    The number is the last 36 bits before byte 26 (RFC 9639, section 8.2).
+    """
+
+    COUNT = range(21, 26)
+
+    def __init__(self, stream: io.FileIO | io.BytesIO, head: bytes):
+        self.stream, self.first = stream, head[self.COUNT[0]] & 0xF0
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def readinto(self, buffer: memoryview) -> int:
+        start, size = self.tell(), self.stream.readinto(buffer)
+        for place in self.COUNT:
+            if start <= place < start + size:
+                buffer[place - start] = bytes([self.first if place == self.COUNT[0] else 0])
+        return size
+
+
 @contextlib.contextmanager
-def _open(source: str | Path | bytes, name: str | Path) -> Iterator[_Forward]:
-    """The recording in a file or of its content; whatever goes wrong until it is closed becomes an AudioError."""
+def _open(source: str | Path | bytes, name: str | Path, whole: bool = True) -> Iterator[_Forward]:
+    """The recording in a file or of its content; whatever goes wrong until it is closed becomes an AudioError.
+
+    `whole`: it is read to its end, whatever number of samples a FLAC header states.
+    """
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open_recording(source) as stream:
             head, cut = stream.read(1024), _is_cut_ogg(stream)
             stream.seek(0)
-            # by its descriptor, because soundfile takes the ending .raw, not the content, for the format
-            with _Forward(stream if isinstance(source, bytes) else stream.fileno(), closefd=False) as file:
+            flac = head.startswith(b"fLaC\0\0\0\x22") and len(head) > _Uncounted.COUNT[-1]
+            if flac and whole:
+                opened = _Uncounted(stream, head)
+            else:  # by its descriptor, because soundfile takes the ending .raw, not the content, for the format
+                opened = stream if isinstance(source, bytes) else stream.fileno()
+            with _Forward(opened, closefd=False) as file:
+                count = int.from_bytes(head[21:26]) % 2**36 if flac else file.frames
+                file.stated = count if count < UNKNOWN else 0
                 if file.samplerate not in RATES:
                     detail = f"states {file.samplerate} Hz, expected {RATES[0]} to {RATES[-1]} Hz: convert it again"
                     raise AudioError(name, "sample rate", detail)
                 if cut or _missing_s(file, head) > HEADER_TOLERANCE_S:
                     raise AudioError(name, "truncated", "ends before its last sample: fetch or convert it again")
+                if _unstated_s(file) > HEADER_TOLERANCE_S:
+                    raise AudioError(name, "truncated", "holds more than its header states: fetch or convert it again")
                 yield file
     except AudioError:
         raise
@@ -208,6 +243,16 @@ def _missing_s(file: soundfile.SoundFile, head: bytes) -> float:
     sizes = [(int(stated), int(there)) for stated, there in CUT.findall(file.extra_info)]
     shares = [stated / there - 1 for stated, there in sizes if there and stated % 2**32 < STREAMED]
     return max(shares, default=0) * file.frames / file.samplerate
+
+
+def _unstated_s(file: soundfile.SoundFile) -> float:
+    """Seconds that lie in a container behind the samples that it states, where another chunk should be."""
+    if not (found := MORE.search(file.extra_info)):
+        return 0.0
+    place, end = int(found[1], 0), int(re.search(r"Length : (\d+)", file.extra_info)[1])
+    if riff := RIFF.search(file.extra_info):
+        end = min(end, int(riff[1]) + 8)  # a tag may follow
+    return (end - place) / place * file.frames / file.samplerate
 
 
 def _blocks(file: soundfile.SoundFile, frames: int | None = None) -> Iterator[np.ndarray]:
@@ -267,19 +312,18 @@ def _mono(
         mono = block.mean(1) if channel is None else block[:, channel]
         levels.add(block, mono)
         if frames is None and max_duration_s is not None and levels.frames > max_duration_s * file.samplerate:
-            known = file.frames < UNKNOWN
-            total_s = max(levels.frames, file.frames if known else 0) / file.samplerate
+            total_s = max(levels.frames, file.stated) / file.samplerate
             detail = f"{total_s:.1f} s long, at most {max_duration_s:g} s are allowed: split it or raise the limit"
-            raise AudioError(levels.name, "too long", detail if known else f"more than {detail}")
+            raise AudioError(levels.name, "too long", detail if file.stated else f"more than {detail}")
         yield mono
 
 
 def _check_whole(file: soundfile.SoundFile, levels: _Levels, start: int = 0) -> None:
     """Raise AudioError if a recording, read to its end, is not what its header states, or is constant."""
-    rate, stated = file.samplerate, file.frames if file.frames < UNKNOWN else 0
-    found_s = (start + levels.frames) / rate
-    if stated / rate - found_s > HEADER_TOLERANCE_S:
-        detail = f"ends after {found_s:.2f} s of the {stated / rate:.2f} s in its header: fetch or convert it again"
+    stated_s, found_s = file.stated / file.samplerate, (start + levels.frames) / file.samplerate
+    more = file.stated and file.format == "FLAC" and found_s - stated_s > HEADER_TOLERANCE_S  # others may estimate
+    if more or stated_s - found_s > HEADER_TOLERANCE_S:
+        detail = f"ends after {found_s:.2f} s, not the {stated_s:.2f} s in its header: fetch or convert it again"
         raise AudioError(levels.name, "truncated", detail)
     if levels.frames == 0:
         raise AudioError(levels.name, "empty", "holds no samples")

@@ -180,8 +180,7 @@ CASES = (
     one("FLAC that does not state its length", "bad.flac", raw(flac(0)), *EITHER),
     one("FLAC that states 5.8e14 s", "bad.flac", raw(flac((1 << 36) - 1)), *EITHER),
     one("FLAC that states twice its length", "bad.flac", raw(flac(2 * len(GOOD))), *EITHER),
-    # taken at its word, which only the duration in a manifest could belie: libsndfile stops there
-    one("FLAC that states half its length", "bad.flac", raw(flac(len(GOOD) // 2)), counted(), encoded(SECONDS / 2)),
+    one("FLAC that states half its length", "bad.flac", raw(flac(len(GOOD) // 2)), *EITHER),
     one("FLAC cut in half", "bad.flac", cut(wave(), 0.5), counted()),
     one("FLAC cut behind its header", "bad.flac", raw(b"fLaC\0\0\0\x22" + bytes(34)), counted()),
     Case(

@@ -225,6 +225,31 @@ def test_a_flac_file_of_fewer_samples_than_its_header_states_is_truncated(tmp_pa
     assert audio_duration(tmp_path / "a.flac") == (5 if samples == 5 * RATE else 4)  # counted, where it cannot be true
 
 
+@pytest.mark.parametrize("samples", [1, RATE, 2 * RATE])
+def test_a_flac_file_of_more_samples_than_its_header_states_is_not_used(tmp_path: Path, samples: int) -> None:
+    (tmp_path / "a.flac").write_bytes(flac_stating(samples))
+    assert every_reason(tmp_path / "a.flac") == "truncated"
+    (tmp_path / "a.flac").write_bytes(flac_stating(4 * RATE - 1000))
+    assert torch.equal(
+        load_audio(tmp_path / "a.flac"),
+        torch.from_numpy(soundfile.read(io.BytesIO(encoded("FLAC")), dtype="float32")[0]),
+    )
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
+def test_a_wav_file_of_more_samples_than_its_header_states_is_not_used(tmp_path: Path, subtype: str) -> None:
+    content = encoded("WAV", subtype)
+    place = content.index(b"data") + 4
+    content[place : place + 4] = struct.pack("<I", struct.unpack("<I", content[place : place + 4])[0] // 2)
+    (tmp_path / "a.wav").write_bytes(content)
+    assert every_reason(tmp_path / "a.wav") == "truncated"
+
+
+def test_what_follows_the_container_of_a_wav_file_is_no_sound(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(encoded("WAV") + b"\xff\x00TAG" * 5000)
+    assert len(load_audio(tmp_path / "a.wav")) == 4 * RATE
+
+
 TRUNCATED = [
     *(("WAV", subtype) for subtype in ("PCM_16", "FLOAT", "IMA_ADPCM", "ULAW")),
     *(("AIFF", None), ("AU", None), ("W64", None), ("RF64", None), ("NIST", None)),
