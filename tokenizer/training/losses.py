@@ -91,7 +91,7 @@ class ReconstructionLoss:
 
     time: L1 of the waveform. mel: `MultiScaleMelLoss`. adversarial, feature_matching: from the `adversary` (eq. 6).
     speech_features: L1 between the features of both waveforms by a frozen speech model, `perceptual_model`. Losses
-    without a weight are omitted. commitment (weight 1 by default) does not depend on the waveform: `codec_backward`
+    without a weight are omitted. commitment (weight 1 by default) does not depend on the waveform: `CodecLoss`
     adds it, outside the balancer.
     """
 
