@@ -21,7 +21,7 @@ from speechllm.cli.codec import (
     usable,
 )
 from speechllm.cli.scores import FORMATS, compare_files, score_files
-from speechllm.runs.config import shipped, spell_unprintable
+from speechllm.runs.config import find_config, shipped, spell_unprintable
 from speechllm.runs.launch import find_recipe, recipe_command, recipe_environment
 from tokenizer.settings import Count, Positive, argument
 
@@ -176,9 +176,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _processes() -> argparse.ArgumentParser:
-    """The option that may stand before and behind the recipe's name."""
+    """The options that may stand before and behind the recipe's name."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--processes", type=COUNT, metavar="N", help="several that share the work, one on each GPU")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--processes", type=COUNT, metavar="N", help="several that share the work, one on each GPU")
+    how.add_argument(
+        "--accelerate", metavar="FILE", help="as this configuration of Accelerate says, which may be shipped"
+    )
     return parser
 
 
@@ -192,16 +196,17 @@ def _version() -> str:
 def _run(arguments: argparse.Namespace) -> int:
     """Become the recipe; of several processes, once the configuration is found to be right."""
     behind, words = _processes().parse_known_args(arguments.words)
-    processes, file = behind.processes or arguments.processes or 1, find_recipe(arguments.recipe)
-    environment, code = recipe_environment(), 0
+    named = behind.accelerate or arguments.accelerate
+    how = find_config(named).resolve() if named else behind.processes or arguments.processes or 1
+    file, environment, code = find_recipe(arguments.recipe), recipe_environment(), 0
     if {"-h", "--help", "--check"} & set(words):
-        processes = 1
-    if processes > 1:
-        several = {"WORLD_SIZE": f"{processes}", "LOCAL_RANK": "0"}  # as the launcher will tell it
+        how = 1
+    if how != 1:
+        several = {"WORLD_SIZE": "2", "LOCAL_RANK": "0"}  # as the launcher will tell it
         check = [sys.executable, *recipe_command(file, [*words, "--check"])]
         code = subprocess.call(check, env=environment | several)
     if code == 0:
-        command = [sys.executable, *recipe_command(file, words, processes)]
+        command = [sys.executable, *recipe_command(file, words, how)]
         os.execve(command[0], command, environment)  # signals and the exit code are the recipe's own
     return code
 

@@ -1,13 +1,15 @@
 """Starting a recipe: as one process, or as several that share the work.
 
-`python -m speechllm.runs.launch N FILE ARGUMENTS` starts N processes with Accelerate's launcher, one per GPU. Without a
-GPU that launcher would start a single process, so torch's own is used.
+`python -m speechllm.runs.launch HOW FILE ARGUMENTS` starts several processes with Accelerate's launcher: as its
+configuration file HOW says, or HOW of them, one per GPU. Without a GPU that launcher would start a single process, so
+torch's own is used.
 """
 
 import difflib
 import logging
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,9 +39,9 @@ def find_recipe(name: str) -> Path:
     )
 
 
-def recipe_command(file: str | Path, words: Sequence[str], processes: int = 1) -> list[str]:
-    """The arguments of `python` that start a recipe."""
-    several = ["-m", "speechllm.runs.launch", str(processes)] if processes > 1 else []
+def recipe_command(file: str | Path, words: Sequence[str], how: int | Path = 1) -> list[str]:
+    """The arguments of `python` that start a recipe; how: number of processes, or a configuration of Accelerate."""
+    several = [] if how == 1 else ["-m", "speechllm.runs.launch", str(how)]
     return [*several, str(file), *words]
 
 
@@ -49,8 +51,11 @@ def recipe_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def launch(processes: int, file: str, words: Sequence[str]) -> int:
-    """Start the processes, wait for them and return the exit code. The processes print their own errors."""
+def launch(how: int | Path, file: str, words: Sequence[str]) -> int:
+    """Start the processes, wait for them and return the exit code. The processes print their own errors.
+
+    how: their number, or a configuration of Accelerate.
+    """
     import torch
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -59,27 +64,31 @@ def launch(processes: int, file: str, words: Sequence[str]) -> int:
     from speechllm.runs.machine import available_cpus
 
     gpus = torch.cuda.device_count()
-    if 0 < gpus < processes:
-        raise InputError(f"{processes} processes need one GPU each, but there are {gpus}: use --processes {gpus}")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // processes)))
+    if isinstance(how, int):
+        if 0 < gpus < how:
+            raise InputError(f"{how} processes need one GPU each, but there are {gpus}: use --processes {gpus}")
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // how)))
     # forwarded to the processes, which save a checkpoint: torch's own, and the one by which Slurm announces the end
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     os.environ |= child_environment()
     logging.disable(logging.ERROR)  # the launchers' own lines around the error of a process
     try:
-        if gpus:
+        if gpus or isinstance(how, Path):
             from accelerate.commands.launch import launch_command, launch_command_parser
 
             # its defaults, which it warns about unless given; the recipes choose the precision
             kind = ["--multi_gpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-            launch_command(launch_command_parser().parse_args([*kind, f"--num_processes={processes}", file, *words]))
+            chosen = [f"--config_file={how}"] if isinstance(how, Path) else [*kind, f"--num_processes={how}"]
+            launch_command(launch_command_parser().parse_args([*chosen, file, *words]))
         else:
-            run.main(["--standalone", f"--nproc_per_node={processes}", file, *words])
+            run.main(["--standalone", f"--nproc_per_node={how}", file, *words])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # killed, so it printed nothing
             print(f"process {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         return abs(failure.exitcode) or 1
+    except subprocess.CalledProcessError as error:  # of Accelerate where it starts one process, or other launchers
+        return abs(error.returncode)
     except SignalException as ended:
         return say_interrupted(Interrupted(ended.sigval))
     return 0
@@ -89,6 +98,7 @@ if __name__ == "__main__":
     catch_early_interrupts()
     end_with_parent()
     try:
-        sys.exit(launch(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+        _, chosen, recipe, *arguments = sys.argv
+        sys.exit(launch(int(chosen) if chosen.isdecimal() else Path(chosen), recipe, arguments))
     except InputError as error:
         sys.exit(f"error: {error}")

@@ -115,7 +115,7 @@ def test_two_processes_find_each_other_and_say_one_line_when_they_fail(
     tmp_path: Path, word: str, code: int, said: str
 ) -> None:
     (tmp_path / "job.py").write_text(JOB)
-    ended = python(*recipe_command("job.py", [word], processes=2), folder=tmp_path)
+    ended = python(*recipe_command("job.py", [word], 2), folder=tmp_path)
     assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", said)
     assert {path.name for path in tmp_path.iterdir()} == {"job.py", *(("0 of 2", "1 of 2") if word == "work" else ())}
 
@@ -149,3 +149,35 @@ def test_on_gpus_accelerate_starts_them_and_each_needs_one(monkeypatch: pytest.M
     assert arguments.training_script_args == ["--config", "x.yaml", "steps=1"]
     with pytest.raises(ValueError, match="3 processes need one GPU each, but there are 2"):
         launch.launch(3, "job.py", [])
+
+
+def test_a_configuration_of_accelerate_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from speechllm.runs import launch
+
+    asked = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", asked.append)
+    monkeypatch.setattr("logging.disable", lambda level: None)
+    assert launch.launch(Path("fsdp2.yaml"), "job.py", ["steps=1"]) == 0
+    (arguments,) = asked
+    assert arguments.config_file == "fsdp2.yaml" and arguments.num_processes is None
+    assert arguments.training_script == "job.py" and arguments.training_script_args == ["steps=1"]
+
+
+def test_a_mistake_under_a_configuration_of_accelerate_is_one_line(tmp_path: Path) -> None:
+    words = ["run", "train_asr", "--accelerate=accelerate/fsdp2.yaml", "codes=a", "codec=c", "output=b", "stpes=2"]
+    ended = python("-m", "speechllm.cli.main", *words, folder=tmp_path)
+    assert ended.returncode == 2
+    assert ended.stderr == "1 problem(s) in the configuration:\n  unknown key stpes: did you mean steps?\n"
+    ended = python("-m", "speechllm.cli.main", "run", "train_asr", "--accelerate=fsdp2.yml", folder=tmp_path)
+    assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1
+
+
+def test_an_error_of_a_process_under_a_configuration_of_accelerate_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_machines: 1\nnum_processes: 2\n"
+        "machine_rank: 0\nmixed_precision: 'no'\nuse_cpu: true\ndynamo_config: {dynamo_backend: 'NO'}\n"
+    )
+    words = ["run", "--accelerate=two.yaml", "train_tokenizer", "data=nowhere", "output=out"]
+    ended = python("-m", "speechllm.cli.main", *words, folder=tmp_path)
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 1 and "nowhere" in ended.stderr
