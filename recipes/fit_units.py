@@ -23,7 +23,7 @@ class UnitsConfig(Settings):
     data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
     output: str  # run folder; the tokenizer goes to its subfolder `model`
     clusters: Annotated[int, Rule("from 2 to 65536", lambda k: 2 <= k <= 65_536)] = 500  # K
-    layer: int | Literal["avg"] | None = 6  # hidden state, "avg" for the mean of all; null for Whisper
+    layer: int | Literal["avg"] | None = 6  # hidden state; "avg": mean of all; null: avg, of Whisper the output
     splits: Names | None = None  # all when null
     deduplicate: bool = False  # merge repeats of a unit
     max_frames: Count = 500_000  # for k-means: 2.8 hours

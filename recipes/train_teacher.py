@@ -70,12 +70,13 @@ from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import MAY_CHANGE, Run
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from tokenizer.corpus import frame_phones, load_usable, spread
+from tokenizer.errors import InputError
 from tokenizer.files import atomic_folder
 from tokenizer.frames import frame_count
 from tokenizer.training.crops import Crops
 from tokenizer.training.small_teachers import FrameClassifier, save_ecapa, save_hubert, save_recognizer, small_hubert
 from tokenizer.training.step import remember_statistics
-from tokenizer.training.teachers import SemanticTeacher
+from tokenizer.training.teachers import SemanticTeacher, WhisperTeacher
 
 Batch = tuple[list[Utterance], tuple[Tensor, ...]]  # and what the student's `forward` takes
 
@@ -164,6 +165,8 @@ class SemanticStudent(nn.Module):
         self.labels = numbered((symbol for u in self.utterances for symbol in self._symbols(u)), start=1)
         if config.init:
             teacher = SemanticTeacher.from_pretrained(config.init)
+            if isinstance(teacher, WhisperTeacher):
+                raise InputError(f"{config.init} is a Whisper model: init must be HuBERT, WavLM or wav2vec 2.0")
             hubert, normalize = teacher.model.requires_grad_(True), teacher.normalize
         else:
             hubert, normalize = small_hubert(config.hidden_size, config.layers), True

@@ -39,8 +39,9 @@ Grouped = Annotated[int, Rule("0 or a multiple of 16", lambda n: n >= 0 and n % 
 
 @dataclass
 class SemanticConfig(Settings):
-    teacher: str | None = "facebook/hubert-base-ls960"  # folder or hub name; null: no distillation
-    layer: int | Literal["avg"] = "avg"  # hidden state, or the mean of all
+    teacher: str | None = "facebook/hubert-base-ls960"  # folder or hub name, also of Whisper; null: no distillation
+    layer: int | Literal["avg"] = "avg"  # hidden state, or the mean of all; -1: the model's output
+    axis: Literal["D", "T"] = "D"  # cosine over time for every dimension (eq. 4), or over dimensions for every frame
     weight: NonNegative = 120.0  # lambda of eq. 7 (0.5 next to EnCodec's losses); SpeechTokenizer's, next to its own
     gradient_ratio: NonNegative | None = 1.0  # most that its gradient at the latents is of the reconstruction's
     center: bool = True  # subtract the mean over time first; false is the paper's literal form
@@ -304,7 +305,7 @@ def make_distillations(config: TokenizerConfig, device: torch.device) -> Distill
     distillations = {}
     if (semantic := config.semantic).teacher:
         teacher = SemanticTeacher.from_pretrained(semantic.teacher, semantic.layer).to(device)
-        student = SemanticDistillation(config.codec.dimension, teacher.width, semantic.center).to(device)
+        student = SemanticDistillation(config.codec.dimension, teacher.width, semantic.center, semantic.axis).to(device)
         distillations["semantic"] = DistillationLoss(
             "semantic", 0, teacher, student, gradient_ratio=semantic.gradient_ratio, weight=semantic.weight
         )

@@ -1,12 +1,13 @@
 """Distillation of content into layer 0 (eq. 4) and of the speaker into layer 1 (eq. 5) from frozen teachers."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FLAT = 0.1  # norm over time below which a dimension of the student counts as constant
+FLAT = 0.1  # norm below which what is compared of the student (a dimension over time) counts as constant
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -15,21 +16,26 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 class SemanticDistillation(nn.Module):
-    """Eq. 4: every dimension of layer 0 follows the teacher's over time.
+    """Eq. 4: layer 0 follows the teacher's features.
 
-    L = mean over utterances and dimensions d of -log sigmoid(cos_t(W q0[:, d], S(x)[:, d])), the cosine over time
-    ("D-axis": the sum in eq. 4 runs over the P dimensions of the semantic feature). W projects the codec's dimension to
-    the teacher's. `center` subtracts the means over time from both first: otherwise a student that outputs only the
-    teacher's constant offsets already has a low loss. The paper's literal form is `center=False`.
+    Axis "D", the paper's and SpeechTokenizer's: every dimension does so over time. L = mean over utterances and
+    dimensions d of -log sigmoid(cos_t(W q0[:, d], S(x)[:, d])), the cosine over time (the sum in eq. 4 runs over the P
+    dimensions of the semantic feature). Axis "T" (SpeechTokenizer's alternative): every frame does so over dimensions,
+    L = mean over frames t of -log sigmoid(cos_d(W q0[t], S(x)[t])). W projects the codec's dimension to the teacher's.
+    `center` subtracts the means over time from both first: otherwise a student that outputs only the teacher's constant
+    offsets already has a low loss. The paper's literal form is `center=False`.
     """
 
-    def __init__(self, dimension: int, teacher_width: int, center: bool = True):
+    def __init__(self, dimension: int, teacher_width: int, center: bool = True, axis: Literal["D", "T"] = "D"):
         super().__init__()
         self.projection = nn.Linear(dimension, teacher_width)
-        self.center = center
+        self.center, self.axis = center, axis
 
     def cosine(self, layer0: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        """layer0 float [B, D, T], target float [B, T, P], mask bool [B, T] -> cosine over time, float [B, P]."""
+        """layer0 float [B, D, T], target float [B, T, P], mask bool [B, T] -> cosines: axis "D" [B, P], "T" [B, T].
+
+        They are 0 for the frames that are masked.
+        """
         student = self.projection(layer0.transpose(1, 2)).float()
         weights = mask[..., None].float()
         student, teacher = student * weights, target.float() * weights
@@ -37,12 +43,14 @@ class SemanticDistillation(nn.Module):
             frames = weights.sum(1, keepdim=True).clamp(min=1)
             student = (student - student.sum(1, keepdim=True) / frames) * weights
             teacher = (teacher - teacher.sum(1, keepdim=True) / frames) * weights
+        dim = 1 if self.axis == "D" else 2
         # where a code does not change during a short crop, the gradient is unbounded without a floor
-        return (F.normalize(student, dim=1, eps=FLAT) * F.normalize(teacher, dim=1)).sum(1)
+        return (F.normalize(student, dim=dim, eps=FLAT) * F.normalize(teacher, dim=dim)).sum(dim)
 
     def forward(self, layer0: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         """Scalar loss: 1.31 at cosine -1, 0.69 (ln 2) at 0, 0.31 at 1."""
-        return -F.logsigmoid(self.cosine(layer0, target, mask)).mean()
+        losses = -F.logsigmoid(self.cosine(layer0, target, mask))
+        return losses.mean() if self.axis == "D" else masked_mean(losses, mask)
 
 
 class AcousticDistillation(nn.Module):

@@ -1,6 +1,6 @@
-"""Frozen teachers: HuBERT, WavLM or wav2vec 2.0 models of transformers, and ECAPA-TDNN models of SpeechBrain.
+"""Frozen teachers: HuBERT, WavLM, wav2vec 2.0 or Whisper of transformers, and ECAPA-TDNN models of SpeechBrain.
 
-Both are loaded from a folder or hub name; `recipes/train_teacher.py` trains small ones in the same formats.
+All are loaded from a folder or hub name; `recipes/train_teacher.py` trains small ones in the same formats.
 """
 
 import math
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.errors import InputError
+from tokenizer.frames import frame_count
 from tokenizer.pretrained import (
     check_folder,
     describe,
@@ -23,16 +24,19 @@ from tokenizer.pretrained import (
     module_fingerprint,
     read_weights,
 )
-from tokenizer.rates import HOP_LENGTH
+from tokenizer.rates import HOP_LENGTH, SAMPLE_RATE
 from tokenizer.reading import reading, unreachable
 from tokenizer.training.speechbrain_files import speechbrain_settings
+from tokenizer.training.whisper import WhisperSpectrogram, encoder_states, load_whisper_encoder
+
+SILENCE = 25  # frames (0.5 s) that Whisper sees after the speech, in place of silence up to 30 s
 
 
 class SemanticTeacher(nn.Module):
     """S(x) of eq. 4: hidden states of a HuBERT, WavLM or wav2vec 2.0 model, one per codec frame.
 
     The waveform is padded so that every teacher frame is centred on its codec frame (published HuBERT: 40 samples on
-    both sides, which also gives 50 frames per second of speech instead of 49).
+    both sides, which also gives 50 frames per second of speech instead of 49). `WhisperTeacher` is the same of Whisper.
     """
 
     hop = HOP_LENGTH
@@ -43,7 +47,7 @@ class SemanticTeacher(nn.Module):
         Raises InputError for a model with another frame rate, or a layer that it does not have.
         """
         super().__init__()
-        stride, field = math.prod(model.config.conv_stride), receptive_field(model.config)
+        stride = math.prod(getattr(model.config, "conv_stride", [2, 160]))  # Whisper's are no settings
         if stride != HOP_LENGTH:
             raise InputError(
                 f"the semantic teacher must have one frame per {HOP_LENGTH} samples, this one per {stride}: "
@@ -55,7 +59,11 @@ class SemanticTeacher(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.layer = layer
         self.normalize = normalize
-        self.margin = field - HOP_LENGTH
+
+    @property
+    def margin(self) -> int:
+        """Samples that a frame sees besides its own, half of them on either side."""
+        return receptive_field(self.model.config) - HOP_LENGTH
 
     @property
     def width(self) -> int:
@@ -68,31 +76,47 @@ class SemanticTeacher(nn.Module):
         return module_fingerprint(self.model, {"layer": self.layer, "normalize": self.normalize})
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, layer: int | str = "avg") -> "SemanticTeacher":
-        """Load a transformers folder or hub name, e.g. facebook/hubert-base-ls960, in float32.
+    def from_pretrained(cls, name: str | Path, layer: int | str | None = None) -> "SemanticTeacher":
+        """Load a transformers folder or hub name, e.g. facebook/hubert-base-ls960 or openai/whisper-base, in float32.
 
+        Of a Whisper it is a `WhisperTeacher`. layer: as for the class; None: "avg", or the output of Whisper's encoder.
         Raises InputError for another kind of model, or a checkpoint that lacks weights.
         """
-        from transformers import AutoFeatureExtractor, AutoModel
+        from transformers import AutoFeatureExtractor, AutoModel, WhisperFeatureExtractor
 
-        expected = "HuBERT, WavLM or wav2vec 2.0"
+        expected = "HuBERT, WavLM or wav2vec 2.0, or Whisper"
         name = check_folder(name, ["config.json"], expected)
         config = load_config(name, expected)
-        if not hasattr(config, "conv_stride"):
+        if config.model_type != "whisper" and not hasattr(config, "conv_stride"):
             raise InputError(f"{name} is a {config.model_type} model: expected {expected}")
         check_folder(name, ["preprocessor_config.json"], expected)
-        extractor = load_part(AutoFeatureExtractor, name, f"the preprocessor settings of {expected}")
-        return cls(load_frozen(AutoModel, name, expected), layer, extractor.do_normalize)
+        settings = f"the preprocessor settings of {expected}"
+        if config.model_type == "whisper":
+            extractor = load_part(WhisperFeatureExtractor, name, settings)
+            return WhisperTeacher(load_whisper_encoder(name, expected), extractor, -1 if layer is None else layer)
+        extractor = load_part(AutoFeatureExtractor, name, settings)
+        return cls(load_frozen(AutoModel, name, expected), "avg" if layer is None else layer, extractor.do_normalize)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a transformers folder for `from_pretrained`, which has to be told the layer."""
+        from transformers import Wav2Vec2FeatureExtractor
+
+        self.model.save_pretrained(folder)
+        Wav2Vec2FeatureExtractor(do_normalize=self.normalize).save_pretrained(folder)
 
     def train(self, mode: bool = True) -> "SemanticTeacher":
         """Stay in eval mode, because a teacher is never trained."""
         return super().train(False)
 
+    def hidden_states(self, waveform: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
+        """As `features`, of all layers."""
+        padded = pad_for_frames(waveform, self.margin, self.normalize, lengths)
+        return list(self.model(padded, output_hidden_states=True).hidden_states)
+
     def features(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """As `forward`, but with a gradient for the waveform (not for the weights), for losses on reconstructions."""
-        padded = pad_for_frames(waveform, self.margin, self.normalize, lengths)
-        states = self.model(padded, output_hidden_states=True).hidden_states
-        return torch.stack(states).mean(0) if self.layer == "avg" else states[self.layer]
+        states = self.hidden_states(waveform, lengths)
+        return states[self.layer] if isinstance(self.layer, int) else torch.stack(states).mean(0)
 
     @torch.no_grad()
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -101,6 +125,58 @@ class SemanticTeacher(nn.Module):
         Returns float [B, ceil(N / 320), P]; frames of the padding encode silence.
         """
         return self.features(waveform, lengths)
+
+
+class WhisperTeacher(SemanticTeacher):
+    """S(x) of eq. 4: hidden states of a Whisper encoder, one per codec frame.
+
+    Whisper's frame t is centred on the beginning of codec frame t; here the spectrogram begins 10 ms later, without its
+    first frame, so that both have the same centre. A window is not padded to 30 s but by 0.5 s of silence: for 5 s of
+    speech a tenth of the cost, and not the same frames (cosine about 0.95 in Whisper base). Longer speech is encoded in
+    consecutive windows of 30 s, which have no silence at their end. An utterance in a padded batch has the frames that
+    it has alone.
+    """
+
+    def __init__(self, encoder: Any, extractor: Any, layer: int | str = "avg"):
+        """encoder, extractor: transformers' WhisperEncoder and WhisperFeatureExtractor; layer: see `SemanticTeacher`.
+
+        Raises InputError if they do not belong together, or for a layer that the encoder does not have.
+        """
+        super().__init__(encoder, layer, normalize=False)
+        found = extractor.sampling_rate, 2 * extractor.hop_length, extractor.feature_size
+        if found != (expected := (SAMPLE_RATE, HOP_LENGTH, encoder.config.num_mel_bins)):
+            raise InputError(
+                "preprocessor settings of another Whisper: expected a sampling_rate of {} and a hop_length of half of "
+                "{} with a feature_size of {}, got {}, half of {} and {}".format(*expected, *found)
+            )
+        self.extractor = extractor
+        self.log_mel = WhisperSpectrogram(extractor)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of weights, layer and the silence after the speech, 16 hexadecimal digits."""
+        return module_fingerprint(self.model, {"layer": self.layer, "silence": SILENCE})
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the encoder without the decoder, and the preprocessor settings, as `SemanticTeacher` does."""
+        self.model.save_pretrained(folder, save_original_format=False)
+        self.extractor.save_pretrained(folder)
+
+    def hidden_states(self, waveform: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
+        """As `features`, of all layers; frames of the padding mean nothing."""
+        size = HOP_LENGTH * self.model.config.max_source_positions
+        windows = []
+        for index, window in enumerate(waveform.split(size, 1)):
+            rest = None if lengths is None else (lengths - index * size).clamp(0, size)
+            windows.append(self._window_states(window, rest))
+        return [torch.cat(states, 1) for states in zip(*windows, strict=True)]
+
+    def _window_states(self, waveform: Tensor, lengths: Tensor | None) -> list[Tensor]:
+        frames, longest = frame_count(waveform.shape[1]), self.model.config.max_source_positions
+        padded = min(frames + SILENCE, longest)
+        seen = None if lengths is None else (frame_count(lengths) + SILENCE).clamp(max=longest)
+        mel = self.log_mel(F.pad(waveform, (0, padded * HOP_LENGTH - waveform.shape[1])))[:, :, 1:]
+        return [states[:, :frames] for states in encoder_states(self.model, mel, seen)]
 
 
 def pad_for_frames(waveform: Tensor, margin: int, normalize: bool, lengths: Tensor | None = None) -> Tensor:

@@ -10,12 +10,21 @@ import pytest
 import soundfile
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCTC, AutoProcessor, GenerationConfig, HubertForCTC, pipeline
+from transformers import (
+    AutoModelForCTC,
+    AutoProcessor,
+    GenerationConfig,
+    HubertForCTC,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    pipeline,
+)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from speechllm import load_tokenizer
+from speechllm import InputError, load_tokenizer
 from tokenizer.schemes.recognizer import Recognizer, own_generation_config
 from tokenizer.training.small_teachers import FrameClassifier, save_recognizer, small_hubert
-from tokenizer.training.teachers import SemanticTeacher
+from tokenizer.training.teachers import SemanticTeacher, WhisperTeacher
 
 Noise = Callable[..., Tensor]
 CHARACTERS = ["'", "A", "B", "L", "O", "|"]
@@ -148,6 +157,14 @@ def test_training_continues_from_another_teacher(train: Callable[..., Path], noi
     torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
     third = SemanticTeacher.from_pretrained(train("third", init=str(first / "model")) / "model")
     assert not torch.allclose(third(waveform), before, atol=1e-3)
+
+
+def test_a_whisper_is_no_teacher_to_train(train: Callable[..., Path], tmp_path: Path) -> None:
+    shape = {"d_model": 8, "encoder_layers": 1, "encoder_ffn_dim": 8, "encoder_attention_heads": 2}
+    encoder = WhisperEncoder(WhisperConfig(**shape, max_source_positions=50))
+    WhisperTeacher(encoder, WhisperFeatureExtractor()).save_pretrained(tmp_path / "whisper")
+    with pytest.raises(InputError, match="whisper is a Whisper model: init must be HuBERT, WavLM or wav2vec 2.0"):
+        train("run", init=str(tmp_path / "whisper"))
 
 
 def test_what_the_first_teacher_does_not_normalise_the_second_does_not_either(train: Callable[..., Path]) -> None:

@@ -14,8 +14,8 @@ from tokenizer.training.losses import MultiScaleMelLoss
 B, D, T, C = 2, 8, 12, 6
 
 
-def identity(center: bool = True) -> SemanticDistillation:
-    loss = SemanticDistillation(D, D, center)
+def identity(center: bool = True, axis: str = "D") -> SemanticDistillation:
+    loss = SemanticDistillation(D, D, center, axis)
     with torch.no_grad():
         loss.projection.weight.copy_(torch.eye(D))
         loss.projection.bias.zero_()
@@ -67,6 +67,37 @@ def test_eq_4_is_the_mean_over_utterances_and_dimensions_of_cosines_over_time(ce
     assert semantic(layer0, target, mask).item() == pytest.approx(np.mean(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("center", [True, False])
+def test_on_the_time_axis_eq_4_is_the_mean_over_frames_of_cosines_over_dimensions(center: bool) -> None:
+    semantic = SemanticDistillation(D, C, center, "T")
+    layer0, target, mask = frames().transpose(1, 2), frames(C, seed=1) + 0.5, some()
+    expected = []
+    for b in range(B):
+        n = int(mask[b].sum())
+        student = semantic.projection(layer0[b, :, :n].T).detach().double().numpy()
+        teacher = target[b, :n].double().numpy()
+        if center:
+            student, teacher = student - student.mean(0), teacher - teacher.mean(0)
+        for s, t in zip(student, teacher, strict=True):
+            expected.append(np.log1p(np.exp(-(s @ t) / np.linalg.norm(s) / np.linalg.norm(t))))
+    assert len(expected) == T + 5
+    assert semantic(layer0, target, mask).item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_the_axes_compare_different_things() -> None:
+    """A teacher's frames in other sizes are the same directions; its dimensions in other sizes, the same courses."""
+    teacher = frames(seed=1)
+    sizes = 1 + torch.arange(T)[None, :, None] / 2
+    scales = 1 + torch.arange(D) / 2
+    agreement = {}
+    for axis in ("D", "T"):
+        loss = identity(False, axis)
+        agreement[axis] = [loss(x.transpose(1, 2), teacher, everything()) for x in (sizes * teacher, scales * teacher)]
+    one = pytest.approx(math.log(1 + math.exp(-1)), abs=1e-5)
+    assert agreement["T"][0].item() == one and agreement["D"][1].item() == one
+    assert agreement["D"][0].item() != one and agreement["T"][1].item() != one
+
+
 def test_centring_removes_constant_offsets() -> None:
     draw = torch.Generator().manual_seed(0)
     offset_of_student, offset_of_teacher = (50 * torch.randn(B, 1, D, generator=draw) for _ in range(2))
@@ -88,9 +119,10 @@ def test_a_constant_student_has_the_loss_of_cosine_zero_when_centred() -> None:
     assert identity(center=False)(constant, teacher, everything()).item() < 0.33
 
 
+@pytest.mark.parametrize("axis", ["D", "T"])
 @pytest.mark.parametrize("center", [True, False])
-def test_masked_frames_have_no_influence_on_eq_4(center: bool) -> None:
-    semantic, mask = SemanticDistillation(D, C, center), some()
+def test_masked_frames_have_no_influence_on_eq_4(center: bool, axis: str) -> None:
+    semantic, mask = SemanticDistillation(D, C, center, axis), some()
     layer0, target = frames().transpose(1, 2).requires_grad_(), frames(C, seed=1)
     value = semantic(layer0, target, mask)
     with torch.no_grad():
