@@ -29,7 +29,7 @@ class SpeechCodecConfig(Settings):
     depth: Count = 8  # of body convnext: blocks in the encoder, and in the decoder
     causal: bool = False
     norm: Literal["weight_norm", "batch_norm"] = "weight_norm"  # batch_norm also standardises the latents
-    pad_mode: Literal["reflect", "constant"] = "reflect"
+    pad_mode: Literal["reflect", "constant"] = "reflect"  # of body seanet
     quantizer: Literal["residual", "split"] = "residual"  # split: the first codebook beside the cascade of the others
     num_codebooks: Count = 8  # Q
     codebook_size: Annotated[int, Rule("from 2 to 65536", lambda k: 2 <= k <= 65_536)] = 1024  # K, stored as uint16

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.codec.config import SpeechCodecConfig
-from tokenizer.codec.convnext import SUBFRAMES, ConvNeXtBlock, InverseSTFT, LocalAttention, LogMelSpectra
+from tokenizer.codec.convnext import SUBFRAMES, ConvNeXtBlock, InverseSTFT, Layer, LocalAttention, LogMelSpectra
 from tokenizer.codec.log_mel import BANDS, MEL_HOP, LogMel, Residual
 from tokenizer.codec.quantizer import ResidualVectorQuantizer
 from tokenizer.codec.seanet import LSTM, RESIDUAL_KERNEL, Conv1d, ConvTranspose1d, ResidualUnit
@@ -28,7 +28,7 @@ class Staged(Protocol):
     """An encoder or decoder."""
 
     @property
-    def stages(self) -> Sequence[Callable[[Tensor], Tensor]]:
+    def stages(self) -> Sequence[Layer]:
         """Its layers, from the first to the last."""
 
 
@@ -70,7 +70,7 @@ class _Windowed:
 
     def __init__(
         self,
-        layer: Callable[[Tensor], Tensor],
+        layer: Layer,
         past: int,
         ahead: int,
         out_channels: int,
@@ -134,7 +134,7 @@ class _Gathered:
         return self.layer(x)
 
 
-def _stage(layer: Callable[[Tensor], Tensor], causal: bool, reflect: bool) -> Stage:
+def _stage(layer: Layer, causal: bool, reflect: bool) -> Stage:
     match layer:
         case LSTM():
             return _Gathered(layer) if layer.lstm.bidirectional else _Recurrent(layer)
@@ -174,7 +174,7 @@ def _sides(kernel: int, stride: int, causal: bool) -> tuple[int, int]:
 class _Stream:
     """A chain of stages that processes one utterance, from its first chunk to its last."""
 
-    def __init__(self, codec: StreamableCodec, layers: Sequence[Callable[[Tensor], Tensor]]) -> None:
+    def __init__(self, codec: StreamableCodec, layers: Sequence[Layer]) -> None:
         self._codec = codec
         causal, reflect = codec.config.causal, codec.config.pad_mode == "reflect"
         self._stages = [_stage(layer, causal, reflect) for layer in layers]
@@ -217,10 +217,11 @@ class ChunkedEncoder(_Stream):
 class StreamingEncoder(ChunkedEncoder):
     """Encodes an utterance incrementally; the concatenated codes equal `codec.encode` up to rounding.
 
-    Each frame is returned as soon as its samples are complete; with pad_mode reflect the first seven are returned
-    together, because the beginning is mirrored. Only the first `layers` codebooks are searched (all when None). Latents
-    differ from `codec.encode` in the last bits only, because torch's kernels sum in another order for fewer frames; so
-    the codes differ only in frames that are equally close to two codes within that rounding, and in later layers there.
+    Each frame is returned as soon as its samples are complete; with SEANet's pad_mode reflect the first seven are
+    returned together, because the beginning is mirrored. Only the first `layers` codebooks are searched (all when
+    None). Latents differ from `codec.encode` in the last bits only, because torch's kernels sum in another order for
+    fewer frames; so the codes differ only in frames that are equally close to two codes within that rounding, and in
+    later layers there.
     Raises InputError for a codec that is not causal or `layers` out of range, ValueError in training mode.
 
     >>> encoder = StreamingEncoder(codec)
@@ -264,7 +265,7 @@ class ChunkedDecoder(_Stream):
 class StreamingDecoder(ChunkedDecoder):
     """Decodes an utterance incrementally; the concatenated samples equal `codec.decode` up to rounding.
 
-    The samples of a frame are returned at once; with pad_mode reflect those of the first seven frames together.
+    The samples of a frame are returned at once; with SEANet's pad_mode reflect, those of the first seven together.
     Raises InputError for a codec that is not causal, ValueError in training mode.
     """
 
