@@ -92,12 +92,12 @@ def assert_same_codes() -> Callable[..., None]:
     return _assert_same_codes
 
 
-def _standardize(last: torch.nn.Conv1d, latents: Tensor) -> None:
-    """Change the last convolution so that its latents float [D, T] get a mean of 0 and a deviation of 1."""
+def _standardize(last: torch.nn.Conv1d | torch.nn.Linear, latents: Tensor) -> None:
+    """Change the last layer so that its latents float [D, T] get a mean of 0 and a deviation of 1."""
     deviation, mean = torch.std_mean(latents, 1)
     last.bias.copy_((last.bias - mean) / deviation)
     weighted = last.parametrizations.weight.original0 if hasattr(last, "parametrizations") else last.weight
-    weighted.div_(deviation[:, None, None])
+    weighted.div_(deviation.view(-1, *[1] * (weighted.ndim - 1)))
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +115,8 @@ def make_codec() -> Callable[..., SpeechCodec]:
             codec = SpeechCodec(SpeechCodecConfig(**{**tiny, **settings})).eval()
             with torch.no_grad():
                 sound = _noise(codec.hop_length * 20 * codec.codebook_size)
-                _standardize(codec.encoder.layers[-1].conv, codec.latents(sound)[0])
+                last = codec.encoder.output if codec.config.body == "convnext" else codec.encoder.layers[-1].conv
+                _standardize(last, codec.latents(sound)[0])
                 latents = codec.latents(sound)[0].T
         codec.quantizer.initialize(latents)
         return codec

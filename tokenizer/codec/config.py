@@ -29,10 +29,11 @@ class SpeechCodecConfig(Settings):
     depth: Count = 8  # of body convnext: blocks in the encoder, and in the decoder
     causal: bool = False
     norm: Literal["weight_norm", "batch_norm"] = "weight_norm"  # batch_norm also standardises the latents
-    pad_mode: Literal["reflect", "constant"] = "reflect"
+    pad_mode: Literal["reflect", "constant"] = "reflect"  # of body seanet
     quantizer: Literal["residual", "split"] = "residual"  # split: the first codebook beside the cascade of the others
     num_codebooks: Count = 8  # Q
     codebook_size: Annotated[int, Rule("from 2 to 65536", lambda k: 2 <= k <= 65_536)] = 1024  # K, stored as uint16
+    codebook_dim: Count | None = None  # of normalised codes, searched for in a space of so few dimensions (DAC: 8)
 
     def __post_init__(self) -> None:
         self.strides = tuple(self.strides)
@@ -46,9 +47,9 @@ class SpeechCodecConfig(Settings):
             yield "front_end log_mel needs causal: false and strides with a product of 320"
         if self.quantizer == "split" and self.num_codebooks < 2:
             yield f"quantizer split needs at least 2 codebooks, got {self.num_codebooks}"
-        if self.body == "convnext" and (self.hop_length % 4 or self.causal):
-            yield "body convnext needs strides with a product that is a multiple of 4, and causal: false"
-        if self.causal and self.lstm == "bidirectional":
+        if self.body == "convnext" and self.hop_length % 4:
+            yield "body convnext needs strides with a product that is a multiple of 4"
+        if self.body == "seanet" and self.causal and self.lstm == "bidirectional":
             yield "a causal codec cannot have a bidirectional lstm: choose forward or none"
 
     @property

@@ -4,10 +4,13 @@ SEANet computes mostly on samples, and two cores train it for hours before it sp
 frames a second: the encoder starts from log-mel spectra, and the decoder ends with an inverse short-time Fourier
 transform, as in Vocos (arXiv 2306.00814) and WavTokenizer (arXiv 2408.16532). Attention over nearby frames takes the
 place of SEANet's LSTM.
+Every layer sees a bounded number of frames before its own (`past`) and, unless it is causal, after it (`ahead`): so
+hours are encoded in chunks, and a causal body works on a stream (`tokenizer.codec.streaming`).
 Shapes as in SEANet: waveform float [B, 1, N], latents float [B, D, T] with T = ceil(N / hop).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,27 +25,41 @@ SUBFRAMES = 2  # spectra per frame that the decoder predicts
 LOUDEST = 100.0  # magnitude of a bin, above which the head does not go
 
 
+Layer = Callable[[Tensor], Tensor]
+
+
 class LogMelSpectra(nn.Module):
-    """Waveform float [B, N], N a multiple of the hop -> log-mel spectra of several resolutions, float [B, C, T]."""
+    """Waveform float [B, 1, N] -> log-mel spectra of several resolutions, float [B, C, ceil(N / hop)].
+
+    Windows are centred on their part of the frame, or end with it if causal. Samples beyond the ends are zeros.
+    """
 
     def __init__(self, sample_rate: int, hop_length: int, causal: bool):
         super().__init__()
         self.hop_length, self.causal = hop_length, causal
         self.channels = sum(bands * count for _, bands, count in SPECTRA)
+        margins = [self._margins(size, count) for size, _, count in SPECTRA]
+        self.past, self.ahead = (max(0, *sides) for sides in zip(*margins, strict=True))  # samples beside the frame
         for i, (window, bands, _) in enumerate(SPECTRA):
             filters = melscale_fbanks(window + 1, 0.0, sample_rate / 2, bands, sample_rate)  # of twice as many points
             self.register_buffer(f"filters_{i}", filters.T.contiguous(), persistent=False)
             self.register_buffer(f"window_{i}", torch.hann_window(window), persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
+        waveform = F.pad(waveform.squeeze(1), (0, -waveform.shape[-1] % self.hop_length))
         with torch.autocast(waveform.device.type, enabled=False):
-            return torch.cat([self._spectra(waveform.float(), i, *SPECTRA[i]) for i in range(len(SPECTRA))], 1)
+            return torch.cat([self._spectra(waveform, i, *SPECTRA[i]) for i in range(len(SPECTRA))], 1)
+
+    def _margins(self, size: int, count: int) -> tuple[int, int]:
+        """Samples that a window sees before and after its own part of the frame."""
+        total = size - self.hop_length // count
+        right = 0 if self.causal else total // 2
+        return total - right, right
 
     def _spectra(self, waveform: Tensor, i: int, size: int, bands: int, count: int) -> Tensor:
-        step = self.hop_length // count
-        right = 0 if self.causal else (size - step) // 2
-        frames = F.pad(waveform, (size - step - right, right)).unfold(1, size, step)
-        power = torch.fft.rfft(frames * getattr(self, f"window_{i}"), 2 * size).abs().square()
+        window = getattr(self, f"window_{i}")
+        frames = F.pad(waveform.to(window), self._margins(size, count)).unfold(1, size, self.hop_length // count)
+        power = torch.fft.rfft(frames * window, 2 * size).abs().square()
         mel = torch.log(power @ getattr(self, f"filters_{i}").T + 1e-4)
         return mel.unflatten(1, (-1, count)).flatten(2).transpose(1, 2)
 
@@ -55,7 +72,8 @@ class ConvNeXtBlock(nn.Module):
 
     def __init__(self, channels: int, scale: float, causal: bool):
         super().__init__()
-        self.pad = (KERNEL - 1, 0) if causal else (KERNEL // 2, KERNEL // 2)
+        self.channels = channels
+        self.past, self.ahead = (KERNEL - 1, 0) if causal else (KERNEL // 2, KERNEL // 2)
         self.depthwise = nn.Conv1d(channels, channels, KERNEL, groups=channels)
         self.norm = nn.LayerNorm(channels)
         self.expand = nn.Linear(channels, 3 * channels)
@@ -63,7 +81,7 @@ class ConvNeXtBlock(nn.Module):
         self.gain = nn.Parameter(torch.full((channels,), scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.depthwise(F.pad(x, self.pad)).transpose(1, 2))
+        y = self.norm(self.depthwise(F.pad(x, (self.past, self.ahead))).transpose(1, 2))
         return x + (self.gain * self.shrink(F.gelu(self.expand(y)))).transpose(1, 2)
 
 
@@ -75,7 +93,8 @@ class LocalAttention(nn.Module):
 
     def __init__(self, channels: int, scale: float, causal: bool):
         super().__init__()
-        self.heads, self.causal = max(1, channels // HEAD_WIDTH), causal
+        self.channels, self.heads = channels, max(1, channels // HEAD_WIDTH)
+        self.past, self.ahead = REACH, 0 if causal else REACH
         self.norm = nn.LayerNorm(channels)
         self.input = nn.Linear(channels, 3 * channels)
         self.output = nn.Linear(channels, channels)
@@ -84,7 +103,7 @@ class LocalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         places = torch.arange(x.shape[2], device=x.device)
         distance = places[:, None] - places
-        seen = (distance <= REACH) & (distance >= (0 if self.causal else -REACH))
+        seen = (distance <= self.past) & (distance >= -self.ahead)
         query, key, value = (
             part.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for part in self.input(self.norm(x.transpose(1, 2))).chunk(3, -1)
@@ -94,8 +113,12 @@ class LocalAttention(nn.Module):
 
 
 def rotate(x: Tensor, places: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864): x float [..., T, C] with C even, places long [T]."""
-    rates = torch.exp(torch.arange(0, x.shape[-1], 2, device=x.device) * (-math.log(1000.0) / x.shape[-1]))
+    """Rotary positions (arXiv 2104.09864): x float [..., T, C] with C even, places long [T].
+
+    The angles are in float64: in float32, those of the thousandth frame are off by 1e-4, which is its own.
+    """
+    pairs = torch.arange(0, x.shape[-1], 2, device=x.device, dtype=torch.float64)
+    rates = torch.exp(pairs * (-math.log(1000.0) / x.shape[-1]))
     angles = places[:, None] * rates
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     even, odd = x.chunk(2, -1)
@@ -126,7 +149,6 @@ class ConvNeXtEncoder(nn.Module):
 
     def __init__(self, dimension: int, width: int, depth: int, sample_rate: int, hop_length: int, causal: bool):
         super().__init__()
-        self.hop_length = hop_length
         self.spectra = LogMelSpectra(sample_rate, hop_length, causal)
         self.input_norm = nn.BatchNorm1d(self.spectra.channels)
         self.input = nn.Conv1d(self.spectra.channels, width, 1)
@@ -135,46 +157,84 @@ class ConvNeXtEncoder(nn.Module):
         self.output = nn.Linear(width, dimension)
         self.apply(_initialize)
 
+    @property
+    def stages(self) -> list[Layer]:
+        return [self.spectra, self.input_norm, self.input, *self.blocks, self._latents]
+
     def forward(self, waveform: Tensor) -> Tensor:
-        waveform = F.pad(waveform.squeeze(1), (0, -waveform.shape[-1] % self.hop_length))
-        x = self.blocks(self.input(self.input_norm(self.spectra(waveform))))
+        return _chain(self.stages, waveform)
+
+    def _latents(self, x: Tensor) -> Tensor:
         return self.output(self.norm(x.transpose(1, 2))).transpose(1, 2)
+
+
+def _chain(layers: list[Layer], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
 
 
 class ConvNeXtDecoder(nn.Module):
     """Latents float [B, D, T] -> waveform float [B, 1, T * hop]."""
 
-    window: Tensor
-
     def __init__(self, dimension: int, width: int, depth: int, hop_length: int, causal: bool):
         super().__init__()
-        self.step, self.causal = hop_length // SUBFRAMES, causal
-        self.bins = 2 * self.step + 1  # of windows of four steps
         self.input = nn.Conv1d(dimension, width, 1)
         self.blocks = frame_blocks(width, depth, causal)
         self.norm = nn.LayerNorm(width)
-        self.output = nn.Linear(width, SUBFRAMES * 2 * self.bins)
-        self.register_buffer("window", torch.hann_window(4 * self.step), persistent=False)
+        self.inverse = InverseSTFT(hop_length, causal)
+        self.output = nn.Linear(width, self.inverse.channels)
         self.apply(_initialize)
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.norm(self.blocks(self.input(z)).transpose(1, 2))
-        with torch.autocast(z.device.type, enabled=False):
-            spectra = self.output(x.float()).unflatten(2, (SUBFRAMES, -1)).flatten(1, 2)  # [B, T * SUBFRAMES, 2 * bins]
-            level, phase = spectra.chunk(2, -1)
-            return self._inverse(torch.polar(level.exp().clamp(max=LOUDEST), phase))[:, None]
+    @property
+    def stages(self) -> list[Layer]:
+        return [self.input, *self.blocks, self._spectra, self.inverse]
 
-    def _inverse(self, spectra: Tensor) -> Tensor:
+    def forward(self, z: Tensor) -> Tensor:
+        return _chain(self.stages, z)
+
+    def _spectra(self, x: Tensor) -> Tensor:
+        x = self.norm(x.transpose(1, 2))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.output(x.to(self.output.weight)).transpose(1, 2)
+
+
+class InverseSTFT(nn.Module):
+    """Spectra float [B, C, T], levels and phases of SUBFRAMES windows per frame -> waveform float [B, 1, T * hop].
+
+    A window has four steps, of which a frame has SUBFRAMES. It is centred on its step, so that the waveform waits for
+    one more frame. If causal, it begins with its step, so that the samples of a frame depend on no later one. Such a
+    window rises within the step and falls over the next three, as in codecs of low delay: under a symmetric one most of
+    a sample would come from spectra predicted a frame before it.
+    """
+
+    window: Tensor
+
+    def __init__(self, hop_length: int, causal: bool):
+        super().__init__()
+        self.step = hop_length // SUBFRAMES
+        self.channels = SUBFRAMES * 2 * (2 * self.step + 1)
+        self.first = 0 if causal else 3 * self.step // 2  # sample of the first window at which the waveform begins
+        self.past, self.ahead = (2, 0) if causal else (1, 1)  # frames
+        rise, fall = (self.step, 3 * self.step) if causal else (2 * self.step, 2 * self.step)
+        window = torch.cat([torch.hann_window(2 * rise)[:rise], torch.hann_window(2 * fall)[fall:]])
+        self.register_buffer("window", window, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectra = x.transpose(1, 2).unflatten(2, (SUBFRAMES, -1)).flatten(1, 2)  # [B, T * SUBFRAMES, 2 * bins]
+        level, phase = spectra.chunk(2, -1)
+        return self.overlap(torch.polar(level.exp().clamp(max=LOUDEST), phase))[:, None]
+
+    def overlap(self, spectra: Tensor) -> Tensor:
         """Overlapping windows of complex spectra [B, M, bins] -> samples float [B, M * step]."""
         size = len(self.window)
         frames = torch.fft.irfft(spectra, size) * self.window
         weights = self.window.square().expand(1, frames.shape[1], size)
         # where few windows overlap, at an end of the utterance, the samples fade instead of being blown up
-        samples = self._overlap(frames) / self._overlap(weights).clamp(min=0.1)
-        first = 0 if self.causal else (size - self.step) // 2
-        return samples[:, first : first + frames.shape[1] * self.step]
+        samples = self._add(frames) / self._add(weights).clamp(min=0.1)
+        return samples[:, self.first : self.first + frames.shape[1] * self.step]
 
-    def _overlap(self, frames: Tensor) -> Tensor:
+    def _add(self, frames: Tensor) -> Tensor:
         """Windows float [B, M, size] added at their places, float [B, (M - 1) * step + size]."""
         count, size = frames.shape[1:]
         shape = {"output_size": (1, (count - 1) * self.step + size), "kernel_size": (1, size), "stride": (1, self.step)}

@@ -58,6 +58,10 @@ class LogMelEncoder(nn.Module):
             Conv1d(channels, dimension, 3, style=style),
         )
 
+    @property
+    def stages(self) -> list[nn.Module]:
+        return [self.log_mel, self.input_norm, *self.layers]
+
     def forward(self, waveform: Tensor) -> Tensor:
         return self.layers(self.input_norm(self.log_mel(waveform.squeeze(1))))
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.progress import progress_bar
@@ -20,7 +21,7 @@ class Quantized:
         every layer unchanged.
     output: the sum of the layers, float [B, D, T]; a single straight-through estimator, so z receives its gradient
         once and not once per layer.
-    commitment: scalar, mean over layers of the squared distance between residual and code vector.
+    commitment: scalar, mean over layers of the squared distance between residual and what its code stands for.
     """
 
     ids: Tensor
@@ -37,6 +38,12 @@ class ResidualVectorQuantizer(nn.Module):
     first code can be about content, without having to be the best first approximation of the sound, and a loss on one
     branch reaches the other only through the encoder.
 
+    With `codebook_dim`, each codebook searches in a space of its own: `reduce` projects the residual to that few
+    dimensions and to length 1, where the codes lie as well, and `restore` projects the code back (the factorised,
+    normalised codes of ViT-VQGAN, arXiv 2110.04627, and DAC, arXiv 2306.06546). The codes still follow moving averages
+    and not DAC's gradients; the projections learn from the commitment and from every loss on layers and output,
+    straight through the code.
+
     The residual is detached from the preceding code vectors, never from z, so that a loss on layer k has the same
     gradient at the encoder as a loss on layer 0. (Subtracting the straight-through output instead gives every layer but
     the first a gradient of exactly zero, which silently removes eq. 5 of the paper.)
@@ -47,15 +54,26 @@ class ResidualVectorQuantizer(nn.Module):
     usage: Tensor
     sums: Tensor
 
-    def __init__(self, dimension: int, num_codebooks: int = 8, codebook_size: int = 1024, split: bool = False):
+    def __init__(
+        self,
+        dimension: int,
+        num_codebooks: int = 8,
+        codebook_size: int = 1024,
+        split: bool = False,
+        codebook_dim: int | None = None,
+    ):
         super().__init__()
         self.branches = [range(1), range(1, num_codebooks)] if split else [range(num_codebooks)]  # layers of each
         self.inward, self.outward = (
             nn.ModuleList(_scaled_identity(dimension, scale) if split else nn.Identity() for _ in self.branches)
             for scale in (1.0, 0.5)
         )
+        factors = [_factors(dimension, codebook_dim) for _ in range(num_codebooks)]
+        self.reduce, self.restore = (nn.ModuleList(side) for side in zip(*factors, strict=True))
+        self.normalized = codebook_dim is not None
         self.decay = 0.99  # of the moving averages, per step; short training runs need a smaller one
-        self.register_buffer("codebooks", torch.randn(num_codebooks, codebook_size, dimension))
+        codebooks = torch.randn(num_codebooks, codebook_size, codebook_dim or dimension)
+        self.register_buffer("codebooks", self._placed(codebooks))
         self.register_buffer("usage", torch.ones(num_codebooks, codebook_size))
         self.register_buffer("sums", self.codebooks.clone())
 
@@ -81,18 +99,28 @@ class ResidualVectorQuantizer(nn.Module):
         latents = latents.float()
         for layer in progress_bar(range(num_codebooks), "k-means for the codebooks", unit="codebook"):
             if (start := self._start(layer)) is not None:
-                residual = start(latents).cpu()
+                residual = start(latents)
+            vectors = self.reduce[layer](residual).cpu()
             kmeans = MiniBatchKMeans(size, batch_size=4096, n_init=1, max_iter=30, random_state=seed + layer)
-            ids = torch.from_numpy(kmeans.fit_predict(residual.numpy())).long()
+            ids = torch.from_numpy(kmeans.fit_predict(vectors.numpy())).long()
             centroids = torch.from_numpy(kmeans.cluster_centers_).float()
             counts = torch.bincount(ids, minlength=size).float().clamp(min=1.0)
-            self.codebooks[layer] = centroids
+            codes = self._placed(centroids)
+            self.codebooks[layer] = codes
             self.usage[layer] = counts / counts.mean()
             self.sums[layer] = self.codebooks[layer] * self.usage[layer, :, None]
-            residual = residual - centroids[ids]
+            residual = residual - self.restore[layer](codes[ids].to(residual.device))
+
+    def _placed(self, vectors: Tensor) -> Tensor:
+        """Vectors float [..., D] where codes may lie: anywhere, or on the unit sphere."""
+        return F.normalize(vectors, dim=-1) if self.normalized else vectors
+
+    def _restored(self, ids: Tensor, layer: int) -> Tensor:
+        """What the codes long [...] of a layer stand for, float [..., D]."""
+        return self.restore[layer](self.codebooks[layer][ids])
 
     def nearest(self, vectors: Tensor, layer: int) -> Tensor:
-        """Ids long [M] of the code vectors closest to `vectors` float [M, D].
+        """Ids long [M] of the code vectors closest to `vectors`, float [M, D] or [M, codebook_dim] after `reduce`.
 
         If two are equally close within float32 rounding, the choice may vary with M, number of threads and processor.
         """
@@ -112,8 +140,8 @@ class ResidualVectorQuantizer(nn.Module):
             for layer in range(len(self.codebooks) if layers is None else layers):
                 if (start := self._start(layer)) is not None:
                     residual = start(flat)
-                ids.append(self.nearest(residual, layer))
-                residual = residual - self.codebooks[layer][ids[-1]]
+                ids.append(self.nearest(self.reduce[layer](residual), layer))
+                residual = residual - self._restored(ids[-1], layer)
         return torch.stack(ids, 1).unflatten(0, (batch, frames)).transpose(1, 2)
 
     def _start(self, layer: int) -> nn.Module | None:
@@ -121,13 +149,11 @@ class ResidualVectorQuantizer(nn.Module):
         return next((inward for inward, own in zip(self.inward, self.branches, strict=True) if own[0] == layer), None)
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Ids long [B, Q', T], Q' <= Q -> what they stand for, float [B, D, T]: with `split` of the branches, else
-        the sum of code vectors.
-        """
+        """Ids long [B, Q', T], Q' <= Q -> the sum of what they stand for, float [B, D, T]."""
         total = torch.zeros(())
         with torch.autocast(ids.device.type, enabled=False):
             for own, outward in zip(self.branches, self.outward, strict=True):
-                if vectors := [self.codebooks[layer][ids[:, layer]] for layer in own if layer < ids.shape[1]]:
+                if vectors := [self._restored(ids[:, layer], layer) for layer in own if layer < ids.shape[1]]:
                     total = total + outward(torch.stack(vectors).sum(0)).transpose(1, 2)
         return total
 
@@ -152,23 +178,24 @@ class ResidualVectorQuantizer(nn.Module):
         ids, layers, commitment = [], [], z.new_zeros(())
         for own, inward, outward in zip(self.branches, self.inward, self.outward, strict=True):
             flat = inward(latents)
-            subtracted = torch.zeros_like(flat)  # sum of the preceding code vectors, constant for the gradient
+            subtracted = torch.zeros_like(flat)  # what the preceding codes stand for, constant for the gradient
             decoded = torch.zeros_like(flat)
             for layer in own:
                 residual = flat - subtracted
-                chosen = self.nearest(residual.detach(), layer)
-                vectors = self.codebooks[layer][chosen]
+                searched = self.reduce[layer](residual.detach())
+                chosen = self.nearest(searched.detach(), layer)
+                vectors = self.restore[layer](_straight_through(self.codebooks[layer][chosen], searched))
                 if self.training:
-                    self._update(layer, residual.detach(), chosen, valid)
+                    self._update(layer, searched.detach(), chosen, valid)
                 used = (num_layers > layer).repeat_interleave(frames)
                 commitment = commitment + ((residual - vectors).square().sum(1) * (valid & used)).sum()
                 decoded = decoded + vectors * used[:, None]
-                layers.append((residual + (vectors - residual).detach()).unflatten(0, (batch, frames)).transpose(1, 2))
+                layers.append(_straight_through(vectors, residual).unflatten(0, (batch, frames)).transpose(1, 2))
                 ids.append(chosen.unflatten(0, (batch, frames)))
-                subtracted = subtracted + vectors
+                subtracted = subtracted + vectors.detach()
             # a branch without any codebook in use is silent: neither its bias nor its gradient
             here = (num_layers > own[0]).repeat_interleave(frames)[:, None]
-            output = output + outward(flat + (decoded - flat).detach()) * here
+            output = output + outward(_straight_through(decoded, flat)) * here
         entries = (mask.sum(1) * num_layers).sum().clamp(min=1) * z.shape[1]
         return Quantized(
             torch.stack(ids, 1), layers, output.unflatten(0, (batch, frames)).transpose(1, 2), commitment / entries
@@ -191,7 +218,7 @@ class ResidualVectorQuantizer(nn.Module):
         self.usage[layer].lerp_(counts / counts.mean().clamp(min=1e-6), 1 - self.decay)
         self.sums[layer].lerp_(sums / counts.mean().clamp(min=1e-6), 1 - self.decay)
         self._revive(layer, vectors, valid)
-        self.codebooks[layer] = self.sums[layer] / self.usage[layer, :, None].clamp(min=1e-6)
+        self.codebooks[layer] = self._placed(self.sums[layer] / self.usage[layer, :, None].clamp(min=1e-6))
 
     def _revive(self, layer: int, vectors: Tensor, valid: Tensor) -> None:
         """Replace dead codes by vectors of this batch.
@@ -205,6 +232,30 @@ class ResidualVectorQuantizer(nn.Module):
             dist.broadcast(replacements, src=0)
         self.usage[layer] = torch.where(dead, 1.0, self.usage[layer])
         self.sums[layer] = torch.where(dead[:, None], replacements, self.sums[layer])
+
+
+def _straight_through(value: Tensor, x: Tensor) -> Tensor:
+    """`value`, with a gradient that x receives unchanged, as well as whatever value was computed from."""
+    return value + (x - x.detach())
+
+
+class _Normalize(nn.Module):
+    """Vectors float [..., C] scaled to length 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1)
+
+
+def _factors(dimension: int, codebook_dim: int | None) -> tuple[nn.Module, nn.Module]:
+    """The projection to the space of a codebook, and the one back, which begins as its transpose."""
+    if codebook_dim is None:
+        return nn.Identity(), nn.Identity()
+    reduce, restore = nn.Linear(dimension, codebook_dim), nn.Linear(codebook_dim, dimension)
+    with torch.no_grad():
+        nn.init.orthogonal_(reduce.weight)
+        restore.weight.copy_(reduce.weight.T)
+        restore.bias.zero_()
+    return nn.Sequential(reduce, _Normalize()), restore
 
 
 def _scaled_identity(dimension: int, scale: float) -> nn.Linear:

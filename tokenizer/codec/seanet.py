@@ -151,6 +151,10 @@ class SEANetEncoder(nn.Module):
         layers += [nn.ELU(), Conv1d(channels, dimension, KERNEL, style=style)]
         self.layers = nn.Sequential(*layers)
 
+    @property
+    def stages(self) -> list[nn.Module]:
+        return [*self.layers]
+
     def forward(self, waveform: Tensor) -> Tensor:
         return self.layers(waveform)
 
@@ -182,6 +186,10 @@ class SEANetDecoder(nn.Module):
         last = replace(style, norm="none") if style.norm == "batch_norm" else style
         layers += [nn.ELU(), Conv1d(channels, 1, KERNEL, style=last)]
         self.layers = nn.Sequential(*layers)
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        return [*self.layers]
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.layers(latents)

@@ -56,7 +56,11 @@ class SpeechCodec(
         # a few codes; a fixed scale also makes loss weights comparable between runs
         self.latent_norm = nn.BatchNorm1d(config.dimension, affine=False) if config.norm == "batch_norm" else None
         self.quantizer = ResidualVectorQuantizer(
-            config.dimension, config.num_codebooks, config.codebook_size, config.quantizer == "split"
+            config.dimension,
+            config.num_codebooks,
+            config.codebook_size,
+            config.quantizer == "split",
+            config.codebook_dim,
         )
 
     @property
@@ -91,15 +95,16 @@ class SpeechCodec(
     @property
     def fingerprint(self) -> str:
         """Hash of the configuration and all weights: see `module_fingerprint`."""
-        return module_fingerprint(self, asdict(self.config))
+        settings = asdict(self.config)
+        if self.config.codebook_dim is None:  # codecs from before there was this setting keep their fingerprint
+            del settings["codebook_dim"]
+        return module_fingerprint(self, settings)
 
     @property
     def bounded(self) -> bool:
-        """Whether memory does not grow with the utterance: every layer of SEANet but a bidirectional LSTM works in
-        chunks.
-        """
+        """Whether memory does not grow with the utterance: every layer but a bidirectional LSTM works in chunks."""
         config = self.config
-        return config.body == "seanet" and (config.front_end != "seanet" or config.lstm != "bidirectional")
+        return config.body == "convnext" or config.front_end != "seanet" or config.lstm != "bidirectional"
 
     def latents(self, waveform: Tensor) -> Tensor:
         """z0 of eq. 1: waveform float [B, N] -> float [B, D, T], T = ceil(N / hop)."""
@@ -141,14 +146,14 @@ class SpeechCodec(
     def _encode(self, samples: Tensor, layers: int | None) -> Tensor:
         """One utterance float [N] -> its codes long [Q', T]."""
         frames = round(CHUNK_S * self.frame_rate)
-        if self.config.body == "seanet" and len(samples) > frames * self.hop_length:
+        if len(samples) > frames * self.hop_length:
             return in_chunks(ChunkedEncoder(self, layers), samples, frames, self.hop_length)
         return self.quantizer.encode(self.latents(samples[None]), layers)[0]
 
     def _decode(self, ids: Tensor) -> Tensor:
         """The codes of one utterance long [Q', T] -> speech float [T * hop]."""
         frames = round(CHUNK_S * self.frame_rate)
-        if self.config.body == "seanet" and ids.shape[1] > frames:
+        if ids.shape[1] > frames:
             return in_chunks(ChunkedDecoder(self), ids, frames)
         return self.decoder(self.quantizer.decode(ids[None].to(self.codebooks.device)))[0, 0]
 

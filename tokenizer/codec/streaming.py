@@ -5,30 +5,31 @@ that looks ahead waits for the inputs that its outputs depend on.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tokenizer.codec.config import SpeechCodecConfig
-from tokenizer.codec.log_mel import BANDS, MEL_HOP, LogMel, LogMelEncoder, Residual
+from tokenizer.codec.convnext import SUBFRAMES, ConvNeXtBlock, InverseSTFT, Layer, LocalAttention, LogMelSpectra
+from tokenizer.codec.log_mel import BANDS, MEL_HOP, LogMel, Residual
 from tokenizer.codec.quantizer import ResidualVectorQuantizer
-from tokenizer.codec.seanet import (
-    LSTM,
-    RESIDUAL_KERNEL,
-    Conv1d,
-    ConvTranspose1d,
-    ResidualUnit,
-    SEANetDecoder,
-    SEANetEncoder,
-)
+from tokenizer.codec.seanet import LSTM, RESIDUAL_KERNEL, Conv1d, ConvTranspose1d, ResidualUnit
 from tokenizer.errors import InputError
 from tokenizer.frames import frame_count
 from tokenizer.interface import Codes
 from tokenizer.rates import HOP_LENGTH
 
 Stage = Callable[[Tensor, bool], Tensor]  # new inputs [1, C, n], whether they are the last ones -> new outputs
+
+
+class Staged(Protocol):
+    """An encoder or decoder."""
+
+    @property
+    def stages(self) -> Sequence[Layer]:
+        """Its layers, from the first to the last."""
 
 
 class StreamableCodec(Protocol):
@@ -38,10 +39,10 @@ class StreamableCodec(Protocol):
     training: bool
 
     @property
-    def encoder(self) -> nn.Module: ...
+    def encoder(self) -> Staged: ...
 
     @property
-    def decoder(self) -> SEANetDecoder: ...
+    def decoder(self) -> Staged: ...
 
     @property
     def latent_norm(self) -> nn.Module | None: ...
@@ -69,7 +70,7 @@ class _Windowed:
 
     def __init__(
         self,
-        layer: Callable[[Tensor], Tensor],
+        layer: Layer,
         past: int,
         ahead: int,
         out_channels: int,
@@ -133,7 +134,7 @@ class _Gathered:
         return self.layer(x)
 
 
-def _stage(layer: nn.Module, causal: bool, reflect: bool) -> Stage:
+def _stage(layer: Layer, causal: bool, reflect: bool) -> Stage:
     match layer:
         case LSTM():
             return _Gathered(layer) if layer.lstm.bidirectional else _Recurrent(layer)
@@ -152,6 +153,14 @@ def _stage(layer: nn.Module, causal: bool, reflect: bool) -> Stage:
         case LogMel():
             frames = HOP_LENGTH // MEL_HOP
             return _Windowed(lambda x: layer(x[:, 0]), layer.margin, layer.margin, BANDS, False, HOP_LENGTH, frames)
+        case LogMelSpectra():
+            return _Windowed(layer, layer.past, layer.ahead, layer.channels, False, down=layer.hop_length)
+        case ConvNeXtBlock() | LocalAttention():
+            return _Windowed(layer, layer.past, layer.ahead, layer.channels, False)
+        case InverseSTFT():
+            return _Windowed(layer, layer.past, layer.ahead, 1, False, up=SUBFRAMES * layer.step)
+        case nn.Conv1d():  # of kernel 1, which takes no empty input
+            return _Windowed(layer, 0, 0, layer.out_channels, False)
     return lambda x, last: layer(x)  # processes each frame separately
 
 
@@ -165,7 +174,7 @@ def _sides(kernel: int, stride: int, causal: bool) -> tuple[int, int]:
 class _Stream:
     """A chain of stages that processes one utterance, from its first chunk to its last."""
 
-    def __init__(self, codec: StreamableCodec, layers: list[nn.Module]) -> None:
+    def __init__(self, codec: StreamableCodec, layers: Sequence[Layer]) -> None:
         self._codec = codec
         causal, reflect = codec.config.causal, codec.config.pad_mode == "reflect"
         self._stages = [_stage(layer, causal, reflect) for layer in layers]
@@ -195,13 +204,8 @@ class ChunkedEncoder(_Stream):
     """Encodes an utterance chunk by chunk, which may stay without codes until the next one."""
 
     def __init__(self, codec: StreamableCodec, layers: int | None = None) -> None:
-        encoder = codec.encoder
-        assert isinstance(encoder, SEANetEncoder | LogMelEncoder)
-        first = [encoder.log_mel, encoder.input_norm] if isinstance(encoder, LogMelEncoder) else []
-        stages = [*first, *encoder.layers]
-        if codec.latent_norm is not None:
-            stages.append(codec.latent_norm)
-        super().__init__(codec, stages)
+        norm = [] if codec.latent_norm is None else [codec.latent_norm]
+        super().__init__(codec, [*codec.encoder.stages, *norm])
         self._layers = layers
 
     @torch.no_grad()
@@ -213,10 +217,11 @@ class ChunkedEncoder(_Stream):
 class StreamingEncoder(ChunkedEncoder):
     """Encodes an utterance incrementally; the concatenated codes equal `codec.encode` up to rounding.
 
-    Each frame is returned as soon as its samples are complete; with pad_mode reflect the first seven are returned
-    together, because the beginning is mirrored. Only the first `layers` codebooks are searched (all when None). Latents
-    differ from `codec.encode` in the last bits only, because torch's kernels sum in another order for fewer frames; so
-    the codes differ only in frames that are equally close to two codes within that rounding, and in later layers there.
+    Each frame is returned as soon as its samples are complete; with SEANet's pad_mode reflect the first seven are
+    returned together, because the beginning is mirrored. Only the first `layers` codebooks are searched (all when
+    None). Latents differ from `codec.encode` in the last bits only, because torch's kernels sum in another order for
+    fewer frames; so the codes differ only in frames that are equally close to two codes within that rounding, and in
+    later layers there.
     Raises InputError for a codec that is not causal or `layers` out of range, ValueError in training mode.
 
     >>> encoder = StreamingEncoder(codec)
@@ -249,7 +254,7 @@ class ChunkedDecoder(_Stream):
     """Decodes an utterance chunk by chunk, which may stay without samples until the next one."""
 
     def __init__(self, codec: StreamableCodec) -> None:
-        super().__init__(codec, [*codec.decoder.layers])
+        super().__init__(codec, codec.decoder.stages)
 
     @torch.no_grad()
     def _step(self, ids: Tensor, last: bool) -> Tensor:
@@ -260,7 +265,7 @@ class ChunkedDecoder(_Stream):
 class StreamingDecoder(ChunkedDecoder):
     """Decodes an utterance incrementally; the concatenated samples equal `codec.decode` up to rounding.
 
-    The samples of a frame are returned at once; with pad_mode reflect those of the first seven frames together.
+    The samples of a frame are returned at once; with SEANet's pad_mode reflect, those of the first seven together.
     Raises InputError for a codec that is not causal, ValueError in training mode.
     """
 

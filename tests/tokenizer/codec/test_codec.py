@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, EncodecConfig, EncodecModel
 
 from speechllm import AudioTokenizer, Codec, Codes, InputError, SpeechCodec, SpeechCodecConfig
+from tokenizer.pretrained import module_fingerprint
 
 pytestmark = pytest.mark.numeric
 
@@ -24,6 +25,10 @@ KINDS = {
     "no lstm, zero padding": {"lstm": "none", "pad_mode": "constant"},
     "batch norm": {"norm": "batch_norm"},
     "log mel": {"front_end": "log_mel", "norm": "batch_norm"},
+    "convnext": {"body": "convnext", "width": 16, "depth": 3},
+    "causal convnext": {"body": "convnext", "width": 16, "depth": 3, "causal": True, "norm": "batch_norm"},
+    "few dimensions": {"codebook_dim": 3},
+    "few dimensions, split": {"codebook_dim": 3, "quantizer": "split"},
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -164,10 +169,17 @@ def depends_on_the_future(codec: SpeechCodec, noise: Noise, frame: int) -> tuple
 @pytest.mark.parametrize(
     "settings, frame",
     # the reflection at the left edge mirrors six frames of the future into the past, as in EnCodec
-    [({}, 7), ({"norm": "batch_norm"}, 10), ({"pad_mode": "constant"}, 1), ({"pad_mode": "constant"}, 8)],
+    [
+        ({}, 7),
+        ({"norm": "batch_norm"}, 10),
+        ({"pad_mode": "constant"}, 1),
+        ({"pad_mode": "constant"}, 8),
+        (KINDS["convnext"], 1),
+        (KINDS["convnext"], 8),
+    ],
 )
 def test_a_causal_codec_never_looks_ahead(
-    make_codec: MakeCodec, noise: Noise, settings: dict[str, str], frame: int
+    make_codec: MakeCodec, noise: Noise, settings: dict[str, object], frame: int
 ) -> None:
     assert depends_on_the_future(make_codec(causal=True, **settings), noise, frame) == (False, False)
     assert depends_on_the_future(make_codec(causal=False, **settings), noise, frame) == (True, True)
@@ -212,6 +224,13 @@ def test_the_fingerprint_changes_with_the_configuration(make_codec: MakeCodec) -
     other = SpeechCodec(SpeechCodecConfig(**{**vars(codec.config), "pad_mode": "constant"}))
     other.load_state_dict(codec.state_dict())
     assert other.fingerprint != codec.fingerprint
+
+
+def test_a_setting_that_came_later_and_is_not_used_leaves_the_fingerprint(make_codec: MakeCodec) -> None:
+    """Otherwise speech that was encoded before would not belong to its codec any more."""
+    codec = make_codec()
+    before = {key: value for key, value in vars(codec.config).items() if key != "codebook_dim"}
+    assert codec.fingerprint == module_fingerprint(codec, before)
 
 
 def test_a_codec_in_bfloat16_has_a_fingerprint(make_codec: MakeCodec) -> None:

@@ -479,3 +479,128 @@ def test_k_means_begins_each_branch_at_its_projection(split: ResidualVectorQuant
         seen = split.inward[number](latents)
         distances = torch.cdist(seen, split.codebooks[layer]).min(1).values
         assert distances.square().mean() < 0.8 * seen.var(0).sum()
+
+
+# ---- codes of few dimensions
+
+d = 3
+
+
+@pytest.fixture(params=[False, True], ids=["residual", "split"])
+def low(request: pytest.FixtureRequest) -> ResidualVectorQuantizer:
+    torch.manual_seed(0)
+    quantizer = ResidualVectorQuantizer(D, Q, K, split=request.param, codebook_dim=d).eval()
+    for parameter in quantizer.parameters():  # all projections are something, biases too
+        torch.nn.init.normal_(parameter, std=0.5)
+    return quantizer
+
+
+def branches(quantizer: ResidualVectorQuantizer) -> list[range]:
+    return [range(Q)] if len(quantizer.branches) == 1 else [range(1), range(1, Q)]
+
+
+@torch.no_grad()
+def searched_by_hand(quantizer: ResidualVectorQuantizer, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids [B, Q, T] by cosines, what each stands for [Q, B, T, D], and the residuals [Q, B, T, D], in float64."""
+    exact = copy.deepcopy(quantizer).double()
+    ids, values, residuals = [], [], []
+    for inward, layers in zip(exact.inward, branches(quantizer), strict=True):
+        left = inward(z.double().transpose(1, 2))
+        for layer in layers:
+            projection, restore, codes = exact.reduce[layer][0], exact.restore[layer], exact.codebooks[layer]
+            point = left @ projection.weight.T + projection.bias
+            cosines = torch.nn.functional.cosine_similarity(point[:, :, None], codes[None, None], dim=-1)
+            residuals.append(left)
+            ids.append(cosines.argmax(-1))
+            values.append(codes[ids[-1]] @ restore.weight.T + restore.bias)
+            left = left - values[-1]
+    return torch.stack(ids, 1), torch.stack(values), torch.stack(residuals)
+
+
+def test_codes_are_found_by_their_angle_and_projected_back(low: ResidualVectorQuantizer) -> None:
+    z = latents()
+    found = low(z)
+    ids, values, residuals = searched_by_hand(low, z)
+    assert torch.equal(found.ids, ids) and torch.equal(low.encode(z), ids) and len(ids.unique()) > K // 2
+    assert torch.equal(low.encode(z, 2), ids[:, :2])
+    for layer in range(Q):
+        torch.testing.assert_close(found.layers[layer], values[layer].transpose(1, 2).float())
+    assert float(found.commitment.detach()) == pytest.approx(float((residuals - values).square().mean()), rel=1e-5)
+    for count in (1, 2, Q):
+        expected = torch.zeros(2, 30, D)
+        for outward, layers in zip(low.outward, branches(low), strict=True):
+            if kept := [values[layer] for layer in layers if layer < count]:
+                expected = expected + outward(sum(kept).float())
+        torch.testing.assert_close(low.decode(ids[:, :count]), expected.transpose(1, 2))
+        torch.testing.assert_close(low(z, num_layers=torch.tensor([count, count])).output, expected.transpose(1, 2))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_losses_reach_latents_once_and_projections_straight_through_the_code(
+    low: ResidualVectorQuantizer, training: bool
+) -> None:
+    z, weights = latents().requires_grad_(), latents(seed=2)
+    before, (_, _, residuals) = copy.deepcopy(low), searched_by_hand(low, z)
+    found = low.train(training)(z)
+    at_start = {layer: number for number, layers in enumerate(branches(low)) for layer in layers}
+    for layer in range(Q):
+        low.zero_grad()
+        (gradient,) = torch.autograd.grad((found.layers[layer] * weights).sum(), z, retain_graph=True)
+        inward = low.inward[at_start[layer]]
+        back = weights if isinstance(inward, torch.nn.Identity) else (weights.transpose(1, 2) @ inward.weight).mT
+        torch.testing.assert_close(gradient, back)
+        (found.layers[layer] * weights).sum().backward(retain_graph=True)
+        # of the projections as if the code were the point that it stands for
+        through = before.restore[layer](before.reduce[layer](residuals[layer].float())).transpose(1, 2)
+        own = [*before.reduce[layer].parameters()]
+        expected = torch.autograd.grad((through * weights).sum(), own)
+        for parameter, value in zip(low.reduce[layer].parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, value)
+        assert low.restore[layer].weight.grad.any()
+        others = [
+            p.grad for side in (low.reduce, low.restore) for k in range(Q) if k != layer for p in side[k].parameters()
+        ]
+        assert all(grad is None or not grad.any() for grad in others)
+    low.zero_grad()
+    (gradient,) = torch.autograd.grad((found.output * weights).sum(), z, retain_graph=True)
+    back = weights.transpose(1, 2)
+    if len(low.branches) == 2:
+        back = sum(back @ after.weight @ first.weight for first, after in zip(low.inward, low.outward, strict=True))
+    torch.testing.assert_close(gradient, back.mT)
+    (found.output * weights).sum().backward()
+    assert all(parameter.grad.any() for part in (low.reduce, low.restore) for parameter in part.parameters())
+
+
+def test_codes_of_few_dimensions_have_length_1_wherever_they_come_from(low: ResidualVectorQuantizer) -> None:
+    def assert_normalized() -> None:
+        torch.testing.assert_close(low.codebooks.norm(dim=2), torch.ones(Q, K))
+
+    assert low.codebooks.shape == (Q, K, d)
+    z = torch.randn(1, D, 40 * K)
+    low.initialize(z[0].T)
+    assert_normalized()
+    counts = torch.stack([torch.bincount(ids, minlength=K) for ids in low.encode(z)[0]])
+    assert (counts > 0).float().mean() > 0.95
+    low.usage[0, 3] = 0.01
+    before = low.codebooks.clone()
+    low.train()(z)
+    assert_normalized()
+    assert not torch.equal(low.codebooks[0, 3], before[0, 3])
+
+
+def test_projections_and_codes_of_few_dimensions_learn_the_latents(low: ResidualVectorQuantizer) -> None:
+    torch.manual_seed(0)
+    z, low.decay = 3 + latents(frames=200), 0.9
+    low.initialize(z.transpose(1, 2).flatten(0, 1))
+    optimizer = torch.optim.Adam(low.parameters(), 3e-2)
+    for _ in range(60):
+        found = low.train()(z)
+        loss = found.commitment + (found.output - z).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    low.eval()
+    with torch.no_grad():
+        errors = [float((low.decode(low.encode(z, n)) - z).square().mean()) for n in range(1, Q + 1)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5  # a variance of 1
+    assert all(len(ids.unique()) > 0.9 * K for ids in low.encode(z).transpose(0, 1))
