@@ -110,7 +110,8 @@ class AudioTokenizer(Protocol):
     def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> Codes | Features | Transcripts:
         """waveform float [B, N] in [-1, 1]; lengths long [B] in samples (all N when None).
 
-        The result for an utterance does not depend on the batch: each one is encoded separately.
+        The result for an utterance does not depend on the batch, except for the rounding of float32: what follows it
+        there is neither seen nor normalised with it. A batch of one is the reference.
         """
 
     def to(self, device: torch.device | str, /) -> Self:

@@ -120,8 +120,13 @@ class FeatureEncoder(nn.Module):
     def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> Features:
         """Waveforms float [B, N] at 16 kHz -> ceil(n / 320) frames for an utterance of n samples.
 
-        Each utterance is encoded separately, because normalisation over time must not include padding.
+        Convolutions take each utterance separately, because normalisation over time must not include padding; the
+        transformer of a HuBERT takes all at once, which is equal up to rounding.
         """
-        frames = [self.model(samples[None])[0].cpu() for samples in split_utterances(waveform, lengths)]
+        utterances = split_utterances(waveform, lengths)
+        if len(utterances) > 1 and isinstance(self.model, SemanticTeacher):
+            frames = [states.cpu() for states in self.model.forward_each(utterances)]
+        else:
+            frames = [self.model(samples[None])[0].cpu() for samples in utterances]
         sizes = torch.tensor([len(x) for x in frames])
         return Features(nn.utils.rnn.pad_sequence(frames, batch_first=True), sizes)

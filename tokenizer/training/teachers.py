@@ -4,6 +4,7 @@ Both are loaded from a folder or hub name; `recipes/train_teacher.py` trains sma
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class SemanticTeacher(nn.Module):
         """As `forward`, but with a gradient for the waveform (not for the weights), for losses on reconstructions."""
         padded = pad_for_frames(waveform, self.margin, self.normalize, lengths)
         states = self.model(padded, output_hidden_states=True).hidden_states
-        return torch.stack(states).mean(0) if self.layer == "avg" else states[self.layer]
+        return self._choose(states)
 
     @torch.no_grad()
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -101,6 +102,43 @@ class SemanticTeacher(nn.Module):
         Returns float [B, ceil(N / 320), P]; frames of the padding encode silence.
         """
         return self.features(waveform, lengths)
+
+    @torch.no_grad()
+    def forward_each(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
+        """`forward` of utterances float [N_i], float [ceil(N_i / 320), P] each, equal up to rounding.
+
+        Only the transformer takes all at once, with a mask: the convolutions may normalise over time.
+        """
+        inner = []
+        for waveform in waveforms:
+            sounds = self.model.feature_extractor(pad_for_frames(waveform[None], self.margin, self.normalize))
+            projected = self.model.feature_projection(sounds.transpose(1, 2))
+            inner.append((projected[0] if isinstance(projected, tuple) else projected)[0])
+        sizes = [len(x) for x in inner]
+        padded = nn.utils.rnn.pad_sequence(inner, batch_first=True)
+        mask = torch.arange(max(sizes), device=padded.device) < torch.tensor(sizes, device=padded.device)[:, None]
+        chosen = self._choose(self._hidden_states(padded, mask))
+        return [x[:size] for x, size in zip(chosen, sizes, strict=True)]
+
+    def _hidden_states(self, x: Tensor, mask: Tensor) -> list[Tensor]:
+        """What transformers calls so: the input of the first layer and the output of each, float [B, T, P]."""
+        layers, states = self.model.encoder.layers, list[Tensor]()
+        hooks = [layers[0].register_forward_pre_hook(lambda layer, inputs: states.append(inputs[0]))]
+        for layer in layers:
+            hooks.append(
+                layer.register_forward_hook(
+                    lambda layer, inputs, out: states.append(out[0] if isinstance(out, tuple) else out)
+                )
+            )
+        try:
+            self.model.encoder(x, mask)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return states
+
+    def _choose(self, states: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(states)).mean(0) if self.layer == "avg" else states[self.layer]
 
 
 def pad_for_frames(waveform: Tensor, margin: int, normalize: bool, lengths: Tensor | None = None) -> Tensor:
