@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from speechllm.runs.config import parse_config
 from tokenizer.settings import Count, Names, NonNegative, Positive, Settings
 
-GPU_BATCH_S = 60.0
+GPU_BATCH_S = 60.0  # seconds
 
 
 @dataclass
@@ -49,7 +49,7 @@ def main(config: EncodeConfig) -> None:
     accelerator.wait_for_everyone()
     codec = load_tokenizer(config.codec).to(accelerator.device)
     utterances = read_corpus(config.data, config.splits)
-
+    usual_s = 0.0 if accelerator.device.type == "cpu" else GPU_BATCH_S
     shards = encode_shards(
         utterances,
         codec,
@@ -58,9 +58,7 @@ def main(config: EncodeConfig) -> None:
         max_duration_s=config.max_duration_s,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
-        batch_s=(0.0 if accelerator.device.type == "cpu" else GPU_BATCH_S)
-        if config.batch_s is None
-        else config.batch_s,
+        batch_s=usual_s if config.batch_s is None else config.batch_s,
     )
     share = len(utterances) // accelerator.num_processes
     with tqdm(total=share, desc="encode", unit="utt", disable=not accelerator.is_main_process) as bar:

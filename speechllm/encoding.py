@@ -76,7 +76,12 @@ class Encoding:
         return self.encode_batch(codec, [waveform])[0]
 
     def encode_batch(self, codec: AudioTokenizer, waveforms: Sequence[Tensor]) -> list[Speech]:
-        """Several waveforms float [N_i] in this encoding, on the CPU; equal to those of `encode` up to rounding."""
+        """Several waveforms float [N_i] in this encoding, on the CPU; equal to those of `encode` up to rounding.
+
+        At once by a codec that says it is `batched`, otherwise one by one.
+        """
+        if len(waveforms) > 1 and not getattr(codec, "batched", False):
+            return [self.encode(codec, waveform) for waveform in waveforms]
         padded, sizes = pad_waveforms(waveforms)
         padded, lengths = padded.to(codec.device), sizes if len(waveforms) > 1 else None
         encoded: Codes | Features | Transcripts

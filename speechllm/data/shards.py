@@ -60,8 +60,8 @@ def encode_shards(
 ) -> Iterator[int]:
     """Encode utterances into Parquet shards; yields each shard's number of utterances when it is done.
 
-    batch_s: seconds of speech to encode at a time, of utterances of a shard with similar lengths; 0: one by one.
-
+    batch_s: seconds of speech to encode at a time, of utterances with similar lengths, by a codec that can; a shard
+    does not depend on it, except for rounding. 0: one by one.
     Each process writes every `processes`-th shard; existing shards are kept, so that a killed run loses at most one
     shard per process, but those are written again that are cut short or of whose recordings one has another content
     now. Unusable recordings are skipped and recorded in the shard with the reason. Texts are stored as they are;
@@ -157,9 +157,8 @@ def _write_shard(
         "seconds": json.dumps(clock() - started),
         "recordings": json.dumps({"stamp": stamp, "content": _content(utterances)}),
     }
-    table = pa.Table.from_pylist(
-        [rows[i] for i in sorted(rows)], SCHEMA.append(SPEECH[encoding.kind]).with_metadata(metadata)
-    )
+    schema = SCHEMA.append(SPEECH[encoding.kind]).with_metadata(metadata)
+    table = pa.Table.from_pylist([row for _, row in sorted(rows.items())], schema)
     with atomic_file(file) as part:
         pq.write_table(table, part, compression="zstd")
 

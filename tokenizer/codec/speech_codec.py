@@ -48,6 +48,8 @@ class SpeechCodec(
     (torch.Size([1, 8, 50]), torch.Size([1, 16000]))
     """
 
+    batched = True
+
     def __init__(self, config: SpeechCodecConfig):
         super().__init__()
         self.config = config
@@ -113,8 +115,9 @@ class SpeechCodec(
         Each utterance is encoded separately, but for the LSTM, so its codes do not depend on the batch and padding
         costs nothing. One of more than 60 s is encoded in chunks, whose last frames wait for the samples that they see,
         to bound memory (a bidirectional LSTM between the convolutions runs on the whole).
-        On another machine, with another number of threads, in a stream, in chunks or in another batch that an LSTM
-        takes at once, the latents are equal up to rounding, and so are the codes, except in frames that are equally close to two codes within that rounding.
+        On another machine, with another number of threads, in a stream, in chunks or in another batch, the latents are
+        equal up to rounding, and so are the codes, except in frames that are equally close to two codes within that
+        rounding.
         Only the first `layers` codebooks are searched (all when None); their codes do not depend on `layers`.
         Raises ValueError if the shape is not [B, N], for NaN or infinite samples, and in training mode; InputError for
         `layers` out of range.

@@ -64,6 +64,7 @@ class FeatureEncoder(nn.Module):
 
     sample_rate = SAMPLE_RATE
     frame_rate = SAMPLE_RATE / HOP_LENGTH
+    batched = True
 
     def __init__(self, model: SemanticTeacher | WhisperFrames):
         super().__init__()
