@@ -8,7 +8,8 @@ from typing import TypeVar
 THREADS = 4  # decoding and resampling release the interpreter's lock, and a network disk lets them wait
 AHEAD = 8  # results that may wait, which bounds the memory
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def prefetch(function: Callable[[Item], Result], items: Iterable[Item], ahead: int = AHEAD) -> Iterator[Result]:

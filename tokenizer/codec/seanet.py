@@ -167,12 +167,11 @@ class SEANetEncoder(nn.Module):
 
         Only the LSTM, whose steps wait for each other, takes all at once: convolutions see where an utterance ends.
         """
-        places = [place for place, layer in enumerate(self.layers) if isinstance(layer, LSTM)]
-        first = places[0] if places else len(self.layers)
-        inner = [self.layers[:first](waveform) for waveform in waveforms]
-        if places:
-            inner = self.layers[first].forward_each(inner)
-        return [self.layers[first + 1 :](x) for x in inner]
+        for place, layer in enumerate(self.layers):
+            if isinstance(layer, LSTM):
+                inner = layer.forward_each([self.layers[:place](waveform) for waveform in waveforms])
+                return [self.layers[place + 1 :](x) for x in inner]
+        return [self(waveform) for waveform in waveforms]
 
 
 class SEANetDecoder(nn.Module):

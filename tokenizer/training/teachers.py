@@ -138,7 +138,7 @@ class SemanticTeacher(nn.Module):
         return states
 
     def _choose(self, states: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(states)).mean(0) if self.layer == "avg" else states[self.layer]
+        return torch.stack(list(states)).mean(0) if isinstance(self.layer, str) else states[self.layer]
 
 
 def pad_for_frames(waveform: Tensor, margin: int, normalize: bool, lengths: Tensor | None = None) -> Tensor:
