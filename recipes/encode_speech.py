@@ -13,7 +13,9 @@ hub.
 from dataclasses import dataclass
 
 from speechllm.runs.config import parse_config
-from tokenizer.settings import Count, Names, Positive, Settings
+from tokenizer.settings import Count, Names, NonNegative, Positive, Settings
+
+GPU_BATCH_S = 60.0  # seconds
 
 
 @dataclass
@@ -24,6 +26,7 @@ class EncodeConfig(Settings):
     splits: Names | None = None  # all when null
     layers: Count | None = 1  # codebooks to store, all when null
     max_duration_s: Positive = 60.0  # longer recordings are skipped, and counted
+    batch_s: NonNegative | None = None  # seconds to encode at a time; 0: one by one; null: 60 on a GPU, 0 on a CPU
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -46,7 +49,7 @@ def main(config: EncodeConfig) -> None:
     accelerator.wait_for_everyone()
     codec = load_tokenizer(config.codec).to(accelerator.device)
     utterances = read_corpus(config.data, config.splits)
-
+    usual_s = 0.0 if accelerator.device.type == "cpu" else GPU_BATCH_S
     shards = encode_shards(
         utterances,
         codec,
@@ -55,6 +58,7 @@ def main(config: EncodeConfig) -> None:
         max_duration_s=config.max_duration_s,
         process=accelerator.process_index,
         processes=accelerator.num_processes,
+        batch_s=usual_s if config.batch_s is None else config.batch_s,
     )
     share = len(utterances) // accelerator.num_processes
     with tqdm(total=share, desc="encode", unit="utt", disable=not accelerator.is_main_process) as bar:

@@ -48,7 +48,7 @@ from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import make_accelerator, provenance
 from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.run import report_skipped
-from tokenizer.corpus import load_utterance, skipped_row
+from tokenizer.corpus import load_each, skipped_row
 from tokenizer.files import atomic_folder, write_json
 from tokenizer.metrics.code_usage import usage_of_counts
 from tokenizer.schemes.features import FeatureEncoder
@@ -94,12 +94,12 @@ def collect(
     """Frames float [M, C] of utterances in random order, and the skipped recordings."""
     found: list[np.ndarray] = []
     skipped: list[dict[str, str]] = []
+    order = np.random.default_rng(config.seed).permutation(len(utterances))
+    loaded = load_each([utterances[index] for index in order], max_duration_s=config.max_duration_s)
     with tqdm(total=config.max_frames, desc="features", unit="frames", dynamic_ncols=True) as bar:
-        for index in np.random.default_rng(config.seed).permutation(len(utterances)):
-            try:
-                waveform = load_utterance(utterances[index], max_duration_s=config.max_duration_s)
-            except AudioError as error:
-                skipped.append(skipped_row(utterances[index], error))
+        for utterance, waveform in loaded:
+            if isinstance(waveform, AudioError):
+                skipped.append(skipped_row(utterance, waveform))
                 continue
             found.append(encoder.encode(waveform[None].to(encoder.device)).utterance(0).numpy())
             bar.update(len(found[-1]))

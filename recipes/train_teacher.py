@@ -24,6 +24,7 @@ from tokenizer.settings import Count, CropLength, Names, Positive, Rule, Seed, S
 HEAD_RATE = 20  # factor of the learning rate of a new head on a pretrained HuBERT
 Width = Annotated[int, Rule("a multiple of 8", lambda n: n > 0 and n % 8 == 0)]  # groups of convolutions
 LOG_EVERY = 10  # steps
+READ_AHEAD = 4  # batches
 WORD_END = "|"  # the space in transformers' CTC vocabularies
 
 
@@ -69,10 +70,11 @@ from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import MAY_CHANGE, Run
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
-from tokenizer.corpus import frame_phones, load_usable, spread
+from tokenizer.corpus import frame_phones, keep_usable, load_usable, spread, try_load
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_folder
 from tokenizer.frames import frame_count
+from tokenizer.prefetch import prefetch
 from tokenizer.training.crops import Crops
 from tokenizer.training.small_teachers import FrameClassifier, save_ecapa, save_hubert, save_recognizer, small_hubert
 from tokenizer.training.step import remember_statistics
@@ -189,11 +191,12 @@ class SemanticStudent(nn.Module):
     def batches(self, start: int, process: int, processes: int) -> Iterator[Batch]:
         """Endless batches from step `start` on; each process gets its share."""
         lengths = [u.duration_s for u in self.utterances]
-        for batch in endless_batches(lengths, self.config.batch_size, self.config.seed, start):
-            chosen = [self.utterances[i] for i in batch[process::processes]]
-            pairs = list(load_usable(chosen, skipped=self.skipped))
+        orders = endless_batches(lengths, self.config.batch_size, self.config.seed, start)
+        shares = ([self.utterances[i] for i in batch[process::processes]] for batch in orders)
+        for loaded in prefetch(lambda share: [try_load(u) for u in share], shares, READ_AHEAD):
+            pairs = list(keep_usable(loaded, self.skipped))
             if not pairs:
-                raise CorpusError(f"no recording of a batch of {len(chosen)} is usable, such as {chosen[0].path}")
+                raise CorpusError(f"no recording of a batch of {len(loaded)} is usable, such as {loaded[0][0].path}")
             yield [u for u, _ in pairs], self._batch(pairs)
 
     def _batch(self, pairs: list[tuple[Utterance, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -275,9 +278,12 @@ class SpeakerStudent(nn.Module):
     def batches(self, start: int, process: int, processes: int) -> Iterator[Batch]:
         """Batches of crops from step `start` on; each process gets its share."""
         crops = Crops(self.utterances, self.config.crop_s, seed=self.config.seed, skipped=self.skipped)
-        for step in range(start, self.config.steps):
+
+        def read(step: int) -> list[dict[str, Any]]:
             first = step * self.config.batch_size
-            items = [crops[i] for i in range(first + process, first + self.config.batch_size, processes)]
+            return [crops[i] for i in range(first + process, first + self.config.batch_size, processes)]
+
+        for items in prefetch(read, range(start, self.config.steps), READ_AHEAD):
             chosen = [self.utterances[item["utterance"]] for item in items]
             targets = torch.tensor([self.labels[u.speaker] for u in chosen])
             yield chosen, (torch.stack([item["waveform"] for item in items]), targets)

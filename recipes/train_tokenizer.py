@@ -349,6 +349,8 @@ def make_caches(
         if folder := folders[name]:
             teacher = distillation.teacher
             caches[name] = FeatureCache(folder, teacher.fingerprint, teacher.hop)
+            size_gb = caches[name].size_gb(utterances, teacher.width, config.codec.sample_rate)
+            accelerator.print(f"{name} features of {len(utterances)} utterances take {size_gb:.3g} GB in {folder}")
             caches[name].fill(utterances, teacher, config.codec.sample_rate, process=index, processes=count)
     accelerator.wait_for_everyone()
     return caches

@@ -1,12 +1,14 @@
 """How speech was encoded: by which audio tokenizer, at which rates, into which kind of data."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 from torch import Tensor
 
+from tokenizer.audio import pad_waveforms
 from tokenizer.errors import InputError
-from tokenizer.interface import AudioTokenizer, DiscreteTokenizer, FeatureTokenizer
+from tokenizer.interface import AudioTokenizer, Codes, DiscreteTokenizer, Features, FeatureTokenizer, Transcripts
 
 Speech = Tensor | str  # one utterance: codes long [Q, T], features float [T, C], or a recogniser's text
 
@@ -71,11 +73,24 @@ class Encoding:
 
     def encode(self, codec: AudioTokenizer, waveform: Tensor) -> Speech:
         """One waveform float [N] in this encoding, on the CPU."""
-        waveforms = waveform[None].to(codec.device)
+        return self.encode_batch(codec, [waveform])[0]
+
+    def encode_batch(self, codec: AudioTokenizer, waveforms: Sequence[Tensor]) -> list[Speech]:
+        """Several waveforms float [N_i] in this encoding, on the CPU; equal to those of `encode` up to rounding.
+
+        At once by a codec that says it is `batched`, otherwise one by one.
+        """
+        if len(waveforms) > 1 and not getattr(codec, "batched", False):
+            return [self.encode(codec, waveform) for waveform in waveforms]
+        padded, sizes = pad_waveforms(waveforms)
+        padded, lengths = padded.to(codec.device), sizes if len(waveforms) > 1 else None
+        encoded: Codes | Features | Transcripts
         if self.kind == "codes":
-            return cast(DiscreteTokenizer, codec).encode(waveforms, layers=self.layers).utterance(0).cpu()
-        speech = codec.encode(waveforms).utterance(0)
-        return speech if isinstance(speech, str) else speech.cpu()
+            encoded = cast(DiscreteTokenizer, codec).encode(padded, lengths, layers=self.layers)
+        else:
+            encoded = codec.encode(padded, lengths)
+        speech = [encoded.utterance(index) for index in range(len(waveforms))]
+        return [one if isinstance(one, str) else one.cpu() for one in speech]
 
     def require(self, fingerprint: str, holder: str) -> None:
         """Raise DataError unless this speech was encoded by the codec that `holder` was made with."""

@@ -15,7 +15,7 @@ MAX_LINES = 400  # beyond which a file probably does two things
 # From the ground up: a file imports what stands in its own layer or below. `python tests/test_layers.py` draws it.
 LAYERS = {
     "tokenizer: interface, rates, files": tuple(
-        "interface rates errors locks tables files claims reading frames settings progress".split()
+        "interface rates errors locks tables files claims reading frames settings progress prefetch".split()
     ),
     "tokenizer: audio, corpus, pretrained": ("audio", "corpus", "pretrained", "ravdess"),
     "tokenizer.codec": ("codec",),

@@ -220,7 +220,8 @@ def _open(source: str | Path | bytes, name: str | Path, whole: bool = True) -> I
     except MemoryError as error:
         raise AudioError(name, "too long", "needs more memory than there is: split it") from error
     except (soundfile.SoundFileError, OSError, TypeError, ValueError, RuntimeError) as error:
-        raise AudioError(name, "unreadable", f"not a readable audio file ({error})") from error
+        reason = getattr(error, "error_string", error)  # libsndfile's own, without the number of the descriptor
+        raise AudioError(name, "unreadable", f"not a readable audio file ({reason})") from error
 
 
 def _is_cut_ogg(stream: io.FileIO | io.BytesIO) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenizer.audio import DENSEST, RATES, AudioError, audio_duration, load_audio, open_recording
 from tokenizer.errors import InputError
+from tokenizer.prefetch import prefetch
 from tokenizer.ravdess import parse_ravdess
 from tokenizer.tables import (
     TableError,
@@ -338,17 +339,39 @@ def _require_duration(utterance: Utterance, found_s: float) -> None:
         raise AudioError(utterance.path, "duration", detail)
 
 
+def try_load(
+    utterance: Utterance, sample_rate: int = 16_000, max_duration_s: float | None = None
+) -> tuple[Utterance, Tensor | AudioError]:
+    """The utterance with its waveform float [N], or with what `load_utterance` raises."""
+    try:
+        return utterance, load_utterance(utterance, sample_rate, max_duration_s)
+    except AudioError as error:
+        return utterance, error
+
+
+def load_each(
+    utterances: Iterable[Utterance], sample_rate: int = 16_000, max_duration_s: float | None = None
+) -> Iterator[tuple[Utterance, Tensor | AudioError]]:
+    """`try_load` of every utterance, in order; the next ones are read while the caller works on one."""
+    return prefetch(lambda utterance: try_load(utterance, sample_rate, max_duration_s), utterances)
+
+
+def keep_usable(
+    loaded: Iterable[tuple[Utterance, Tensor | AudioError]], skipped: str | Path | None = None
+) -> Iterator[tuple[Utterance, Tensor]]:
+    """What `try_load` found, without the recordings that cannot be used, which are skipped with a warning."""
+    for utterance, found in loaded:
+        if isinstance(found, AudioError):
+            record_skip(utterance, found, skipped)
+        else:
+            yield utterance, found
+
+
 def load_usable(
     utterances: Iterable[Utterance], sample_rate: int = 16_000, skipped: str | Path | None = None
 ) -> Iterator[tuple[Utterance, Tensor]]:
     """Utterances with their waveforms float [N]; recordings that cannot be used are skipped with a warning."""
-    for utterance in utterances:
-        try:
-            waveform = load_utterance(utterance, sample_rate)
-        except AudioError as error:
-            record_skip(utterance, error, skipped)
-        else:
-            yield utterance, waveform
+    return keep_usable(load_each(utterances, sample_rate), skipped)
 
 
 def record_skip(utterance: Utterance, error: AudioError, file: str | Path | None) -> None:

@@ -110,7 +110,9 @@ class AudioTokenizer(Protocol):
     def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> Codes | Features | Transcripts:
         """waveform float [B, N] in [-1, 1]; lengths long [B] in samples (all N when None).
 
-        The result for an utterance does not depend on the batch: each one is encoded separately.
+        The result for an utterance does not depend on the batch, except for the rounding of float32: what follows it
+        there is neither seen nor normalised with it. One that takes several in less time than one after the other says
+        so by an attribute `batched = True`; the others are given one at a time where speed counts.
         """
 
     def to(self, device: torch.device | str, /) -> Self:

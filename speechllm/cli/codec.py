@@ -211,11 +211,16 @@ def usable(
 ) -> Iterator[tuple[str, "Tensor"]]:
     """Every file with its waveform float [N]; those that cannot be used are named on stderr and skipped."""
     from speechllm import AudioError, load_audio
+    from tokenizer.prefetch import prefetch
 
-    for file in files:
+    def read(file: str) -> "tuple[str, Tensor | AudioError]":
         try:
-            waveform = load_audio(file, sample_rate, max_duration_s=max_duration_s)
+            return file, load_audio(file, sample_rate, max_duration_s=max_duration_s)
         except AudioError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-            continue
-        yield file, waveform
+            return file, error
+
+    for file, found in prefetch(read, files, ahead=1):  # no more: they may be hours long
+        if isinstance(found, AudioError):
+            print(f"skipped: {found}", file=sys.stderr)
+        else:
+            yield file, found

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ from speechllm.encoding import DataError, Encoding, Speech
 from speechllm.evaluation.normalizers import find_normalizer
 from tokenizer.audio import AudioError, hash_recording
 from tokenizer.claims import claim_folder
-from tokenizer.corpus import Utterance, load_utterance, skipped_row, spread
+from tokenizer.corpus import Utterance, load_each, skipped_row, spread
 from tokenizer.files import atomic_file, read_json, write_json
 from tokenizer.interface import AudioTokenizer
 from tokenizer.reading import reading
@@ -55,9 +56,12 @@ def encode_shards(
     max_duration_s: float = 60.0,
     process: int = 0,
     processes: int = 1,
+    batch_s: float = 0.0,
 ) -> Iterator[int]:
     """Encode utterances into Parquet shards; yields each shard's number of utterances when it is done.
 
+    batch_s: seconds of speech to encode at a time, of utterances with similar lengths, by a codec that can; a shard
+    does not depend on it, except for rounding. 0: one by one.
     Each process writes every `processes`-th shard; existing shards are kept, so that a killed run loses at most one
     shard per process, but those are written again that are cut short or of whose recordings one has another content
     now. Unusable recordings are skipped and recorded in the shard with the reason. Texts are stored as they are;
@@ -93,7 +97,7 @@ def encode_shards(
         part = utterances[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
         file = folder / f"codes_{shard:05d}.parquet"
         if not _is_current(file, part):
-            _write_shard(file, part, codec, encoding, max_duration_s)
+            _write_shard(file, part, codec, encoding, max_duration_s, batch_s)
         yield len(part)
 
 
@@ -119,22 +123,27 @@ def _write_shard(
     codec: AudioTokenizer,
     encoding: Encoding,
     max_duration_s: float,
+    batch_s: float,
 ) -> None:
-    rows, skipped, seconds = [], [], 0.0
+    rows: dict[int, dict[str, Any]] = {}  # by the utterance's place
+    skipped: dict[int, dict[str, str]] = {}
     stamp = _stamp(utterances)  # before they are read: what is changed meanwhile is encoded again
     # processor time on a CPU, which does not depend on other programs; wall-clock time on a GPU
     clock = time.process_time if codec.device.type == "cpu" else time.perf_counter
-    for utterance in utterances:
-        try:
-            waveform = load_utterance(utterance, codec.sample_rate, max_duration_s)
-        except AudioError as error:
-            skipped.append(skipped_row(utterance, error))
-            continue
-        started = clock()
-        speech = encoding.encode(codec, waveform)
-        seconds += clock() - started
-        rows.append(
-            {
+    started = clock()
+    batches = _batches(utterances, batch_s)
+    loaded = load_each((utterances[i] for batch in batches for i in batch), codec.sample_rate, max_duration_s)
+    for batch in batches:
+        waveforms: dict[int, Tensor] = {}
+        for place, (utterance, found) in zip(batch, loaded, strict=False):  # as many of them as the batch has
+            if isinstance(found, AudioError):
+                skipped[place] = skipped_row(utterance, found)
+            else:
+                waveforms[place] = found
+        encoded = encoding.encode_batch(codec, [*waveforms.values()]) if waveforms else []
+        for (place, waveform), speech in zip(waveforms.items(), encoded, strict=True):
+            utterance = utterances[place]
+            rows[place] = {
                 "id": utterance.id,
                 "split": utterance.split,
                 "speaker": utterance.speaker,
@@ -142,16 +151,31 @@ def _write_shard(
                 "duration_s": len(waveform) / codec.sample_rate,
                 SPEECH[encoding.kind].name: _stored(speech),
             }
-        )
     metadata = {
         "encoding": json.dumps(asdict(encoding)),
-        "skipped": json.dumps(skipped),
-        "seconds": json.dumps(seconds),
+        "skipped": json.dumps([row for _, row in sorted(skipped.items())]),
+        "seconds": json.dumps(clock() - started),
         "recordings": json.dumps({"stamp": stamp, "content": _content(utterances)}),
     }
-    table = pa.Table.from_pylist(rows, SCHEMA.append(SPEECH[encoding.kind]).with_metadata(metadata))
+    schema = SCHEMA.append(SPEECH[encoding.kind]).with_metadata(metadata)
+    table = pa.Table.from_pylist([row for _, row in sorted(rows.items())], schema)
     with atomic_file(file) as part:
         pq.write_table(table, part, compression="zstd")
+
+
+def _batches(utterances: Sequence[Utterance], batch_s: float) -> list[list[int]]:
+    """Places of utterances to encode together, of at most `batch_s` seconds with their padding, but at least one.
+
+    In the order of their stated durations; one that is 0, which is not known, makes a batch of its own.
+    """
+    stated_s = [utterance.duration_s or math.inf for utterance in utterances]
+    batches: list[list[int]] = []
+    for place in sorted(range(len(utterances)), key=stated_s.__getitem__):
+        if batches and (len(batches[-1]) + 1) * stated_s[place] <= batch_s:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches
 
 
 def _is_current(file: Path, utterances: Sequence[Utterance]) -> bool:
@@ -221,7 +245,7 @@ def summarize_shards(folder: str | Path) -> dict[str, object]:
 
     normalizer: by which an earlier version normalised the texts that it stored; "none": they are as they were.
 
-    real_time_factor: seconds of encoding per second of speech, in processor time or in time of one GPU.
+    real_time_factor: seconds of reading and encoding per second of speech, in processor time or in time of one GPU.
     """
     files = _shards(folder)
     notes = [*map(_notes, files)]

@@ -12,9 +12,10 @@ import soundfile
 import torch
 from torch.utils.data import DataLoader
 
-from speechllm import CorpusError, InputError, Utterance, load_audio, read_corpus
+from speechllm import AudioError, CorpusError, InputError, Utterance, load_audio, read_corpus
 from speechllm.runs.machine import available_cpus
-from tokenizer.corpus import frame_phones, load_usable
+from tokenizer.corpus import frame_phones, load_each, load_usable
+from tokenizer.prefetch import prefetch
 from tokenizer.training.crops import Crops, StepSampler
 
 RATE = 16_000
@@ -367,6 +368,25 @@ def test_usable_recordings_come_whole_and_the_others_are_listed(utterances: list
     row = json.loads((tmp_path / "skipped.jsonl").read_text(encoding="utf-8"))
     detail = f"{gone.path}: no such audio file"
     assert row == {"id": "gone", "path": gone.path, "reason": "missing", "detail": detail}
+
+
+def test_recordings_that_cannot_be_used_keep_their_place(utterances: list[Utterance], tmp_path: Path) -> None:
+    gone = Utterance("gone", str(tmp_path / "gone.wav"), 1.0, "train")
+    mixed = [gone, utterances[0], gone, *utterances[1:], gone]
+    loaded = list(load_each(mixed))
+    assert [utterance for utterance, _ in loaded] == mixed
+    for utterance, found in loaded:
+        if utterance is gone:
+            assert isinstance(found, AudioError) and found.reason == "missing"
+        else:
+            assert torch.equal(found, load_audio(utterance.path))
+
+
+def test_threads_read_the_crops_that_one_alone_reads(utterances: list[Utterance]) -> None:
+    crops = Crops(utterances, 0.3, seed=1)
+    numbers = [crops.per_epoch * (i % 7) + i for i in range(40)]  # of many epochs at once
+    for number, item in zip(numbers, prefetch(crops.__getitem__, numbers), strict=True):
+        assert torch.equal(item["waveform"], Crops(utterances, 0.3, seed=1)[number]["waveform"])
 
 
 @pytest.mark.filterwarnings("ignore:skipped")

@@ -4,6 +4,7 @@ Module names and order follow transformers' EncodecModel, so that published EnCo
 Shapes: waveform float [B, 1, N], latents float [B, D, T] with T = ceil(N / hop).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
@@ -109,6 +110,13 @@ class LSTM(nn.Module):
         out, state = self.lstm(x, state)
         return (out + (x.repeat(1, 1, 2) if self.lstm.bidirectional else x)).permute(1, 2, 0), state
 
+    def forward_each(self, utterances: Sequence[Tensor]) -> list[Tensor]:
+        """`forward` of utterances float [1, C, T_i], all in one pass; equal up to rounding."""
+        packed = nn.utils.rnn.pack_sequence([x[0].T for x in utterances], enforce_sorted=False)
+        out = nn.utils.rnn.unpack_sequence(self.lstm(packed)[0])
+        skip = 2 if self.lstm.bidirectional else 1
+        return [y.T[None] + x.repeat(1, skip, 1) for x, y in zip(utterances, out, strict=True)]
+
 
 class ResidualUnit(nn.Module):
     """Two convolutions with half the channels in between, and a 1x1 convolution as shortcut."""
@@ -157,6 +165,17 @@ class SEANetEncoder(nn.Module):
 
     def forward(self, waveform: Tensor) -> Tensor:
         return self.layers(waveform)
+
+    def forward_each(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
+        """`forward` of utterances float [1, 1, N_i], equal up to rounding.
+
+        Only the LSTM, whose steps wait for each other, takes all at once: convolutions see where an utterance ends.
+        """
+        for place, layer in enumerate(self.layers):
+            if isinstance(layer, LSTM):
+                inner = layer.forward_each([self.layers[:place](waveform) for waveform in waveforms])
+                return [self.layers[place + 1 :](x) for x in inner]
+        return [self(waveform) for waveform in waveforms]
 
 
 class SEANetDecoder(nn.Module):

@@ -48,6 +48,8 @@ class SpeechCodec(
     (torch.Size([1, 8, 50]), torch.Size([1, 16000]))
     """
 
+    batched = True
+
     def __init__(self, config: SpeechCodecConfig):
         super().__init__()
         self.config = config
@@ -115,18 +117,19 @@ class SpeechCodec(
     def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
         """Waveforms float [B, N] -> codes, T = ceil(n / hop) frames for an utterance of n samples.
 
-        Each utterance is encoded separately, so its codes do not depend on the batch and padding costs nothing. One
-        of more than 60 s is encoded in chunks, whose last frames wait for the samples that they see, to bound memory (a
-        bidirectional LSTM between the convolutions runs on the whole).
-        On another machine, with another number of threads, in a stream or in chunks, the latents are equal up to
-        rounding, and so are the codes, except in frames that are equally close to two codes within that rounding.
+        Each utterance is encoded separately, but for the LSTM, so its codes do not depend on the batch and padding
+        costs nothing. One of more than 60 s is encoded in chunks, whose last frames wait for the samples that they see,
+        to bound memory (a bidirectional LSTM between the convolutions runs on the whole).
+        On another machine, with another number of threads, in a stream, in chunks or in another batch, the latents are
+        equal up to rounding, and so are the codes, except in frames that are equally close to two codes within that
+        rounding.
         Only the first `layers` codebooks are searched (all when None); their codes do not depend on `layers`.
         Raises ValueError if the shape is not [B, N], for NaN or infinite samples, and in training mode; InputError for
         `layers` out of range.
         """
         self._check(layers)
         utterances = split_utterances(waveform, lengths)
-        codes = [self._encode(samples, layers) for samples in utterances]
+        codes = self._encode_each(utterances, layers)
         return Codes.from_utterances(codes, samples=torch.tensor([len(samples) for samples in utterances]))
 
     @torch.no_grad()
@@ -142,6 +145,16 @@ class SpeechCodec(
         for index, length in enumerate(samples.tolist()):
             waveform[index, :length] = self._decode(codes.utterance(index))[:length]
         return waveform
+
+    def _encode_each(self, utterances: list[Tensor], layers: int | None) -> list[Tensor]:
+        """Utterances float [N_i] -> the codes of each, long [Q', T_i]."""
+        seconds = max(map(len, utterances)) / self.sample_rate
+        if len(utterances) == 1 or seconds > CHUNK_S or not isinstance(self.encoder, SEANetEncoder):
+            return [self._encode(samples, layers) for samples in utterances]
+        latents = self.encoder.forward_each([samples[None, None] for samples in utterances])
+        together = torch.cat(latents, 2)
+        z = together if self.latent_norm is None else self.latent_norm(together)
+        return [*self.quantizer.encode(z, layers)[0].split([x.shape[2] for x in latents], 1)]
 
     def _encode(self, samples: Tensor, layers: int | None) -> Tensor:
         """One utterance float [N] -> its codes long [Q', T]."""

@@ -17,6 +17,7 @@ class FeatureEncoder(nn.Module):
 
     sample_rate = SAMPLE_RATE
     frame_rate = SAMPLE_RATE / HOP_LENGTH
+    batched = True
 
     def __init__(self, model: SemanticTeacher):
         super().__init__()
@@ -57,8 +58,11 @@ class FeatureEncoder(nn.Module):
     def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> Features:
         """Waveforms float [B, N] at 16 kHz -> ceil(n / 320) frames for an utterance of n samples.
 
-        Each utterance is encoded separately, because normalisation over time must not include padding.
+        The frames of an utterance are those that it has alone, up to rounding.
         """
-        frames = [self.model(samples[None])[0].cpu() for samples in split_utterances(waveform, lengths)]
+        utterances = split_utterances(waveform, lengths)
+        several = len(utterances) > 1
+        each = self.model.forward_each(utterances) if several else [self.model(utterances[0][None])[0]]
+        frames = [states.cpu() for states in each]
         sizes = torch.tensor([len(x) for x in frames])
         return Features(nn.utils.rnn.pad_sequence(frames, batch_first=True), sizes)

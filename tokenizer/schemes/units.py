@@ -30,6 +30,7 @@ class UnitTokenizer(nn.Module):
     """
 
     num_codebooks = 1
+    batched = True
     centroids: Tensor
 
     def __init__(self, encoder: FeatureEncoder, centroids: Tensor, deduplicate: bool = False):

@@ -1,5 +1,6 @@
 """Random crops of a corpus for training, each a pure function of its index."""
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -55,16 +56,11 @@ class Crops(Dataset):
         self.skipped = skipped
         self.ends = np.cumsum([utterance.duration_s for utterance in self.utterances])  # in s, one after the other
         self.per_epoch = max(1, math.ceil(self.ends[-1] / crop_s))
-        self._epoch = -1
-        self._order = np.empty(0, int)  # of the places in this epoch
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         epoch, position = divmod(index, self.per_epoch)
-        if self._epoch != epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.per_epoch)
         draw = np.random.default_rng((self.seed, 1, index))
-        place_s = (self._order[position] + draw.random()) / self.per_epoch * self.ends[-1]
+        place_s = (_order(self.seed, epoch, self.per_epoch)[position] + draw.random()) / self.per_epoch * self.ends[-1]
         number = min(int(np.searchsorted(self.ends, place_s, "right")), len(self.utterances) - 1)
         for _ in range(ATTEMPTS):  # a broken file must not end a long training run: any other one replaces it
             try:
@@ -93,6 +89,12 @@ class Crops(Dataset):
 
     def __len__(self) -> int:
         return 2**40  # endless; the sampler decides when to stop
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, per_epoch: int) -> np.ndarray:
+    """The places of an epoch in their order; a function, so that threads may read crops of two epochs at once."""
+    return np.random.default_rng((seed, epoch)).permutation(per_epoch)
 
 
 class StepSampler:

@@ -18,6 +18,7 @@ from tokenizer.corpus import Utterance, load_utterance
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_file, read_json, write_text
 from tokenizer.frames import frame_count
+from tokenizer.prefetch import prefetch
 from tokenizer.progress import progress_bar
 from tokenizer.reading import reading
 
@@ -52,14 +53,23 @@ class FeatureCache:
         share = utterances[process::processes]
         hashes = _Hashes(self.folder)
         skipped: list[AudioError] = []
+
+        def read(utterance: Utterance) -> tuple[Path, Tensor | None] | AudioError:
+            try:
+                file = self._file(hashes[utterance.path])
+                return file, None if _is_whole(file) else load_utterance(utterance, sample_rate)
+            except AudioError as error:
+                return error
+
+        bar = progress_bar(share, f"features {self.teacher_key}", unit="utt")
         try:
-            for utterance in progress_bar(share, f"features {self.teacher_key}", unit="utt"):
-                try:
-                    file = self._file(hashes[utterance.path])
-                    if not _is_whole(file):
-                        _save_features(file, self._features(utterance, teacher, sample_rate))
-                except AudioError as error:
-                    skipped.append(error)
+            for utterance, found in zip(bar, prefetch(read, share), strict=True):
+                if isinstance(found, AudioError):
+                    skipped.append(found)
+                    continue
+                file, waveform = found
+                if waveform is not None and not _is_whole(file):  # the same recording may occur twice
+                    _save_features(file, self._features(utterance, waveform, teacher))
         finally:
             hashes.save(process)
         if skipped:
@@ -87,8 +97,12 @@ class FeatureCache:
     def _file(self, content: str) -> Path:
         return self.folder / self.teacher_key / content[:2] / f"{content}.npy"  # a folder of millions would be slow
 
-    def _features(self, utterance: Utterance, teacher: nn.Module, sample_rate: int) -> np.ndarray:
-        waveform = load_utterance(utterance, sample_rate)
+    def size_gb(self, utterances: Sequence[Utterance], width: int, sample_rate: int = 16_000) -> float:
+        """What the features of all these utterances take on the disk, by their stated durations; width: P."""
+        frames = sum(frame_count(round(one.duration_s * sample_rate), self.hop) for one in utterances)
+        return frames * width * np.dtype(np.float16).itemsize / 1e9
+
+    def _features(self, utterance: Utterance, waveform: Tensor, teacher: nn.Module) -> np.ndarray:
         frames = frame_count(len(waveform), self.hop)
         features = teacher(waveform[None].to(next(teacher.parameters()).device))[0, :frames].half()
         if len(features) < frames:

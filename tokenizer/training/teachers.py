@@ -4,6 +4,7 @@ All are loaded from a folder or hub name; `recipes/train_teacher.py` trains smal
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.audio import pad_waveforms
 from tokenizer.errors import InputError
 from tokenizer.frames import frame_count
 from tokenizer.pretrained import (
@@ -115,8 +117,7 @@ class SemanticTeacher(nn.Module):
 
     def features(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """As `forward`, but with a gradient for the waveform (not for the weights), for losses on reconstructions."""
-        states = self.hidden_states(waveform, lengths)
-        return states[self.layer] if isinstance(self.layer, int) else torch.stack(states).mean(0)
+        return self._choose(self.hidden_states(waveform, lengths))
 
     @torch.no_grad()
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -125,6 +126,43 @@ class SemanticTeacher(nn.Module):
         Returns float [B, ceil(N / 320), P]; frames of the padding encode silence.
         """
         return self.features(waveform, lengths)
+
+    @torch.no_grad()
+    def forward_each(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
+        """`forward` of utterances float [N_i], float [ceil(N_i / 320), P] each, equal up to rounding.
+
+        Only the transformer takes all at once, with a mask: the convolutions may normalise over time.
+        """
+        inner = []
+        for waveform in waveforms:
+            sounds = self.model.feature_extractor(pad_for_frames(waveform[None], self.margin, self.normalize))
+            projected = self.model.feature_projection(sounds.transpose(1, 2))
+            inner.append((projected[0] if isinstance(projected, tuple) else projected)[0])
+        sizes = [len(x) for x in inner]
+        padded = nn.utils.rnn.pad_sequence(inner, batch_first=True)
+        mask = torch.arange(max(sizes), device=padded.device) < torch.tensor(sizes, device=padded.device)[:, None]
+        chosen = self._choose(self._layer_states(padded, mask))
+        return [x[:size] for x, size in zip(chosen, sizes, strict=True)]
+
+    def _layer_states(self, x: Tensor, mask: Tensor) -> list[Tensor]:
+        """What transformers calls so: the input of the first layer and the output of each, float [B, T, P]."""
+        layers, states = self.model.encoder.layers, list[Tensor]()
+        hooks = [layers[0].register_forward_pre_hook(lambda layer, inputs: states.append(inputs[0]))]
+        for layer in layers:
+            hooks.append(
+                layer.register_forward_hook(
+                    lambda layer, inputs, out: states.append(out[0] if isinstance(out, tuple) else out)
+                )
+            )
+        try:
+            self.model.encoder(x, mask)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return states
+
+    def _choose(self, states: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(states)).mean(0) if isinstance(self.layer, str) else states[self.layer]
 
 
 class WhisperTeacher(SemanticTeacher):
@@ -170,6 +208,13 @@ class WhisperTeacher(SemanticTeacher):
             rest = None if lengths is None else (lengths - index * size).clamp(0, size)
             windows.append(self._window_states(window, rest))
         return [torch.cat(states, 1) for states in zip(*windows, strict=True)]
+
+    @torch.no_grad()
+    def forward_each(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
+        """As of `SemanticTeacher`."""
+        padded, lengths = pad_waveforms(waveforms)
+        frames = self(padded, lengths.to(padded.device))
+        return [x[: frame_count(len(waveform))] for x, waveform in zip(frames, waveforms, strict=True)]
 
     def _window_states(self, waveform: Tensor, lengths: Tensor | None) -> list[Tensor]:
         frames, longest = frame_count(waveform.shape[1]), self.model.config.max_source_positions

@@ -18,7 +18,17 @@ import soundfile
 import torch
 from torch import Tensor
 
-from speechllm import DataError, Encoding, SpeechCodec, Utterance, encode_shards, load_audio, load_codes, speech_of
+from speechllm import (
+    AudioTokenizer,
+    DataError,
+    Encoding,
+    SpeechCodec,
+    Utterance,
+    encode_shards,
+    load_audio,
+    load_codes,
+    speech_of,
+)
 from speechllm.data.batches import grouped_batches, token_batches
 from speechllm.data.shards import require_texts, skipped_of_shards, summarize_shards, transcribed
 from tokenizer.errors import InputError
@@ -270,6 +280,75 @@ def test_folders_of_earlier_versions_are_read_with_their_own_normalizer_only(
     with pytest.raises(DataError, match="earlier version, which stored texts normalised by librispeech; now"):
         encode(speech, small_codec, tmp_path)
     assert stamps(tmp_path) == before and "normalizer" in json.loads(claim.read_text())
+
+
+# ---- several at a time
+
+
+@pytest.fixture(scope="module")
+def features() -> FeatureEncoder:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return FeatureEncoder(SemanticTeacher(small_hubert(hidden_size=16, layers=1)))
+
+
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The numbers of samples of every batch that is encoded from now on."""
+    found, encode_batch = [], Encoding.encode_batch
+
+    def spy(self: Encoding, codec: AudioTokenizer, waveforms: list[Tensor]) -> list:
+        found.append([len(waveform) for waveform in waveforms])
+        return encode_batch(self, codec, waveforms)
+
+    monkeypatch.setattr(Encoding, "encode_batch", spy)
+    return found
+
+
+def test_shards_do_not_depend_on_how_many_utterances_are_encoded_at_a_time(
+    tmp_path: Path, speech: list[Utterance], bad_speech: list[Utterance], features: FeatureEncoder
+) -> None:
+    mixed = [*bad_speech[1:4], *speech[::-1], *bad_speech[4:-1]]
+    for batch_s in (0.0, 0.5):
+        encode(mixed, features, tmp_path / str(batch_s), batch_s=batch_s)
+    single, together = (content(tmp_path / str(batch_s)) for batch_s in (0.0, 0.5))
+    assert single.keys() == together.keys()
+    for shard, (rows, metadata) in single.items():
+        others, same = together[shard]
+        assert same == metadata and len(rows) == len(others)
+        for row, other in zip(rows, others, strict=True):
+            expected, found = (torch.tensor(one.pop("features"), dtype=torch.float32) for one in (row, other))
+            assert row == other
+            torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)  # roundings of float16
+
+
+def test_a_stopped_run_goes_on_with_the_batches_of_one_that_was_not(
+    tmp_path: Path, speech: list[Utterance], features: FeatureEncoder
+) -> None:
+    encode(speech, features, tmp_path / "whole", batch_s=0.5)
+    next(encode_shards(speech, features, tmp_path / "stopped", batch_s=0.5))
+    encode(speech, features, tmp_path / "stopped", batch_s=0.5)
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+
+def test_a_batch_holds_similar_lengths_and_no_more_seconds_than_asked_for(
+    tmp_path: Path, speech: list[Utterance], features: FeatureEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("speechllm.data.shards.SHARD_SIZE", 10)
+    found = batches(monkeypatch)
+    unknown = replace(speech[9], id="unknown", duration_s=0.0)
+    encode([unknown, *speech[8::-1]], features, tmp_path, batch_s=0.5)
+    sizes = [round(utterance.duration_s * RATE) for utterance in speech[:9]]
+    assert found == [sizes[:3], sizes[3:5], sizes[5:7], sizes[7:], [len(load_audio(unknown.path))]]
+    assert all(len(batch) * max(batch) <= 0.5 * RATE for batch in found)
+
+
+def test_a_tokenizer_that_does_not_say_it_can_is_given_one_utterance_at_a_time(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode(speech, small_codec, tmp_path / "single")
+    monkeypatch.setattr(SpeechCodec, "batched", False)
+    encode(speech, small_codec, tmp_path / "asked", batch_s=60.0)
+    assert content(tmp_path / "asked") == content(tmp_path / "single")
 
 
 # ---- recordings that cannot be used

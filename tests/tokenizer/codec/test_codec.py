@@ -117,7 +117,7 @@ def test_every_started_hop_is_a_frame_and_decoding_gives_every_sample_back(
 
 @kinds
 def test_an_utterance_has_the_same_codes_and_speech_in_any_batch(
-    kinds_of_codec: dict[str, SpeechCodec], noise: Noise, kind: str
+    kinds_of_codec: dict[str, SpeechCodec], noise: Noise, kind: str, assert_same_codes: Callable[..., None]
 ) -> None:
     codec = kinds_of_codec[kind]
     lengths = [2_000, 700, 3_111, 1]
@@ -128,9 +128,11 @@ def test_an_utterance_has_the_same_codes_and_speech_in_any_batch(
     assert len(batch.ids.unique()) > 4
     for index, length in enumerate(lengths):
         single = codec.encode(waveform[index : index + 1, :length])
-        assert torch.equal(batch.utterance(index), single.ids[0])
+        latents = codec.latents(waveform[index : index + 1, :length])
+        assert_same_codes(codec.codebooks, latents, batch.utterance(index)[None], single.ids)
         assert not batch.ids[index, :, single.ids.shape[2] :].any()
-        torch.testing.assert_close(speech[index, :length], codec.decode(single)[0], atol=0, rtol=0)
+        alone = Codes(batch.utterance(index)[None], single.lengths, single.samples)
+        torch.testing.assert_close(speech[index, :length], codec.decode(alone)[0], atol=0, rtol=0)
         assert not speech[index, length:].any()
 
 

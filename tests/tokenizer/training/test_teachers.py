@@ -105,6 +105,20 @@ def test_every_model_of_the_family_returns_features(kind: str, noise: Noise, tmp
         assert torch.isfinite(features).all()
 
 
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # WavLM's own
+@pytest.mark.parametrize("layer", ["avg", 0, -1])
+@pytest.mark.parametrize("norm", ["group", "layer"])  # the first normalises over time
+@pytest.mark.parametrize("kind", FAMILY)
+def test_several_utterances_at_once_have_the_features_of_each(
+    kind: str, norm: str, layer: int | str, noise: Noise
+) -> None:
+    model = published(kind, feat_extract_norm=norm, do_stable_layer_norm=norm == "layer")
+    teacher = SemanticTeacher(model, layer, normalize=norm == "layer")
+    waveforms = [noise(samples, seed=samples)[0] + 0.1 for samples in (3_333, 320, 9_000)]
+    for waveform, features in zip(waveforms, teacher.forward_each(waveforms), strict=True):
+        torch.testing.assert_close(features, teacher(waveform[None])[0], rtol=1e-4, atol=1e-5)
+
+
 def test_the_published_shape_needs_40_samples_on_either_side() -> None:
     assert SemanticTeacher(published()).margin == 80
 
