@@ -33,7 +33,7 @@ STREAMED = 0x7FFFF000  # bytes: sizes from here on are what programs write into 
 # What libsndfile notes when a container states more bytes than the file has, such as "data : 64000 (should be 31978)"
 CUT = re.compile(r"^\s*(?:data|SSND|BODY|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)$", re.MULTILINE)
 # and when samples follow where the next chunk should be, because the size of the last one is too small
-MORE = re.compile(r"Unknown chunk marker \(\w+\) at position (\w+)\. Exiting parser")
+MORE = re.compile(r"^Length : (\d+)$.*Unknown chunk marker \(\w+\) at position (\w+)\. Exiting parser", re.M | re.S)
 RIFF = re.compile(r"^RIFF : (\d+)", re.MULTILINE)
 SPHERE_COUNT = re.compile(rb"\ANIST_1A\n.*^sample_count -i (\d+)", re.MULTILINE | re.DOTALL)  # the same for NIST SPHERE
 
@@ -185,7 +185,7 @@ class _Uncounted:
         start, size = self.tell(), self.stream.readinto(buffer)
         for place in self.COUNT:
             if start <= place < start + size:
-                buffer[place - start] = bytes([self.first if place == self.COUNT[0] else 0])
+                buffer[place - start : place - start + 1] = bytes([self.first if place == self.COUNT[0] else 0])
         return size
 
 
@@ -200,11 +200,9 @@ def _open(source: str | Path | bytes, name: str | Path, whole: bool = True) -> I
             head, cut = stream.read(1024), _is_cut_ogg(stream)
             stream.seek(0)
             flac = head.startswith(b"fLaC\0\0\0\x22") and len(head) > _Uncounted.COUNT[-1]
-            if flac and whole:
-                opened = _Uncounted(stream, head)
-            else:  # by its descriptor, because soundfile takes the ending .raw, not the content, for the format
-                opened = stream if isinstance(source, bytes) else stream.fileno()
-            with _Forward(opened, closefd=False) as file:
+            # by its descriptor, because soundfile takes the ending .raw, not the content, for the format
+            content = stream if isinstance(source, bytes) else stream.fileno()
+            with _Forward(_Uncounted(stream, head) if flac and whole else content, closefd=False) as file:
                 count = int.from_bytes(head[21:26]) % 2**36 if flac else file.frames
                 file.stated = count if count < UNKNOWN else 0
                 if file.samplerate not in RATES:
@@ -250,7 +248,7 @@ def _unstated_s(file: soundfile.SoundFile) -> float:
     """Seconds that lie in a container behind the samples that it states, where another chunk should be."""
     if not (found := MORE.search(file.extra_info)):
         return 0.0
-    place, end = int(found[1], 0), int(re.search(r"Length : (\d+)", file.extra_info)[1])
+    end, place = int(found[1]), int(found[2], 0)
     if riff := RIFF.search(file.extra_info):
         end = min(end, int(riff[1]) + 8)  # a tag may follow
     return (end - place) / place * file.frames / file.samplerate
