@@ -24,6 +24,7 @@ import sklearn.cluster
 import speechbrain.lobes.models.ECAPA_TDNN
 import speechbrain.nnet.losses
 import torch
+import torch.distributed.run
 import transformers
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
