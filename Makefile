@@ -25,7 +25,7 @@ demo: $(READY) ## speech -> tokens -> language model -> text, from nothing to a 
 	$(BIN)/python recipes/demo.py $(if $(DATA),--config configs/demo_data.yaml data="$(DATA)",--config configs/demo.yaml) $(ARGS)
 
 test: $(READY) ## run all tests (no network, no GPU needed)
-	$(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
+	$(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 campaign: $(READY) ## kills and hostile files, about 25 minutes: see tests/README.md
 	$(BIN)/python tests/campaign $(ARGS)

@@ -1,7 +1,13 @@
-"""What tests share. Fixtures here build tiny models and recordings in process; nothing may reach the network."""
+"""What tests share. Fixtures here build tiny models and recordings in process; nothing may reach the network.
+
+Torch is imported where it is used: the process that only hands out tests to others needs none.
+"""
+
+from __future__ import annotations
 
 import copy
 import functools
+import gc
 import importlib.util
 import inspect
 import itertools
@@ -15,15 +21,23 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub library is imported: a wrong name fails at once, not after retries
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: tiny models lose more by sharing work than they gain
 
 import pytest
-import torch
-from torch import Tensor
 
-from speechllm import SpeechCodec, SpeechCodecConfig
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from speechllm import SpeechCodec
+
+
+def pytest_collection_finish() -> None:
+    """A search for garbage among all that was imported takes a second: from here on it is left out."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,11 +58,15 @@ def _no_network() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """What a test draws from the global generator does not depend on the tests before it."""
+    import torch
+
     torch.manual_seed(0)
 
 
 def _noise(samples: int, batch: int = 1, seed: int = 0) -> Tensor:
     """Noise float [B, N] whose level rises and falls, so that frames differ from each other."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     level = torch.rand(batch, samples // 400 + 2, generator=generator).repeat_interleave(400, 1)[:, :samples]
     return 0.3 * level * torch.randn(batch, samples, generator=generator)
@@ -67,6 +85,8 @@ def _assert_same_codes(codebooks: Tensor, latents: Tensor, ids: Tensor, expected
     is left of it lies further from the border of its two nearest codes than so many roundings of float32; behind a
     layer in which it is not, two searches may have left over something different. Most frames must be settled.
     """
+    import torch
+
     assert ids.dtype == expected.dtype == torch.long and ids.shape == expected.shape
     assert expected.shape[::2] == latents.shape[::2]
     residual = latents.detach().double().transpose(1, 2)
@@ -94,6 +114,8 @@ def assert_same_codes() -> Callable[..., None]:
 
 def _standardize(last: torch.nn.Conv1d | torch.nn.Linear, latents: Tensor) -> None:
     """Change the last layer so that its latents float [D, T] get a mean of 0 and a deviation of 1."""
+    import torch
+
     deviation, mean = torch.std_mean(latents, 1)
     last.bias.copy_((last.bias - mean) / deviation)
     weighted = last.parametrizations.weight.original0 if hasattr(last, "parametrizations") else last.weight
@@ -107,6 +129,9 @@ def make_codec() -> Callable[..., SpeechCodec]:
     These latents are standardised: untrained ones are a constant plus a thirtieth of signal, and codes so close to each
     other leave one frame in ten to rounding.
     """
+    import torch
+
+    from speechllm import SpeechCodec, SpeechCodecConfig
 
     def make(**settings: object) -> SpeechCodec:
         tiny = {"n_filters": 4, "dimension": 8, "num_codebooks": 3, "codebook_size": 8}
@@ -175,6 +200,7 @@ def make_qwen2() -> Callable[..., object]:
     """Qwen2 of width 16 with decided opinions (large random weights); spare: rows beyond the text tokenizer's."""
 
     def make(text_tokenizer: object, tied: bool = True, spare: int = 0, seed: int = 0) -> object:
+        import torch
         from transformers import Qwen2ForCausalLM
 
         from speechllm.small_model import small_qwen2
@@ -222,6 +248,7 @@ def make_language_model() -> Callable[..., object]:
     """A family of LANGUAGE_MODELS in width 16 for a text tokenizer, in eval mode with large random weights."""
 
     def make(family: str, text_tokenizer: object, seed: int = 0) -> object:
+        import torch
         import transformers
 
         ends = text_tokenizer.eos_token_id, text_tokenizer.pad_token_id
@@ -278,6 +305,19 @@ def config_class(recipe: Callable[[str], types.ModuleType]) -> Callable[[str], t
     return lambda name: inspect.signature(recipe(name).main).parameters["config"].annotation
 
 
+def _save_nothing(figure: object, file: object, **_: object) -> None:
+    if isinstance(file, str | Path):
+        Path(file).touch()
+
+
+@pytest.fixture
+def without_pictures() -> Iterator[None]:
+    """Pages without what matplotlib draws, which takes two thirds of the time of a tiny training; others draw it."""
+    with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo its patches
+        patch.setattr("matplotlib.figure.Figure.savefig", _save_nothing)
+        yield
+
+
 PATIENCE_S = 5.0  # for processes of which another has failed
 
 
@@ -309,7 +349,7 @@ class Started:
             if time.monotonic() > end:
                 self.kill()
                 raise subprocess.TimeoutExpired(self.requests[0]["command"], timeout)
-            time.sleep(0.005)
+            time.sleep(0.02)  # asking takes time of two processes
         return tuple("".join(Path(r[key]).read_text() for r in self.requests) for key in ("output", "errors"))
 
     def kill(self) -> None:

@@ -7,6 +7,7 @@ answers its exit code, or null while it runs. Start it with OMP_NUM_THREADS=1: t
 
 import atexit
 import gc
+import html
 import importlib
 import json
 import os
@@ -18,17 +19,35 @@ import traceback
 import accelerate
 import datasets
 import peft
+import scipy.signal
 import sklearn.cluster
+import speechbrain.lobes.models.ECAPA_TDNN
+import speechbrain.nnet.losses
 import torch
+import torch.distributed.run
 import transformers
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import speechllm
 import tokenizer
+from speechllm.reports import plots
 
-IMPORTED = accelerate, datasets, peft, sklearn, torch, transformers.Qwen2ForCausalLM, transformers.HubertForCTC
+IMPORTED = accelerate, datasets, peft, scipy, sklearn, speechbrain, torch
+IMPORTED += transformers.Qwen2ForCausalLM, transformers.HubertForCTC, transformers.Wav2Vec2FeatureExtractor
 for package in (speechllm, tokenizer):  # every file of them, which are imported when first used
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
+# what is made when first used, and takes a second
+plots.curves([{"step": 1, "loss": 1.0}])  # matplotlib and its fonts
+get_checkpoint_conversion_mapping("")  # for whatever is loaded or saved
+
+
+def picture(figure: object, description: str, dpi: int) -> str:
+    """A page without its drawings: they take longer than a tiny training, and recipes run in process draw them."""
+    return f'<img alt="{html.escape(description)}" src="data:,">'
+
+
+plots._picture = picture
 
 
 def serve() -> dict | None:

@@ -213,7 +213,8 @@ def _curve(name: str, series: Mapping[str, np.ndarray]) -> str:
     else:
         axis.yaxis.set_major_formatter("{x:,.6g}")
     suffix = " (dev)" if all(key.startswith("dev_") for key in series) else ""
-    axis.set_title(name.replace("$", r"\$") + suffix, fontsize=9, loc="left")  # a bare dollar starts a formula
+    title = name.replace("$", r"\$") + suffix  # a bare dollar starts a formula
+    axis.set_title(title, fontsize=9, loc="left", y=1.0)  # where it would be anyway, but without a search for a place
     axis.locator_params(axis="x", nbins=5)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.grid(alpha=0.25)

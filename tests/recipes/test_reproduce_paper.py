@@ -111,19 +111,11 @@ def paper(tmp_path: Path, make_qwen2: Callable, make_text_tokenizer: Callable, m
     return {name: folder.relative_to(tmp_path).as_posix() for name, folder in folders.items()}
 
 
-def save_nothing(figure: object, file: object, **_: object) -> None:
-    """In place of matplotlib's savefig: two thirds of the time of this test, and tested elsewhere."""
-    if isinstance(file, str | Path):
-        Path(file).touch()
-
-
 @pytest.fixture
 def run(
-    recipe: Callable[[str], ModuleType], config_class: Callable[[str], type], monkeypatch: pytest.MonkeyPatch
+    recipe: Callable[[str], ModuleType], config_class: Callable[[str], type], without_pictures: None
 ) -> Iterator[Callable[[str, list[str]], None]]:
     from accelerate.state import AcceleratorState, GradientState
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_nothing)
 
     def run(name: str, words: list[str]) -> None:
         config = words[words.index("--config") + 1] if "--config" in words else None

@@ -124,7 +124,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, small_codec: SpeechCodec, sta
 
 
 @pytest.fixture
-def here(work: Work, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+def here(work: Work, monkeypatch: pytest.MonkeyPatch, without_pictures: None) -> Iterator[Callable[[str], None]]:
     """Run the recipe as the command line does, in this process and without the seconds of importing."""
     from accelerate.state import AcceleratorState, GradientState
 

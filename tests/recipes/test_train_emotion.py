@@ -24,7 +24,7 @@ RECIPE = "train_emotion.py"
 NUMBERS = {"neutral": 1, "happy": 3, "sad": 4, "angry": 5, "calm": 2}
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 WORDS = [f"bert.{name}={size}" for name, size in SHAPE.items()]
-WORDS += ["folds=2", "epochs=25", "batch_size=8", "learning_rate=5e-3", "warmup=5"]
+WORDS += ["folds=2", "epochs=12", "batch_size=8", "learning_rate=1e-2", "warmup=5"]
 ACTORS = range(1, 9)
 
 

@@ -31,7 +31,9 @@ def train_text(recipe: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture
-def config(train_text: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+def config(
+    train_text: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_pictures: None
+) -> Iterator[object]:
     from accelerate.state import AcceleratorState, GradientState
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

@@ -178,6 +178,7 @@ def test_a_step_with_a_non_finite_gradient_leaves_codec_and_balancer_as_they_wer
     assert [line["step"] for line in read_log(run) if "mel" in line] == [1, 3, 4]
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("place", ["atomic_folder", "write_json"])
 def test_a_tokenizer_killed_while_it_ends_ends_the_same(
     train: Callable[..., Path],
@@ -195,6 +196,7 @@ def test_a_tokenizer_killed_while_it_ends_ends_the_same(
     assert_ended_alike(train(), tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_dev_recordings_are_evenly_chosen_read_once_and_skipped_if_unusable(
     train: Callable[..., Path], tokenizer_recipe: ModuleType, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +252,7 @@ def test_a_teacher_skips_unusable_recordings_and_lists_them(
     assert student.score(dev[:1]) == {}
 
 
+@pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("place", ["atomic_folder", "finish_training"])
 @pytest.mark.parametrize("name", ["alignment", "speaker"])
 def test_a_teacher_killed_while_it_ends_ends_the_same(

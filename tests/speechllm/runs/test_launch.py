@@ -112,11 +112,13 @@ run_recipe(main, sys.argv[1:])
     ],
 )
 def test_two_processes_find_each_other_and_say_one_line_when_they_fail(
-    tmp_path: Path, word: str, code: int, said: str
+    tmp_path: Path, start_recipe: Callable, word: str, code: int, said: str
 ) -> None:
     (tmp_path / "job.py").write_text(JOB)
-    ended = python(*recipe_command("job.py", [word], 2), folder=tmp_path)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", said)
+    as_module, launcher, *words = recipe_command("job.py", [word], 2)
+    assert as_module == "-m"
+    started = start_recipe(str(ROOT / f"{launcher.replace('.', '/')}.py"), " ".join(words), tmp_path)
+    assert (*started.communicate(), started.returncode) == ("", said, code)
     assert {path.name for path in tmp_path.iterdir()} == {"job.py", *(("0 of 2", "1 of 2") if word == "work" else ())}
 
 
