@@ -74,7 +74,8 @@ def main(config: DrawConfig) -> None:
 
 
 def text(x: float, y: float, words: str, size: float = 15, fill: str = INK, extra: str = "") -> str:
-    return f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" fill="{fill}" {extra}>{escape(words)}</text>'
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)  # XML allows no others
+    return f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" fill="{fill}" {extra}>{escape(shown)}</text>'
 
 
 def label(y: float, name: str, below: str) -> str:

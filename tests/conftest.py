@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from speechllm import SpeechCodec
+    from tokenizer.codec.quantizer import ResidualVectorQuantizer
 
 
 def pytest_collection_finish() -> None:
@@ -77,10 +78,12 @@ def noise() -> Callable[..., Tensor]:
     return _noise
 
 
-def _assert_same_codes(codebooks: Tensor, latents: Tensor, ids: Tensor, expected: Tensor, roundings: int = 16) -> None:
+def _assert_same_codes(
+    quantizer: ResidualVectorQuantizer, latents: Tensor, ids: Tensor, expected: Tensor, roundings: int = 16
+) -> None:
     """Two searches gave the same codes, long [B, Q', T], wherever rounding cannot decide.
 
-    codebooks: float [Q, K, D]. latents: float [B, D, T], what was searched for.
+    latents: float [B, D, T], what was searched for.
     Other numbers of rows, chunks, threads and processors add in another order. A frame is settled in a layer when what
     is left of it lies further from the border of its two nearest codes than so many roundings of float32; behind a
     layer in which it is not, two searches may have left over something different. Most frames must be settled.
@@ -89,19 +92,21 @@ def _assert_same_codes(codebooks: Tensor, latents: Tensor, ids: Tensor, expected
 
     assert ids.dtype == expected.dtype == torch.long and ids.shape == expected.shape
     assert expected.shape[::2] == latents.shape[::2]
-    residual = latents.detach().double().transpose(1, 2)
-    settled = torch.ones(residual.shape[:2], dtype=torch.bool)
+    exact, vectors = copy.deepcopy(quantizer).double(), latents.detach().double().transpose(1, 2)
+    settled = torch.ones(vectors.shape[:2], dtype=torch.bool)
     unsettled = []
-    for layer, codebook in enumerate(codebooks[: expected.shape[1]].double()):
+    for layer, codebook in enumerate(exact.codebooks[: expected.shape[1]]):
+        if (start := exact._start(layer)) is not None:
+            residual = start(vectors)
         # half the squared distances, as far as they differ between codes
-        scores = residual @ codebook.T - codebook.square().sum(1) / 2
+        scores = exact.reduce[layer](residual) @ codebook.T - codebook.square().sum(1) / 2
         best, second = scores.topk(2).values.unbind(-1)
         size = codebook.norm(dim=1).max()
         rounding = torch.finfo(torch.float32).eps * size * (latents.double().norm(dim=1) + size)
         settled &= best - second > roundings * rounding
         assert torch.equal(ids[:, layer][settled], expected[:, layer][settled]), f"layer {layer}: other codes"
         assert torch.equal(expected[:, layer][settled], scores.argmax(-1)[settled]), f"layer {layer}: not the nearest"
-        residual = residual - codebook[expected[:, layer]]
+        residual = residual - exact.restore[layer](codebook[expected[:, layer]])
         unsettled.append(int((~settled).sum()))
     assert max(unsettled) <= max(1, settled.numel() // 5), f"of {settled.numel()} frames too close: {unsettled}"
 

@@ -182,7 +182,7 @@ def test_every_utterance_is_encoded_with_the_codec_that_was_trained(work: Work, 
     for row, utterance in zip(rows, corpus, strict=True):
         waveform = load_audio(utterance.path)[None]
         latents, expected = codec.latents(waveform), codec.encode(waveform).ids
-        assert_same_codes(codec.codebooks, latents, speech_of(row, encoding)[None], expected, roundings=64)
+        assert_same_codes(codec.quantizer, latents, speech_of(row, encoding)[None], expected, roundings=64)
     found = work.json("codes/done.json")
     assert found["utterances"] == UTTERANCES and found["skipped"] == {}
     assert found["hours"] == pytest.approx(UTTERANCES * 0.5 / 3600)

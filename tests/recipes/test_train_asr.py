@@ -504,4 +504,4 @@ def test_accelerate_accepts_the_multi_gpu_configurations(name: str, kind: str) -
     file = ROOT / "configs" / "accelerate" / f"{name}.yaml"
     config = load_config_from_file(str(file))
     assert config.distributed_type == kind and config.num_processes > 1
-    assert f"--config_file configs/accelerate/{name}.yaml" in file.read_text(encoding="utf-8")
+    assert f"--accelerate accelerate/{name}.yaml" in file.read_text(encoding="utf-8")

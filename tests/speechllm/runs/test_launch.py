@@ -174,12 +174,14 @@ def test_a_mistake_under_a_configuration_of_accelerate_is_one_line(tmp_path: Pat
     assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1
 
 
-def test_an_error_of_a_process_under_a_configuration_of_accelerate_is_one_line(tmp_path: Path) -> None:
+def test_an_error_of_a_process_under_a_configuration_of_accelerate_is_one_line(
+    tmp_path: Path, start_recipe: Callable
+) -> None:
+    (tmp_path / "job.py").write_text(JOB)
     (tmp_path / "two.yaml").write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_machines: 1\nnum_processes: 2\n"
         "machine_rank: 0\nmixed_precision: 'no'\nuse_cpu: true\ndynamo_config: {dynamo_backend: 'NO'}\n"
     )
-    words = ["run", "--accelerate=two.yaml", "train_tokenizer", "data=nowhere", "output=out"]
-    ended = python("-m", "speechllm.cli.main", *words, folder=tmp_path)
-    assert ended.returncode == 1
-    assert len(ended.stderr.splitlines()) == 1 and "nowhere" in ended.stderr
+    _, launcher, *words = recipe_command("job.py", ["fail"], Path("two.yaml"))
+    started = start_recipe(str(ROOT / f"{launcher.replace('.', '/')}.py"), " ".join(words), tmp_path)
+    assert (*started.communicate(), started.returncode) == ("", "error: nowhere: no such folder\n", 1)

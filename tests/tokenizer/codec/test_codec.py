@@ -95,7 +95,7 @@ def test_codes_and_speech_equal_encodec(
     codes = codec.encode(waveform)
     expected = encodec.encode(waveform[:, None], bandwidth=4.0)
     assert len(codes.ids.unique()) > 10
-    assert_same_codes(codec.codebooks, codec.latents(waveform), codes.ids, expected.audio_codes[0])
+    assert_same_codes(codec.quantizer, codec.latents(waveform), codes.ids, expected.audio_codes[0])
     speech = encodec.decode(codes.ids[None], expected.audio_scales)[0][:, 0]
     torch.testing.assert_close(codec.decode(codes), speech, atol=1e-6, rtol=0)
 
@@ -129,7 +129,7 @@ def test_an_utterance_has_the_same_codes_and_speech_in_any_batch(
     for index, length in enumerate(lengths):
         single = codec.encode(waveform[index : index + 1, :length])
         latents = codec.latents(waveform[index : index + 1, :length])
-        assert_same_codes(codec.codebooks, latents, batch.utterance(index)[None], single.ids)
+        assert_same_codes(codec.quantizer, latents, batch.utterance(index)[None], single.ids)
         assert not batch.ids[index, :, single.ids.shape[2] :].any()
         alone = Codes(batch.utterance(index)[None], single.lengths, single.samples)
         torch.testing.assert_close(speech[index, :length], codec.decode(alone)[0], atol=0, rtol=0)

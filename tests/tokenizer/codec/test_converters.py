@@ -132,7 +132,7 @@ def test_codes_and_audio_are_those_of_the_original(
     for length in LENGTHS:
         waveform = noise(length)
         codes, expected = codec.encode(waveform), original.encode(waveform)
-        assert_same_codes(codec.codebooks, codec.latents(waveform), codes.ids, expected)
+        assert_same_codes(codec.quantizer, codec.latents(waveform), codes.ids, expected)
         speech = original.decode(codes.ids)[:, :length]
         torch.testing.assert_close(codec.decode(codes), speech, atol=1e-5, rtol=0)
         seen |= set(codes.ids.unique().tolist())
@@ -148,7 +148,7 @@ def test_fewer_layers_are_a_lower_bandwidth_of_encodec(
     for bandwidth, layers in ((2.0, 1), (6.0, 3), (10.0, 5)):
         expected = original.encode(waveform, bandwidth)
         assert expected.shape[1] == layers
-        assert_same_codes(codec.codebooks, codec.latents(waveform), codec.encode(waveform, layers=layers).ids, expected)
+        assert_same_codes(codec.quantizer, codec.latents(waveform), codec.encode(waveform, layers=layers).ids, expected)
 
 
 def test_a_converted_codec_is_saved_and_loaded_like_any_other(original: Original, noise: Noise, tmp_path: Path) -> None:

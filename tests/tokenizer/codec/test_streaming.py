@@ -97,7 +97,7 @@ def assert_streams_equal(assert_same_codes: Same) -> Same:
         expected, latents = codec.latents(samples[None]), streamed_latents(codec, pieces(samples))
         torch.testing.assert_close(latents, expected, atol=1e-12, rtol=0)
         streamed = through(StreamingEncoder(codec), pieces(samples))
-        assert_same_codes(codec.codebooks, expected, streamed[None], ids[None])
+        assert_same_codes(codec.quantizer, expected, streamed[None], ids[None])
         torch.testing.assert_close(through(StreamingDecoder(codec), pieces(ids)), speech, atol=1e-5, rtol=0)
 
     return check
@@ -177,7 +177,7 @@ def test_fewer_layers(make_causal: MakeCodec, noise: Noise, assert_same_codes: S
     ids = through(StreamingEncoder(codec, layers), list(samples.split(700)))
     codes = codec.encode(samples[None])
     latents = codec.latents(samples[None])
-    assert_same_codes(codec.codebooks, latents, ids[None], codec.encode(samples[None], layers=layers).ids)
+    assert_same_codes(codec.quantizer, latents, ids[None], codec.encode(samples[None], layers=layers).ids)
     speech = through(StreamingDecoder(codec), list(codes.ids[0, :layers].split(3, -1)))
     torch.testing.assert_close(speech[:5_000], codec.decode(codes.first(layers))[0], atol=1e-5, rtol=0)
 
@@ -197,7 +197,7 @@ def test_two_streams_of_a_codec_are_independent(make_causal: MakeCodec, noise: N
         ids[index].append(encoders[index].finish())
         speech[index] += [decoders[index].push(ids[index][-1]), decoders[index].finish()]
         expected, streamed = offline(codec, samples)[0], torch.cat(ids[index], -1)
-        assert_same_codes(codec.codebooks, codec.latents(samples[None]), streamed[None], expected[None])
+        assert_same_codes(codec.quantizer, codec.latents(samples[None]), streamed[None], expected[None])
         decoded = codec.decoder(codec.quantizer.decode(streamed[None]))[0, 0]
         torch.testing.assert_close(torch.cat(speech[index]), decoded, atol=1e-5, rtol=0)
     assert all(torch.equal(value, weights[name]) for name, value in codec.state_dict().items())
@@ -233,7 +233,7 @@ def test_long_utterances_are_encoded_and_decoded_in_chunks(
     for index, samples in enumerate(lengths.tolist()):
         latents = codec.latents(waveform[index : index + 1, :samples])
         found, known = codes.utterance(index)[None], expected.utterance(index)[None]
-        assert_same_codes(codec.codebooks, latents, found, known)
+        assert_same_codes(codec.quantizer, latents, found, known)
         assert not codes.ids[index, :, latents.shape[2] :].any()
     assert torch.equal(codes.lengths, expected.lengths)
     assert torch.equal(codes.samples, expected.samples)
@@ -362,7 +362,7 @@ def test_bad_input_is_refused_and_leaves_the_stream_as_it_was(
             decoder.push(wrong)
     received += [encoder.push(samples[2_000:]), encoder.finish()]
     decoded += [decoder.push(ids[:, 5:]), decoder.finish()]
-    assert_same_codes(codec.codebooks, codec.latents(samples[None]), torch.cat(received, -1)[None], ids[None])
+    assert_same_codes(codec.quantizer, codec.latents(samples[None]), torch.cat(received, -1)[None], ids[None])
     torch.testing.assert_close(torch.cat(decoded), speech, atol=1e-5, rtol=0)
 
 

@@ -60,7 +60,7 @@ def test_units_are_the_nearest_centroids_of_the_layer(
     found = units.encode(waveform).ids
     for expected in (squares.argmin(1), kmeans.predict(frames[0].numpy())):
         expected = torch.from_numpy(expected).long()[None, None]
-        assert_same_codes(units.codebooks, frames.transpose(1, 2), found, expected)
+        assert_same_codes(units.quantizer, frames.transpose(1, 2), found, expected)
     assert len(found.unique()) > CLUSTERS // 2
 
 
