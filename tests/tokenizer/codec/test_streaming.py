@@ -3,6 +3,7 @@
 Codes are compared except in frames that lie between two of them, because other chunks change the rounding.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -38,12 +39,13 @@ def noise(noise: Noise) -> Noise:
 
 @pytest.fixture(scope="module")
 def make_causal(make_codec: MakeCodec, noise: Noise) -> MakeCodec:
-    """Tiny causal codecs whose encoder computes in float64.
+    """Tiny causal codecs whose encoder computes in float64, one for each choice of settings: tests only look at them.
 
     In float32 the length of a chunk changes the last bits; so the latents can be compared closely. The codes are
     searched for in float32 all the same.
     """
 
+    @functools.cache
     @torch.no_grad()
     def make(**settings: object) -> SpeechCodec:
         codec = make_codec(causal=True, **settings)
@@ -72,16 +74,22 @@ def offline(codec: SpeechCodec, samples: Tensor) -> tuple[Tensor, Tensor]:
         return ids[0], codec.decoder(codec.quantizer.decode(ids))[0, 0]
 
 
-def through(stream: StreamingEncoder | StreamingDecoder, chunks: list[Tensor]) -> Tensor:
+def through(stream: StreamingEncoder | StreamingDecoder, chunks: Iterable[Tensor]) -> Tensor:
     return torch.cat([*map(stream.push, chunks), stream.finish()], -1)
 
 
-@torch.no_grad()
-def streamed_latents(codec: SpeechCodec, chunks: Iterable[Tensor]) -> Tensor:
-    """The latents, which may differ even where the codes do not."""
-    encoder, end = StreamingEncoder(codec), torch.zeros(0).double()
-    parts = [encoder._run(chunk[None, None], last=False) for chunk in chunks]
-    return torch.cat([*parts, encoder._run(end[None, None], last=True)], -1)
+def streamed(codec: SpeechCodec, chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """The latents float [1, D, T], which may differ even where the codes do not, and the codes long [Q, T]."""
+    encoder, parts = StreamingEncoder(codec), []
+    run = encoder._run
+
+    def noting(x: Tensor, last: bool) -> Tensor:
+        parts.append(run(x, last))
+        return parts[-1]
+
+    encoder._run = noting
+    ids = through(encoder, chunks)
+    return torch.cat(parts, -1), ids
 
 
 def random_chunks(x: Tensor, number: int, seed: int) -> list[Tensor]:
@@ -94,20 +102,19 @@ def random_chunks(x: Tensor, number: int, seed: int) -> list[Tensor]:
 def assert_streams_equal(assert_same_codes: Same) -> Same:
     def check(codec: SpeechCodec, samples: Tensor, pieces: Callable[[Tensor], list[Tensor]]) -> None:
         ids, speech = offline(codec, samples)
-        expected, latents = codec.latents(samples[None]), streamed_latents(codec, pieces(samples))
+        expected, (latents, found) = codec.latents(samples[None]), streamed(codec, pieces(samples))
         torch.testing.assert_close(latents, expected, atol=1e-12, rtol=0)
-        streamed = through(StreamingEncoder(codec), pieces(samples))
-        assert_same_codes(codec.quantizer, expected, streamed[None], ids[None])
+        assert_same_codes(codec.quantizer, expected, found[None], ids[None])
         torch.testing.assert_close(through(StreamingDecoder(codec), pieces(ids)), speech, atol=1e-5, rtol=0)
 
     return check
 
 
-@pytest.mark.parametrize("number, seed", [(2, 0), (5, 1), (60, 2)])
+@pytest.mark.parametrize("number, seed", [(2, 0), (5, 1), (40, 2)])
 def test_any_chunks_give_what_the_whole_gives(
     causal: SpeechCodec, noise: Noise, assert_streams_equal: Same, number: int, seed: int
 ) -> None:
-    samples = noise(320 * 23 + 17, seed=seed)[0]
+    samples = noise(320 * 15 + 17, seed=seed)[0]
     assert len(offline(causal, samples)[0].unique()) > 4
     assert_streams_equal(causal, samples, lambda x: random_chunks(x, number, seed))
 
@@ -137,7 +144,7 @@ def test_samples_go_to_where_the_codec_is(make_codec: MakeCodec) -> None:
 
 def test_a_buffer_may_be_filled_again_after_its_push(make_causal: MakeCodec, noise: Noise) -> None:
     codec, samples, buffer = make_causal(), noise(330)[0], torch.zeros(3).double()
-    latents = streamed_latents(codec, (buffer.copy_(chunk) for chunk in samples.split(3)))
+    latents, _ = streamed(codec, (buffer.copy_(chunk) for chunk in samples.split(3)))
     torch.testing.assert_close(latents, codec.latents(samples[None]), atol=1e-12, rtol=0)
 
 
