@@ -69,8 +69,8 @@ def test_texts_are_needed() -> None:
 # ---- the recipe
 
 
-@pytest.fixture(scope="module")
-def evaluation(recipe: Callable[[str], types.ModuleType]) -> types.ModuleType:
+@pytest.fixture
+def evaluation(recipe: Callable[[str], types.ModuleType], without_pictures: None) -> types.ModuleType:
     return recipe("eval_tokenizer.py")
 
 
