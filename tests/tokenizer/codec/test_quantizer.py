@@ -597,7 +597,7 @@ def test_projections_and_codes_of_few_dimensions_learn_the_latents(low: Residual
     z, low.decay = 3 + latents(frames=200), 0.9
     low.initialize(z.transpose(1, 2).flatten(0, 1))
     optimizer = torch.optim.Adam(low.parameters(), 3e-2)
-    for _ in range(60):
+    for _ in range(100):
         found = low.train()(z)
         loss = found.commitment + (found.output - z).square().mean()
         optimizer.zero_grad()
