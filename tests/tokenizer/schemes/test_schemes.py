@@ -358,4 +358,5 @@ def test_loading_a_codec_imports_no_large_package_it_does_not_need(
 ) -> None:
     (tmp_path / "loading.py").write_text(LOADING)
     process = start_recipe(str(tmp_path / "loading.py"), str(codec_folder), tmp_path)
-    assert process.communicate() == ("[]\n", "")
+    output, errors = process.communicate()
+    assert process.returncode == 0 and output == "[]\n", errors
