@@ -138,7 +138,14 @@ def make_codec() -> Callable[..., SpeechCodec]:
 
     from speechllm import SpeechCodec, SpeechCodecConfig
 
+    made: dict[str, SpeechCodec] = {}
+
     def make(**settings: object) -> SpeechCodec:
+        if (key := repr(sorted(settings.items()))) not in made:
+            made[key] = build(settings)
+        return copy.deepcopy(made[key])
+
+    def build(settings: dict[str, object]) -> SpeechCodec:
         tiny = {"n_filters": 4, "dimension": 8, "num_codebooks": 3, "codebook_size": 8}
         with torch.random.fork_rng():
             torch.manual_seed(0)

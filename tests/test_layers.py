@@ -1,6 +1,7 @@
 """The rules of the house that a reader of the syntax trees can check: who imports whom, names, sizes, paths."""
 
 import ast
+import functools
 import re
 import subprocess
 from collections.abc import Iterator
@@ -61,12 +62,12 @@ def imports(tree: ast.AST) -> Iterator[tuple[ast.AST, str, str | None]]:
 
 def bound_names(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
     """Every name a file gives to a variable, parameter, function or import; attributes and fields are not meant."""
-    fields = set()
-    for node in ast.walk(tree):
+    fields, nodes = set(), list(ast.walk(tree))
+    for node in nodes:
         if isinstance(node, ast.ClassDef):
             fields.update(id(child) for child in node.body)
             fields.update(id(child.target) for child in node.body if isinstance(child, ast.AnnAssign))
-    for node in ast.walk(tree):
+    for node in nodes:
         if id(node) in fields:
             continue
         match node:
@@ -78,6 +79,14 @@ def bound_names(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
                 yield node, name
             case ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)) | ast.MatchMapping(rest=str(name)):
                 yield node, name
+
+
+@functools.cache
+def names_of(path: Path) -> tuple[list[tuple[str, str, str | None]], list[tuple[str, str]]]:
+    """What a file imports, as (place, module, imported name or None), and the names it gives, as (place, name)."""
+    tree = parse(path)
+    imported = [(place(path, node), module, name) for node, module, name in imports(tree)]
+    return imported, [(place(path, node), name) for node, name in bound_names(tree)]
 
 
 def text_files() -> list[Path]:
@@ -113,10 +122,10 @@ def arrows() -> list[tuple[str, str, str]]:
     """Who imports whom, at the top or inside a function: importer, imported, place."""
     known, found = modules(), []
     for module, path in known.items():
-        for node, source, name in imports(parse(path)):
+        for where, source, name in names_of(path)[0]:
             if source.split(".")[0] in ("tokenizer", "speechllm"):
                 inside = f"{source}.{name}"
-                found.append((module, inside if inside in known else source, place(path, node)))
+                found.append((module, inside if inside in known else source, where))
     return found
 
 
@@ -159,9 +168,9 @@ def test_the_diagram_in_contributing_is_the_one_of_the_imports() -> None:
 
 def test_private_names_stay_in_their_file() -> None:
     problems = [
-        f"{place(path, node)}: {name} of {module} is private"
+        f"{where}: {name} of {module} is private"
         for path in python_files("tokenizer", "speechllm", "recipes")
-        for node, module, name in imports(parse(path))
+        for where, module, name in names_of(path)[0]
         if module.split(".")[0] in ("tokenizer", "speechllm") and name and name[0] == "_" and name != "_guard"
     ]
     assert not problems, "\n".join(problems)
@@ -181,17 +190,17 @@ def test_nobody_imports_a_recipe() -> None:
     for path in python_files(*CODE, "tests"):
         # A script finds its neighbours by their bare name.
         forbidden = {"recipes"} | (recipes if path.parent == ROOT / "recipes" else set())
-        for node, module, _ in imports(parse(path)):
+        for where, module, _ in names_of(path)[0]:
             if module.split(".")[0] in forbidden:
-                problems.append(f"{place(path, node)}: imports the recipe {module}; put what is shared into speechllm")
+                problems.append(f"{where}: imports the recipe {module}; put what is shared into speechllm")
     assert not problems, "\n".join(problems)
 
 
 def test_no_variable_is_called_just_tokenizer() -> None:
     problems = [
-        f"{place(path, node)}: say text_tokenizer or codec"
+        f"{where}: say text_tokenizer or codec"
         for path in python_files(*CODE, "tests")
-        for node, name in bound_names(parse(path))
+        for where, name in names_of(path)[1]
         if name == "tokenizer"
     ]
     assert not problems, "\n".join(problems)

@@ -1,5 +1,6 @@
 """Converted codecs against the original packages: the same codes, the same audio, and what is refused."""
 
+import copy
 import json
 import re
 import shutil
@@ -122,11 +123,17 @@ def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Original(model, folder)
 
 
+@pytest.fixture(scope="module")
+def converted(original: Original) -> SpeechCodec:
+    """For tests that only look at it."""
+    return original.converted()
+
+
 @torch.no_grad()
 def test_codes_and_audio_are_those_of_the_original(
-    original: Original, noise: Noise, assert_same_codes: Callable[..., None]
+    original: Original, converted: SpeechCodec, noise: Noise, assert_same_codes: Callable[..., None]
 ) -> None:
-    codec = original.converted()
+    codec = converted
     assert not codec.training
     seen = set()
     for length in LENGTHS:
@@ -142,17 +149,19 @@ def test_codes_and_audio_are_those_of_the_original(
 @pytest.mark.parametrize("original", ["encodec"], indirect=True)
 @torch.no_grad()
 def test_fewer_layers_are_a_lower_bandwidth_of_encodec(
-    original: Original, noise: Noise, assert_same_codes: Callable[..., None]
+    original: Original, converted: SpeechCodec, noise: Noise, assert_same_codes: Callable[..., None]
 ) -> None:
-    codec, waveform = original.converted(), noise(1_000)
+    codec, waveform = converted, noise(1_000)
     for bandwidth, layers in ((2.0, 1), (6.0, 3), (10.0, 5)):
         expected = original.encode(waveform, bandwidth)
         assert expected.shape[1] == layers
         assert_same_codes(codec.quantizer, codec.latents(waveform), codec.encode(waveform, layers=layers).ids, expected)
 
 
-def test_a_converted_codec_is_saved_and_loaded_like_any_other(original: Original, noise: Noise, tmp_path: Path) -> None:
-    codec = original.converted()
+def test_a_converted_codec_is_saved_and_loaded_like_any_other(
+    original: Original, converted: SpeechCodec, noise: Noise, tmp_path: Path
+) -> None:
+    codec = converted
     codec.save_pretrained(tmp_path)
     loaded = SpeechCodec.from_pretrained(tmp_path)
     assert loaded.fingerprint == codec.fingerprint == original.converted().fingerprint
@@ -160,8 +169,8 @@ def test_a_converted_codec_is_saved_and_loaded_like_any_other(original: Original
 
 
 @torch.no_grad()
-def test_training_continues_from_the_converted_codebooks(original: Original, noise: Noise) -> None:
-    codec = original.converted()
+def test_training_continues_from_the_converted_codebooks(converted: SpeechCodec, noise: Noise) -> None:
+    codec = copy.deepcopy(converted)
     before = codec.codebooks.clone()
     ids = codec.train().quantizer(codec.latents(noise(1_000))).ids
     for layer in range(codec.num_codebooks):
@@ -172,7 +181,9 @@ def test_training_continues_from_the_converted_codebooks(original: Original, noi
     assert (codec.codebooks - before).abs().max() < 0.5 * before.abs().max()
 
 
-def test_both_names_of_weight_normalisation_are_supported(original: Original, tmp_path: Path) -> None:
+def test_both_names_of_weight_normalisation_are_supported(
+    original: Original, converted: SpeechCodec, tmp_path: Path
+) -> None:
     names = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
     if not original.is_encodec:  # the package itself uses the older one
         names = {old: new for new, old in names.items()}
@@ -183,7 +194,7 @@ def test_both_names_of_weight_normalisation_are_supported(original: Original, tm
             state = {name.replace(here, there): value for name, value in state.items()}
         return state
 
-    assert original.copied(tmp_path, renamed).converted().fingerprint == original.converted().fingerprint
+    assert original.copied(tmp_path, renamed).converted().fingerprint == converted.fingerprint
 
 
 @pytest.mark.parametrize("original", ["encodec", "speechtokenizer"], indirect=True)
@@ -202,7 +213,9 @@ def test_parameters_that_do_not_match_are_refused(original: Original, tmp_path: 
 
 
 @pytest.mark.parametrize("original", ["speechtokenizer"], indirect=True)
-def test_speechtokenizer_is_also_found_on_the_hub(original: Original, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speechtokenizer_is_also_found_on_the_hub(
+    original: Original, converted: SpeechCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: fetch(original.folder / file))
 
     def fetch(file: Path) -> str:
@@ -210,7 +223,7 @@ def test_speechtokenizer_is_also_found_on_the_hub(original: Original, monkeypatc
             raise EntryNotFoundError(file.name)
         return str(file)
 
-    assert load_tokenizer("owner/model").fingerprint == original.converted().fingerprint
+    assert load_tokenizer("owner/model").fingerprint == converted.fingerprint
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: fetch(original.folder / "nothing"))
     with pytest.raises(FileNotFoundError, match=r"owner/model lacks config\.json or SpeechTokenizer\.pt"):
         convert_speechtokenizer("owner/model")

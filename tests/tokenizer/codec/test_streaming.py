@@ -3,11 +3,13 @@
 Codes are compared except in frames that lie between two of them, because other chunks change the rounding.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from speechllm import InputError, SpeechCodec, StreamingDecoder, StreamingEncoder
 from tokenizer.codec.convnext import LogMelSpectra
@@ -38,12 +40,13 @@ def noise(noise: Noise) -> Noise:
 
 @pytest.fixture(scope="module")
 def make_causal(make_codec: MakeCodec, noise: Noise) -> MakeCodec:
-    """Tiny causal codecs whose encoder computes in float64.
+    """Tiny causal codecs whose encoder computes in float64, one for each choice of settings: tests only look at them.
 
     In float32 the length of a chunk changes the last bits; so the latents can be compared closely. The codes are
     searched for in float32 all the same.
     """
 
+    @functools.cache
     @torch.no_grad()
     def make(**settings: object) -> SpeechCodec:
         codec = make_codec(causal=True, **settings)
@@ -72,16 +75,22 @@ def offline(codec: SpeechCodec, samples: Tensor) -> tuple[Tensor, Tensor]:
         return ids[0], codec.decoder(codec.quantizer.decode(ids))[0, 0]
 
 
-def through(stream: StreamingEncoder | StreamingDecoder, chunks: list[Tensor]) -> Tensor:
+def through(stream: StreamingEncoder | StreamingDecoder, chunks: Iterable[Tensor]) -> Tensor:
     return torch.cat([*map(stream.push, chunks), stream.finish()], -1)
 
 
-@torch.no_grad()
-def streamed_latents(codec: SpeechCodec, chunks: Iterable[Tensor]) -> Tensor:
-    """The latents, which may differ even where the codes do not."""
-    encoder, end = StreamingEncoder(codec), torch.zeros(0).double()
-    parts = [encoder._run(chunk[None, None], last=False) for chunk in chunks]
-    return torch.cat([*parts, encoder._run(end[None, None], last=True)], -1)
+def streamed(codec: SpeechCodec, chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """The latents float [1, D, T], which may differ even where the codes do not, and the codes long [Q, T]."""
+    encoder, parts = StreamingEncoder(codec), []
+    run = encoder._run
+
+    def noting(x: Tensor, last: bool) -> Tensor:
+        parts.append(run(x, last))
+        return parts[-1]
+
+    encoder._run = noting
+    ids = through(encoder, chunks)
+    return torch.cat(parts, -1), ids
 
 
 def random_chunks(x: Tensor, number: int, seed: int) -> list[Tensor]:
@@ -92,22 +101,22 @@ def random_chunks(x: Tensor, number: int, seed: int) -> list[Tensor]:
 
 @pytest.fixture(scope="session")
 def assert_streams_equal(assert_same_codes: Same) -> Same:
+    @parametrize.cached()  # normalised weights are not computed again for every chunk
     def check(codec: SpeechCodec, samples: Tensor, pieces: Callable[[Tensor], list[Tensor]]) -> None:
         ids, speech = offline(codec, samples)
-        expected, latents = codec.latents(samples[None]), streamed_latents(codec, pieces(samples))
+        expected, (latents, found) = codec.latents(samples[None]), streamed(codec, pieces(samples))
         torch.testing.assert_close(latents, expected, atol=1e-12, rtol=0)
-        streamed = through(StreamingEncoder(codec), pieces(samples))
-        assert_same_codes(codec.quantizer, expected, streamed[None], ids[None])
+        assert_same_codes(codec.quantizer, expected, found[None], ids[None])
         torch.testing.assert_close(through(StreamingDecoder(codec), pieces(ids)), speech, atol=1e-5, rtol=0)
 
     return check
 
 
-@pytest.mark.parametrize("number, seed", [(2, 0), (5, 1), (60, 2)])
+@pytest.mark.parametrize("number, seed", [(2, 0), (5, 1), (40, 2)])
 def test_any_chunks_give_what_the_whole_gives(
     causal: SpeechCodec, noise: Noise, assert_streams_equal: Same, number: int, seed: int
 ) -> None:
-    samples = noise(320 * 23 + 17, seed=seed)[0]
+    samples = noise(320 * 15 + 17, seed=seed)[0]
     assert len(offline(causal, samples)[0].unique()) > 4
     assert_streams_equal(causal, samples, lambda x: random_chunks(x, number, seed))
 
@@ -137,7 +146,7 @@ def test_samples_go_to_where_the_codec_is(make_codec: MakeCodec) -> None:
 
 def test_a_buffer_may_be_filled_again_after_its_push(make_causal: MakeCodec, noise: Noise) -> None:
     codec, samples, buffer = make_causal(), noise(330)[0], torch.zeros(3).double()
-    latents = streamed_latents(codec, (buffer.copy_(chunk) for chunk in samples.split(3)))
+    latents, _ = streamed(codec, (buffer.copy_(chunk) for chunk in samples.split(3)))
     torch.testing.assert_close(latents, codec.latents(samples[None]), atol=1e-12, rtol=0)
 
 
@@ -224,8 +233,8 @@ def test_long_utterances_are_encoded_and_decoded_in_chunks(
     make_causal: MakeCodec, noise: Noise, assert_same_codes: Same, pad_mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codec = make_causal(pad_mode=pad_mode)
-    lengths = torch.tensor([40_000, 10_000, 3_200, 3_201, 1])
-    waveform = noise(40_000, batch=5)
+    lengths = torch.tensor([15_000, 10_000, 3_200, 3_201, 1])
+    waveform = noise(15_000, batch=5)
     expected = codec.encode(waveform, lengths)
     speech = codec.decode(expected)
     monkeypatch.setattr("tokenizer.codec.speech_codec.CHUNK_S", 0.2)  # 3200 samples
@@ -268,21 +277,23 @@ def test_a_codec_that_looks_ahead_is_encoded_and_decoded_in_chunks(
     codec.quantizer.encode = lambda latents, layers: latents  # compared without the search, and decoded as they are
     codec.quantizer.decode = lambda latents: latents
     hop = codec.hop_length
-    for samples in (7 * hop, 20 * hop + 1, 21 * hop - 1):
-        waveform = noise(samples, seed=samples)[0].to(codec.codebooks)
-        latents = codec.latents(waveform[None])
-        for frames in (1, 6):
-            chunked = in_chunks(ChunkedEncoder(codec), waveform, frames, hop)
-            torch.testing.assert_close(chunked, latents[0], **close)
-            speech = in_chunks(ChunkedDecoder(codec), latents[0], frames)
-            torch.testing.assert_close(speech, codec.decoder(latents)[0, 0], **close)
+    long = (20 if codec.config.body == "convnext" else 12) * hop  # more than an output depends on
+    with parametrize.cached():
+        for samples in (7 * hop, long + 1, long + hop - 1):
+            waveform = noise(samples, seed=samples)[0].to(codec.codebooks)
+            latents = codec.latents(waveform[None])
+            for frames in (1, 6):
+                chunked = in_chunks(ChunkedEncoder(codec), waveform, frames, hop)
+                torch.testing.assert_close(chunked, latents[0], **close)
+                speech = in_chunks(ChunkedDecoder(codec), latents[0], frames)
+                torch.testing.assert_close(speech, codec.decoder(latents)[0, 0], **close)
 
 
 @pytest.mark.parametrize("settings", [{}, {"lstm": "bidirectional"}, {"front_end": "log_mel"}, CONVNEXT], ids=str)
 def test_memory_of_a_codec_that_looks_ahead_does_not_grow_with_the_utterance(
     make_codec: MakeCodec, noise: Noise, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]
 ) -> None:
-    codec, long = make_codec(**settings), noise(64_000).float()
+    codec, long = make_codec(**settings), noise(24_000).float()
     codes = codec.encode(long)
     monkeypatch.setattr("tokenizer.codec.speech_codec.CHUNK_S", 0.2)
     assert codec.bounded is (settings.get("lstm") != "bidirectional")
@@ -295,10 +306,10 @@ def test_memory_of_a_codec_that_looks_ahead_does_not_grow_with_the_utterance(
 def test_memory_does_not_grow_with_the_utterance(
     make_causal: MakeCodec, noise: Noise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    codec, short, long = make_causal(), noise(6_400), noise(32_000)
+    codec, short, long = make_causal(), noise(6_400), noise(16_000)
     codes = codec.encode(short), codec.encode(long)
-    assert longest_input(codec, lambda: codec.encode(long)) > 32_000
-    assert longest_input(codec, lambda: codec.decode(codes[1])) > 32_000
+    assert longest_input(codec, lambda: codec.encode(long)) > 16_000
+    assert longest_input(codec, lambda: codec.decode(codes[1])) > 16_000
     monkeypatch.setattr("tokenizer.codec.speech_codec.CHUNK_S", 0.2)
     allowed = 3_200 + 12  # and the past that the first convolution's kernel of 7 sees, and its padding before that
     assert longest_input(codec, lambda: codec.encode(short)) == longest_input(codec, lambda: codec.encode(long))
@@ -313,7 +324,7 @@ def test_a_stream_keeps_only_a_few_inputs_per_layer(
 ) -> None:
     codec = make_causal(**settings)
     encoder, decoder = StreamingEncoder(codec), StreamingDecoder(codec)
-    for chunk in noise(320 * 100)[0].split(320 * 50 + 1):
+    for chunk in noise(320 * 60)[0].split(320 * 30 + 1):
         decoder.push(encoder.push(chunk))
     for stage in [*encoder._stages, *decoder._stages]:
         inputs = getattr(stage, "inputs", None)

@@ -18,6 +18,11 @@ WORDS = ("ab", "cab", "bed", "dada", "ace")
 SPLITS = {"train_splits": ["train"], "test_splits": ["test"]}
 
 
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenizer.metrics.probe.BATCH", 8)
+
+
 def spelling(text: str) -> Tensor:
     """Codes int [T] that spell a text: three frames a character (two codes of its own), one of silence behind it."""
     return torch.tensor([code for c in text for code in (2 * ord(c) % 31, 2 * ord(c) % 31 + 1, 2 * ord(c) % 31, 31)])
@@ -69,8 +74,8 @@ def test_texts_are_needed() -> None:
 # ---- the recipe
 
 
-@pytest.fixture(scope="module")
-def evaluation(recipe: Callable[[str], types.ModuleType]) -> types.ModuleType:
+@pytest.fixture
+def evaluation(recipe: Callable[[str], types.ModuleType], without_pictures: None) -> types.ModuleType:
     return recipe("eval_tokenizer.py")
 
 

@@ -1,10 +1,9 @@
 """All kinds of audio tokenizers by name: one interface, the same result in any batch and after saving and loading."""
 
+import functools
 import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,7 +44,6 @@ from tokenizer.training.teachers import SemanticTeacher
 
 pytestmark = pytest.mark.numeric
 
-ROOT = Path(__file__).resolve().parents[3]
 Noise = Callable[..., Tensor]
 Answer = Codes | Features | Transcripts
 LENGTHS = torch.tensor([21_000, 400, 8_123])
@@ -113,7 +111,9 @@ def home(codec_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@functools.cache
 def load(home: Path, name: str) -> AudioTokenizer:
+    """The same one every time, at which tests only look."""
     prefix, colon, folder = name.rpartition(":")
     return load_tokenizer(f"{prefix}{colon}{home / folder}")
 
@@ -340,11 +340,23 @@ def test_a_name_that_the_hub_does_not_have_is_reported(tmp_path: Path) -> None:
         load_tokenizer("nobody/nothing")
 
 
-def test_loading_a_codec_imports_no_large_package_it_does_not_need(codec_folder: Path) -> None:
-    code = (
-        "import sys; from tokenizer.loading import load_tokenizer; load_tokenizer(sys.argv[1]); "
-        "print([name for name in ('transformers', 'sklearn', 'accelerate', 'datasets', 'speechbrain') "
-        "if name in sys.modules])"
-    )
-    command = [sys.executable, "-c", code, str(codec_folder)]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
+# in a process that has imported them all: those are forgotten, with what imports them
+LOADING = """
+import sys
+large = "transformers", "sklearn", "accelerate", "datasets", "speechbrain"
+forgotten = {"tokenizer", "speechllm", "peft", *large}
+for name in [name for name in sys.modules if name.partition(".")[0] in forgotten]:
+    del sys.modules[name]
+from tokenizer.loading import load_tokenizer
+load_tokenizer(sys.argv[1])
+print([name for name in large if name in sys.modules])
+"""
+
+
+def test_loading_a_codec_imports_no_large_package_it_does_not_need(
+    codec_folder: Path, tmp_path: Path, start_recipe: Callable
+) -> None:
+    (tmp_path / "loading.py").write_text(LOADING)
+    process = start_recipe(str(tmp_path / "loading.py"), str(codec_folder), tmp_path)
+    output, errors = process.communicate()
+    assert process.returncode == 0 and output == "[]\n", errors
