@@ -14,6 +14,7 @@ import json
 import queue
 import re
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -220,6 +221,8 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="only print what there is")
     parser.add_argument("--write", action="store_true", help="write the table when all is done")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "campaign", help="folder for all of it")
+    # ignored in the background of a shell script, and then by all that is started here
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = parser.parse_args()
     if arguments.list:
         for section, cases in SECTIONS.items():
