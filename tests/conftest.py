@@ -39,6 +39,11 @@ if TYPE_CHECKING:
     from tokenizer.codec.quantizer import ResidualVectorQuantizer
 
 
+def pytest_configure() -> None:
+    """In the background of a shell script Ctrl-C is ignored, and by all that is started here; tests send it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_finish() -> None:
     """A search for garbage among all that was imported takes a second: from here on it is left out."""
     gc.freeze()
