@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenizer.audio import pad_waveforms
 from tokenizer.errors import InputError
-from tokenizer.frames import frame_count
+from tokenizer.frames import frame_count, frame_mask
 from tokenizer.pretrained import (
     check_folder,
     describe,
@@ -140,7 +140,7 @@ class SemanticTeacher(nn.Module):
             inner.append((projected[0] if isinstance(projected, tuple) else projected)[0])
         sizes = [len(x) for x in inner]
         padded = nn.utils.rnn.pad_sequence(inner, batch_first=True)
-        mask = torch.arange(max(sizes), device=padded.device) < torch.tensor(sizes, device=padded.device)[:, None]
+        mask = frame_mask(torch.tensor(sizes, device=padded.device), padded.shape[1], hop_length=1)
         chosen = self._choose(self._layer_states(padded, mask))
         return [x[:size] for x, size in zip(chosen, sizes, strict=True)]
 

@@ -1,6 +1,5 @@
 """Validation of a codec during training: all metrics in one pass over a few utterances, and the best weights so far."""
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ class BestWeights:
             raise ValueError(f"the validation has no dev_{self.figure}: no utterance of the dev splits could be scored")
         if score > self.score if self.figure in self.HIGHER else score < self.score:
             self.step, self.score, self.validations_without_improvement = step, score, 0
-            self.weights = {name: value.cpu() for name, value in copy.deepcopy(codec.state_dict()).items()}
+            self.weights = {name: value.to("cpu", copy=True) for name, value in codec.state_dict().items()}
         else:
             self.validations_without_improvement += 1
 

@@ -1,6 +1,7 @@
 """The distillation losses of layers 0 and 1 (eqs. 4 and 5), and the mel reconstruction loss."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -50,38 +51,40 @@ def test_eq_4_has_the_values_of_its_cosine(center: bool, student: Tensor, loss: 
     assert value.item() == pytest.approx(loss, abs=1e-4)
 
 
+def semantic_batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Layer 0, target and mask of utterances of different lengths."""
+    return frames().transpose(1, 2), frames(C, seed=1) + 0.5, some()
+
+
+def spoken(
+    semantic: SemanticDistillation, layer0: Tensor, target: Tensor, mask: Tensor
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What is compared of each utterance, [frames, C] of student and teacher, without its padding."""
+    for student, teacher, own in zip(semantic.projection(layer0.transpose(1, 2)), target, mask, strict=True):
+        pair = student[own].detach().double().numpy(), teacher[own].double().numpy()
+        yield tuple(x - x.mean(0) for x in pair) if semantic.center else pair
+
+
+def loss_of_cosine(s: np.ndarray, t: np.ndarray) -> float:
+    return np.log1p(np.exp(-(s @ t) / np.linalg.norm(s) / np.linalg.norm(t)))
+
+
 @pytest.mark.parametrize("center", [True, False])
 def test_eq_4_is_the_mean_over_utterances_and_dimensions_of_cosines_over_time(center: bool) -> None:
-    semantic = SemanticDistillation(D, C, center)
-    layer0, target, mask = frames().transpose(1, 2), frames(C, seed=1) + 0.5, some()
-    expected = []
-    for b in range(B):
-        n = int(mask[b].sum())
-        student = semantic.projection(layer0[b, :, :n].T).detach().double().numpy()
-        teacher = target[b, :n].double().numpy()
-        for p in range(C):
-            s, t = student[:, p], teacher[:, p]
-            if center:
-                s, t = s - s.mean(), t - t.mean()
-            expected.append(np.log1p(np.exp(-(s @ t) / np.linalg.norm(s) / np.linalg.norm(t))))
-    assert semantic(layer0, target, mask).item() == pytest.approx(np.mean(expected), rel=1e-5)
+    semantic, batch = SemanticDistillation(D, C, center), semantic_batch()
+    expected = [
+        loss for student, teacher in spoken(semantic, *batch) for loss in map(loss_of_cosine, student.T, teacher.T)
+    ]
+    assert len(expected) == B * C
+    assert semantic(*batch).item() == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("center", [True, False])
 def test_on_the_time_axis_eq_4_is_the_mean_over_frames_of_cosines_over_dimensions(center: bool) -> None:
-    semantic = SemanticDistillation(D, C, center, "T")
-    layer0, target, mask = frames().transpose(1, 2), frames(C, seed=1) + 0.5, some()
-    expected = []
-    for b in range(B):
-        n = int(mask[b].sum())
-        student = semantic.projection(layer0[b, :, :n].T).detach().double().numpy()
-        teacher = target[b, :n].double().numpy()
-        if center:
-            student, teacher = student - student.mean(0), teacher - teacher.mean(0)
-        for s, t in zip(student, teacher, strict=True):
-            expected.append(np.log1p(np.exp(-(s @ t) / np.linalg.norm(s) / np.linalg.norm(t))))
+    semantic, batch = SemanticDistillation(D, C, center, "T"), semantic_batch()
+    expected = [loss for student, teacher in spoken(semantic, *batch) for loss in map(loss_of_cosine, student, teacher)]
     assert len(expected) == T + 5
-    assert semantic(layer0, target, mask).item() == pytest.approx(np.mean(expected), rel=1e-5)
+    assert semantic(*batch).item() == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 def test_the_axes_compare_different_things() -> None:
