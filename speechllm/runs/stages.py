@@ -27,6 +27,7 @@ from speechllm.runs.run import RunError
 from speechllm.runs.signals import child_environment
 from tokenizer.corpus import CorpusError, read_corpus
 from tokenizer.files import read_json, write_json
+from tokenizer.utterances import MissingSplitError, corpus_folders
 
 CONFIG = "--config="
 GRACE_S = 120.0  # for the checkpoint of a recipe that is to end
@@ -54,14 +55,16 @@ class Stages:
         """Duration of each finished stage."""
         return {name: stage["seconds"] for name, stage in self.done.items() if stage["finished"]}
 
-    def check(self, commands: Mapping[str, list[str]]) -> None:
+    def check(self, commands: Mapping[str, list[str]], advice: str = "") -> None:
         """Check the configuration of every command, by name of the stage, and the splits of the corpora they read.
 
-        Raises RunError listing all problems.
+        Also those of encoded speech, where one of the commands encodes it. Raises RunError listing all problems with
+        stage, key and file, and the advice.
         """
         classes = {name: config_class(self.recipes / name) for name in {words[0] for words in commands.values()}}
         problems: list[str] = []
-        splits: dict[str, set[str]] = defaultdict(set)
+        encoding: dict[str, Any] = {}  # the commands that encode speech, by their output
+        asked: dict[tuple[Path, ...], list[tuple[str, list[str]]]] = defaultdict(list)  # where, and which splits
         for stage, (recipe, *words) in commands.items():
             file = words.pop(0).removeprefix(CONFIG) if words[0].startswith(CONFIG) else None
             try:
@@ -69,15 +72,28 @@ class Stages:
             except ConfigError as error:
                 problems.append(f"[{stage}] {recipe}: {error}")
                 continue
-            if hasattr(config, "data"):
-                splits[config.data] |= {split for key in SPLITS for split in getattr(config, key, None) or []}
-        for data, named in splits.items():
+            encoded = encoding.get(getattr(config, "codes", ""))
+            source = config if hasattr(config, "data") else encoded
+            if source is None:
+                continue
+            encoding[config.output] = config
+            places = asked[tuple(corpus_folders(source.data))]
+            for key in SPLITS:
+                where, named = f"[{stage}] {origin(recipe, key, file, words)}", getattr(config, key, None) or []
+                places.append((where, named))
+                if encoded and encoded.splits and (left_out := [name for name in named if name not in encoded.splits]):
+                    problems.append(f"{where}: {', '.join(left_out)} is not encoded, only {', '.join(encoded.splits)}")
+        for data, places in asked.items():
             try:
-                read_corpus(data, sorted(named) or None)
+                read_corpus(data, sorted({split for _, named in places for split in named}) or None)
+            except MissingSplitError as error:
+                for where, named in places:
+                    if absent := [name for name in named if name in error.absent]:
+                        problems.append(f"{where}: {MissingSplitError(error.corpus, absent, error.found)}")
             except CorpusError as error:
                 problems.append(str(error))
         if problems:
-            raise RunError("\n".join(problems))
+            raise RunError("\n".join([*problems, advice] if advice else problems))
 
     def run(self, commands: Mapping[str, list[str]], shared: Container[str], single: Container[str]) -> None:
         """Run commands, by name of the stage, in this order; a failure affects only stages that need its output.
@@ -207,6 +223,12 @@ class Stages:
                 os.killpg(process.pid, signal.SIGKILL)
         with self.lock:
             self.running = [process for process in self.running if process not in processes]
+
+
+def origin(recipe: str, key: str, file: str | None, words: Sequence[str]) -> str:
+    """Where a command has the value of a key from: its own words or a file, else the recipe's default."""
+    given = [word for word in words if word.startswith(f"{key}=")]
+    return f"{recipe} {given[-1]}" if given else f"{recipe}, {key} in {file}" if file else f"{recipe}, {key} by default"
 
 
 def config_class(recipe: Path) -> type:
