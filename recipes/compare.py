@@ -29,7 +29,7 @@ ENCODED = ("content", "emotion", "asr")  # tasks that read encoded speech
 NAMED = ("tokenizer", "recognizer", "evaluation_speaker", "speaker_teacher", "semantic_teacher")
 SHARED = ("train_teacher.py", "train_tokenizer.py", "encode_speech.py", "train_asr.py")  # run in several processes
 SINGLE = ("eval_tokenizer.py", "train_emotion.py", "train_asr.py", "eval_asr.py")  # several run in parallel
-CHANGES = "a stage that all systems share takes changes.STAGE=KEY=VALUE, see --help"
+CHANGES = "what all systems share is set by keys such as quality_splits or changes.STAGE=KEY=VALUE: see --help"
 Commands = dict[str, list[str]]  # recipe and arguments, by stage
 
 

@@ -27,7 +27,7 @@ from tokenizer.tables import (
     refuse_repeats,
     required_path,
 )
-from tokenizer.utterances import Corpora, MissingSplitError, by_split, corpus_folders, counts, join, spell_corpora
+from tokenizer.utterances import Corpora, MissingSplitError, by_split, corpus_folders, counts, join
 from tokenizer.utterances import CorpusError as CorpusError
 from tokenizer.utterances import Utterance as Utterance
 
@@ -66,7 +66,7 @@ def read_corpus(data: Corpora, splits: Sequence[str] | None = None) -> list[Utte
         corpora = join(folders, corpora)
     found = sorted({utterance.split for own in corpora for utterance in own})
     if absent := [split for split in splits or () if split not in found]:
-        raise MissingSplitError(spell_corpora(data), absent, found)
+        raise MissingSplitError(data, absent, found)
     joined: list[Utterance] = []
     for folder, own in zip(folders, corpora, strict=True):
         utterances = [utterance for utterance in own if splits is None or utterance.split in splits]

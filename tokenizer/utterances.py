@@ -19,9 +19,10 @@ class CorpusError(InputError):
 class MissingSplitError(CorpusError):
     """Splits that a corpus does not have."""
 
-    def __init__(self, corpus: str, absent: Sequence[str], found: Sequence[str]):
-        self.corpus, self.absent, self.found = corpus, absent, found
-        super().__init__(f"{corpus} has no split {', '.join(absent)}; it has {', '.join(found)}")
+    def __init__(self, data: Corpora, absent: Sequence[str], found: Sequence[str]):
+        self.absent, self.found = absent, found
+        has, them = ("has", "it has") if len(corpus_folders(data)) == 1 else ("have", "they have")
+        super().__init__(f"{spell_corpora(data)} {has} no split {', '.join(absent)}; {them} {', '.join(found)}")
 
 
 @dataclass(frozen=True)

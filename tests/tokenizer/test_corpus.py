@@ -475,7 +475,7 @@ def test_each_split_of_each_corpus_is_counted_and_then_the_sum(
 
 def test_a_split_must_be_in_one_of_the_corpora(tmp_path: Path) -> None:
     first, second = two_corpora(tmp_path)
-    with pytest.raises(CorpusError, match="a, b, .*c has no split tset; it has dev, test, train$"):
+    with pytest.raises(CorpusError, match="a, b, .*c have no split tset; they have dev, test, train$"):
         read_corpus([first, second], ["dev", "test", "tset"])
 
 
