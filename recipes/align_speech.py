@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 from speechllm.runs.config import parse_config
-from tokenizer.settings import Names, Settings
+from tokenizer.settings import Corpus, Names, Settings
 
 FRAME_RATE = 100  # of PocketSphinx
 # beams wide enough for accents; only the first pass, because alignments of the later ones need not match its words
@@ -24,7 +24,7 @@ SEARCH = {"beam": 1e-80, "pbeam": 1e-80, "wbeam": 1e-60, "fwdflat": False, "best
 
 @dataclass
 class AlignConfig(Settings):
-    data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
+    data: Corpus  # corpus folder, or several as [A, B]: manifest.jsonl or LibriSpeech's layout
     output: str  # folder for manifest.jsonl; the recordings stay where they are
     splits: Names | None = None  # all when null
 

@@ -10,16 +10,18 @@ RUN/table.md and RUN/report.html. More: configs/compare/schemes.yaml, configs/co
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from speechllm.runs.config import override, parse_config
-from tokenizer.settings import DISTINCT, NOT_EMPTY, Count, Counts, Names, Natural, Seed, Settings
+from tokenizer.settings import DISTINCT, NOT_EMPTY, Corpus, Count, Counts, Names, Natural, Seed, Settings
 
 RECIPES = Path(__file__).parent
 Task = Literal["content", "quality", "conversion", "emotion", "asr"]
+Changes = list[str]  # key=value
 Seeds = Annotated[list[Seed], NOT_EMPTY, DISTINCT]
 TASKS = get_args(Task)
 ENCODED = ("content", "emotion", "asr")  # tasks that read encoded speech
@@ -27,6 +29,7 @@ ENCODED = ("content", "emotion", "asr")  # tasks that read encoded speech
 NAMED = ("tokenizer", "recognizer", "evaluation_speaker", "speaker_teacher", "semantic_teacher")
 SHARED = ("train_teacher.py", "train_tokenizer.py", "encode_speech.py", "train_asr.py")  # run in several processes
 SINGLE = ("eval_tokenizer.py", "train_emotion.py", "train_asr.py", "eval_asr.py")  # several run in parallel
+CHANGES = "what all systems share is set by keys such as quality_splits or changes.STAGE=KEY=VALUE: see --help"
 Commands = dict[str, list[str]]  # recipe and arguments, by stage
 
 
@@ -51,17 +54,38 @@ class SystemConfig:
 
 
 @dataclass
+class ChangesConfig:
+    """Changes to a stage of all systems; those of a system itself come after them."""
+
+    codec: Changes = field(default_factory=list)  # key=value for train_tokenizer, after the configuration `codec`
+    units: Changes = field(default_factory=list)  # for fit_units
+    codes: Changes = field(default_factory=list)  # for encode_speech on data, such as splits=a,b to encode no others
+    asr_codes: Changes = field(default_factory=list)  # for encode_speech on asr_data
+    emotion_codes: Changes = field(default_factory=list)  # for encode_speech on emotion_data
+    content: Changes = field(default_factory=list)  # for eval_tokenizer
+    quality: Changes = field(default_factory=list)  # for eval_codec
+    conversion: Changes = field(default_factory=list)  # for eval_conversion
+    emotion: Changes = field(default_factory=list)  # for train_emotion, after the configuration `emotion`
+    asr: Changes = field(default_factory=list)  # for train_asr, after the configuration `asr`
+    asr_test: Changes = field(default_factory=list)  # for eval_asr
+    semantic_teacher: Changes = field(default_factory=list)  # for train_teacher, where the key of this name is a .yaml
+    speaker_teacher: Changes = field(default_factory=list)  # the same
+    recognizer: Changes = field(default_factory=list)  # the same
+    evaluation_speaker: Changes = field(default_factory=list)  # the same
+
+
+@dataclass
 class CompareConfig(Settings):
-    data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
+    data: Corpus  # corpus folder, or several as [A, B]: manifest.jsonl or LibriSpeech's layout
     output: str  # run folder
-    systems: list[SystemConfig]
+    systems: list[SystemConfig]  # each with these keys
     tasks: Annotated[list[Task], NOT_EMPTY, DISTINCT]
     codec: str | None = None  # configuration of train_tokenizer, shared by all codecs trained here
     asr: str | None = None  # configuration of train_asr, shared by all systems
     emotion: str | None = None  # configuration of train_emotion, shared by all systems
-    asr_data: str | None = None  # corpus of the task, as in the next two; data when null
-    emotion_data: str | None = None
-    conversion_data: str | None = None
+    asr_data: Corpus | None = None  # corpus of the task, as in the next two; data when null
+    emotion_data: Corpus | None = None
+    conversion_data: Corpus | None = None
     tokenizer: str | None = None  # value of "{tokenizer}", so that it can be set on the command line
     language_model: str | None = None  # fine-tuned in the task asr; null: the one in `asr`
     semantic_teacher: str = "facebook/hubert-base-ls960"  # folder or hub name, or a .yaml of train_teacher
@@ -79,6 +103,7 @@ class CompareConfig(Settings):
     conversion_pairs: Count = 100
     probe_steps: Natural = 400  # of the CTC probe for the content of layer 0; 0: none
     seeds: Seeds = field(default_factory=lambda: [0])  # asr and emotion are trained once with each
+    changes: ChangesConfig = field(default_factory=ChangesConfig)  # to stages of all systems, before their own
 
     def contradictions(self) -> list[str]:
         return find_problems(self)
@@ -118,7 +143,13 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 
 import numpy as np
 
-from speechllm.evaluation.comparison import comparison_markdown, pool_emotion, pool_recognition
+from speechllm.evaluation.comparison import (
+    add_shares,
+    comparison_markdown,
+    pool_emotion,
+    pool_recognition,
+    without_shares,
+)
 from speechllm.reports.comparison_page import write_comparison
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import claim_output, run_recipe
@@ -131,13 +162,14 @@ def main(config: CompareConfig) -> None:
     run = Path(config.output)
     claim_output(run, config, None if (run / "demo.json").exists() else "stages.json")
     commands, stages = plan(config, run), Stages(run, RECIPES)
-    stages.check(commands)
+    stages.check(commands, CHANGES)
     try:
         stages.run(commands, SHARED, SINGLE)
     finally:  # also after a failure: with the results so far
         results = {system.name: collect(system, config, run, stages.seconds) for system in config.systems}
         made = provenance(config, sum(stages.seconds.values()))
-        write_json(run / "results.json", {"systems": results, "seconds_by_stage": stages.seconds, **made})
+        systems = without_shares(results)
+        write_json(run / "results.json", {"systems": systems, "seconds_by_stage": stages.seconds, **made})
         write_text(run / "table.md", comparison_markdown(results))
         write_comparison(run / "report.html", title="Comparison of tokenizers", results=results, provenance=made)
     print(comparison_markdown(results))
@@ -152,7 +184,8 @@ def plan(config: CompareConfig, run: Path) -> Commands:
     for task in ENCODED:
         for system in doing[task]:  # a system that is like another uses the same folder
             data, folder = encoded(system, task, config, run)
-            arguments = [f"codec={codec_of(system, config, run)}", f"data={data}", f"output={folder}", "layers=null"]
+            arguments = [f"codec={codec_of(system, config, run)}", override("data", data), f"output={folder}"]
+            arguments += ["layers=null", *getattr(config.changes, folder.name)]
             commands[f"{owner(system, config).name}: {folder.name}"] = ["encode_speech.py", *arguments]
     host = baseline_host(doing["content"], run)
     for system in doing["content"]:
@@ -172,10 +205,11 @@ def make_tokenizer(system: SystemConfig, config: CompareConfig, run: Path) -> Co
     output = f"output={run / system.name / 'tokenizer'}"
     if system.train is not None:
         teachers = ["semantic.teacher={semantic_teacher}", "acoustic.teacher={speaker_teacher}"]
-        shared = [f"--config={config.codec}", f"data={config.data}", output, *teachers]
-        return {f"{system.name}: tokenizer": ["train_tokenizer.py", *shared, *system.train]}
+        shared = [f"--config={config.codec}", override("data", config.data), output, *teachers]
+        return {f"{system.name}: tokenizer": ["train_tokenizer.py", *shared, *config.changes.codec, *system.train]}
     if system.units is not None:
-        shared = ["model={semantic_teacher}", f"data={config.data}", output, override("splits", config.train_splits)]
+        shared = ["model={semantic_teacher}", override("data", config.data), output]
+        shared += [override("splits", config.train_splits), *config.changes.units]
         return {f"{system.name}: tokenizer": ["fit_units.py", *shared, *system.units]}
     return {}
 
@@ -190,7 +224,7 @@ def codec_of(system: SystemConfig, config: CompareConfig, run: Path) -> str:
     return (own := owner(system, config)).tokenizer or str(run / own.name / "tokenizer" / "model")
 
 
-def encoded(system: SystemConfig, task: str, config: CompareConfig, run: Path) -> tuple[str, Path]:
+def encoded(system: SystemConfig, task: str, config: CompareConfig, run: Path) -> tuple[Corpus, Path]:
     """The corpus of a task and the folder with its encoded speech, which tasks on the same corpus share."""
     data = getattr(config, f"{task}_data", None) or config.data
     return data, run / owner(system, config).name / ("codes" if data == config.data else f"{task}_codes")
@@ -207,7 +241,8 @@ def content(system: SystemConfig, config: CompareConfig, run: Path, baseline: bo
     folder = run / system.name
     probe = [f"output={folder / 'content.json'}", f"probe_steps={config.probe_steps}", override("baseline", baseline)]
     splits = [override("train_splits", config.train_splits), override("test_splits", config.test_splits)]
-    return ["eval_tokenizer.py", f"codes={folder / 'codes'}", f"data={config.data}", *splits, *probe]
+    source = [f"codes={folder / 'codes'}", override("data", config.data)]
+    return ["eval_tokenizer.py", *source, *splits, *probe, *config.changes.content]
 
 
 def quality(system: SystemConfig, config: CompareConfig, run: Path) -> list[str]:
@@ -215,17 +250,18 @@ def quality(system: SystemConfig, config: CompareConfig, run: Path) -> list[str]
     limit = override("max_utterances", config.quality_utterances)
     shared = [
         f"codec={codec_of(system, config, run)}",
-        f"data={config.data}",
+        override("data", config.data),
         f"output={run / system.name / 'quality'}",
     ]
-    return ["eval_codec.py", *shared, *settings, limit, *evaluators(config)]
+    return ["eval_codec.py", *shared, *settings, limit, *evaluators(config), *config.changes.quality]
 
 
 def conversion(system: SystemConfig, config: CompareConfig, run: Path) -> list[str]:
-    shared = [f"codec={codec_of(system, config, run)}", f"data={config.conversion_data or config.data}"]
+    shared = [f"codec={codec_of(system, config, run)}", override("data", config.conversion_data or config.data)]
     settings = [override("splits", config.conversion_splits), f"pairs={config.conversion_pairs}"]
     output = f"output={run / system.name / 'conversion'}"
-    return ["eval_conversion.py", *shared, output, *settings, *evaluators(config), *system.conversion]
+    own = [*config.changes.conversion, *system.conversion]
+    return ["eval_conversion.py", *shared, output, *settings, *evaluators(config), *own]
 
 
 def evaluators(config: CompareConfig) -> list[str]:
@@ -238,14 +274,14 @@ def training(system: SystemConfig, task: str, config: CompareConfig, run: Path, 
     source = [f"codes={encoded(system, task, config, run)[1]}", f"codec={codec_of(system, config, run)}"]
     output = [f"output={run / system.name / f'{task}_{seed}'}", f"seed={seed}"]
     model = [f"model={config.language_model}"] if config.language_model else []
-    own = [*model, *system.asr] if task == "asr" else system.emotion
-    return [f"train_{task}.py", f"--config={getattr(config, task)}", *source, *output, *own]
+    shared = [*(model if task == "asr" else []), *getattr(config.changes, task)]
+    return [f"train_{task}.py", f"--config={getattr(config, task)}", *source, *output, *shared, *getattr(system, task)]
 
 
 def eval_asr(system: SystemConfig, config: CompareConfig, run: Path, seed: int) -> list[str]:
     folder, codes = run / system.name / f"asr_{seed}", encoded(system, "asr", config, run)[1]
     arguments = [f"model={folder / 'model'}", f"codes={codes}", f"output={folder / 'test'}"]
-    return ["eval_asr.py", *arguments, override("splits", config.asr_splits)]
+    return ["eval_asr.py", *arguments, override("splits", config.asr_splits), *config.changes.asr_test]
 
 
 def with_teachers(commands: Commands, config: CompareConfig, run: Path) -> Commands:
@@ -254,9 +290,10 @@ def with_teachers(commands: Commands, config: CompareConfig, run: Path) -> Comma
         placeholder, value = "{" + name + "}", str(getattr(config, name))
         if value.endswith(".yaml") and any(placeholder in part for parts in commands.values() for part in parts):
             data = config.asr_data if name == "recognizer" else None
-            arguments = [f"--config={value}", f"data={data or config.data}", f"output={run / name}"]
+            arguments = [f"--config={value}", override("data", data or config.data), f"output={run / name}"]
             if name == "recognizer":
                 arguments.append("init={semantic_teacher}")
+            arguments += getattr(config.changes, name)
             commands = {name.replace("_", " "): ["train_teacher.py", *arguments], **commands}
             value = str(run / name / "model")
         commands = {stage: [part.replace(placeholder, value) for part in parts] for stage, parts in commands.items()}
@@ -278,16 +315,36 @@ def collect(system: SystemConfig, config: CompareConfig, run: Path, seconds: dic
         "parameters": note.get("parameters"),
         "rtf": note.get("real_time_factor"),
         "content": read_json(folder / "content.json"),
-        "quality": read_json(folder / "quality" / "results.json"),
-        "conversion": read_json(folder / "conversion" / "results.json"),
-        "emotion": pool_emotion({s: read_json(folder / f"emotion_{s}" / "results.json") for s in config.seeds}),
-        "asr": pool_recognition(
-            {s: read_json(folder / f"asr_{s}" / "test" / "results.json") for s in config.seeds},
-            {s: read_jsonl(folder / f"asr_{s}" / "test" / "predictions.jsonl") for s in config.seeds},
-        ),
+        "quality": scored(folder / "quality", "codebooks", "utterances.jsonl", ("id",)),
+        "conversion": scored(folder / "conversion", "methods", "pairs.jsonl", ("source", "target")),
+        "emotion": pool_emotion(*of_seeds(folder, "emotion_{}", config.seeds)),
+        "asr": pool_recognition(*of_seeds(folder, "asr_{}/test", config.seeds)),
         "validation": log[-1] if log else {},
         "minutes": {what: float(np.mean(found)) / 60 for what, found in durations.items() if found},
     }
+
+
+def scored(folder: Path, settings: str, file: str, names: Sequence[str]) -> dict[str, Any]:
+    """The results of an evaluation, with the scores behind the means of each of its settings (`add_shares`).
+
+    names: the keys by which a row of the file is the same one as in the evaluation of another system.
+    """
+    results = read_json(folder / "results.json")
+    rows = {json.dumps([row[name] for name in names]): row for row in read_jsonl(folder / file)} if results else {}
+    for setting, measured in results.get(settings, {}).items():
+        scores = {name: row["scores"].get(setting, {}) for name, row in rows.items()}
+        for name, row in rows.items():
+            if setting in row.get("recognized", {}):
+                scores[name] = {**scores[name], "text": row["text"], "recognized": row["recognized"][setting]}
+        results[settings][setting] = add_shares(measured, scores)
+    return results
+
+
+def of_seeds(folder: Path, place: str, seeds: Sequence[int]) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Results and predictions by seed; empty where there are none yet. place: the folder of a seed."""
+    folders = {seed: folder / place.format(seed) for seed in seeds}
+    results = {seed: read_json(one / "results.json") for seed, one in folders.items()}
+    return results, {seed: read_jsonl(one / "predictions.jsonl") for seed, one in folders.items()}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated
 
 from speechllm.runs.config import load_config, parse_config
-from tokenizer.settings import Count, Positive, Rule, Settings
+from tokenizer.settings import Corpus, Count, Positive, Rule, Settings
 
 RECIPES = Path(os.path.relpath(Path(__file__).parent))
 RATES = "primary cer cer_ci95 cer_shuffled_audio cer_shuffled_audio_ci95 training_normalizer".split()  # of eval_asr
@@ -33,7 +33,7 @@ WRITTEN = (  # in the run folder
 @dataclass
 class DemoConfig(Settings):
     output: str = "runs/demo"  # run folder
-    data: str | None = None  # corpus folder; null: synthetic speech
+    data: Corpus | None = None  # corpus folder, or several as [A, B]; null: synthetic speech
     fresh: bool = False  # delete what an earlier demo wrote there first
     processes: PowerOfTwo | None = None  # per training without a GPU; null: one per core, at most 8
     semantic_teacher: str = "configs/teacher/semantic_demo.yaml"  # configurations of the stages
@@ -61,14 +61,16 @@ from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.run import read_log
 from speechllm.runs.stages import Stages, config_class
 from tokenizer.files import read_json, read_jsonl, write_json, write_text
+from tokenizer.utterances import corpus_folders, spell_corpora
 
 
 def main(config: DemoConfig) -> None:
     run = Path(config.output)
-    if config.data is not None and not Path(config.data).is_dir():
-        raise CorpusError(f"{config.data}: no such corpus folder")
-    if config.data is not None and Path(config.data).resolve().is_relative_to(run.resolve()):
-        raise CorpusError(f"{config.data} is in the run folder {run}: choose output=FOLDER outside it")
+    for folder in corpus_folders(config.data or []):
+        if not folder.is_dir():
+            raise CorpusError(f"{folder}: no such corpus folder")
+        if folder.resolve().is_relative_to(run.resolve()):
+            raise CorpusError(f"{folder} is in the run folder {run}: choose output=FOLDER outside it")
     semantic, speaker = run / "semantic_teacher", run / "speaker_teacher"
     corpus, codec, codes, asr = (run / name for name in ("corpus", "tokenizer", "codes", "asr"))
     data = f"data={corpus}"
@@ -141,9 +143,9 @@ def record_settings(run: Path, config: DemoConfig) -> None:
     write_json(file, asked)
 
 
-def gather(folder: str, output: Path) -> None:
-    """Write a manifest of the corpus in `folder` with the splits train, dev and test."""
-    utterances = read_corpus(folder)
+def gather(data: str | list[str], output: Path) -> None:
+    """Write a manifest of a corpus, or of several, with the splits train, dev and test."""
+    utterances = read_corpus(data)
     named = {u.id: u.split for u in utterances}
     found = set(named.values())
     for target in ("train", "dev", "test"):
@@ -193,7 +195,7 @@ def collect(config: DemoConfig, run: Path, stages: Stages) -> dict[str, object]:
         "words": evaluation["words"],
         "normalizer": evaluation["normalizer"],
         "tokens_per_second": evaluation["tokens_per_second"],
-        "corpus": "synthetic speech (espeak-ng)" if config.data is None else str(config.data),
+        "corpus": "synthetic speech (espeak-ng)" if config.data is None else spell_corpora(config.data),
         "hours": encoded["hours"],
         "skipped": encoded["skipped"],
         "content": codec.get("content", {}),
@@ -224,7 +226,7 @@ def report(run: Path, results: dict[str, object]) -> None:
 
 def plan(config: DemoConfig) -> str:
     """The stages, as printed at the start."""
-    speech = "synthetic speech" if config.data is None else config.data
+    speech = "synthetic speech" if config.data is None else spell_corpora(config.data)
     return (
         f"Demo in {config.output} on {available_cpus()} cores: {speech} -> two small teachers -> codec (content "
         "distilled into layer 0, voice into layer 1) -> codes -> small Qwen2 with the codes as new tokens -> WER -> "

@@ -13,7 +13,7 @@ hub.
 from dataclasses import dataclass
 
 from speechllm.runs.config import parse_config
-from tokenizer.settings import Count, Names, NonNegative, Positive, Settings
+from tokenizer.settings import Corpus, Count, Names, NonNegative, Positive, Settings
 
 GPU_BATCH_S = 60.0  # seconds
 
@@ -21,7 +21,7 @@ GPU_BATCH_S = 60.0  # seconds
 @dataclass
 class EncodeConfig(Settings):
     codec: str  # audio tokenizer, as `load_tokenizer` takes it: a codec's folder or hub name, features:NAME, ...
-    data: str  # corpus folder: manifest.jsonl, manifest.csv or LibriSpeech's layout
+    data: Corpus  # corpus folder, or several as [A, B]: manifest.jsonl or LibriSpeech's layout
     output: str  # folder for the shards
     splits: Names | None = None  # all when null
     layers: Count | None = 1  # codebooks to store, all when null
@@ -40,6 +40,7 @@ from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import report_skipped
 from tokenizer.files import write_json
+from tokenizer.utterances import spell_corpora
 
 
 def main(config: EncodeConfig) -> None:
@@ -70,7 +71,8 @@ def main(config: EncodeConfig) -> None:
         summary = summarize_shards(config.output)
         report_skipped(config.output, skipped_of_shards(config.output))
         if not summary["utterances"]:
-            raise DataError(f"{config.data}: no recording can be used, all are skipped ({summary['skipped']})")
+            source = spell_corpora(config.data)
+            raise DataError(f"{source}: no recording can be used, all are skipped ({summary['skipped']})")
         write_json(f"{config.output}/done.json", {**summary, "parameters": sum(p.numel() for p in codec.parameters())})
         print(f"encoded {summary['utterances']} utterances, {summary['hours']:.2f} h; skipped {summary['skipped']}")
 

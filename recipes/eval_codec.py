@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from speechllm.runs.config import parse_config
-from tokenizer.settings import Count, Counts, Names, Seed, Settings
+from tokenizer.settings import Corpus, Count, Counts, Names, Seed, Settings
 
 ORIGINAL = "original"  # key of the original among the numbers of codebooks
 Row = dict[str, Any]
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 @dataclass
 class EvalCodecConfig(Settings):
     codec: str  # name of a codec, as load_tokenizer takes it
-    data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
+    data: Corpus  # corpus folder, or several as [A, B]: manifest.jsonl or LibriSpeech's layout
     output: str  # folder for results.json, utterances.jsonl and report.html
     splits: Names | None = None  # all when null
     layers: Counts | None = None  # numbers of codebooks to decode from; 1, 2, 4, ... and all when null

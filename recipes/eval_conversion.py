@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from speechllm.runs.config import parse_config
-from tokenizer.settings import NOT_EMPTY, Count, Names, Natural, Seed, Settings
+from tokenizer.settings import NOT_EMPTY, Corpus, Count, Names, Natural, Seed, Settings
 
 MEASURES = ("mcd", "f0_correlation", "speaker_similarity")
 LISTEN = 5  # pairs whose sounds are kept
@@ -38,7 +38,7 @@ LayerSets = Annotated[list[Annotated[list[Natural], NOT_EMPTY]], NOT_EMPTY]
 @dataclass
 class EvalConversionConfig(Settings):
     codec: str  # name of a codec, as load_tokenizer takes it
-    data: str  # corpus folder with speakers: manifest.jsonl or LibriSpeech's layout
+    data: Corpus  # corpus folder with speakers, or several as [A, B]: manifest.jsonl or LibriSpeech's layout
     output: str  # folder for results.json, pairs.jsonl, report.html and audio/
     splits: Names | None = None  # all when null
     pairs: Count = 100  # at most; each recording is the source of at most one pair

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 
 from speechllm.runs.config import parse_config
-from tokenizer.settings import Count, Names, Natural, Seed, Settings
+from tokenizer.settings import Corpus, Count, Names, Natural, Seed, Settings
 
 LOG_MEL_RATE = 50.0  # frames/s of the baseline
 PROBE_NORMALIZER = "librispeech"  # of the texts that the probe learns and is scored on
@@ -25,7 +25,7 @@ Row = dict[str, object]  # of encoded speech
 @dataclass
 class EvalTokenizerConfig(Settings):
     codes: str  # folder of encode_speech, with at least two layers for the voice
-    data: str  # the corpus that was encoded
+    data: Corpus  # the corpus that was encoded, or the same corpora, as [A, B]
     output: str  # JSON file; the report beside it has the same name and the suffix .html
     train_splits: Names | None = None  # for the k-means baseline and the voices, all when null
     test_splits: Names | None = None  # for codebook use and content, all when null
@@ -68,6 +68,7 @@ from tokenizer.corpus import frame_phones
 from tokenizer.files import write_json
 from tokenizer.metrics.code_usage import label_information, log_mel_features, speaker_accuracy
 from tokenizer.metrics.probe import ctc_probe
+from tokenizer.utterances import spell_corpora
 
 UnitsOf = Callable[[Row], torch.Tensor]  # units long [T]
 
@@ -82,7 +83,8 @@ def main(config: EvalTokenizerConfig) -> None:
         check_for_probe(train, test)
     corpus = {utterance.id: utterance for utterance in read_corpus(config.data)}
     if unknown := [name for name in chain(train["id"], test["id"]) if name not in corpus]:
-        raise DataError(f"{config.data} lacks {len(unknown)} utterances of {config.codes}, {unknown[0]} first")
+        source = spell_corpora(config.data)
+        raise DataError(f"{source} lacks {len(unknown)} utterances of {config.codes}, {unknown[0]} first")
     results = {
         "codec_fingerprint": encoding.fingerprint,
         "usage": usage(test, encoding),

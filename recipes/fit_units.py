@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from speechllm.runs.config import parse_config
-from tokenizer.settings import Count, Names, Positive, Rule, Seed, Settings
+from tokenizer.settings import Corpus, Count, Names, Positive, Rule, Seed, Settings
 
 
 @dataclass
 class UnitsConfig(Settings):
     model: str  # folder or hub name of HuBERT, WavLM, wav2vec 2.0 or Whisper
-    data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
+    data: Corpus  # corpus folder, or several as [A, B]: manifest.jsonl or LibriSpeech's layout
     output: str  # run folder; the tokenizer goes to its subfolder `model`
     clusters: Annotated[int, Rule("from 2 to 65536", lambda k: 2 <= k <= 65_536)] = 500  # K
     layer: int | Literal["avg"] | None = 6  # hidden state; "avg": mean of all; null: avg, of Whisper the output
@@ -53,6 +53,7 @@ from tokenizer.files import atomic_folder, write_json
 from tokenizer.metrics.code_usage import usage_of_counts
 from tokenizer.schemes.features import FeatureEncoder
 from tokenizer.schemes.units import UnitTokenizer
+from tokenizer.utterances import spell_corpora
 
 
 def main(config: UnitsConfig) -> None:
@@ -64,7 +65,8 @@ def main(config: UnitsConfig) -> None:
     reasons = dict(Counter(row["reason"] for row in skipped))
     if len(frames) < config.clusters:
         raise SystemExit(
-            f"error: {config.data}: {len(frames)} frames cannot make {config.clusters} clusters; skipped: {reasons}"
+            f"error: {spell_corpora(config.data)}: {len(frames)} frames cannot make {config.clusters} clusters; "
+            f"skipped: {reasons}"
         )
     print(f"k-means: {len(frames)} frames, {config.clusters} clusters", flush=True)
     kmeans = MiniBatchKMeans(config.clusters, batch_size=10_000, n_init=5, random_state=config.seed).fit(frames)

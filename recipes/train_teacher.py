@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from speechllm.runs.config import parse_config
-from tokenizer.settings import Count, CropLength, Names, Positive, Rule, Seed, Settings
+from tokenizer.settings import Corpus, Count, CropLength, Names, Positive, Rule, Seed, Settings
 
 HEAD_RATE = 20  # factor of the learning rate of a new head on a pretrained HuBERT
 Width = Annotated[int, Rule("a multiple of 8", lambda n: n > 0 and n % 8 == 0)]  # groups of convolutions
@@ -31,7 +31,7 @@ WORD_END = "|"  # the space in transformers' CTC vocabularies
 @dataclass
 class TeacherConfig(Settings):
     kind: Literal["semantic", "speaker"]
-    data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
+    data: Corpus  # corpus folder, or several as [A, B]: manifest.jsonl or LibriSpeech's layout
     output: str  # run folder; the teacher goes to its subfolder `model`
     objective: Literal["ctc", "alignment"] = "ctc"  # of the semantic teacher
     splits: Names | None = None  # training splits, all when null
@@ -79,6 +79,7 @@ from tokenizer.training.crops import Crops
 from tokenizer.training.small_teachers import FrameClassifier, save_ecapa, save_hubert, save_recognizer, small_hubert
 from tokenizer.training.step import remember_statistics
 from tokenizer.training.teachers import SemanticTeacher, WhisperTeacher
+from tokenizer.utterances import spell_corpora
 
 Batch = tuple[list[Utterance], tuple[Tensor, ...]]  # and what the student's `forward` takes
 
@@ -163,7 +164,8 @@ class SemanticStudent(nn.Module):
         self.key = "text" if config.objective == "ctc" else "phones"
         self.utterances = [u for u in utterances if getattr(u, self.key)]
         if not self.utterances:
-            raise CorpusError(f"{config.data}: no utterance has {self.key}: required by objective {config.objective}")
+            source = spell_corpora(config.data)
+            raise CorpusError(f"{source}: no utterance has {self.key}: required by objective {config.objective}")
         self.labels = numbered((symbol for u in self.utterances for symbol in self._symbols(u)), start=1)
         if config.init:
             teacher = SemanticTeacher.from_pretrained(config.init)
@@ -260,7 +262,8 @@ class SpeakerStudent(nn.Module):
         self.utterances = [u for u in utterances if u.speaker]
         self.labels = numbered(u.speaker for u in self.utterances)
         if len(self.labels) < 2:
-            raise CorpusError(f"{config.data}: a speaker teacher needs at least 2 speakers, found {len(self.labels)}")
+            found = f"a speaker teacher needs at least 2 speakers, found {len(self.labels)}"
+            raise CorpusError(f"{spell_corpora(config.data)}: {found}")
         width = config.channels
         self.settings = {
             "channels": [width] * 4 + [3 * width],

@@ -19,6 +19,7 @@ from tokenizer.rates import HOP_LENGTH, SAMPLE_RATE
 from tokenizer.settings import (
     NOT_EMPTY,
     Betas,
+    Corpus,
     Count,
     Counts,
     CropLength,
@@ -86,7 +87,7 @@ class AdversaryConfig(Settings):
 
 @dataclass
 class TokenizerConfig(Settings):
-    data: str  # corpus folder: manifest.jsonl or LibriSpeech's layout
+    data: Corpus  # corpus folder, or several as [A, B]: manifest.jsonl or LibriSpeech's layout
     output: str  # run folder; the codec goes to its subfolder `model`
     splits: Names | None = None  # training splits, all when null
     dev_splits: Names | None = None  # for validation, none when null

@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +27,9 @@ from tokenizer.tables import (
     refuse_repeats,
     required_path,
 )
+from tokenizer.utterances import Corpora, MissingSplitError, by_split, corpus_folders, counts, join
+from tokenizer.utterances import CorpusError as CorpusError
+from tokenizer.utterances import Utterance as Utterance
 
 READERS = 16  # threads that read the headers of audio files: on a network disk each read has to wait
 MOST_MISSING = 0.1  # share of the recordings of a split; one may always be missing
@@ -40,28 +42,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class CorpusError(InputError):
-    """A corpus folder that cannot be used."""
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """One recording. `phones`: (symbol, end in s) in time order, if the corpus has an alignment."""
-
-    id: str
-    path: str
-    duration_s: float
-    split: str
-    text: str | None = None
-    speaker: str | None = None
-    phones: tuple[tuple[str, float], ...] | None = None
-
-
 Row = tuple[str, Utterance]  # with its place, for messages
 
 
-def read_corpus(folder: str | Path, splits: Sequence[str] | None = None) -> list[Utterance]:
-    """Utterances of a corpus folder in a fixed order, of the given splits only (all when None).
+def read_corpus(data: Corpora, splits: Sequence[str] | None = None) -> list[Utterance]:
+    """Utterances of a corpus folder, or of several, in a fixed order, of the given splits only (all when None).
 
     A `manifest.jsonl` has one JSON object per line: path (relative to the folder) and duration_s, optionally id, text,
     speaker, split (default "train") and phones; a `manifest.csv` has columns of these names except phones. Without a
@@ -69,27 +54,44 @@ def read_corpus(folder: str | Path, splits: Sequence[str] | None = None) -> list
     <split>/<speaker>/<chapter>/<speaker>-<chapter>-<n>.flac with <speaker>-<chapter>.trans.txt, or RAVDESS's, whose
     file names contain text and speaker (`parse_ravdess`), Actor_01/03-01-05-01-02-02-01.wav, all in split "train".
     Utterances whose recording is missing stay in the list, for whoever loads it to skip and count; without a manifest
-    they have the duration 0. Logs a line for each split.
-    Raises CorpusError for a missing folder, a bad row, ids that occur twice, splits that the corpus does
-    not have, and splits that lack more than one recording and more than `MOST_MISSING` of them, or all.
+    they have the duration 0. Logs a line for each split. Of several corpora, splits of one name are joined, and ids and
+    speakers that two of them share are called CORPUS/NAME, in whatever splits they are: no two are taken for one.
+    Raises CorpusError for a missing folder, a bad row, ids that occur twice in a corpus, a recording that two corpora
+    have under one id, and splits that lack more than one recording and more than `MOST_MISSING` of them, or all;
+    MissingSplitError for splits that no corpus has.
     """
-    folder = Path(folder)
+    folders = corpus_folders(data)
+    corpora = [_read_folder(folder) for folder in folders]
+    if len(folders) > 1:
+        corpora = join(folders, corpora)
+    found = sorted({utterance.split for own in corpora for utterance in own})
+    if absent := [split for split in splits or () if split not in found]:
+        raise MissingSplitError(data, absent, found)
+    joined: list[Utterance] = []
+    for folder, own in zip(folders, corpora, strict=True):
+        utterances = [utterance for utterance in own if splits is None or utterance.split in splits]
+        manifest = _manifest(folder)
+        missing = _missing(utterances) if manifest else {one.path for one in utterances if not one.duration_s}
+        _report(manifest or folder, utterances, missing)
+        joined += utterances
+    for split, members in by_split(joined).items() if len(folders) > 1 else ():
+        logger.info("together, %s: %s", split, counts(members))
+    return joined
+
+
+def _read_folder(folder: Path) -> list[Utterance]:
+    """All utterances of one corpus."""
     if not folder.is_dir():
         problem = "is a file, no corpus folder" if folder.exists() else "no such corpus folder"
-        raise CorpusError(f"{folder}: {problem} (recipes/import_speech.py makes one from a hub data set)")
+        several = "; several are [A, B]" if "," in str(folder) else ""
+        raise CorpusError(f"{folder}: {problem} (recipes/import_speech.py makes one from a hub data set){several}")
     try:
         rows = _read_manifest(manifest) if (manifest := _manifest(folder)) else _read_layout(folder)
-        found = sorted({utterance.split for _, utterance in rows})
-        if absent := [split for split in splits or () if split not in found]:
-            raise CorpusError(f"{folder} has no split {', '.join(absent)}; it has {', '.join(found)}")
         places = [place for place, _ in rows]
         refuse_repeats(places, [one.id for _, one in rows], "id", "give every utterance an id of its own")
     except TableError as error:
         raise CorpusError(str(error)) from error
-    utterances = [utterance for _, utterance in rows if splits is None or utterance.split in splits]
-    missing = _missing(utterances) if manifest else {one.path for one in utterances if not one.duration_s}
-    _report(manifest or folder, utterances, missing)
-    return utterances
+    return [utterance for _, utterance in rows]
 
 
 def is_corpus(folder: str | Path) -> bool:
@@ -246,10 +248,7 @@ def _report(source: Path, utterances: Sequence[Utterance], missing: set[str]) ->
     """Log a line for each split. Raises CorpusError where too many recordings, given by their paths, are missing."""
     if listed_twice := len(utterances) - len({os.path.normpath(one.path) for one in utterances}):
         logger.info("%s: %s rows name a recording that another row names, too", source, f"{listed_twice:,}")
-    splits: dict[str, list[Utterance]] = {}
-    for utterance in utterances:
-        splits.setdefault(utterance.split, []).append(utterance)
-    for split, members in splits.items():
+    for split, members in by_split(utterances).items():
         gone = [one for one in members if one.path in missing]
         if len(gone) == len(members) or len(gone) > max(1, MOST_MISSING * len(members)):
             raise CorpusError(
@@ -257,10 +256,8 @@ def _report(source: Path, utterances: Sequence[Utterance], missing: set[str]) ->
                 f"first is {gone[0].path}, expected one or {MOST_MISSING:.0%} at most: fetch them again or leave them "
                 "out of the corpus"
             )
-        hours = sum(one.duration_s for one in members) / 3600
-        speakers, texts = len({one.speaker for one in members} - {None}), sum(one.text is not None for one in members)
-        counts = f"{len(members):,} utterances, {hours:.2f} h, {speakers:,} speakers, {texts:,} with text"
-        logger.info("%s, %s: %s%s", source, split, counts, f"; {len(gone):,} recordings missing" if gone else "")
+        lost = f"; {len(gone):,} recordings missing" if gone else ""
+        logger.info("%s, %s: %s%s", source, split, counts(members), lost)
 
 
 def _missing(utterances: Sequence[Utterance]) -> set[str]:

@@ -30,6 +30,7 @@ NOT_EMPTY = Rule("not empty", bool)
 DISTINCT = Rule("without repetitions", lambda items: all(items.count(item) == 1 for item in items))
 Counts = Annotated[list[Count], NOT_EMPTY]
 Names = Annotated[list[str], NOT_EMPTY]
+Corpus = str | Names  # a corpus folder, or several: see `read_corpus`
 Betas = Annotated[list[Share], Rule("two numbers", lambda betas: len(betas) == 2)]  # of Adam
 
 

@@ -4,12 +4,14 @@ Results are dicts as collected by recipes/compare.py, one per system; whatever w
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from speechllm.evaluation.error_rates import seeds_error_rate
+from speechllm.evaluation.error_rates import error_shares, paired_shares, seeds_error_rate
 from speechllm.evaluation.guidance import guidance
 from speechllm.evaluation.scripts import primary_rate, spell
 from speechllm.evaluation.tables import DASH, Measure, Result, Results, Table, cell, plain, primary_measure
@@ -37,7 +39,10 @@ CONVERSION = {  # those of eval_conversion
 
 def comparison_tables(results: Results) -> list[Table]:
     """The tables with something measured, the guidance first."""
-    makers = (guidance, quality_table, conversion_table, emotion_table, recognition_table, content_table, cost_table)
+    makers = (
+        *(guidance, quality_table, conversion_table, emotion_table, recognition_table, difference_table),
+        *(content_table, cost_table),
+    )
     return [table for table in (make(results) for make in makers) if table.rows]
 
 
@@ -49,8 +54,9 @@ def comparison_markdown(results: Results) -> str:
 def pool_recognition(results: Mapping[int, Result], predictions: Mapping[int, list[Result]]) -> dict[str, Any]:
     """Pooled evaluations of eval_asr, given by seed: "mean" and "ci95" of the WER (`seeds_error_rate`), WER by seed.
 
-    Also "cer_ci95", and "primary", the rate to go by. predictions: of the same utterances in the same order. Seeds
-    without a result are ignored. Raises InputError if the seeds were not scored on the same texts in the same way.
+    Also "cer_ci95", "primary", the rate to go by, and its "each", see `paired_shares`. predictions: of the same
+    utterances in the same order. Seeds without a result are ignored. Raises InputError if the seeds were not scored on
+    the same texts in the same way.
     """
     done = {seed: found for seed, found in results.items() if found}
     if not done:
@@ -76,6 +82,9 @@ def pool_recognition(results: Mapping[int, Result], predictions: Mapping[int, li
     normalizer = first["normalizer"]
     spelled = seeds_error_rate(spell(references, normalizer), [spell(one, normalizer) for one in hypotheses], "none")
     kept |= {"cer_ci95": spelled["ci95"], "primary": primary_rate(references), "splits": _split_means(done)}
+    names = [row.get("id", str(place)) for place, row in enumerate(rows[0])]
+    shares = error_shares(references, hypotheses, normalizer, kept["primary"])
+    kept["each"] = dict(zip(names, shares, strict=True))
     return {**seeds_error_rate(references, hypotheses, normalizer), **kept, "seeds": seeds}
 
 
@@ -89,15 +98,50 @@ def _split_means(done: Mapping[int, Result]) -> dict[str, dict[str, float]]:
     }
 
 
-def pool_emotion(results: Mapping[int, Result]) -> dict[str, Any]:
-    """Pooled results of train_emotion, given by seed: the mean accuracy, the lowest and highest bound over actors."""
+def pool_emotion(
+    results: Mapping[int, Result], predictions: Mapping[int, Sequence[Result]] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Pooled results of train_emotion, given by seed: the mean accuracy, the lowest and highest bound over actors.
+
+    predictions: from them "each", the correct answers of all seeds by actor, see `paired_shares`.
+    """
     done = {seed: found for seed, found in results.items() if found}
     if not done:
         return {}
     low, high = zip(*(found["ci95_actors"] for found in done.values()), strict=True)
     seeds = {str(seed): found["accuracy"] for seed, found in done.items()}
     pooled = {"mean": float(np.mean(list(seeds.values()))), "ci95": [min(low), max(high)], "seeds": seeds}
-    return {**next(iter(done.values())), **pooled}
+    answers = [row for seed in done for row in predictions.get(seed, [])]
+    each: dict[str, tuple[int, int]] = {}
+    for row in answers:
+        correct, asked = each.get(str(row["actor"]), (0, 0))
+        each[str(row["actor"])] = (correct + (row["answer"] == row["emotion"]), asked + 1)
+    return {**next(iter(done.values())), **pooled, "each": each}
+
+
+def add_shares(measured: Mapping[str, Any], scores: Mapping[str, Result]) -> dict[str, Any]:
+    """Mean measures, with the scores that they are means of as "each", see `paired_shares`.
+
+    scores: by utterance or pair, each with its measures, or text and what was recognized.
+    """
+    heard = {name: one for name, one in scores.items() if "recognized" in one}
+    texts = [one["text"] for one in heard.values()], [[one["recognized"] for one in heard.values()]]
+    found = dict(measured)
+    for measure, mean in measured.items():
+        if measure in RATES:
+            shares = error_shares(*texts, mean["normalizer"], measure) if heard else []
+            found[measure] = {**mean, "each": dict(zip(heard, shares, strict=True))}
+        elif isinstance(mean, Mapping):
+            each = {name: (one[measure], 1) for name, one in scores.items() if measure in one}
+            found[measure] = {**mean, "each": each}
+    return found
+
+
+def without_shares(results: Any) -> Any:
+    """Results without "each", which the files of the single evaluations hold, too."""
+    if not isinstance(results, Mapping):
+        return results
+    return {key: without_shares(value) for key, value in results.items() if key != "each"}
 
 
 def bits(encoding: Mapping[str, Any], tokens_per_second: float | None) -> float | None:
@@ -200,6 +244,25 @@ def recognition_table(results: Results) -> Table:
     )
     head = [*head, "WER with another utterance's audio", "WER of the recogniser alone", "words", "by split"]
     return Table("Table 4: speech recognition", head, rows, note)
+
+
+def difference_table(results: Results) -> Table:
+    """Every two systems on the same utterances."""
+    systems = {name: primary_measure(result["asr"]) for name, result in results.items() if result.get("asr")}
+    rows = []
+    for (name, one), (other, against) in combinations(systems.items(), 2):
+        same = one.get("primary") == against.get("primary") and one.get("normalizer") == against.get("normalizer")
+        if same and (found := paired_shares(against.get("each", {}), one.get("each", {}))):
+            low, high = found.ci95
+            values = [f"{found.difference:+.1%}", f"{low:+.1%} to {high:+.1%}", f"{found.p_value:.3f}"]
+            rows.append([name, other, one.get("primary", "wer").upper(), *values, f"{found.utterances}"])
+    head = ["system", "compared with", "rate", "difference", "95 % interval", "p", "utterances"]
+    note = (
+        "Paired bootstrap (Bisani & Ney 2004): 1,000 samples of the utterances that both were tested on, with the "
+        "errors of all seeds of an utterance together; p two-sided, not corrected for the number of pairs. It speaks "
+        "of these trainings: how much others would differ, the standard deviation of seeds says."
+    )
+    return Table("Speech recognition: differences", head, rows, note)
 
 
 def kbps(result: Result) -> float | None:

@@ -13,6 +13,7 @@ from speechllm.evaluation.scripts import primary_rate, spell
 from tokenizer.errors import InputError, text_list
 
 BOOTSTRAP_SAMPLES = 1000
+Shares = Mapping[str, Sequence[float]]  # by utterance: what is counted, and out of how much
 
 
 @dataclass(frozen=True)
@@ -171,16 +172,52 @@ def paired_bootstrap(
     """
     counts_a, counts_b = (_error_counts(references, texts, normalizer) for texts in (hypotheses_a, hypotheses_b))
     more, words = (counts_b - counts_a)[:, :3].sum(1), counts_a[:, 3]
-    differences = _resampled_rates(more, words, seed)
+    return _paired(float(more.sum() / words.sum()), _resampled_rates(more, words, seed), len(words), normalizer)
+
+
+def paired_shares(a: Shares, b: Shares, normalizer: str = "none", seed: int = 0) -> PairedBootstrap | None:
+    """`paired_bootstrap` of any measure that is a sum over a sum, on what both were measured on.
+
+    a, b: such as errors and words by utterance, or correct answers and all of them by speaker. normalizer: only a name
+    for the result. None if fewer than two utterances, or whatever is resampled, are in both.
+    """
+    common = [name for name in a if name in b and bool(a[name][1]) == bool(b[name][1])]  # words in both or in neither
+    if len(common) < 2 or not any(a[name][1] for name in common):
+        return None
+    (counts_a, of_a), (counts_b, of_b) = (np.array([shares[name] for name in common]).T for shares in (a, b))
+    differences = _resampled_rates(counts_b, of_b, seed) - _resampled_rates(counts_a, of_a, seed)
+    difference = counts_b.sum() / of_b.sum() - counts_a.sum() / of_a.sum()
+    return _paired(float(difference), differences, len(common), normalizer)
+
+
+def _paired(difference: float, differences: np.ndarray, utterances: int, normalizer: str) -> PairedBootstrap:
+    """differences: float, those of the samples."""
     rarer = min(int((differences <= 0).sum()), int((differences >= 0).sum()))
     return PairedBootstrap(
-        float(more.sum() / words.sum()),
+        difference,
         _interval(differences),
         float((differences < 0).mean()),
         min(1.0, 2 * (rarer + 1) / (len(differences) + 1)),  # never 0, which a finite number of samples cannot show
-        len(words),
+        utterances,
         normalizer,
     )
+
+
+def error_shares(
+    references: Sequence[str],
+    hypotheses: Sequence[Sequence[str]],
+    normalizer: str = "librispeech",
+    rate: str = "wer",
+) -> list[tuple[float, float]]:
+    """Errors and words (for the CER: characters) of every utterance; of several trainings the mean of their errors.
+
+    hypotheses: one list of texts per training; rate: "wer" or "cer". Raises InputError as `word_error_rate` does.
+    """
+    if rate == "cer":
+        references, hypotheses = spell(references, normalizer), [spell(texts, normalizer) for texts in hypotheses]
+        normalizer = "none"
+    counts = np.stack([_error_counts(references, texts, normalizer) for texts in hypotheses]).mean(0)
+    return [(float(errors), float(words)) for errors, words in zip(counts[:, :3].sum(1), counts[:, 3], strict=True)]
 
 
 def seeds_error_rate(

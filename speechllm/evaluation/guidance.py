@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from speechllm.evaluation.error_rates import paired_shares
 from speechllm.evaluation.tables import DASH, Measure, Result, Results, Table, cell, primary_measure
 
 
@@ -44,7 +45,7 @@ def _swaps(measure: str, lower: bool) -> Callable[[Result], Iterator[Measure]]:
                 unchanged = methods.get(f"source, {depth} codebooks", {}).get(measure)
                 for found in _row(row, measure, method):
                     better = unchanged is not None and (found["mean"] < unchanged["mean"]) == lower
-                    yield {**found, "idle": not better or overlap(found, unchanged)}
+                    yield {**found, "idle": not better or indistinct(found, unchanged)}
 
     return of
 
@@ -86,7 +87,7 @@ NEEDS = (
 def guidance(results: Results) -> Table:
     """The best measured system for each purpose, and whether it is distinguishable from the others.
 
-    Each system counts with its best setting. Systems whose 95 % intervals overlap are not distinguished.
+    Each system counts with its best setting. Which systems are not distinguished: see `indistinct`.
     """
     rows = []
     for need in NEEDS:
@@ -98,17 +99,25 @@ def guidance(results: Results) -> Table:
             rows.append([need.name, need.measure, "none", "no swap beats the unchanged codes", DASH])
             continue
         winner = (min if need.lower else max)(best, key=lambda name: best[name]["mean"])
-        equals = [name for name in best if name == winner or overlap(best[name], best[winner])]
+        equals = [name for name in best if name == winner or indistinct(best[name], best[winner])]
         values = "; ".join(_named(name, best[name], need.form) for name in equals)
         verdict = winner if len(equals) == 1 else "no clear winner"
         rows.append([need.name, need.measure, verdict, values, _cheapest(need, results, best[winner])])
-    head = ["purpose", "measure", "best", "its value, and those of systems that overlap with it", "cheapest of these"]
+    head = ["purpose", "measure", "best", "its value, and those not distinguishable from it", "cheapest of these"]
     note = (
-        "Every system counts with its best setting; a swap of codes counts only if it beats the unchanged codes and "
-        "their intervals do not overlap. No clear winner: the 95 % intervals overlap, which does not mean that the "
-        "systems are equal. Parameters and speed have no intervals and are taken as exact to 5 %."
+        "Every system counts with its best setting; a swap of codes counts only if it is distinguishable from the "
+        "unchanged codes and beats them. Two systems are distinguishable if the 95 % interval of their difference on "
+        "the same utterances (of emotions: actors), pooled over seeds, excludes 0; without the utterances, if their "
+        "intervals do not overlap. No clear winner does not mean that the systems are equal. Parameters and speed have "
+        "no intervals and are taken as exact to 5 %."
     )
     return Table("Best system by purpose", head, rows, note)
+
+
+def indistinct(one: Measure, other: Measure) -> bool:
+    """Whether two measures may be equal: by the paired bootstrap on what both were measured on, else by `overlap`."""
+    paired = paired_shares(one.get("each", {}), other.get("each", {}))
+    return paired.ci95[0] <= 0 <= paired.ci95[1] if paired else overlap(one, other)
 
 
 def overlap(one: Measure, other: Measure) -> bool:
@@ -129,12 +138,12 @@ def _named(name: str, measure: Measure, form: str) -> str:
 
 
 def _cheapest(need: Need, results: Results, best: Measure) -> str:
-    """Of all settings that overlap with the best one, the one with the lowest bitrate or token rate."""
+    """Of all settings that are not distinguishable from the best one, the one with the lowest bitrate or token rate."""
     settings = [
         (found["cost"], name, found)
         for name, result in results.items()
         for found in need.of(result)
-        if found.get("cost") is not None and not found.get("idle") and overlap(found, best)
+        if found.get("cost") is not None and not found.get("idle") and indistinct(found, best)
     ]
     if not settings:
         return DASH

@@ -9,7 +9,8 @@ from typing import Any
 DASH = "–"  # not measured
 Result = Mapping[str, Any]
 Results = Mapping[str, Result]  # by system
-Measure = Mapping[str, Any]  # "mean", and "ci95" if there is an interval
+# "mean", "ci95" if there is an interval, and "each", the shares of `paired_shares`, if it can be compared in pairs
+Measure = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

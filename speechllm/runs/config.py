@@ -35,7 +35,7 @@ PATIENCE_S = 10.0  # time for the first process to print an error that the other
 PYTHON_WORDS = {"None": "null", "True": "true", "False": "false"}
 BOOLEANS = {"true": True, "false": False}
 WORDS = """values: a key of type str takes its word as it is, # and : included, and ~ is your home folder; a list is
-a,b or, as in YAML, [a, "b, c"]; null is no value"""
+a,b or, as in YAML, [a, "b, c"], and only the latter where a str will do; null is no value"""
 
 
 class ConfigError(InputError):
@@ -165,7 +165,8 @@ def load_config(cls: type[T], file: str | Path | None = None, overrides: list[st
     """Build `cls` from a YAML file and overrides, of which the last one of a key wins.
 
     A key of type `str` takes what is written behind `=` as it is, with ~ for the home folder; so do the items of a list
-    without brackets, a,b. YAML is for lists in brackets, sections, and null. `--key` is short for key=true.
+    without brackets, a,b, unless the key takes a `str`, too. YAML is for lists in brackets, sections, and null. `--key`
+    is short for key=true.
     Raises ConfigError with all problems, naming near misses.
     """
     values: dict[str, Any] = {}
@@ -239,10 +240,11 @@ def _read(text: str, hint: Any) -> Any:
         return Plain(text)
     if text == "null" and (type(None) in options or str not in options):
         return None
+    brackets = text.startswith("[") and text.endswith("]")
     if listed and os.path.exists(os.path.expanduser(text)):  # a file is a file, whatever its name looks like
-        return [Plain(text)]
-    if listed and not (text.startswith("[") and text.endswith("]")):
-        return [Plain(item.strip()) for item in text.split(",")]
+        return Plain(text) if str in options else [Plain(text)]
+    if listed and not brackets:
+        return Plain(text) if str in options else [Plain(item.strip()) for item in text.split(",")]
     return _parse(text) if listed or any(map(is_dataclass, options)) else Plain(text)
 
 
@@ -362,4 +364,6 @@ def describe(cls: type, prefix: str = "  ") -> str:
             default = _spell(field.default_factory() if field.default_factory is not MISSING else field.default)
         comment = f"  {comments[field.name]}" if field.name in comments else ""
         lines.append(f"{prefix}{field.name}: {_type_name(hints[field.name])} [{default}]{comment}")
+        items = [item for option in _options(hints[field.name]) for item in get_args(option)]
+        lines += [describe(item, f"{prefix}    ") for item in items if isinstance(item, type) and is_dataclass(item)]
     return "\n".join(lines)

@@ -27,9 +27,11 @@ from speechllm.runs.run import RunError
 from speechllm.runs.signals import child_environment
 from tokenizer.corpus import CorpusError, read_corpus
 from tokenizer.files import read_json, write_json
+from tokenizer.utterances import MissingSplitError, corpus_folders
 
 CONFIG = "--config="
 GRACE_S = 120.0  # for the checkpoint of a recipe that is to end
+Asked = tuple[str, str, list[str]]  # a stage, where it has its splits from, and which
 SPLITS = ("splits", "dev_splits", "train_splits", "test_splits")  # keys of the recipes that read a corpus
 
 
@@ -54,30 +56,41 @@ class Stages:
         """Duration of each finished stage."""
         return {name: stage["seconds"] for name, stage in self.done.items() if stage["finished"]}
 
-    def check(self, commands: Mapping[str, list[str]]) -> None:
+    def check(self, commands: Mapping[str, list[str]], advice: str = "") -> None:
         """Check the configuration of every command, by name of the stage, and the splits of the corpora they read.
 
-        Raises RunError listing all problems.
+        Also those of encoded speech, where one of the commands encodes it. Raises RunError listing all problems with
+        stage, key and file, and the advice.
         """
         classes = {name: config_class(self.recipes / name) for name in {words[0] for words in commands.values()}}
-        problems: list[str] = []
-        splits: dict[str, set[str]] = defaultdict(set)
+        problems: dict[str, list[str]] = defaultdict(list)  # and the stages that have each
+        encoding: dict[str, Any] = {}  # the commands that encode speech, by their output
+        asked: dict[tuple[Path, ...], list[Asked]] = defaultdict(list)
         for stage, (recipe, *words) in commands.items():
             file = words.pop(0).removeprefix(CONFIG) if words[0].startswith(CONFIG) else None
             try:
                 config: Any = load_config(classes[recipe], file, words)
             except ConfigError as error:
-                problems.append(f"[{stage}] {recipe}: {error}")
+                problems[f"{recipe}: {error}"].append(stage)
                 continue
-            if hasattr(config, "data"):
-                splits[config.data] |= {split for key in SPLITS for split in getattr(config, key, None) or []}
-        for data, named in splits.items():
-            try:
-                read_corpus(data, sorted(named) or None)
-            except CorpusError as error:
-                problems.append(str(error))
+            encoded = encoding.get(getattr(config, "codes", ""))
+            source = config if hasattr(config, "data") else encoded
+            if source is None:
+                continue
+            encoding[config.output] = config
+            places = asked[tuple(corpus_folders(source.data))]
+            for key in SPLITS:
+                where, named = origin(recipe, key, file, words), getattr(config, key, None) or []
+                places.append((stage, where, named))
+                if encoded and encoded.splits and (left_out := [name for name in named if name not in encoded.splits]):
+                    there = ", ".join(encoded.splits)
+                    problems[f"{where}: {', '.join(left_out)} is not encoded, only {there}"].append(stage)
+        for data, places in asked.items():
+            for problem, at in missing_splits(data, places).items():
+                problems[problem] += at
         if problems:
-            raise RunError("\n".join(problems))
+            lines = [f"[{'; '.join(at)}] {problem}" if at else problem for problem, at in problems.items()]
+            raise RunError("\n".join([*lines, advice] if advice else lines))
 
     def run(self, commands: Mapping[str, list[str]], shared: Container[str], single: Container[str]) -> None:
         """Run commands, by name of the stage, in this order; a failure affects only stages that need its output.
@@ -207,6 +220,26 @@ class Stages:
                 os.killpg(process.pid, signal.SIGKILL)
         with self.lock:
             self.running = [process for process in self.running if process not in processes]
+
+
+def missing_splits(data: tuple[Path, ...], asked: Sequence[Asked]) -> dict[str, list[str]]:
+    """What is wrong with a corpus and the splits that stages ask for, each problem with the stages that have it."""
+    problems: dict[str, list[str]] = defaultdict(list)
+    try:
+        read_corpus(data, sorted({split for *_, named in asked for split in named}) or None)
+    except MissingSplitError as error:
+        for stage, where, named in asked:
+            if absent := [name for name in named if name in error.absent]:
+                problems[f"{where}: {MissingSplitError(data, absent, error.found)}"].append(stage)
+    except CorpusError as error:
+        problems[str(error)] = []
+    return problems
+
+
+def origin(recipe: str, key: str, file: str | None, words: Sequence[str]) -> str:
+    """Where a command has the value of a key from: its own words or a file, else the recipe's default."""
+    given = [word for word in words if word.startswith(f"{key}=")]
+    return f"{recipe} {given[-1]}" if given else f"{recipe}, {key} in {file}" if file else f"{recipe}, {key} by default"
 
 
 def config_class(recipe: Path) -> type:

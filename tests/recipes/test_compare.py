@@ -11,10 +11,16 @@ import pytest
 import soundfile
 import yaml
 
-from speechllm import ConfigError, InputError, RunError, word_error_rate
-from speechllm.evaluation.comparison import comparison_markdown, pool_emotion, pool_recognition
+from speechllm import ConfigError, InputError, RunError, paired_bootstrap, word_error_rate
+from speechllm.evaluation.comparison import (
+    comparison_markdown,
+    difference_table,
+    pool_emotion,
+    pool_recognition,
+    without_shares,
+)
 from speechllm.evaluation.error_rates import seeds_error_rate
-from speechllm.evaluation.guidance import guidance
+from speechllm.evaluation.guidance import guidance, overlap
 from speechllm.reports.comparison_page import write_comparison
 from speechllm.runs.config import load_config
 from speechllm.runs.stages import Stages
@@ -94,9 +100,99 @@ def test_a_split_that_a_corpus_lacks_is_reported_before_anything_runs(
     compare: ModuleType, config_of: Callable[..., object], corpus: Path
 ) -> None:
     keys = {"data": str(corpus), "tasks": ["quality"], "quality_splits": ["nowhere"], "evaluation_speaker": None}
-    with pytest.raises(RunError, match="no split nowhere"):
+    with pytest.raises(RunError) as error:
         compare.main(config_of(systems=[{"name": "a", "tokenizer": "folder"}], **keys))
+    place = '[a: quality] eval_codec.py splits=["nowhere"]'
+    assert f"{place}: {corpus} has no split nowhere; it has test, train\n" in str(error.value)
     assert {path.name for path in (corpus / "run").iterdir()} == {"claim.json", ".lock"}  # nothing was written
+
+
+def test_splits_are_reported_with_stage_key_and_file_and_can_be_changed(
+    compare: ModuleType, config_of: Callable[..., object], corpus: Path, tmp_path: Path
+) -> None:
+    asr, codec, speaker = (str(tmp_path / f"{name}.yaml") for name in ("asr", "codec", "speaker"))
+    Path(asr).write_text(yaml.safe_dump({**ASR, "splits": ["train-other-500"]}))
+    Path(codec).write_text(yaml.safe_dump({"dev_splits": ["dev-clean"]}))
+    Path(speaker).write_text(yaml.safe_dump({"kind": "speaker", "dev_splits": ["dev"]}))
+    keys = {"data": [str(corpus)], "tasks": ["asr", "quality"], "asr": asr, "codec": codec}
+    keys |= {"evaluation_speaker": speaker, "systems": [{"name": "a", "train": []}, {"name": "b", "train": []}]}
+
+    def check(**changes: list[str]) -> None:
+        config = config_of(**keys, changes=changes)
+        Stages(tmp_path, compare.RECIPES).check(compare.plan(config, tmp_path / "run"), compare.CHANGES)
+
+    with pytest.raises(RunError) as error:
+        check()
+    ends = f"{corpus} has no split {{}}; it has test, train"
+    assert str(error.value).split("\n") == [
+        f"[evaluation speaker] train_teacher.py, dev_splits in {speaker}: {ends.format('dev')}",
+        f"[a: tokenizer; b: tokenizer] train_tokenizer.py, dev_splits in {codec}: {ends.format('dev-clean')}",
+        f"[a: asr 0; b: asr 0] train_asr.py, splits in {asr}: {ends.format('train-other-500')}",
+        compare.CHANGES,
+    ]
+    changes = {"evaluation_speaker": ["dev_splits=test"], "codec": ["dev_splits=test"], "asr": ["splits=[train]"]}
+    check(**changes)
+    with pytest.raises(
+        RunError, match=r"\[a: asr 0; b: asr 0\] train_asr.py splits=.*: train is not encoded, only test"
+    ):
+        check(**changes, codes=["splits=test"])
+    with pytest.raises(RunError, match=r"(?s)\[a: asr 0; b: asr 0\] train_asr.py: .* in .*asr.yaml:.*key stepz"):
+        check(**{**changes, "asr": ["splits=[train]", "stepz=1"]})
+
+
+def test_changes_come_after_a_shared_configuration_and_before_those_of_a_system(
+    compare: ModuleType, config_of: Callable[..., object]
+) -> None:
+    stages = (
+        "codec units codes asr_codes emotion_codes content quality conversion emotion asr asr_test recognizer".split()
+    )
+    stages += ["semantic_teacher", "speaker_teacher", "evaluation_speaker"]
+    own = {"asr": ["x=own"], "emotion": ["x=own"], "conversion": ["x=own"]}
+    systems = [{"name": "a", "train": ["x=own"], **own}, {"name": "u", "units": ["x=own"]}]
+    systems += [{"name": "d", "tokenizer": "recognizer:{recognizer}"}]
+    teachers = {name: f"{name}.yaml" for name in ("semantic_teacher", "speaker_teacher", "recognizer")}
+    keys = {"codec": "c.yaml", "emotion": "e.yaml", "asr": "r.yaml", "asr_data": "w", "emotion_data": ["r", "s"]}
+    keys |= {"systems": systems, "tasks": list(compare.TASKS), "evaluation_speaker": "j.yaml", **teachers}
+    before = compare.plan(config_of(**keys), Path("run"))
+    after = compare.plan(config_of(**keys, changes={stage: [f"of={stage}"] for stage in stages}), Path("run"))
+    added = {stage: [word for word in words if word.startswith("of=")] for stage, words in after.items()}
+    assert {stage: [word for word in words if word[:3] != "of="] for stage, words in after.items()} == before
+    expected = {"a: tokenizer": "codec", "u: tokenizer": "units", "a: codes": "codes", "u: codes": "codes"}
+    expected |= {f"{name}: asr_codes": "asr_codes" for name in "aud"}
+    expected |= {f"{name}: emotion_codes": "emotion_codes" for name in "au"}
+    expected |= {f"{name}: content": "content" for name in "au"}
+    expected |= {"a: quality": "quality", "a: conversion": "conversion"}
+    expected |= {f"{name}: emotion 0": "emotion" for name in "au"} | {f"{name}: asr 0": "asr" for name in "aud"}
+    expected |= {f"{name}: asr 0, test": "asr_test" for name in "aud"}
+    expected |= {name.replace("_", " "): name for name in (*teachers, "evaluation_speaker")}
+    assert added == {stage: [f"of={name}"] for stage, name in expected.items()}
+    last = [words[-2:] for words in after.values() if words[-1] == "x=own"]
+    assert len(last) == 5 and all(word.startswith("of=") for word, _ in last)
+    assert 'data=["r", "s"]' in after["a: emotion_codes"]
+
+
+def test_the_comparison_at_the_papers_size_would_be_accepted(
+    compare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libri, ravdess = tmp_path / "libri", tmp_path / "ravdess"
+    for folder, splits in ((libri, ("train-other-500", "dev-clean", "test-clean")), (ravdess, ("train",))):
+        folder.mkdir()
+        rows = [{"path": f"{split}.wav", "duration_s": 1, "split": split} for split in splits]
+        (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
+            (folder / row["path"]).touch()
+    words = [f"data={libri}", f"emotion_data={ravdess}", f"conversion_data={ravdess}", f"output={tmp_path / 'run'}"]
+    config = load_config(compare.CompareConfig, compare.RECIPES.parent / "configs/compare/paper.yaml", words)
+    plan = compare.plan(config, tmp_path / "run")
+    Stages(tmp_path, compare.RECIPES).check(plan)
+    assert len([stage for stage in plan if stage.endswith("asr 0, test")]) == 3
+    changed = load_config(
+        compare.CompareConfig,
+        compare.RECIPES.parent / "configs/compare/paper.yaml",
+        [*words, "changes.codec=splits=train-clean-100,steps=35700"],
+    )
+    with pytest.raises(RunError, match=r"; ours: tokenizer\] train_tokenizer.py splits=train-clean-100: .* no split"):
+        Stages(tmp_path, compare.RECIPES).check(compare.plan(changed, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("name", ["exp #2", "12:30", "a, b", "it's", 'a "b"', "a=b", "a\nb", "[x]", "caf\udce9"])
@@ -106,9 +202,11 @@ def test_paths_reach_the_recipes_as_they_are(
     config_class: Callable[[str], type],
     name: str,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = tmp_path / name
     file.write_text("model: null\n")
+    monkeypatch.chdir(tmp_path)  # where the corpus is: what is there is no list, whatever its name looks like
     systems = [{"name": name, "tokenizer": f"features:{name}#1"}, {"name": "units", "units": []}]
     keys = {"tasks": ["asr", "content"], "asr": str(file), "data": name, "train_splits": [name, "b"]}
     config = config_of(systems=systems, semantic_teacher=f"/{name}", output=f"run/{name}", **keys)
@@ -344,6 +442,79 @@ def test_the_cer_leads_in_tables_where_texts_have_no_spaces() -> None:
     table = comparison_markdown(systems)
     assert "50.0% (50.0% to 50.0%), the rate to go by" in table and "a: WER 100.0%, CER 50.0%; b: WER" in table
     assert guidance(systems).rows[0][2] == "two"  # their WER is the same
+
+
+# ---- pairs on the same utterances
+
+
+def heard(wrong: int, seeds: int = 1) -> dict[str, object]:
+    """40 utterances of five words, of which the first `wrong` and every third have an error in the last word."""
+    said = [f"a{i} b c d e" for i in range(40)]
+    texts = [text[:-1] + "x" if i < wrong or i % 3 == 0 else text for i, text in enumerate(said)]
+    rows = [{"id": f"u{i}", "reference": r, "hypothesis": h} for i, (r, h) in enumerate(zip(said, texts, strict=True))]
+    rate = word_error_rate(said, texts).wer
+    found = {"wer": rate, "cer": rate, "tokens_per_second": 50.0, "words": 200, "utterances": 40}
+    numbers = range(seeds)
+    return pool_recognition(
+        dict.fromkeys(numbers, {**found, "normalizer": "librispeech"}), dict.fromkeys(numbers, rows)
+    )
+
+
+def test_systems_whose_intervals_overlap_are_told_apart_on_the_same_utterances() -> None:
+    systems = {"better": {"asr": heard(0)}, "worse": {"asr": heard(15)}}
+    assert overlap(systems["better"]["asr"], systems["worse"]["asr"])
+    (row,) = guidance(systems).rows
+    assert row[2] == "better" and "worse" not in row[3]
+    (row,) = difference_table(systems).rows
+    said = [f"a{i} b c d e" for i in range(40)]
+    texts = {n: [t[:-1] + "x" if i < n or i % 3 == 0 else t for i, t in enumerate(said)] for n in (0, 15)}
+    expected = paired_bootstrap(said, texts[15], texts[0])
+    low, high = expected.ci95
+    values = [f"{expected.difference:+.1%}", f"{low:+.1%} to {high:+.1%}", f"{expected.p_value:.3f}"]
+    assert row == ["better", "worse", "WER", *values, "40"]
+    page = comparison_markdown(systems)
+    assert "## Speech recognition: differences" in page and expected.ci95[1] < 0
+    apart = {name: {"asr": without_shares(result["asr"])} for name, result in systems.items()}
+    assert guidance(apart).rows[0][2] == "no clear winner" and not difference_table(apart).rows
+
+
+def test_the_errors_of_several_seeds_of_an_utterance_stay_together() -> None:
+    assert heard(15, seeds=3)["each"] == heard(15)["each"]  # three times the same is not three times as sure
+    assert difference_table({"a": {"asr": heard(0, 3)}, "b": {"asr": heard(15, 2)}}).rows == (
+        difference_table({"a": {"asr": heard(0)}, "b": {"asr": heard(15)}}).rows
+    )
+
+
+def test_systems_tested_on_other_utterances_are_not_paired() -> None:
+    one, other = heard(0), heard(15)
+    other["each"] = {f"v{name}": shares for name, shares in other["each"].items()}
+    assert not difference_table({"a": {"asr": one}, "b": {"asr": other}}).rows
+    assert guidance({"a": {"asr": one}, "b": {"asr": other}}).rows[0][2] == "no clear winner"
+
+
+def test_emotions_are_paired_by_actor_over_all_seeds() -> None:
+    rows = [{"actor": n % 2, "emotion": "calm", "answer": "calm" if n < 3 else "sad"} for n in range(4)]
+    found = {"accuracy": 0.75, "ci95_actors": [0.5, 1.0]}
+    assert pool_emotion({0: found, 1: found}, {0: rows, 1: rows})["each"] == {"0": (4, 4), "1": (2, 4)}
+
+
+def test_scores_of_an_evaluation_are_found_again_by_utterance(compare: ModuleType, tmp_path: Path) -> None:
+    mean = {"mean": 1.5, "ci95": [1, 2]}
+    words = {"mean": 0.25, "ci95": [0, 1], "normalizer": "librispeech", "words": 4}
+    results = {"codebooks": {"1": {"kbps": 0.5, "utterances": 2, "pesq_wb": mean, "wer": words}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    rows = [
+        {"id": "u", "scores": {"1": {"pesq_wb": 1.0}}, "recognized": {"1": "one two"}, "text": "ONE TWO"},
+        {"id": "v", "scores": {"1": {"pesq_wb": 2.0}}, "recognized": {"1": "one"}, "text": "ONE TWO"},
+        {"id": "w", "scores": {}, "recognized": {}, "text": "ONE"},
+    ]
+    (tmp_path / "utterances.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = compare.scored(tmp_path, "codebooks", "utterances.jsonl", ("id",))
+    assert without_shares(found) == results
+    row = found["codebooks"]["1"]
+    assert row["pesq_wb"]["each"] == {'["u"]': (1.0, 1), '["v"]': (2.0, 1)}
+    assert row["wer"]["each"] == {'["u"]': (0, 2), '["v"]': (1, 2)}
+    assert compare.scored(tmp_path / "nowhere", "codebooks", "utterances.jsonl", ("id",)) == {}
 
 
 # ---- the page

@@ -1,6 +1,7 @@
 """The evaluation of codes: frame labels at every frame rate, and results that are skipped with a reason."""
 
 import json
+import shutil
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
-from speechllm import AudioTokenizer, SpeechCodec, encode_shards, load_codes, read_corpus, speech_of
+from speechllm import AudioTokenizer, DataError, SpeechCodec, encode_shards, load_codes, read_corpus, speech_of
 from tokenizer.schemes.features import FeatureEncoder
 from tokenizer.schemes.units import UnitTokenizer
 from tokenizer.training.small_teachers import small_hubert
@@ -92,6 +93,30 @@ def test_merged_repeats_have_no_labels_which_is_reported(
 
 def test_speakers_with_a_single_utterance_are_not_evaluated(evaluate: Callable[..., dict], codec: SpeechCodec) -> None:
     assert evaluate(codec, first=3)["speaker"] == {}
+
+
+def test_several_corpora_are_encoded_and_evaluated_as_one(
+    recipe: Callable[[str], types.ModuleType], codec: SpeechCodec, corpus: Path, tmp_path: Path
+) -> None:
+    other, output = tmp_path / "other", tmp_path / "results.json"
+    other.mkdir()
+    lines = [json.loads(line) for line in (corpus / "manifest.jsonl").read_text(encoding="utf-8").splitlines()[:6]]
+    rows = [{**line, "id": line["path"], "path": f"{index}.flac", "split": "more"} for index, line in enumerate(lines)]
+    (other / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for row in rows:
+        shutil.copy(corpus / row["path"], other / row["path"])
+    codec.save_pretrained(tmp_path / "codec")
+    data, codes = [str(corpus), str(other)], str(tmp_path / "codes")
+    encode, evaluation = recipe("encode_speech.py"), recipe("eval_tokenizer.py")
+    encode.main(encode.EncodeConfig(str(tmp_path / "codec"), data, codes, splits=["more"], layers=None))
+    rows_encoded, _ = load_codes(codes)
+    assert rows_encoded["id"] == [f"other/{index}.flac" for index in range(6)]
+    assert set(rows_encoded["speaker"]) == {"other/s0", "other/s1", "other/s2"}
+    evaluation.main(evaluation.EvalTokenizerConfig(codes, data, str(output), baseline=False))
+    found = json.loads(output.read_text(encoding="utf-8"))
+    assert found["content"]["utterances"] == 6 and found["config"]["data"] == data
+    with pytest.raises(DataError, match=f"^{corpus} lacks .* utterances of {codes}, other/0.flac first"):
+        evaluation.main(evaluation.EvalTokenizerConfig(codes, str(corpus), str(tmp_path / "no.json"), baseline=False))
 
 
 def test_results_include_configuration_and_versions(

@@ -64,7 +64,8 @@ def test_only_the_named_splits_are_given(tmp_path: Path) -> None:
 
 
 def test_a_missing_split_lists_those_there_are(tmp_path: Path) -> None:
-    write_manifest(tmp_path, *({"path": "a", "duration_s": 1, "split": s} for s in ("train", "dev", "train")))
+    splits = enumerate(("train", "dev", "train"))
+    write_manifest(tmp_path, *({"path": f"{i}.wav", "duration_s": 1, "split": split} for i, split in splits))
     with pytest.raises(CorpusError, match="has no split test, tset; it has dev, train$"):
         read_corpus(tmp_path, ["test", "dev", "tset"])
 
@@ -429,3 +430,82 @@ def test_a_batch_that_cannot_be_shared_equally_is_refused() -> None:
 
 def test_there_is_a_cpu() -> None:
     assert available_cpus() >= 1
+
+
+# ---- several corpora as one
+
+
+def two_corpora(folder: Path) -> tuple[Path, Path]:
+    """Both with an utterance u1 of a speaker 7; the splits and speakers of the other utterances differ."""
+    first, second = folder / "a, b", folder / "c"
+    row = {"path": "1.wav", "duration_s": 1, "id": "u1", "speaker": "7"}
+    for place, split, other in ((first, "dev", {"id": "u2", "speaker": "8"}), (second, "test", {"id": "u3"})):
+        place.mkdir()
+        write_manifest(place, {**row, "split": "train"}, {"path": "2.wav", "duration_s": 2, "split": split, **other})
+    return first, second
+
+
+def test_several_corpora_are_joined_and_only_shared_names_get_their_folder(tmp_path: Path) -> None:
+    first, second = two_corpora(tmp_path)
+    found = read_corpus([first, str(second)])
+    names = [("a, b/u1", "a, b/7"), ("u2", "8"), ("c/u1", "c/7"), ("u3", None)]
+    assert [(one.id, one.speaker) for one in found] == names
+    assert [Path(one.path) for one in found] == [place / f"{n}.wav" for place in (first, second) for n in (1, 2)]
+    assert read_corpus([first, second], ["test", "train"]) == [found[0], *found[2:]]
+    assert read_corpus([first, second], ["dev"]) == found[1:2]  # u1 is called the same whatever is asked for
+    assert read_corpus([second, first]) == [*found[2:], *found[:2]]
+    assert read_corpus([first]) == read_corpus(first) and read_corpus(first)[0].id == "u1"
+
+
+def test_each_split_of_each_corpus_is_counted_and_then_the_sum(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = two_corpora(tmp_path)
+    with caplog.at_level("INFO", logger="tokenizer"):
+        read_corpus([first, second], ["train", "test"])
+    one = "1 utterances, 0.00 h, 1 speakers, 0 with text"
+    assert caplog.messages == [
+        f"{first / 'manifest.jsonl'}, train: {one}",
+        f"{second / 'manifest.jsonl'}, train: {one}",
+        f"{second / 'manifest.jsonl'}, test: 1 utterances, 0.00 h, 0 speakers, 0 with text",
+        "together, train: 2 utterances, 0.00 h, 2 speakers, 0 with text",
+        "together, test: 1 utterances, 0.00 h, 0 speakers, 0 with text",
+    ]
+
+
+def test_a_split_must_be_in_one_of_the_corpora(tmp_path: Path) -> None:
+    first, second = two_corpora(tmp_path)
+    with pytest.raises(CorpusError, match="a, b, .*c have no split tset; they have dev, test, train$"):
+        read_corpus([first, second], ["dev", "test", "tset"])
+
+
+def test_folders_of_one_name_are_told_apart_by_those_above(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    for folder in (tmp_path / "corpus", tmp_path / "x" / "corpus"):
+        folder.mkdir()
+        write_manifest(folder, {"path": "1.wav", "duration_s": 1})
+    found = [one.id for one in read_corpus([tmp_path / "corpus", tmp_path / "x/corpus"])]
+    assert found == [f"{tmp_path.name}/corpus/1.wav", "x/corpus/1.wav"]
+
+
+def test_what_would_be_there_twice_is_refused(tmp_path: Path) -> None:
+    first, second = two_corpora(tmp_path)
+    with pytest.raises(CorpusError, match="a corpus is given twice"):
+        read_corpus([first, second, tmp_path / "c" / ".." / "c"])
+    aligned = tmp_path / "aligned"
+    aligned.mkdir()
+    row = {"path": str(first / "1.wav"), "duration_s": 1, "id": "u1"}
+    (aligned / "manifest.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"two of them hold the recording .*1\.wav as u1"):
+        read_corpus([first, aligned])
+    other = tmp_path / "other"
+    other.mkdir()
+    write_manifest(other, {"path": "1.wav", "duration_s": 1, "id": "c/u1"})
+    with pytest.raises(CorpusError, match="two utterances would be called c/u1: rename a folder"):
+        read_corpus([first, second, other])
+
+
+def test_folders_named_without_brackets_are_pointed_to_them(tmp_path: Path) -> None:
+    first, second = two_corpora(tmp_path)
+    with pytest.raises(CorpusError, match=r"no such corpus folder .*; several are \[A, B\]"):
+        read_corpus(f"{first},{second}")

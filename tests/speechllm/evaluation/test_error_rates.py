@@ -19,7 +19,9 @@ from speechllm import (
 )
 from speechllm.evaluation import normalizers
 from speechllm.evaluation.error_rates import (
+    error_shares,
     mean_and_interval,
+    paired_shares,
     recognition_measures,
     results_verdict,
     seeds_error_rate,
@@ -386,3 +388,27 @@ def test_a_result_is_printed_in_one_line() -> None:
         "WER 12.50% (95 % interval 10.00% to 15.00%; 3 substitutions, 2 deletions, 5 insertions in 80 words of "
         "9 utterances, normaliser none)"
     )
+
+
+def test_shares_are_paired_as_the_texts_they_were_counted_in() -> None:
+    references = ["a b c", "d e", "...", "f g h i"] * 5
+    a = ["a b", "d x", "y", "f g h i"] * 5
+    b = ["a b c", "d e f", "", "f g h"] * 4 + ["a b c", "d e", "", "f g h i"]
+    shares = [dict(zip(map(str, range(20)), error_shares(references, [texts]), strict=True)) for texts in (a, b)]
+    assert shares[0]["2"] == (1, 0) and shares[0]["3"] == (0, 4)
+    found, expected = paired_shares(*shares, "librispeech"), paired_bootstrap(references, a, b)
+    assert found.ci95 == pytest.approx(expected.ci95) and found.difference == pytest.approx(expected.difference)
+    assert (found.utterances, found.p_value) == (20, expected.p_value)
+
+
+def test_shares_of_other_sizes_are_paired_by_their_rates_on_what_both_have() -> None:
+    a, b = {"x": (1, 2), "y": (2, 4), "z": (0, 9)}, {"y": (1, 1), "x": (3, 3), "w": (0, 9)}
+    found = paired_shares(a, b)
+    assert (found.difference, found.ci95, found.utterances) == (0.5, (0.5, 0.5), 2)
+    assert paired_shares(a, {"x": (1, 2)}) is None and paired_shares({}, {}) is None
+    assert paired_shares({"x": (1, 0), "y": (0, 0)}, {"x": (1, 0), "y": (0, 0)}) is None  # no words at all
+
+
+def test_errors_of_several_trainings_are_averaged_by_utterance() -> None:
+    assert error_shares(["a b", "c"], [["a", "c"], ["x", "c d"]]) == [(1.5, 2), (0.5, 1)]
+    assert error_shares(["ab c"], [["ab"]], rate="cer") == [(2, 4)]

@@ -14,7 +14,7 @@ import yaml
 from speechllm import ConfigError
 from speechllm.runs.config import find_config, load_config, override, parse_config, shipped
 from speechllm.runs.recipe import run_recipe
-from tokenizer.settings import Count, Names, Positive, Seed, Settings
+from tokenizer.settings import Corpus, Count, Names, Positive, Seed, Settings
 
 
 @dataclass
@@ -203,6 +203,31 @@ def test_a_name_is_taken_as_it_is_from_a_word_a_list_and_a_file(tmp_path: Path, 
 def test_an_unquoted_name_in_a_file_is_taken_as_it_is_written(tmp_path: Path, name: str) -> None:
     text = f"data: {name}\nsplits: [{name}]\nmodel: {name}  # a comment"
     assert load(text=text, folder=tmp_path) == Job(name, splits=[name], model=name)
+
+
+@dataclass
+class Joined(Settings):
+    data: Corpus
+
+
+def test_a_corpus_is_one_folder_as_it_is_written_or_several_in_brackets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def data(word: str) -> object:
+        return load_config(Joined, None, [word]).data
+
+    for name in NAMES:
+        if not name.startswith("["):
+            assert data(f"data={name}") == name
+        assert data(override("data", [name, "b"])) == [name, "b"]
+    assert data("data=a,b") == "a,b" and data('data=[a, "b, c", ~/d]') == ["a", "b, c", str(Path.home() / "d")]
+    (tmp_path / "file.yaml").write_text("data: [a, b]", encoding="utf-8")
+    assert load_config(Joined, tmp_path / "file.yaml").data == ["a", "b"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "[x]").mkdir()
+    assert data("data=[x]") == "[x]"  # what is there is meant
+    with pytest.raises(ConfigError, match=r"data must be not empty, got \[\]"):
+        data("data=[]")
 
 
 def test_the_home_folder_can_be_written_as_a_tilde(tmp_path: Path) -> None:
@@ -528,6 +553,18 @@ def test_help_lists_every_key_with_type_default_and_meaning(capsys: pytest.Captu
     assert "  splits: a list of str (not empty) or null [null]" in lines and "  fresh: bool [false]" in lines
     assert "  encoder:" in lines and "    width: int (at least 1) [32]" in lines
     assert "    kind: one of seanet, log_mel [seanet]" in lines and "    strides: a list of int [[2, 4]]" in lines
+
+
+@dataclass
+class Encoders(Settings):
+    encoders: list[Encoder] | None = None  # each with these keys
+
+
+def test_help_lists_the_keys_of_the_items_of_a_list(capsys: pytest.CaptureFixture) -> None:
+    lines = help_of(Encoders, capsys).splitlines()
+    place = lines.index("  encoders: a list of Encoder or null [null]  each with these keys")
+    width, strides = "      width: int (at least 1) [32]", "      strides: a list of int [[2, 4]]"
+    assert lines[place + 1 : place + 3] == [width, strides]
 
 
 def test_help_shows_a_default_list(capsys: pytest.CaptureFixture) -> None:

@@ -1,0 +1,104 @@
+"""What corpora consist of, and several of them as one."""
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tokenizer.errors import InputError
+
+Corpora = str | Path | Sequence[str | Path]  # one folder, or several whose utterances are joined
+
+
+class CorpusError(InputError):
+    """A corpus folder that cannot be used."""
+
+
+class MissingSplitError(CorpusError):
+    """Splits that a corpus does not have."""
+
+    def __init__(self, data: Corpora, absent: Sequence[str], found: Sequence[str]):
+        self.absent, self.found = absent, found
+        has, them = ("has", "it has") if len(corpus_folders(data)) == 1 else ("have", "they have")
+        super().__init__(f"{spell_corpora(data)} {has} no split {', '.join(absent)}; {them} {', '.join(found)}")
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One recording. `phones`: (symbol, end in s) in time order, if the corpus has an alignment."""
+
+    id: str
+    path: str
+    duration_s: float
+    split: str
+    text: str | None = None
+    speaker: str | None = None
+    phones: tuple[tuple[str, float], ...] | None = None
+
+
+def corpus_folders(data: Corpora) -> list[Path]:
+    """The folders of one corpus or of several."""
+    return [Path(data)] if isinstance(data, str | Path) else [*map(Path, data)]
+
+
+def spell_corpora(data: Corpora) -> str:
+    """The folders of a corpus as a message names them."""
+    return ", ".join(map(str, corpus_folders(data)))
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The last part of every path, or as many parts as it takes to tell them apart. folders: no two are the same."""
+    paths = [Path(os.path.realpath(folder)).parts for folder in folders]
+    depth = next(n for n in itertools.count(1) if len({parts[-n:] for parts in paths}) == len(paths))
+    return ["/".join(parts[-depth:]) for parts in paths]
+
+
+def keep_apart(names: Sequence[Sequence[str | None]], corpora: Sequence[str]) -> list[list[str | None]]:
+    """The names that each corpus gives, such as ids, as CORPUS/NAME where two corpora have the same one."""
+    owners = Counter(name for own in names for name in {*own} - {None})
+    return [
+        [f"{corpus}/{name}" if owners[name] > 1 else name for name in own]
+        for corpus, own in zip(corpora, names, strict=True)
+    ]
+
+
+def join(folders: Sequence[Path], corpora: Sequence[Sequence[Utterance]]) -> list[list[Utterance]]:
+    """The utterances of every corpus, with ids and speakers that no other one has.
+
+    Raises CorpusError for a folder that is given twice and for a recording that two corpora have under one id.
+    """
+    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+        raise CorpusError(f"{spell_corpora(folders)}: a corpus is given twice, expected each once")
+    first: dict[str, Utterance] = {}
+    for one in itertools.chain(*corpora):
+        other = first.setdefault(one.id, one)
+        if other is not one and os.path.realpath(other.path) == os.path.realpath(one.path):
+            both = f"two of them hold the recording {one.path} as {one.id}"
+            raise CorpusError(f"{spell_corpora(folders)}: {both}, expected each recording once: leave one of them out")
+    ids, speakers = (
+        keep_apart([[getattr(one, key) for one in own] for own in corpora], short_names(folders))
+        for key in ("id", "speaker")
+    )
+    if repeated := [name for name, times in Counter(itertools.chain(*ids)).items() if times > 1]:
+        raise CorpusError(f"{spell_corpora(folders)}: two utterances would be called {repeated[0]}: rename a folder")
+    return [
+        [replace(one, id=str(id), speaker=speaker) for one, id, speaker in zip(*own, strict=True)]
+        for own in zip(corpora, ids, speakers, strict=True)
+    ]
+
+
+def by_split(utterances: Iterable[Utterance]) -> dict[str, list[Utterance]]:
+    """The utterances of each split, in their order."""
+    splits: dict[str, list[Utterance]] = {}
+    for utterance in utterances:
+        splits.setdefault(utterance.split, []).append(utterance)
+    return splits
+
+
+def counts(members: Sequence[Utterance]) -> str:
+    """How much speech of how many speakers, in words."""
+    hours = sum(one.duration_s for one in members) / 3600
+    speakers, texts = len({one.speaker for one in members} - {None}), sum(one.text is not None for one in members)
+    return f"{len(members):,} utterances, {hours:.2f} h, {speakers:,} speakers, {texts:,} with text"
