@@ -91,6 +91,12 @@ def test_together_examples_lose_what_each_loses_alone_by_the_models_own_logits(
     check_loss(loss_of, examples)
 
 
+def test_what_fsdp_cuts_is_the_decoder_layer_of_the_family(speech_llm: SpeechLLM) -> None:
+    (layer,) = LabelledLoss(speech_llm.model, speech_llm.vocabulary)._no_split_modules  # as Accelerate asks for it
+    found = [name for name, part in speech_llm.model.named_modules() if type(part).__name__ == layer]
+    assert [name.rpartition(".")[2] for name in found] == ["0", "1"]
+
+
 @pytest.mark.parametrize("family", PADDING[1:])  # to Gemma-2 transformers itself refuses SDPA
 def test_where_packed_examples_are_not_what_they_are_alone_training_is_refused(
     family: str, make_language_model: Callable, text_tokenizer: object, small_codec: SpeechCodec

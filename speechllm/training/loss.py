@@ -34,6 +34,8 @@ class LabelledLoss(nn.Module):
         self.model = model
         self.vocabulary = vocabulary
         self.packing = packing and can_pack(model)
+        kinds = {type(module).__name__ for module in model.modules()}
+        self._no_split_modules = sorted(kinds & set(model._no_split_modules or ()))  # what Accelerate's FSDP cuts
 
     def forward(self, examples: Sequence[Example]) -> Tensor:
         """Float [2]: cross entropy summed over the text labels, and over the speech labels.

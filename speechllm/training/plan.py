@@ -20,7 +20,7 @@ def training_flops(model: Any, examples: Sequence[Example], frozen: bool) -> flo
     omitted if most weights are `frozen`); the head is applied to labelled tokens only; attention covers all earlier
     tokens.
     """
-    config, passes = model.config, 2 if frozen else 3
+    config, passes = model.config.get_text_config(), 2 if frozen else 3
     head = model.get_output_embeddings().weight.numel()
     layers = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
     lengths = [len(example) for example in examples]
