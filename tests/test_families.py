@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from speechllm import (
     Example,
@@ -12,7 +13,9 @@ from speechllm import (
     SpeechCodec,
     SpeechLLM,
     extend_vocabulary,
+    load_language_model,
     load_speech_llm,
+    prepare_adapter,
     transcribe_codes,
     transcription_example,
 )
@@ -89,6 +92,40 @@ def test_together_examples_lose_what_each_loses_alone_by_the_models_own_logits(
     assert loss_of.packing is (packing and request.node.callspec.params["language_model"] not in PADDING)
     torch.testing.assert_close(loss_of(examples), expected, rtol=1e-4, atol=0)
     check_loss(loss_of, examples)
+
+
+@pytest.fixture(params=["Gemma3", "Qwen3_5"])
+def with_eyes(
+    request: pytest.FixtureRequest, make_language_model: Callable, text_tokenizer: object, tmp_path: Path
+) -> Path:
+    """The folder of a tiny multimodal model, such as Gemma-3 4B and Qwen3.5 are published as."""
+    words = make_language_model(f"{request.param}Text", text_tokenizer).config
+    eyes = {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 16}
+    eyes |= {"num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28, "depth": 1, "num_heads": 1}
+    config = getattr(transformers, f"{request.param}Config")(text_config=words, vision_config=eyes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        getattr(transformers, f"{request.param}ForConditionalGeneration")(config).save_pretrained(tmp_path / "base")
+    text_tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_of_a_multimodal_model_the_language_model_is_trained(
+    with_eyes: Path, form: str, small_codec: SpeechCodec, tmp_path: Path
+) -> None:
+    speech_llm = load_language_model(with_eyes, small_codec, layers=2)
+    if form == "lora":
+        speech_llm.model = prepare_adapter(speech_llm.model, speech_llm.vocabulary, rank=2, alpha=4)
+    loss_of = LabelledLoss(speech_llm.model, speech_llm.vocabulary)
+    check_loss(loss_of, some_examples(speech_llm))
+    loss_of(some_examples(speech_llm)).sum().backward()
+    trained = {name: p for name, p in speech_llm.model.named_parameters() if p.requires_grad}
+    assert len(trained) > 10 and all(p.grad is not None for p in trained.values())  # or processes would wait for it
+    assert not any("vision" in name or "visual" in name or "multi_modal" in name for name in trained)
+    (text,) = transcribe_codes([random_codes(9)], speech_llm)
+    speech_llm.save(tmp_path / "saved")
+    assert transcribe_codes([random_codes(9)], load_speech_llm(tmp_path / "saved")) == [text]
 
 
 def test_what_fsdp_cuts_is_the_decoder_layer_of_the_family(speech_llm: SpeechLLM) -> None:
