@@ -61,6 +61,7 @@ class AsrConfig(Settings):
     steps: Count = 10_000
     batch_tokens: Count = 24_576  # at most, per optimizer step over all processes: about 35 utterances of 13 s
     micro_batch_tokens: Count = 8192  # about as many are computed at once in each process
+    packing: bool = True  # where the language model can keep packed examples apart; false: padded batches
     learning_rate: Positive = 5e-5
     row_learning_rate: NonNegative | None = None  # of the new rows and a projector; null: the same; 0: frozen
     row_steps: Natural = 0  # first steps, in which only these are trained
@@ -98,7 +99,7 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 
 from speechllm import (
     DataError,
@@ -120,7 +121,7 @@ from speechllm import (
 )
 from speechllm.data.augmentation import Augmentation
 from speechllm.data.batches import token_batches
-from speechllm.data.packing import micro_batches
+from speechllm.data.packing import PackingError, micro_batches
 from speechllm.data.shards import require_texts, transcribed
 from speechllm.decoding import answer_bound, recognize
 from speechllm.evaluation.scripts import primary_rate
@@ -133,6 +134,7 @@ from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import MAY_CHANGE, Run
 from speechllm.small_model import small_qwen2, small_text_tokenizer
 from speechllm.training.checkpoints import TrainingState, prepare
+from speechllm.training.loss import check_loss
 from speechllm.training.optimization import keep_row_gradients, make_optimizer
 from speechllm.training.plan import training_plan
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
@@ -199,7 +201,8 @@ def main(config: AsrConfig) -> None:
     augmentation = Augmentation(config.augmentation, vocabulary, getattr(codec, "codebooks", None))
 
     # 3. loss, optimizer and state; a killed run is resumed
-    loss_of = LabelledLoss(model, vocabulary)
+    loss_of = LabelledLoss(model, vocabulary, config.packing)
+    check(loss_of, examples, accelerator)
     optimizer = make_optimizer(model, vocabulary, config.learning_rate, config.weight_decay, config.row_learning_rate)
     training = TrainingState(accelerator, model, optimizer, config.weight_average)
     speech_llm = SpeechLLM(training.evaluated, text_tokenizer, vocabulary, codec)
@@ -212,6 +215,7 @@ def main(config: AsrConfig) -> None:
         micro_batch_tokens=config.micro_batch_tokens,
         form=config.train,
         averaged=config.weight_average is not None,
+        packing=loss_of.packing,
     )
     accelerator.print(plan)
     accelerator.print(
@@ -306,6 +310,20 @@ def refuse_sharding(accelerator: Accelerator, config: AsrConfig) -> None:
         raise RunError(f"train: {config.train}: FSDP cannot shard an adapter's rows; use DeepSpeed or neither")
     if kind == DistributedType.DEEPSPEED and config.row_steps:
         raise RunError("row_steps: DeepSpeed updates weights before gradients can be dropped: remove this key")
+
+
+def check(loss_of: LabelledLoss, examples: list[Example], accelerator: Accelerator) -> None:
+    """Raise PackingError, in every process, if the first one finds the loss wrong (`check_loss`)."""
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        loss_of.to(accelerator.device)  # where it is going to be, and where some families have kernels
+    faults: list[PackingError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            check_loss(loss_of, examples)
+        except PackingError as error:
+            faults = [error]
+    if fault := broadcast_object_list(faults)[0]:
+        raise fault
 
 
 def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[np.ndarray]:

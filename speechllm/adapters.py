@@ -52,15 +52,20 @@ def prepare_adapter(
     if matrices[1].weight is matrices[0].weight:
         del matrices[1]  # PEFT lets a tied head use the rows of the embedding
     ids = vocabulary.new_ids.tolist()
-    projector = [PROJECTOR] if hasattr(model, PROJECTOR) else None
+    decoder = set(model.get_decoder().modules())
+    beside = [  # a projector, and what a multimodal model sees and hears with
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module not in decoder and module is not model.get_output_embeddings()
+    ]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules="all-linear" if form == "lora" else DUMMY_TARGET_MODULES,  # PEFT's name for none
-        exclude_modules=rf"{PROJECTOR}\..*" if form == "lora" and projector else None,
-        modules_to_save=projector,
+        exclude_modules=beside if form == "lora" and beside else None,
+        modules_to_save=[PROJECTOR] if hasattr(model, PROJECTOR) else None,
         trainable_token_indices={name: ids for name, module in model.named_modules() if module in matrices},
     )
     return get_peft_model(model, config)
@@ -111,16 +116,23 @@ def load_adapter(folder: str | Path, vocabulary: AudioVocabulary, base: str | Pa
 def load_causal(name: str | Path, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
     """A causal language model of transformers from a folder or the hub, complete, in eval mode.
 
+    Of a multimodal one, what it sees and hears with is kept where transformers keeps it, and frozen.
     Raises FileNotFoundError, or InputError for another kind of model or a checkpoint that is damaged or incomplete.
     """
     expected = "a causal language model of transformers"
     config = load_config(name, expected)
     known = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type))
     found = config.architectures or [known]  # transformers would load a BERT, but it does not predict the next word
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or known.lower() not in map(str.lower, found):
+    names = {known.lower(), known.lower().replace("forcausallm", "forconditionalgeneration")}  # Qwen3.5 with eyes
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or not names & set(map(str.lower, found)):
         raise DataError(f"{name} is a {config.model_type} model ({', '.join(found)}): expected {expected}")
     # a chat model's own settings are not even read: they would change, or prevent, what it answers
-    return load_complete(AutoModelForCausalLM, name, expected, dtype=dtype, generation_config=GenerationConfig())
+    model = load_complete(AutoModelForCausalLM, name, expected, dtype=dtype, generation_config=GenerationConfig())
+    if model.config.get_text_config() is not model.config:
+        model.requires_grad_(False)
+        for part in (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()):
+            part.requires_grad_(True)
+    return model
 
 
 def base_fingerprint(model: nn.Module, texts: int) -> str:

@@ -140,11 +140,11 @@ def answer_bound(duration_s: float) -> int:
 def forbidden_ids(speech_llm: SpeechLLM) -> Tensor:
     """bool [rows]: the token ids that are neither text nor the end token."""
     text_tokenizer = speech_llm.text_tokenizer
-    forbidden = torch.zeros(speech_llm.vocabulary.size, dtype=torch.bool)
+    forbidden = torch.ones(speech_llm.vocabulary.size, dtype=torch.bool)
+    forbidden[list(text_tokenizer.get_vocab().values())] = False
     specials = [index for index, token in text_tokenizer.added_tokens_decoder.items() if token.special]
     forbidden[specials] = True
     forbidden[speech_llm.vocabulary.new_ids] = True
-    forbidden[len(text_tokenizer) :] = True
     forbidden[text_tokenizer.eos_token_id] = False
     return forbidden
 

@@ -58,7 +58,8 @@ def extend_vocabulary(
             f"the model already reads codes of codec {read}: a vocabulary can be extended only once; to train further, "
             "load the model with the text tokenizer in its folder (`load_language_model`)"
         )
-    texts, known = len(text_tokenizer), model.get_input_embeddings().weight.shape[0]
+    texts = max(text_tokenizer.get_vocab().values()) + 1  # more than its tokens where ids are left out
+    known = model.get_input_embeddings().weight.shape[0]
     if texts > known:
         raise VocabularyError(
             f"the text tokenizer has {texts} tokens, the language model {known} rows: take the one that belongs to it"
@@ -71,7 +72,12 @@ def extend_vocabulary(
     ids = text_tokenizer.convert_tokens_to_ids(names)
     if added != len(names) or ids != list(range(ids[0], ids[0] + len(names))):
         raise VocabularyError("the text tokenizer already has some of the audio tokens: use one that was not extended")
-    rows = max(model.get_input_embeddings().weight.shape[0], len(text_tokenizer))
+    if ids[0] < texts:
+        raise VocabularyError(
+            f"the text tokenizer leaves out some of its {texts} ids, and would give {names[0]} that of another token "
+            f"({ids[0]}): renumber its vocabulary"
+        )
+    rows = max(known, ids[-1] + 1)
     model.resize_token_embeddings(rows, mean_resizing=False)
 
     vectors = (

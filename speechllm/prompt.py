@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from speechllm.encoding import Speech
-from speechllm.vocabulary import AudioVocabulary, text_token_ids
+from speechllm.vocabulary import AudioVocabulary, opening_token_ids, text_token_ids
 from tokenizer.interface import Codes
 
 PROMPT = "Transcribe this speech"  # paper, section 3.4; the same in training and evaluation
@@ -34,7 +34,7 @@ def transcription_prompt(
     speech: Codes | Speech, vocabulary: AudioVocabulary, text_tokenizer: PreTrainedTokenizerBase
 ) -> Example:
     """The model's input before its answer: the prompt and one utterance, without labels."""
-    prompt = torch.tensor(text_token_ids(text_tokenizer, [PROMPT])[0])
+    prompt = torch.tensor(opening_token_ids(text_tokenizer, PROMPT))
     ids = torch.cat([prompt, vocabulary.token_ids(speech, text_tokenizer)])
     return Example(ids, torch.full_like(ids, IGNORED), vocabulary.features(speech))
 
@@ -66,7 +66,7 @@ def label_counts(examples: Sequence[Example], vocabulary: AudioVocabulary) -> Te
 
 def text_example(text: str, text_tokenizer: PreTrainedTokenizerBase) -> Example:
     """A sentence without audio, every token a label: teaches a new language model its language."""
-    ids = torch.tensor([*text_token_ids(text_tokenizer, [text])[0], text_tokenizer.eos_token_id])
+    ids = torch.tensor([*opening_token_ids(text_tokenizer, text), text_tokenizer.eos_token_id])
     return Example(ids, ids.clone())
 
 

@@ -173,3 +173,14 @@ def text_token_ids(text_tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
     if not texts:
         return []
     return text_tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def opening_token_ids(text_tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a plain text that opens a sequence, after the tokens that the tokenizer itself writes there.
+
+    Llama, Mistral and Gemma begin with BOS, Qwen2 with nothing; so begins what other engines make of a prompt. An end
+    token that the tokenizer would write is left out.
+    """
+    ids = text_tokenizer(text, split_special_tokens=True)["input_ids"]
+    closed = ids[-1:] == [text_tokenizer.eos_token_id] and len(ids) > len(text_token_ids(text_tokenizer, [text])[0])
+    return ids[:-1] if closed else ids

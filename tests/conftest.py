@@ -235,17 +235,35 @@ def make_qwen2() -> Callable[..., object]:
     return make
 
 
-LANGUAGE_MODELS = ("Llama", "Mistral", "Gemma", "Phi", "SmolLM3", "Qwen3", "Granite")  # names in transformers
+LANGUAGE_MODELS = (  # names in transformers
+    *("Llama", "Mistral", "Gemma", "Phi", "SmolLM3", "Qwen3", "Granite", "Cohere", "Gemma3Text"),
+    *("Gemma2", "GPTJ", "Lfm2", "Qwen3Next", "Qwen3_5Text"),
+)
 
 
 @functools.cache
-def _language_model_config(family: str, words: int, end_id: int, pad_id: int) -> object:
+def _language_model_config(family: str, words: int, end_id: int, pad_id: int, **settings: int) -> object:
     """The family's own settings (tied or not, biases, norms, rotary parts) in a tiny shape."""
     import transformers
 
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    if family in ("Gemma", "Qwen3", "Mistral"):
+    if family in ("Gemma", "Gemma2", "Gemma3Text", "Qwen3", "Mistral", "Qwen3Next", "Qwen3_5Text"):
         shape["head_dim"] = 8  # theirs does not follow from the others
+    if family == "GPTJ":
+        shape |= {"rotary_dim": 4}
+    if family == "Lfm2":
+        shape |= {"layer_types": ["conv", "full_attention"]}
+    if family.startswith("Qwen3_5") or family == "Qwen3Next":
+        shape |= {"layer_types": ["linear_attention", "full_attention"]}
+        shape |= dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2)
+        shape |= dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8)
+    if family == "Qwen3Next":
+        shape |= {"num_experts": 2, "num_experts_per_tok": 1}
+        shape |= dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 8)
+    if family == "Gemma2":
+        shape |= {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}
+    if family in ("Gemma2", "Gemma3Text"):
+        shape |= {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
     if family == "Granite":  # the multipliers it is published with, or they would do nothing
         shape |= {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1}
         shape |= {"logits_scaling": 8.0}
@@ -256,7 +274,7 @@ def _language_model_config(family: str, words: int, end_id: int, pad_id: int) ->
         eos_token_id=end_id,
         pad_token_id=pad_id,
         initializer_range=0.5,
-        **shape,
+        **shape | settings,
     )
 
 
@@ -264,15 +282,15 @@ def _language_model_config(family: str, words: int, end_id: int, pad_id: int) ->
 def make_language_model() -> Callable[..., object]:
     """A family of LANGUAGE_MODELS in width 16 for a text tokenizer, in eval mode with large random weights."""
 
-    def make(family: str, text_tokenizer: object, seed: int = 0) -> object:
+    def make(family: str, text_tokenizer: object, seed: int = 0, **settings: int) -> object:
         import torch
         import transformers
 
         ends = text_tokenizer.eos_token_id, text_tokenizer.pad_token_id
-        config = copy.deepcopy(_language_model_config(family, len(text_tokenizer), *ends))
+        config = copy.deepcopy(_language_model_config(family, len(text_tokenizer), *ends, **settings))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+            return transformers.AutoModelForCausalLM.from_config(config).eval()
 
     return make
 

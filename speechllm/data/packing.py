@@ -1,4 +1,4 @@
-"""Packing: several examples in one sequence, without padding and without attention between them."""
+"""Several examples at once: packed, in one sequence without padding and attention between them, or padded."""
 
 import math
 from collections.abc import Sequence
@@ -8,46 +8,78 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from speechllm.encoding import DataError
 from speechllm.prompt import IGNORED, Example, join_features
+from tokenizer.errors import InputError
 
 PACKED = "packed_sdpa"  # name under which transformers knows the attention below
 
 
+class PackingError(InputError):
+    """A language model in which packed examples are not what they are alone."""
+
+
 @dataclass(frozen=True)
-class Packed:
-    """Concatenated examples of S tokens in total: input_ids and position_ids long [1, S], targets long [S], lengths.
+class Batch:
+    """Examples as a language model takes them: input_ids long [B, S], targets long [B * S], features.
 
     A target is the label of the next token of the same example: nothing is predicted across a border.
-    features: float [P, C] of all examples, or None. borders: int32 [examples + 1], the start of each example and the
-    end of the last one.
+    features: float [P, C] of all examples, or None. arguments: further ones of the model, by transformers' names.
     """
 
     input_ids: Tensor
-    position_ids: Tensor
     targets: Tensor
-    lengths: list[int]
     features: Tensor | None
-    borders: Tensor
+    arguments: dict[str, Any]
 
 
-def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Packed:
-    """Concatenate examples on `device`."""
+def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
+    """Concatenate examples on `device`, B = 1, for a model that `can_pack` made ready."""
     lengths = [len(example) for example in examples]
-    return Packed(
-        torch.cat([example.input_ids for example in examples])[None].to(device),
-        torch.cat([torch.arange(length) for length in lengths])[None].to(device),
-        torch.cat([F.pad(example.labels[1:], (0, 1), value=IGNORED) for example in examples]).to(device),
-        lengths,
-        join_features(examples),
-        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device),
-    )
+    borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    input_ids = torch.cat([example.input_ids for example in examples])[None].to(device)
+    arguments = {
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
+        "attention_mask": input_ids.new_empty(1, 1, 1, 1),  # a four-dimensional mask is used as it is
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders),
+        **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)),
+    }
+    return Batch(input_ids, torch.cat(_targets(examples)).to(device), join_features(examples), arguments)
+
+
+def pad(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
+    """Examples in a row each, B of them, padded on the right: what is before it does not depend on it in any model."""
+    ids = pad_sequence([example.input_ids for example in examples], batch_first=True)
+    targets = pad_sequence(_targets(examples), batch_first=True, padding_value=IGNORED)
+    lengths = torch.tensor([len(example) for example in examples])
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    arguments = {"attention_mask": mask.to(device)}
+    return Batch(ids.to(device), targets.flatten().to(device), join_features(examples), arguments)
+
+
+def _targets(examples: Sequence[Example]) -> list[Tensor]:
+    return [F.pad(example.labels[1:], (0, 1), value=IGNORED) for example in examples]
+
+
+def can_pack(model: PreTrainedModel | PeftModel) -> bool:
+    """Give a language model the attention for packed examples and return whether they are independent in it.
+
+    They are not where layers pass a state along the sequence (convolutions, linear attention, Mamba), or attend by
+    code of their own or in a way that SDPA lacks (GPT-J; soft caps, sinks); then the model stays as it is.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not model._supports_sdpa or model._is_stateful or not kinds <= {"full_attention", "sliding_attention"}:
+        return False
+    model.set_attn_implementation(PACKED)
+    return config._attn_implementation == PACKED  # transformers refuses it to some models
 
 
 def packed_attention(
@@ -56,42 +88,57 @@ def packed_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    lengths: Sequence[int] | None = None,
-    borders: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' SDPA attention, causal within each example of the given lengths; without lengths, the usual one.
+    """transformers' SDPA attention, causal within each example of a `pack`; without borders, the usual one.
 
-    query, key, value: [1, heads, S, D]; borders: those of `Packed`. On a GPU in half precision this is one call of
-    PyTorch's variable-length attention, otherwise one call per example. transformers can also use an S x S mask, which
-    is exact, too, but computes and stores the whole square.
-    Raises DataError for an example that is longer than the model's sliding window.
+    query, key, value: [1, heads, S, D]; cu_seq_lens_q: int32 [examples + 1], the start of each example and the end of
+    the last one; max_length_q: tokens of the longest. On a GPU in half precision this is one call of PyTorch's
+    variable-length attention, otherwise one call per example. transformers can also use an S x S mask, which is exact,
+    too, but computes and stores the whole square.
+    Raises PackingError where a model has not passed the borders on.
     """
-    if lengths is None:
+    if cu_seq_lens_q is None and attention_mask is not None and attention_mask.dtype == torch.long:  # that of `pack`
+        raise PackingError(f"{type(module).__name__} is not told where packed examples end; set packing=false")
+    if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    window = kwargs.get("sliding_window")
-    if window is not None and max(lengths) > window:
-        raise DataError(
-            f"an example has {max(lengths)} tokens, but the model attends to {window} only: exclude long recordings"
-        )
+    window = kwargs.get("sliding_window") or max_length_q  # tokens that one attends to, itself included
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     ampere = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)  # oldest GPU of the kernel
-    if ampere and dtype != torch.float32 and borders is not None and not kwargs.get("dropout"):
-        return _attend_at_once(query, key, value, max(lengths), borders, kwargs.get("scaling"), dtype), None
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *part, None, **kwargs)[0] for part in parts], 1), None
+    if ampere and dtype != torch.float32 and not kwargs.get("dropout"):
+        longest, scale = max_length_q, kwargs.get("scaling")
+        return _attend_at_once(query, key, value, longest, cu_seq_lens_q, scale, dtype, window), None
+    lengths = cu_seq_lens_q.diff().tolist()
+    masks = [_window_mask(length, window, query.device) if length > window else None for length in lengths]
+    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), masks, strict=True)
+    return torch.cat([sdpa_attention_forward(module, *part, **kwargs)[0] for part in parts], 1), None
+
+
+def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """bool [1, 1, length, length]: which tokens (last axis) each one attends to."""
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return causal.triu(1 - window)[None, None]
 
 
 def _attend_at_once(
-    query: Tensor, key: Tensor, value: Tensor, longest: int, borders: Tensor, scale: float | None, dtype: torch.dtype
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    longest: int,
+    borders: Tensor,
+    scale: float | None,
+    dtype: torch.dtype,
+    window: int,
 ) -> Tensor:
     """FlashAttention (Dao et al., 2205.14135) within examples of different lengths; returns [1, S, heads, D]."""
     shared = query.shape[1] // key.shape[1]  # query heads per key and value head
     key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # [S, heads, D]
-    causal = (-1, 0)  # all tokens before, none after
-    attended = cast(Tensor, varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale, window_size=causal))
-    return attended[None]
+    before = window - 1 if window < longest else -1  # all tokens
+    attended = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scale, window_size=(before, 0))
+    return cast(Tensor, attended)[None]
 
 
 AttentionInterface.register(PACKED, packed_attention)

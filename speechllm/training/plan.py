@@ -20,7 +20,7 @@ def training_flops(model: Any, examples: Sequence[Example], frozen: bool) -> flo
     omitted if most weights are `frozen`); the head is applied to labelled tokens only; attention covers all earlier
     tokens.
     """
-    config, passes = model.config, 2 if frozen else 3
+    config, passes = model.config.get_text_config(), 2 if frozen else 3
     head = model.get_output_embeddings().weight.numel()
     layers = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
     lengths = [len(example) for example in examples]
@@ -54,10 +54,11 @@ def training_plan(
     micro_batch_tokens: int,
     form: str,
     averaged: bool,
+    packing: bool = True,
 ) -> str:
     """Three lines on a training with `batch_tokens` tokens of `examples` per step: its size, memory and time.
 
-    form: full, lora or rows; averaged: with a moving average of the weights.
+    form: full, lora or rows; averaged: with a moving average of the weights; packing: without padding.
     """
     processes = accelerator.num_processes
     tokens = sum(map(len, examples))
@@ -74,8 +75,9 @@ def training_plan(
     minutes = flops / (SHARE * speed * processes) / 60
     return (
         f"asr: {len(examples)} utterances, {tokens:,} tokens including {labels:,} labels; {steps} steps of up to "
-        f"{batch_tokens:,} tokens, about {each:.0f} utterances ({steps * each / len(examples):.1f} epochs), without "
-        f"padding; about {minutes:.3g} min at {SHARE:.0%} of the {speed / 1e12:.3g} TFLOP/s of one large matrix "
+        f"{batch_tokens:,} tokens, about {each:.0f} utterances ({steps * each / len(examples):.1f} epochs), "
+        f"{'without padding' if packing else 'padded'}; about {minutes:.3g} min at {SHARE:.0%} of the "
+        f"{speed / 1e12:.3g} TFLOP/s of one large matrix "
         f"product on this device, in {'1 process' if processes == 1 else f'{processes} processes'}\n"
         f"model: {weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained ({form})\n"
         f"memory: {state / 1e9:.2f} GB for weights, gradients and AdamW, {logits / 1e9:.2f} GB for the logits of a "

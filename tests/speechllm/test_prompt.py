@@ -1,9 +1,13 @@
 """Training examples and prompts, written out by hand, and how they are padded."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, LlamaTokenizer
 
 from speechllm import (
     AudioVocabulary,
@@ -39,6 +43,40 @@ def test_an_example_is_prompt_audio_transcript_end_with_labels_on_the_last_two(c
     assert example.labels.tolist() == [-100] * (len(PROMPT) + len(AUDIO)) + answer
     assert example.input_ids.dtype == example.labels.dtype == torch.long
     assert len(example) == len(PROMPT) + len(AUDIO) + 5
+
+
+def llama_2() -> object:
+    words = ["<unk>", "<s>", "</s>", "\u2581", *map(chr, range(33, 127))]
+    return LlamaTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], add_bos_token=True)
+
+
+def llama_3(ends: str = "") -> object:
+    made = small_text_tokenizer([], 259)
+    made.add_special_tokens({"bos_token": "<|begin_of_text|>"})
+    specials = [(word, made.convert_tokens_to_ids(word)) for word in ("<|begin_of_text|>", "<|im_end|>")]
+    template = TemplateProcessing(single=f"<|begin_of_text|> $A {ends}".strip(), special_tokens=specials)
+    made.backend_tokenizer.post_processor = template
+    return made
+
+
+@pytest.mark.parametrize("make", [llama_2, llama_3, lambda: llama_3("<|im_end|>")], ids=["Llama-2", "Llama-3", "both"])
+def test_an_example_begins_as_its_text_tokenizer_begins_a_text(make: Callable, tmp_path: Path) -> None:
+    text_tokenizer = make()
+    names = [f"<|audio_{code}|>" for code in range(32)] + ["<|audio_start|>", "<|audio_end|>"]
+    text_tokenizer.add_tokens(names, special_tokens=True)
+    start = text_tokenizer.convert_tokens_to_ids(names[0])
+    vocabulary = replace(VOCABULARY, offset=start, start_id=start + 32, end_id=start + 33, size=start + 34)
+    example = transcription_example(CODES, "ON A", vocabulary, text_tokenizer)
+    prompt = transcription_prompt(CODES, vocabulary, text_tokenizer).input_ids.tolist()
+    bos, end = text_tokenizer.bos_token_id, text_tokenizer.eos_token_id
+    for ids in (example.input_ids.tolist(), text_example("ON A", text_tokenizer).input_ids.tolist()):
+        assert ids[0] == bos and ids.count(bos) == ids.count(end) == 1 and ids[-1] == end
+    assert example.input_ids.tolist()[: len(prompt)] == prompt
+    text_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    written = "Transcribe this speech<|audio_start|><|audio_3|><|audio_17|><|audio_0|><|audio_18|><|audio_end|>"
+    found = AutoTokenizer.from_pretrained(tmp_path)(written)["input_ids"]
+    assert found[: len(prompt)] == prompt and found[len(prompt) :] in ([], [end])
 
 
 def test_codes_are_labels_with_learn_speech_but_markers_are_not(characters) -> None:

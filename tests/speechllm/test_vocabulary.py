@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from speechllm import (
     AudioVocabulary,
@@ -17,11 +20,13 @@ from speechllm import (
     Encoding,
     SpeechCodec,
     SpeechCodecConfig,
+    SpeechLLM,
     VocabularyError,
     describe_rows,
     extend_vocabulary,
     transcription_example,
 )
+from speechllm.decoding import forbidden_ids
 from speechllm.vocabulary import text_token_ids
 
 K = 16  # of small_codec
@@ -52,6 +57,35 @@ def centred_cosines(rows: Tensor) -> Tensor:
 
 def correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+
+
+def words_with_gaps(end: int, last: int) -> PreTrainedTokenizerFast:
+    """Tokens 0, 1, ... 9, the end token and one more, with these two ids."""
+    words = {"<unk>": 0, **{f"{i}": i for i in range(1, 10)}, "</s>": end, "last": last}
+    made = Tokenizer(WordLevel(words, "<unk>"))
+    made.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>")
+
+
+def test_ids_that_a_text_tokenizer_leaves_out_stay_free(make_qwen2: MakeQwen2, small_codec: SpeechCodec) -> None:
+    text_tokenizer = words_with_gaps(end=40, last=20)
+    assert len(text_tokenizer) == 12
+    model = make_qwen2(text_tokenizer, spare=29)
+    before = model.get_input_embeddings().weight.detach().clone()
+    vocabulary = extend_vocabulary(model, text_tokenizer, small_codec, 2)
+    assert (vocabulary.offset, vocabulary.size) == (41, 41 + 34)
+    assert torch.equal(model.get_input_embeddings().weight[:41], before)
+    assert text_tokenizer.convert_tokens_to_ids(["last", "</s>", "<|audio_0|>"]) == [20, 40, 41]
+    forbidden = forbidden_ids(SpeechLLM(model, text_tokenizer, vocabulary, small_codec))
+    assert (~forbidden).nonzero().flatten().tolist() == [*range(1, 10), 20, 40]
+
+
+def test_a_text_tokenizer_that_would_give_a_code_the_id_of_a_word_is_refused(
+    make_qwen2: MakeQwen2, small_codec: SpeechCodec
+) -> None:
+    text_tokenizer = words_with_gaps(end=10, last=20)
+    with pytest.raises(VocabularyError, match="leaves out some of its 21 ids.*renumber"):
+        extend_vocabulary(make_qwen2(text_tokenizer, spare=29), text_tokenizer, small_codec, 2)
 
 
 # ---- ids

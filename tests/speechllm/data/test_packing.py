@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from speechllm import Example, LabelledLoss, SpeechLLM, transcription_example
+from speechllm import Example, LabelledLoss, SpeechCodec, SpeechLLM, extend_vocabulary, transcription_example
 from speechllm.data import packing
-from speechllm.data.packing import PACKED, micro_batches, pack
+from speechllm.data.packing import PACKED, micro_batches, pack, pad
 from speechllm.prompt import text_example
 
 pytestmark = pytest.mark.numeric
@@ -50,9 +50,17 @@ def test_examples_are_concatenated_without_labels_across_borders() -> None:
     second = Example(torch.tensor([8, 9]), torch.tensor([8, 9]))  # its first label must not be the last one's target
     packed = pack([first, second])
     assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9]]
-    assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1]]
     assert packed.targets.tolist() == [6, 7, -100, 9, -100]
-    assert packed.lengths == [3, 2] and packed.borders.tolist() == [0, 3, 5]
+    assert packed.arguments["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert packed.arguments["cu_seq_lens_q"].tolist() == packed.arguments["cu_seq_lens_k"].tolist() == [0, 3, 5]
+    assert packed.arguments["max_length_q"] == packed.arguments["max_length_k"] == 3
+
+
+def test_padded_examples_are_rows_without_labels_beyond_their_ends() -> None:
+    padded = pad([Example(torch.tensor([5, 6, 7]), torch.tensor([-100, 6, 7])), Example(*torch.tensor([[8, 9]] * 2))])
+    assert padded.input_ids.tolist() == [[5, 6, 7], [8, 9, 0]]
+    assert padded.targets.tolist() == [6, 7, -100, 9, -100, -100]
+    assert padded.arguments["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -94,26 +102,30 @@ def test_examples_do_not_attend_to_each_other(make_speech_llm: MakeSpeechLLM) ->
             torch.testing.assert_close(loss_of([first, between, third]), alone, rtol=1e-6, atol=0)
 
 
-def test_one_attention_call_equals_one_per_example(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("window", [None, 4, 9])
+def test_one_attention_call_equals_one_per_example(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
     """On a GPU. Here in the place of its kernel stands what that is documented to compute."""
 
     def varlen(q, k, v, starts, ends, longest, longest_key, *, scale, window_size) -> Tensor:
-        assert window_size == (-1, 0) and longest == longest_key == 9 and torch.equal(starts, ends)
+        assert (
+            window_size == (3 if window == 4 else -1, 0) and longest == longest_key == 9 and torch.equal(starts, ends)
+        )
         parts = []
         for first, last in zip(starts[:-1], starts[1:], strict=True):
             weights = torch.einsum("shd,thd->hst", q[first:last], k[first:last]) * scale
-            future = torch.ones_like(weights).triu(1).bool()
+            future = ~torch.ones_like(weights).bool().tril().triu(-window_size[0] if window_size[0] >= 0 else -99)
             parts.append(
                 torch.einsum("hst,thd->shd", weights.masked_fill(future, -torch.inf).softmax(-1), v[first:last])
             )
         return torch.cat(parts)
 
-    lengths, borders = [4, 9, 1], torch.tensor([0, 4, 13, 14], dtype=torch.int32)
+    borders = torch.tensor([0, 4, 13, 14], dtype=torch.int32)
     query, key, value = (torch.randn(1, heads, 14, 8) for heads in (6, 2, 2))
     module = SimpleNamespace(num_key_value_groups=3, is_causal=True, training=False)
-    expected, _ = packing.packed_attention(module, query, key, value, None, lengths, scaling=0.3)
+    settings = {"scaling": 0.3, "sliding_window": window}
+    expected, _ = packing.packed_attention(module, query, key, value, None, borders, 9, **settings)
     monkeypatch.setattr(packing, "varlen_attn", varlen)
-    found = packing._attend_at_once(query, key, value, 9, borders, 0.3, torch.float32)
+    found = packing._attend_at_once(query, key, value, 9, borders, 0.3, torch.float32, window or 9)
     torch.testing.assert_close(found, expected)
 
 
@@ -121,7 +133,7 @@ def test_the_variable_length_kernel_gets_its_arguments() -> None:
     with FakeTensorMode():
         query, key, value = (torch.empty(1, heads, 14, 8, device="cuda") for heads in (6, 2, 2))
         borders = torch.tensor([0, 4, 13, 14], dtype=torch.int32, device="cuda")
-        attended = packing._attend_at_once(query, key, value, 9, borders, 0.3, torch.bfloat16)
+        attended = packing._attend_at_once(query, key, value, 9, borders, 0.3, torch.bfloat16, 4)
         assert attended.shape == (1, 14, 6, 8) and attended.dtype == torch.bfloat16
 
 
@@ -133,7 +145,8 @@ def test_transformers_own_mask_gives_the_same_result(make_speech_llm: MakeSpeech
     with torch.no_grad():
         ours = LabelledLoss(model, speech_llm.vocabulary)(examples)[0]
         model.set_attn_implementation("sdpa")
-        hidden = model.model(packed.input_ids, position_ids=packed.position_ids, use_cache=False).last_hidden_state[0]
+        positions = packed.arguments["position_ids"]
+        hidden = model.model(packed.input_ids, position_ids=positions, use_cache=False).last_hidden_state[0]
         learnt = packed.targets >= 0
         logits = model.lm_head(hidden[learnt])
         theirs = torch.nn.functional.cross_entropy(logits, packed.targets[learnt], reduction="sum")
@@ -151,17 +164,22 @@ def test_generation_with_padding_works_after_packed_training(make_speech_llm: Ma
     assert torch.equal(speech_llm.model.generate(**inputs, **settings), before)
 
 
-def test_a_sliding_window_shorter_than_an_example_is_refused(make_speech_llm: MakeSpeechLLM) -> None:
-    speech_llm = make_speech_llm()
-    examples = some_examples(speech_llm, 9, 30)
-    for layer in speech_llm.model.model.layers:
-        layer.self_attn.sliding_window = max(map(len, examples))
-    loss_of = LabelledLoss(speech_llm.model, speech_llm.vocabulary)
-    loss_of(examples)
-    for layer in speech_llm.model.model.layers:
-        layer.self_attn.sliding_window -= 1
-    with pytest.raises(ValueError, match=r"an example has \d+ tokens, but the model attends to \d+ only"):
-        loss_of(examples)
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_window_shorter_than_an_example_is_that_of_the_plain_model(
+    make_language_model: Callable, text_tokenizer: object, small_codec: SpeechCodec, packing: bool
+) -> None:
+    model = make_language_model("Mistral", text_tokenizer, sliding_window=20)
+    speech_llm = SpeechLLM(model, text_tokenizer, extend_vocabulary(model, text_tokenizer, small_codec, 2))
+    examples = some_examples(speech_llm, 9, 2, 30, learn_speech=True)
+    loss_of = LabelledLoss(model, speech_llm.vocabulary, packing)
+    assert loss_of.packing is packing and max(map(len, examples)) > 60
+    with torch.no_grad():
+        expected = sum(loss_of.alone(example) for example in examples)
+        torch.testing.assert_close(loss_of(examples), expected, rtol=1e-5, atol=0)
+        model.config.sliding_window = None
+        unlimited = LabelledLoss(type(model)(model.config).eval(), speech_llm.vocabulary)
+        unlimited.model.load_state_dict(model.state_dict())
+        assert (unlimited(examples) - expected).abs().min() > 1e-2
 
 
 # ---- parts of a batch
