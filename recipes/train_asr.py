@@ -293,7 +293,6 @@ def main(config: AsrConfig) -> None:
         finish_training(run, summary)
         print(f"speech language model saved in {run.folder / 'model'}")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 def refuse_sharding(accelerator: Accelerator, config: AsrConfig) -> None:

@@ -382,15 +382,24 @@ class Started:
         end = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > end:
+                self.send(signal.SIGUSR2)  # they write where they are
+                time.sleep(1)
                 self.kill()
-                raise subprocess.TimeoutExpired(self.requests[0]["command"], timeout)
+                command, errors = self.requests[0]["command"], self._read("errors")
+                raise AssertionError(f"{command} did not end in {timeout:g} s:\n{errors}")
             time.sleep(0.02)  # asking takes time of two processes
-        return tuple("".join(Path(r[key]).read_text() for r in self.requests) for key in ("output", "errors"))
+        return self._read("output"), self._read("errors")
 
-    def kill(self) -> None:
+    def _read(self, log: str) -> str:
+        return "".join(Path(request[log]).read_text() for request in self.requests)
+
+    def send(self, number: int) -> None:
         for process, code in self.codes.items():
             if code is None:
-                os.kill(process, signal.SIGKILL)
+                os.kill(process, number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
 
 
 def _free_port() -> int:

@@ -6,6 +6,7 @@ answers its exit code, or null while it runs. Start it with OMP_NUM_THREADS=1: t
 """
 
 import atexit
+import faulthandler
 import gc
 import html
 import importlib
@@ -13,6 +14,7 @@ import json
 import os
 import pkgutil
 import runpy
+import signal
 import sys
 import traceback
 
@@ -71,6 +73,7 @@ def run(command: list[str], folder: str, output: str, errors: str, environment: 
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, file in ((1, output), (2, errors)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    faulthandler.register(signal.SIGUSR2)  # where its threads are, should it not end
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv, sys.path[0] = command, os.path.dirname(command[0])

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,7 @@ from tokenizer.claims import claim_folder
 from tokenizer.errors import InputError
 
 T = TypeVar("T")
+PAUSE_S = 0.2  # in which threads give back what they hold
 EXPECTED = (InputError, OSError, ImportError)  # their messages say how to fix the problem
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room for a file, on the disk or by the user's limits
 # what libraries that write in other languages make of these
@@ -65,6 +67,8 @@ def run_recipe(main: Callable[[T], None], config: T) -> None:
         yield_to_first_process()
         advice = "; the disk is full: make room, and the same command goes on from what is finished" if full else ""
         sys.exit(f"error: {error}{advice}")
+    else:
+        leave_group()
     finally:
         end_workers()
 
@@ -76,6 +80,19 @@ def end_workers() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes their end for a failure
     for worker in workers:
         worker.kill()
+
+
+def leave_group() -> None:
+    """Leave the group of processes that torch.distributed made, if there is one.
+
+    Here and not where `main` ends: with gloo, PyTorch waits for the group's threads without letting them have the
+    interpreter, which one that still holds a tensor of the last exchange waits for, and so both would wait forever.
+    After an error others may still be in the middle of an exchange: leaving would wait for them.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        time.sleep(PAUSE_S)
+        distributed.destroy_process_group()
 
 
 def out_of_space(error: BaseException | None) -> bool:

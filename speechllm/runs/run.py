@@ -146,7 +146,7 @@ class Run:
         return self._seconds_before + time.perf_counter() - self._started
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Mark the run as finished and delete its checkpoints, which the exported model replaces.
+        """Mark the run as finished, end its trackers and delete its checkpoints, which the exported model replaces.
 
         Skipped recordings are listed with the reason and counted in the summary, as are steps without finite numbers.
         """
@@ -156,6 +156,8 @@ class Run:
                 report_skipped(self.folder, [*rows.values()])
             counts = {"skipped": len(rows), "non_finite": sum("non_finite" in line for line in read_log(self.folder))}
             write_json(self.folder / "done.json", summary | {name: count for name, count in counts.items() if count})
+            for tracker in self.accelerator.trackers if self.accelerator is not None else ():
+                tracker.finish()
             self._delete_checkpoints()
 
     def _delete_checkpoints(self) -> None:

@@ -6,12 +6,13 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from speechllm import RunError
 from speechllm.runs.loop import MOST_SKIPPED, Parts, TrainingLoop
@@ -93,7 +94,7 @@ def test_a_signal_without_checkpoints_ends_too(tmp_path: Path) -> None:
 SEVERAL = """
 import os, sys, torch
 from dataclasses import dataclass
-from torch import nn
+from torch import distributed, nn
 from speechllm.runs.loop import Parts, TrainingLoop
 from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
@@ -123,6 +124,20 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path, st
     assert set(process.codes.values()) == {143}, errors
     assert checkpoints(tmp_path / "run") == ["step_00000007.pt"]
     assert errors.count("step 7 is saved, and the same command goes on from there") == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_processes_leave_their_group_after_main_and_not_after_an_error(tmp_path: Path, fails: bool) -> None:
+    def main(folder: Path) -> None:
+        distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        if fails:
+            raise RunError("a mistake")
+
+    with pytest.raises(SystemExit, match="a mistake") if fails else nullcontext():
+        run_recipe(main, tmp_path)
+    assert distributed.is_initialized() == fails  # others might be in an exchange
+    if fails:
+        distributed.destroy_process_group()
 
 
 # ---- numbers that are none
