@@ -350,6 +350,7 @@ def without_pictures() -> Iterator[None]:
     """Pages without what matplotlib draws, which takes two thirds of the time of a tiny training; others draw it."""
     with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo its patches
         patch.setattr("matplotlib.figure.Figure.savefig", _save_nothing)
+        patch.setattr("speechllm.reports.plots._curve", lambda name, series: f"{name} by step")
         yield
 
 

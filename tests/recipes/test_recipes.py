@@ -51,7 +51,7 @@ ASR = (
     "model=null codes=codes codec=tokenizer/model splits=[train] dev_splits=[dev] small.text_tokens=300 "
     "small.text_steps=5 small.hidden_size=16 small.intermediate_size=32 small.num_hidden_layers=2 "
     "small.num_attention_heads=2 small.num_key_value_heads=1 layers=2 steps=80 batch_tokens=560 "
-    "learning_rate=1e-3 warmup=5 validate_every=20 log_every=1 save_every=3"
+    "learning_rate=1e-3 warmup=5 validate_every=20 log_every=1 save_every=40"
 )
 EXACT = "precision=no"
 ASR_RANDOM = f"{ASR} {EXACT} augmentation.substitute=0.3"

@@ -38,6 +38,7 @@ from speechllm.decoding import recognize
 from speechllm.evaluation.normalizers import NORMALIZERS
 from speechllm.runs.run import read_log
 from speechllm.small_model import small_qwen2, small_text_tokenizer
+from speechllm.training.plan import SIZES as SIZES_OF_PRODUCTS
 from tokenizer.files import read_jsonl
 from tokenizer.training.small_teachers import FrameClassifier, save_recognizer, small_hubert
 
@@ -129,6 +130,7 @@ def here(work: Work, monkeypatch: pytest.MonkeyPatch, without_pictures: None) ->
     from accelerate.state import AcceleratorState, GradientState
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setitem(SIZES_OF_PRODUCTS, "cpu", 16)  # the plan need not know how fast this machine is
     monkeypatch.chdir(work.folder)
 
     def run(words: str) -> None:
@@ -303,7 +305,7 @@ def test_the_recipe_supports_features_and_texts(
     other_speech: Work, here: Callable, recipe: Callable, kind: str, train: str
 ) -> None:
     output = f"{kind}_{train.split('=')[-1]}"
-    words = f"{BASE} {train} layers=1 codes={kind} codec={kind}:hubert lora.rank=2 steps=6 output={output}"
+    words = f"{BASE} {train} layers=1 codes={kind} codec={kind}:hubert lora.rank=2 steps=3 output={output}"
     here(words)
     done = other_speech.done(output)
     speech_llm = load_speech_llm(f"{output}/model")
@@ -456,7 +458,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_two_processes_with_sharded_weights_train_the_same(work: Work) -> None:
-    words = f"{BASE} model=base weight_decay=0.1 micro_batch_tokens=200"
+    words = f"{BASE} model=base steps=6 weight_decay=0.1 micro_batch_tokens=200"
     work.run(f"{words} output=undivided")
     (work.folder / "fsdp.py").write_text(FSDP_ON_CPU)
     settings = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text(encoding="utf-8"))
@@ -472,7 +474,7 @@ def test_two_processes_with_sharded_weights_train_the_same(work: Work) -> None:
 
 
 def test_two_processes_train_the_same_adapter_as_one(work: Work) -> None:
-    words = LORA.replace("lora.dropout=0.2", "lora.dropout=0")
+    words = LORA.replace("lora.dropout=0.2", "lora.dropout=0 steps=6")
     work.run(f"{words} output=adapter_1")
     work.run(f"{words} output=adapter_2", processes=2)
     assert_close(work.weights("adapter_2"), work.weights("adapter_1"), atol=1e-4)
