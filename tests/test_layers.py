@@ -28,11 +28,12 @@ LAYERS = {
     "speechllm: encoding, vocabulary, prompt": (
         *("encoding", "speech", "vocabulary", "projector", "extension", "prompt", "small_model"),
     ),
-    "speechllm: model, decoding, export": ("model", "adapters", "decoding", "export"),
+    "speechllm: model, decoding, export": ("model", "adapters", "decoding", "pieces", "export"),
     "speechllm.data": ("data",),
     "speechllm.training": ("training",),
     "speechllm.runs": ("runs",),
     "speechllm.reports": ("reports",),
+    "speechllm.serving": ("serving",),
     "speechllm.cli": ("cli",),
 }
 # Put together from pieces, so that this file does not match itself.

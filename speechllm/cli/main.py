@@ -21,6 +21,7 @@ from speechllm.cli.codec import (
     usable,
 )
 from speechllm.cli.scores import FORMATS, compare_files, score_files
+from speechllm.cli.serve import serve
 from speechllm.runs.config import find_config, shipped, spell_unprintable
 from speechllm.runs.launch import find_recipe, recipe_command, recipe_environment
 from tokenizer.settings import Count, Positive, argument
@@ -83,6 +84,27 @@ def _parser() -> argparse.ArgumentParser:
     longest = "seconds; longer recordings are skipped, as encode_speech leaves them out of training (default 60)"
     command.add_argument("--max-duration", type=SECONDS, default=60.0, help=longest)
     command.set_defaults(run=_transcribe)
+
+    command = commands.add_parser(
+        "serve",
+        help="a model behind HTTP, as OpenAI's clients ask for it",
+        epilog="Needs the extra `serve`. Everything it offers is described at /docs of its address.",
+    )
+    command.add_argument("model", help="folder that recipes/train_asr.py wrote")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at; by default this machine's own only")
+    command.add_argument("--port", type=int, default=8000, help="0 finds a free one (default 8000)")
+    command.add_argument(
+        "--api-key", metavar="KEY", help="callers must show it; or SPEECHLLM_API_KEY in the environment"
+    )
+    command.add_argument("--name", help="of the model, as callers see it; that of its folder by default")
+    command.add_argument("--codec", help="another place of the codec than the model's subfolder `codec`")
+    command.add_argument("--base", help=BASE)
+    command.add_argument("--batch-size", type=COUNT, default=16, help="utterances transcribed together (default 16)")
+    command.add_argument("--max-requests", type=COUNT, default=64, help="at a time; more are told to wait (default 64)")
+    command.add_argument("--max-megabytes", type=SECONDS, default=512.0, help="of an upload (default 512)")
+    command.add_argument("--max-duration", type=SECONDS, default=7200.0, help="seconds of a recording (default 7200)")
+    command.add_argument("--timeout", type=SECONDS, default=3600.0, help="seconds for an answer (default 3600)")
+    command.set_defaults(run=serve)
 
     command = commands.add_parser("encode", help="recordings to codes, one JSON line each")
     command.add_argument("files", nargs="+", help="audio files")

@@ -251,7 +251,8 @@ class Sequence:
                 self.marked = True
         for pattern in self.job.kept:
             for file in self.output.glob(pattern):
-                if file.is_file():
+                written = file.parent.name != "model" or (file.parent.parent / "done.json").is_file()
+                if file.is_file() and written:  # a run killed behind its model writes the model again
                     self.done.setdefault(file, file.stat().st_mtime_ns)
 
     def finished(self, whole: Path) -> bool:

@@ -1,0 +1,305 @@
+"""The HTTP interface: transcription as OpenAI's clients ask for it, and a codec's codes and sounds beside it."""
+
+import asyncio
+import contextlib
+import io
+import itertools
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import soundfile
+import torch
+from fastapi import FastAPI, File, Form, Request, Response, UploadFile, WebSocket
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from torch import Tensor
+
+from speechllm.model import SpeechLLM
+from speechllm.pieces import Piece, pieces
+from speechllm.serving import answers
+from speechllm.serving.answers import Segment
+from speechllm.serving.door import Door, Limits, Metrics, Refused, error_content
+from speechllm.serving.engine import Engine
+from speechllm.serving.live import LiveSpeech, transcribe_live
+from tokenizer.audio import RATES, AudioError, load_audio
+from tokenizer.errors import InputError
+from tokenizer.interface import Codec, Codes, DiscreteTokenizer
+from tokenizer.metrics.conversion import convert_voice
+from tokenizer.metrics.quality import layer_counts, reconstruct
+
+TRANSCRIPTIONS, LIVE = "/v1/audio/transcriptions", "/v1/audio/live"
+WHOLE_S = 180.0  # longest recording for the codec's own paths, which take it as a whole
+
+Recording = Annotated[UploadFile, File(description="an audio file: FLAC, WAV, Ogg Vorbis or Opus, MP3")]
+Layers = Annotated[str | None, Form(description="numbers of codebooks, as 1,2,4")]
+
+
+class CodesOfRecording(BaseModel):
+    """Codes [layers][frames] of the server's codec and the number of samples that they were made from."""
+
+    codes: list[list[Annotated[int, Field(ge=0, lt=2**31)]]] = Field(min_length=1)
+    samples: int | None = Field(None, ge=1)
+    codec: str | None = None  # the fingerprint of the codec that made them, if it is to be checked
+
+
+class Service:
+    """A model, the thread that it works in, and what is done with an upload."""
+
+    def __init__(self, speech_llm: SpeechLLM, name: str, limits: Limits, batch_size: int):
+        self.name, self.limits, self.metrics = name, limits, Metrics()
+        self.engine = Engine(speech_llm, batch_size, self.metrics.batches.observe)
+        self.codec = self.engine.codec
+
+    def check_model(self, model: str) -> None:
+        if model != self.name:
+            raise Refused(404, f"there is no model {model!r} here, but {self.name!r}", "model_not_found")
+
+    def discrete(self) -> DiscreteTokenizer:
+        if not isinstance(self.codec, DiscreteTokenizer):
+            raise Refused(404, "this model's audio tokenizer has no codes", "no_codes")
+        return self.codec
+
+    def decoder(self) -> Codec:
+        if not isinstance(self.codec, Codec):
+            raise Refused(404, "this model's audio tokenizer cannot turn its tokens into speech again", "no_decoder")
+        return self.codec
+
+    async def segments(self, path: Path) -> AsyncIterator[Segment]:
+        """The texts of a recording's pieces as they come; no more of them than a batch are in memory."""
+        rate, limit = self.codec.sample_rate, self.limits.duration_s
+        found: Iterator[Piece] = pieces(path, rate, max_duration_s=limit)
+        while batch := await run_in_threadpool(lambda: [*itertools.islice(found, self.engine.batch_size)]):
+            futures = [self.engine.transcribe(piece.waveform) for piece in batch]
+            try:
+                for piece, future in zip(batch, futures, strict=True):
+                    text = (await asyncio.wrap_future(future)).text
+                    self.metrics.speech.inc(piece.duration_s)
+                    yield Segment(piece.start_s, piece.end_s, text)
+            finally:
+                for future in futures:
+                    future.cancel()  # those that nobody waits for any more
+
+    async def waveform(self, upload: UploadFile) -> Tensor:
+        """A recording for the codec's own paths, float [N]."""
+        async with uploaded(upload) as path:
+            limit = min(WHOLE_S, self.limits.duration_s)
+            return await run_in_threadpool(load_audio, path, self.codec.sample_rate, max_duration_s=limit)
+
+    async def call(self, function: Any, *arguments: Any) -> Any:
+        return await asyncio.wrap_future(self.engine.call(lambda: function(*arguments)))
+
+
+@contextlib.asynccontextmanager
+async def uploaded(upload: UploadFile) -> AsyncIterator[Path]:
+    """An upload as a file while this lasts. What is wrong with it is said of the name that its sender gave."""
+    with tempfile.TemporaryDirectory(prefix="speechllm_") as folder:
+        path = Path(folder) / "recording"
+        with path.open("wb") as file:
+            await run_in_threadpool(shutil.copyfileobj, upload.file, file)
+        try:
+            yield path
+        except AudioError as error:
+            name = "".join(filter(str.isprintable, upload.filename or "file"))[:100]
+            raise Refused(400, f"{name}: {error.detail}", re.sub(r"\W", "_", error.reason)) from error
+
+
+def make_app(
+    speech_llm: SpeechLLM, name: str, limits: Limits | None = None, key: str | None = None, batch_size: int = 16
+) -> FastAPI:
+    """The application that `speechllm serve` runs. name: of the model, as callers see it; key: that they must show."""
+    service = Service(speech_llm, name, limits or Limits(), batch_size)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(service.engine.close)
+
+    app = FastAPI(title="speechllm", description=f"The speech language model {name}.", lifespan=lifespan)
+    add_errors(app)
+    add_transcription(app, service)
+    add_codec(app, service)
+    add_watching(app, service)
+    paths = frozenset(path for route in app.routes if (path := getattr(route, "path", "")))
+    app.add_middleware(Door, limits=service.limits, metrics=service.metrics, paths=paths, key=key)
+    return app
+
+
+def add_errors(app: FastAPI) -> None:
+    """Every error becomes one line in OpenAI's form, and none says where on this machine something lies."""
+
+    async def told(request: Request, error: Exception) -> Response:
+        status, message, code = problem(error)
+        return JSONResponse(error_content(status, message, code), status)
+
+    for kind in (HTTPException, RequestValidationError, InputError, TimeoutError, Exception):
+        app.add_exception_handler(kind, told)
+
+
+def problem(error: Exception) -> tuple[int, str, str | None]:
+    """HTTP's status of an error, one line on it, and a word for programs."""
+    match error:
+        case HTTPException():
+            return error.status_code, str(error.detail), getattr(error, "code", None)
+        case RequestValidationError():
+            first = error.errors()[0]
+            return 400, f"{'.'.join(map(str, first['loc'][1:])) or 'body'}: {first['msg']}", "invalid_value"
+        case InputError():
+            return 400, str(error), "invalid_value"
+        case TimeoutError():
+            return 504, "this took longer than the server allows", "timeout"
+    return 500, "the server failed; its log says why", None
+
+
+def add_transcription(app: FastAPI, service: Service) -> None:
+    """`POST /v1/audio/transcriptions` and what says which models there are."""
+    model = {"id": service.name, "object": "model", "created": 0, "owned_by": "speechllm"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return model
+
+    @app.post(TRANSCRIPTIONS, response_model=None)
+    async def transcriptions(
+        request: Request,
+        file: Recording,
+        model: Annotated[str, Form(description="the id that /v1/models names")],
+        language: Annotated[str, Form(description="is repeated in the answer; the model hears what it hears")] = "",
+        prompt: Annotated[str, Form(description="none: a model answers the prompt that it was trained with")] = "",
+        response_format: Annotated[answers.Form, Form()] = "json",
+        temperature: Annotated[float, Form(description="0: the answer is not drawn at random")] = 0.0,
+        stream: Annotated[bool, Form(description="texts as they come, as server-sent events")] = False,
+    ) -> Response:
+        service.check_model(model)
+        if prompt.strip():
+            raise Refused(400, "prompt: the model answers the prompt that it was trained with: leave it out", "prompt")
+        if temperature:
+            raise Refused(400, "temperature: answers are not drawn at random: leave it out or say 0", "temperature")
+        if stream:
+            return StreamingResponse(_events(service, file), media_type="text/event-stream")
+        segments: list[Segment] = []
+        async with uploaded(file) as path, asyncio.timeout(service.limits.time_s):
+            async for segment in service.segments(path):
+                segments.append(segment)
+                if await request.is_disconnected():
+                    break
+        content, kind = answers.answer(segments, response_format, language)
+        return Response(content, media_type=kind)
+
+    @app.websocket(LIVE)
+    async def live(socket: WebSocket, model: str, rate: int = 16_000) -> None:
+        """Samples as binary messages, 16-bit little-endian at `rate` Hz; texts as JSON; any text message ends it."""
+        await socket.accept()
+        wrong = f"there is no model {model!r} here" if model != service.name else "" if rate in RATES else f"{rate} Hz?"
+        if wrong:
+            await socket.close(1008, wrong[:100])
+            return
+        await transcribe_live(socket, LiveSpeech(service.engine, rate), service.limits.duration_s)
+
+
+async def _events(service: Service, file: UploadFile) -> AsyncIterator[str]:
+    """Server-sent events of OpenAI's kinds: the text of each piece as it comes, then the whole one, or an error."""
+    segments: list[Segment] = []
+    try:
+        async with uploaded(file) as path, asyncio.timeout(service.limits.time_s):
+            async for segment in service.segments(path):
+                space = " " if answers.joined(segments) and segment.text else ""
+                segments.append(segment)
+                yield _event("transcript.text.delta", delta=space + segment.text)
+    except Exception as error:  # the status was sent before
+        yield _event("error", **error_content(*problem(error)))
+        if problem(error)[0] == 500:
+            raise
+    else:
+        yield _event("transcript.text.done", text=answers.joined(segments))
+
+
+def _event(kind: str, **content: Any) -> str:
+    return f"data: {json.dumps({'type': kind, **content})}\n\n"
+
+
+def add_codec(app: FastAPI, service: Service) -> None:
+    """Codes and sounds of the model's codec: encode, decode, reconstruct, convert."""
+
+    @app.post("/v1/codec/encode")
+    async def encode(file: Recording) -> dict[str, Any]:
+        """Codes [layers][frames] of a recording."""
+        codec, waveform = service.discrete(), await service.waveform(file)
+        codes = await service.call(lambda: codec.encode(waveform[None].to(codec.device)).ids[0].tolist())
+        held = {"codec": codec.fingerprint, "frame_rate": codec.frame_rate, "samples": len(waveform)}
+        return held | {"codes": codes}
+
+    @app.post("/v1/codec/decode", response_class=Response)
+    async def decode(body: CodesOfRecording) -> Response:
+        """The sound of codes, as a WAV file."""
+        codec = service.decoder()
+        if body.codec not in (None, codec.fingerprint):
+            raise Refused(400, f"codec: these codes are of codec {body.codec}, here is {codec.fingerprint}", "codec")
+        if not body.codes[0] or len(set(map(len, body.codes))) > 1:
+            raise Refused(400, "codes: expected as many in every layer, and at least one", "codes")
+        ids = torch.tensor(body.codes)[None]
+        samples = None if body.samples is None else torch.tensor([body.samples])
+        if body.samples is not None and body.samples > (ids.shape[2] + 1) * codec.sample_rate / codec.frame_rate:
+            raise Refused(400, f"samples: {body.samples} are more than {ids.shape[2]} frames hold", "samples")
+        codes = Codes(ids, torch.tensor([ids.shape[2]]), samples)
+        codes.require(codec.num_codebooks, codec.codebook_size)
+        return _sound(await service.call(lambda: codec.decode(codes)[0].cpu()), codec.sample_rate)
+
+    @app.post("/v1/codec/reconstruct", response_class=Response)
+    async def reconstructed(file: Recording, layers: Layers = None) -> Response:
+        """A recording as its codes give it back, from the given number of codebooks (all of them), as a WAV file."""
+        codec, waveform = service.decoder(), await service.waveform(file)
+        count = layer_counts(codec, _numbers(layers) if layers else [codec.num_codebooks])[-1]
+        sounds = await service.call(reconstruct, codec, waveform, [count])
+        return _sound(sounds[count], codec.sample_rate)
+
+    @app.post("/v1/codec/convert", response_class=Response)
+    async def convert(
+        source: Recording,
+        target: Recording,
+        layers: Layers = "1",
+        matching: Annotated[Literal["position", "content"], Form()] = "position",
+    ) -> Response:
+        """What the source says in the voice of the target, by taking the codes of `layers` from it, as a WAV file."""
+        codec, taken = service.decoder(), _numbers(layers or "1")
+        waveforms = await service.waveform(source), await service.waveform(target)
+        converted = await service.call(convert_voice, codec, *waveforms, taken, matching)
+        return _sound(converted, codec.sample_rate)
+
+
+def add_watching(app: FastAPI, service: Service) -> None:
+    """What tells whether the server works, and how much."""
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise Refused(400, f"layers: expected numbers like 1,2,4, got {text!r}", "layers") from error
+
+
+def _sound(waveform: Tensor, sample_rate: int) -> Response:
+    content = io.BytesIO()
+    soundfile.write(content, waveform.clamp(-1, 1).numpy(), sample_rate, format="WAV")
+    return Response(content.getvalue(), media_type="audio/wav")

@@ -1,0 +1,143 @@
+"""What stands before every request: the key, limits on size and number, and the counting of what was answered."""
+
+import hmac
+import json
+import time
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+OPEN = ("/health",)  # asked by what watches over a server, which has no key
+RETRY_S = 1  # after which a caller may try again
+MEGABYTE = 10**6
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes on: requests at a time, and for each megabytes, seconds of speech and seconds of time."""
+
+    requests: int = 64
+    megabytes: float = 512.0
+    duration_s: float = 7200.0
+    time_s: float = 3600.0
+
+
+class Metrics:
+    """What `/metrics` shows, of one server."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("speechllm_requests", "Requests answered.", ["path", "status"], registry=registry)
+        self.seconds = Histogram(
+            "speechllm_request_seconds", "Time until a request is answered.", ["path"], registry=registry
+        )
+        self.in_flight = Gauge("speechllm_requests_in_flight", "Requests in progress.", registry=registry)
+        self.speech = Counter("speechllm_speech_seconds", "Seconds of speech transcribed.", registry=registry)
+        self.batches = Histogram(
+            "speechllm_batch_size",
+            "Utterances transcribed together.",
+            buckets=[1, 2, 4, 8, 16, 32, 64],
+            registry=registry,
+        )
+
+
+class Refused(HTTPException):
+    """A request that is answered with a status of HTTP's, one line on why, and a word for programs."""
+
+    def __init__(self, status: int, message: str, code: str | None = None):
+        super().__init__(status, message)
+        self.code = code
+
+
+def error_content(status: int, message: str, code: str | None = None) -> dict[str, dict[str, str | None]]:
+    """An error in OpenAI's form."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": " ".join(message.split()), "type": kind, "param": None, "code": code}}
+
+
+class Door:
+    """ASGI middleware that refuses before anything is read: without the key, or when too much is asked for at once.
+
+    A body is refused when it turns out to be too long, also where no length was stated.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, paths: frozenset[str], key: str | None = None):
+        """paths: those that are counted under their own name. key: what callers must show as bearer token, if any."""
+        self.app, self.limits, self.metrics, self.paths = app, limits, metrics, paths
+        self.key = key.encode() if key else None
+        self.working = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"] if scope["path"] in self.paths else "other"
+        status, started = "0", time.perf_counter()
+
+        async def observed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+            await send(message)
+
+        works = scope["type"] == "websocket" or scope["method"] == "POST"
+        self.working += works
+        self.metrics.in_flight.set(self.working)
+        try:
+            if refused := self._refused(scope):
+                await _refuse(refused, scope, observed)
+            else:
+                await self.app(scope, self._bounded(receive), observed)
+        finally:
+            self.working -= works
+            self.metrics.in_flight.set(self.working)
+            self.metrics.requests.labels(path, status).inc()
+            self.metrics.seconds.labels(path).observe(time.perf_counter() - started)
+
+    def _refused(self, scope: Scope) -> Refused | None:
+        headers = dict(scope["headers"])
+        shown = headers.get(b"authorization", b"")
+        if self.key and scope["path"] not in OPEN and not hmac.compare_digest(shown, b"Bearer " + self.key):
+            return Refused(401, "expected the server's key in the header Authorization: Bearer KEY", "invalid_api_key")
+        if self.working > self.limits.requests:
+            return Refused(429, f"{self.limits.requests} requests are in progress: try again later", "busy")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.limits.megabytes * MEGABYTE:
+            return self._too_large()
+        return None
+
+    def _bounded(self, receive: Receive) -> Receive:
+        size = 0
+
+        async def read() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.limits.megabytes * MEGABYTE:
+                raise self._too_large()
+            return message
+
+        return read
+
+    def _too_large(self) -> Refused:
+        return Refused(413, f"at most {self.limits.megabytes:g} MB are taken: split the recording", "too_large")
+
+
+async def _refuse(refused: Refused, scope: Scope, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008, "reason": refused.detail[:100]})
+        return
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    if refused.status_code == 429:
+        headers.append((b"retry-after", b"%d" % RETRY_S))
+    if refused.status_code == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": refused.status_code, "headers": headers})
+    await send(
+        {
+            "type": "http.response.body",
+            "body": json.dumps(error_content(refused.status_code, refused.detail, refused.code)).encode(),
+        }
+    )

@@ -1,0 +1,140 @@
+"""Speech that is still being said: samples come in, texts go out, while a WebSocket is open."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import soxr
+import torch
+from fastapi import WebSocket, WebSocketDisconnect
+from torch import Tensor
+
+from speechllm.pieces import LONGEST_S, quietest
+from speechllm.serving.engine import Engine
+from tokenizer.codec.speech_codec import SpeechCodec
+from tokenizer.codec.streaming import StreamingEncoder
+
+INTERVAL_S = 1.0  # of new speech, after which the text so far is sent
+SAMPLE = np.dtype("<i2")
+
+
+class LiveSpeech:
+    """One speaker's speech, transcribed again whenever enough is new.
+
+    A causal codec encodes every sample once (`StreamingEncoder`); other tokenizers encode what is not settled again.
+    What is older than `longest_s` is settled: cut off where it is quiet, and not transcribed again.
+    """
+
+    def __init__(self, engine: Engine, sample_rate: int, longest_s: float = LONGEST_S, interval_s: float = INTERVAL_S):
+        """sample_rate: in Hz, of the samples that come in."""
+        self.engine, self.rate = engine, engine.codec.sample_rate
+        self.longest_s, self.interval_s = longest_s, interval_s
+        self.encoder = _streaming_encoder(engine)
+        self.resampler = soxr.ResampleStream(sample_rate, self.rate, 1, "float32") if sample_rate != self.rate else None
+        self.waveform, self.codes = torch.zeros(0), torch.zeros(engine.speech_llm.vocabulary.encoding.layers, 0).long()
+        self.hop = round(self.rate / (engine.codec.frame_rate or self.rate))  # samples a frame
+        self.start_s, self.new_s, self.half = 0.0, 0.0, b""
+        self.settled: list[str] = []
+
+    async def add(self, content: bytes, last: bool = False) -> AsyncIterator[dict[str, Any]]:
+        """The next samples, 16-bit little-endian: what to tell the speaker.
+
+        A `segment` is settled, a `partial` text may still change, `done` has all of it and follows the `last` samples.
+        """
+        samples = self._samples(content, last)
+        await self._encode(samples, last)
+        self.waveform = torch.cat([self.waveform, samples])
+        self.new_s += len(samples) / self.rate
+        while len(self.waveform) > self.longest_s * self.rate:
+            cut = quietest(self.waveform[: round(self.longest_s * self.rate)], self.rate)
+            yield await self._settle(cut // self.hop * self.hop)
+        if last:
+            if len(self.waveform):
+                yield await self._settle(len(self.waveform))
+            yield {"type": "done", "text": " ".join(filter(None, self.settled)), "end": round(self.start_s, 3)}
+        elif self.new_s >= self.interval_s:
+            self.new_s = 0.0
+            yield self._told("partial", await self._text(len(self.waveform)), len(self.waveform))
+
+    def _samples(self, content: bytes, last: bool) -> Tensor:
+        content = self.half + content
+        whole = len(content) // SAMPLE.itemsize * SAMPLE.itemsize
+        self.half = content[whole:]
+        samples = np.frombuffer(content[:whole], SAMPLE).astype(np.float32) / 2**15
+        return torch.from_numpy(samples if self.resampler is None else self.resampler.resample_chunk(samples, last))
+
+    async def _encode(self, samples: Tensor, last: bool) -> None:
+        if (encoder := self.encoder) is not None:
+            codes = await asyncio.wrap_future(self.engine.call(lambda: encoder.push(samples).cpu()))
+            if last:
+                codes = torch.cat(
+                    [codes, await asyncio.wrap_future(self.engine.call(lambda: encoder.finish().cpu()))], 1
+                )
+            self.codes = torch.cat([self.codes, codes], 1)
+
+    async def _settle(self, cut: int) -> dict[str, Any]:
+        text = await self._text(cut)
+        told = self._told("segment", text, cut)
+        self.settled.append(text)
+        self.start_s += cut / self.rate
+        self.codes, self.waveform = self.codes[:, self._frames(cut) :], self.waveform[cut:].clone()
+        return told
+
+    async def _text(self, cut: int) -> str:
+        """What is said up to a sample that is not settled."""
+        if self.encoder is None:
+            return (await asyncio.wrap_future(self.engine.transcribe(self.waveform[:cut]))).text
+        codes = self.codes[:, : self._frames(cut)]
+        if not codes.shape[1]:  # shorter than a frame
+            return ""
+        return (await asyncio.wrap_future(self.engine.recognize(codes, cut / self.rate))).text
+
+    def _frames(self, cut: int) -> int:
+        return -(-cut // self.hop)
+
+    def _told(self, kind: str, text: str, cut: int) -> dict[str, Any]:
+        return {
+            "type": kind,
+            "text": text,
+            "start": round(self.start_s, 3),
+            "end": round(self.start_s + cut / self.rate, 3),
+        }
+
+
+def _streaming_encoder(engine: Engine) -> StreamingEncoder | None:
+    codec, encoding = engine.codec, engine.speech_llm.vocabulary.encoding
+    if not isinstance(codec, SpeechCodec) or not codec.config.causal:
+        return None
+    return StreamingEncoder(codec, encoding.layers)
+
+
+async def transcribe_live(socket: WebSocket, speech: LiveSpeech, max_duration_s: float) -> None:
+    """Answer an accepted socket until its speaker says `end`, leaves, or has said more than is allowed.
+
+    Binary messages hold samples, a text message ends the speech. What comes while the model works is taken at once.
+    """
+    arrived: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+    async def listen() -> None:
+        with contextlib.suppress(WebSocketDisconnect, KeyError):  # KeyError: a text message
+            while True:
+                arrived.put_nowait(await socket.receive_bytes())
+        arrived.put_nowait(None)
+
+    listening = asyncio.create_task(listen())
+    try:
+        last = False
+        while not last:
+            parts = [await arrived.get()]
+            while not arrived.empty():
+                parts.append(arrived.get_nowait())
+            last = None in parts or speech.start_s + len(speech.waveform) / speech.rate > max_duration_s
+            async for event in speech.add(b"".join(part for part in parts if part is not None), last):
+                await socket.send_json(event)
+        await socket.close()
+    except (WebSocketDisconnect, RuntimeError):  # the speaker has left
+        pass
+    finally:
+        listening.cancel()

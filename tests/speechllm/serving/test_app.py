@@ -1,0 +1,357 @@
+"""The server: OpenAI's protocol, the codec's paths, limits, and one line for everything that is wrong."""
+
+import io
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+import soundfile
+import torch
+import uvicorn
+from fastapi.testclient import TestClient
+from torch import Tensor
+
+from speechllm import SpeechLLM, convert_voice, load_audio, reconstruct, save_audio, transcribe
+from speechllm.cli.main import main
+from speechllm.cli.serve import is_loopback
+from speechllm.pieces import pieces
+from speechllm.serving import app as app_module
+from speechllm.serving.app import TRANSCRIPTIONS, make_app
+from speechllm.serving.door import Limits
+
+ROOT = Path(__file__).resolve().parents[3]
+RATE = 16_000
+
+
+def named(**files: Path) -> dict[str, tuple[str, bytes]]:
+    return {field: (file.name, file.read_bytes()) for field, file in files.items()}
+
+
+def ask(client: TestClient, file: Path, **form: object) -> object:
+    return client.post(TRANSCRIPTIONS, files=named(file=file), data={"model": "tiny", **form})
+
+
+def refusal(response: object) -> tuple[int, str]:
+    """Status and message; an error is one line in OpenAI's form."""
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and "\n" not in error["message"]
+    assert "Traceback" not in response.text and "/tmp" not in response.text
+    return response.status_code, error["message"]
+
+
+# ---- transcription
+
+
+def test_a_recording_is_answered_as_transcribe_does(client: TestClient, recording: Path, speech_llm: SpeechLLM) -> None:
+    (text,) = transcribe([recording], speech_llm, fallback=True)
+    response = ask(client, recording)
+    assert (response.status_code, response.json()) == (200, {"text": text})
+    verbose = ask(client, recording, response_format="verbose_json", language="en").json()
+    assert verbose["segments"] == [{"id": 0, "start": 0, "end": 1, "text": text}]
+    assert (verbose["language"], verbose["duration"]) == ("en", 1)
+    assert ask(client, recording, response_format="text").text == text + "\n"
+    assert ask(client, recording, response_format="vtt").text.startswith("WEBVTT\n\n")
+
+
+@pytest.fixture
+def long_recording(tmp_path: Path, noise: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Five seconds, which are cut as if thirty were too many."""
+    monkeypatch.setattr(app_module, "pieces", lambda *words, **more: pieces(*words, **more, longest_s=2))
+    save_audio(tmp_path / "long.wav", noise(5 * RATE, seed=3)[0])
+    return tmp_path / "long.wav"
+
+
+def test_a_long_one_is_answered_in_pieces_in_their_order(
+    client: TestClient, long_recording: Path, speech_llm: SpeechLLM
+) -> None:
+    parts = list(pieces(long_recording, RATE, longest_s=2))
+    texts = transcribe([part.waveform for part in parts], speech_llm, fallback=True)
+    segments = ask(client, long_recording, response_format="verbose_json").json()["segments"]
+    assert [segment["text"] for segment in segments] == texts and len(texts) > 2
+    assert [segment["start"] for segment in segments] == [round(part.start_s, 3) for part in parts]
+
+
+def test_a_stream_sends_the_text_of_each_piece_and_then_all(client: TestClient, long_recording: Path) -> None:
+    whole = ask(client, long_recording).json()["text"]
+    response = ask(client, long_recording, stream="true")
+    events = [json.loads(line.removeprefix("data: ")) for line in response.text.split("\n\n") if line]
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert [event["type"] for event in events] == ["transcript.text.delta"] * (len(events) - 1) + [
+        "transcript.text.done"
+    ]
+    assert "".join(event["delta"] for event in events[:-1]) == events[-1]["text"] == whole
+
+
+def test_an_error_in_a_stream_is_its_last_event(client: TestClient, tmp_path: Path) -> None:
+    (tmp_path / "no.wav").write_bytes(b"no sound")
+    (event,) = ask(client, tmp_path / "no.wav", stream="true").text.strip().split("\n\n")
+    assert json.loads(event.removeprefix("data: "))["error"]["message"].startswith("no.wav: not a readable audio file")
+
+
+@pytest.mark.parametrize(
+    "form, status, message",
+    [
+        ({"model": "whisper-1"}, 404, "there is no model 'whisper-1' here, but 'tiny'"),
+        ({"prompt": "Names: Ann"}, 400, "prompt: the model answers the prompt"),
+        ({"temperature": "0.4"}, 400, "temperature: answers are not drawn at random"),
+        ({"temperature": "warm"}, 400, "temperature: "),
+        ({"response_format": "docx"}, 400, "response_format: "),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    client: TestClient, recording: Path, form: dict, status: int, message: str
+) -> None:
+    found, said = refusal(ask(client, recording, **form))
+    assert found == status and said.startswith(message)
+
+
+def test_a_file_that_is_missing_or_unusable_is_refused_by_the_name_its_sender_gave(
+    client: TestClient, tmp_path: Path
+) -> None:
+    assert refusal(client.post(TRANSCRIPTIONS, data={"model": "tiny"})) == (400, "file: Field required")
+    for name, content in {"empty.wav": b"", "no.mp3": b"x" * 999, "quiet.wav": _wav(torch.zeros(RATE))}.items():
+        response = client.post(TRANSCRIPTIONS, files={"file": (name, content)}, data={"model": "tiny"})
+        status, message = refusal(response)
+        assert status == 400 and message.startswith(f"{name}: ")
+    assert refusal(client.post(TRANSCRIPTIONS, content=b"nonsense", headers={"content-type": "multipart/form-data"}))[
+        0
+    ] in (400, 422)
+    assert refusal(client.get("/nowhere"))[0] == 404 and refusal(client.get(TRANSCRIPTIONS))[0] == 405
+
+
+def _wav(waveform: Tensor) -> bytes:
+    content = io.BytesIO()
+    soundfile.write(content, waveform.numpy(), RATE, format="WAV")
+    return content.getvalue()
+
+
+# ---- the codec
+
+
+def test_the_codec_encodes_decodes_reconstructs_and_converts(
+    client: TestClient, recording: Path, speech_llm: SpeechLLM, tmp_path: Path, noise: Callable[..., Tensor]
+) -> None:
+    codec, waveform = speech_llm.codec, load_audio(recording)
+    encoded = client.post("/v1/codec/encode", files=named(file=recording)).json()
+    codes = codec.encode(waveform[None])
+    assert encoded["codes"] == codes.ids[0].tolist() and encoded["samples"] == len(waveform)
+    assert _same(client.post("/v1/codec/decode", json=encoded), codec.decode(codes)[0])
+    one = client.post("/v1/codec/reconstruct", files=named(file=recording), data={"layers": "1"})
+    assert _same(one, reconstruct(codec, waveform, [1])[1])
+    save_audio(tmp_path / "b.wav", noise(9_000, seed=5)[0])
+    files = named(source=recording, target=tmp_path / "b.wav")
+    other = convert_voice(codec, waveform, load_audio(tmp_path / "b.wav"), [1], "content")
+    assert _same(client.post("/v1/codec/convert", files=files, data={"matching": "content"}), other)
+
+
+def _same(response: object, waveform: Tensor) -> bool:
+    found, rate = soundfile.read(io.BytesIO(response.content), dtype="float32")
+    assert rate == RATE and response.headers["content-type"] == "audio/wav"
+    return torch.allclose(torch.from_numpy(found), waveform.detach().clamp(-1, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ({"codes": [[1, 2], [3]]}, "codes: expected as many in every layer"),
+        ({"codes": [[]]}, "codes: expected as many in every layer"),
+        ({"codes": [[10**6]]}, "codes must be 0.."),
+        ({"codes": [[-1]]}, "codes.0.0: "),
+        ({"codes": [[1]] * 99}, "expected codes long"),
+        ({"codes": [[1]], "samples": 10**9}, "samples: 1000000000 are more than 1 frames hold"),
+        ({"codes": [[1]], "codec": "another"}, "codec: these codes are of codec another"),
+        ({}, "codes: Field required"),
+    ],
+)
+def test_codes_that_no_recording_gives_are_refused(client: TestClient, body: dict, message: str) -> None:
+    status, said = refusal(client.post("/v1/codec/decode", json=body))
+    assert status == 400 and said.startswith(message)
+
+
+def test_layers_that_are_none_are_refused(client: TestClient, recording: Path) -> None:
+    for layers in ("a", "0", "99"):
+        response = client.post("/v1/codec/reconstruct", files=named(file=recording), data={"layers": layers})
+        assert refusal(response)[0] == 400
+
+
+# ---- limits
+
+
+def test_without_the_key_only_the_health_is_told(speech_llm: SpeechLLM, recording: Path) -> None:
+    header = "Authorization: Bearer KEY"
+    with TestClient(make_app(speech_llm, "tiny", key="secret")) as client:
+        assert client.get("/health").json() == {"status": "ok"}
+        for path in ("/v1/models", "/metrics", "/docs"):
+            assert refusal(client.get(path)) == (401, f"expected the server's key in the header {header}")
+        assert client.get("/v1/models", headers={"Authorization": "Bearer secre"}).status_code == 401
+        client.headers["Authorization"] = "Bearer secret"
+        assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+        assert ask(client, recording).status_code == 200
+
+
+def test_uploads_and_recordings_have_limits(speech_llm: SpeechLLM, recording: Path, tmp_path: Path) -> None:
+    limits = Limits(megabytes=0.02, duration_s=0.5)
+    with TestClient(make_app(speech_llm, "tiny", limits), raise_server_exceptions=False) as client:
+        content = _wav(torch.rand(12_000) - 0.5)
+        response = client.post(TRANSCRIPTIONS, files={"file": ("a.wav", content)}, data={"model": "tiny"})
+        assert refusal(response) == (413, "at most 0.02 MB are taken: split the recording")
+        unstated = client.post(TRANSCRIPTIONS, content=(b"x" * 9_000 for _ in range(3)), headers=_boundary())
+        assert refusal(unstated)[0] == 413
+        content = _wav(torch.rand(9_000) - 0.5)
+        response = client.post(TRANSCRIPTIONS, files={"file": ("a.wav", content)}, data={"model": "tiny"})
+        assert refusal(response) == (
+            400,
+            "a.wav: 0.6 s long, at most 0.5 s are allowed: split it or raise the limit",
+        )
+
+
+def _boundary() -> dict[str, str]:
+    return {"content-type": "multipart/form-data; boundary=x"}
+
+
+def test_what_takes_too_long_is_given_up(speech_llm: SpeechLLM, recording: Path) -> None:
+    with TestClient(make_app(speech_llm, "tiny", Limits(time_s=0.0)), raise_server_exceptions=False) as client:
+        assert refusal(ask(client, recording)) == (504, "this took longer than the server allows")
+
+
+def test_a_fault_of_the_server_says_nothing_about_it(
+    client: TestClient, recording: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app_module, "pieces", lambda *words, **more: 1 / 0)
+    assert refusal(ask(client, recording)) == (500, "the server failed; its log says why")
+
+
+# ---- over a socket
+
+
+@pytest.fixture
+def address(speech_llm: SpeechLLM) -> Iterator[str]:
+    """A server on this machine that takes eight requests at a time."""
+    server = uvicorn.Server(uvicorn.Config(make_app(speech_llm, "tiny", Limits(requests=8)), log_level="error"))
+    socket = uvicorn.Config(None, port=0).bind_socket()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
+    thread.start()
+    yield f"http://127.0.0.1:{socket.getsockname()[1]}/v1"
+    server.should_exit = True
+    thread.join(30)
+
+
+def test_openais_own_client_transcribes(address: str, recording: Path, speech_llm: SpeechLLM) -> None:
+    client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    (text,) = transcribe([recording], speech_llm, fallback=True)
+    create = client.audio.transcriptions.create
+    with recording.open("rb") as file:
+        assert create(file=file, model="tiny").text == text
+    with recording.open("rb") as file:
+        verbose = create(file=file, model="tiny", response_format="verbose_json", language="en")
+    assert (verbose.duration, verbose.segments[0].text) == (1, text)
+    with recording.open("rb") as file:
+        assert [event.type for event in create(file=file, model="tiny", stream=True)][-1] == "transcript.text.done"
+    with recording.open("rb") as file, pytest.raises(openai.NotFoundError, match="there is no model"):
+        create(file=file, model="gpt-4o-transcribe")
+    with pytest.raises(openai.BadRequestError, match="not a readable audio file"):
+        create(file=("x.wav", b"no sound"), model="tiny")
+
+
+def test_the_examples_of_the_document_work(
+    address: str, recording: Path, speech_llm: SpeechLLM, capsys: pytest.CaptureFixture
+) -> None:
+    (text,) = transcribe([recording], speech_llm, fallback=True)
+    page = (ROOT / "speechllm" / "README.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"^```\w+\n(.*?)^```", page, re.M | re.S) if "localhost:8000" in block]
+    curl, python = (
+        block.replace("http://localhost:8000/v1", address).replace("speech.flac", str(recording)).replace("asr", "tiny")
+        for block in blocks
+    )
+    exec(python, {})
+    assert capsys.readouterr().out == text + "\n"
+    if shutil.which("curl"):
+        assert subprocess.check_output(shlex.split(curl), stderr=subprocess.DEVNULL, text=True) == text + "\n"
+
+
+SERVE = """
+import sys
+from speechllm.cli.main import main
+sys.exit(main(["serve", "tiny/model", "--port", "0", "--max-requests", "2"]))
+"""
+
+
+def test_the_command_serves_until_it_is_told_to_end(
+    start_recipe: Callable, speech_llm: SpeechLLM, recording: Path, tmp_path: Path
+) -> None:
+    speech_llm.save(tmp_path / "tiny" / "model")
+    (tmp_path / "serve.py").write_text(SERVE)
+    process = start_recipe(str(tmp_path / "serve.py"), "", tmp_path)
+    output, said = Path(process.requests[0]["output"]), ""
+    while not said.endswith("\n"):
+        assert process.poll() is None, process.communicate()
+        said = output.read_text() if output.exists() else ""
+        time.sleep(0.02)
+    name, address = re.fullmatch(r"(\S+) is served at (\S+) \(Ctrl-C ends it\)\n", said).groups()
+    client = openai.OpenAI(base_url=address, api_key="none")
+    (text,) = transcribe([recording], speech_llm, fallback=True)
+    assert client.audio.transcriptions.create(file=recording, model=name).text == text and name == "tiny"
+    process.send(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in errors
+
+
+def test_a_host_that_others_reach_needs_a_key(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPEECHLLM_API_KEY", raising=False)
+    assert main(["serve", "model", "--host", "0.0.0.0"]) == 1
+    assert "can be reached by others: give --api-key or set SPEECHLLM_API_KEY" in capsys.readouterr().err
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "example.org")] == [
+        *(True, True, True),
+        *(False, False, False),
+    ]
+
+
+def test_many_at_once_are_all_answered_rightly_or_told_to_wait(
+    address: str, tmp_path: Path, noise: Callable[..., Tensor], speech_llm: SpeechLLM
+) -> None:
+    files = [tmp_path / f"{i}.flac" for i in range(5)]
+    for i, file in enumerate(files):
+        save_audio(file, noise(3_000 + 500 * i, seed=i)[0])
+    expected = transcribe(files, speech_llm, fallback=True)
+    patient = openai.OpenAI(base_url=address, api_key="none", max_retries=20)
+    hasty = patient.with_options(max_retries=0)
+
+    def text_of(i: int) -> str:
+        return patient.audio.transcriptions.create(file=files[i % 5], model="tiny").text
+
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(text_of, range(30))) == [expected[i % 5] for i in range(30)]
+
+    def status_of(i: int) -> int:
+        try:
+            hasty.audio.transcriptions.create(file=files[i % 5], model="tiny")
+        except openai.RateLimitError as error:
+            assert error.response.headers["retry-after"] == "1"
+            return 429
+        return 200
+
+    with ThreadPoolExecutor(24) as pool:
+        statuses = list(pool.map(status_of, range(48)))
+    assert set(statuses) == {200, 429} and statuses.count(200) >= 8
+
+
+def test_the_metrics_count_what_was_answered(client: TestClient, recording: Path) -> None:
+    ask(client, recording)
+    ask(client, recording, model="another")
+    client.get("/v1/nowhere/at/all")
+    lines = client.get("/metrics").text.splitlines()
+    assert f'speechllm_requests_total{{path="{TRANSCRIPTIONS}",status="200"}} 1.0' in lines
+    assert f'speechllm_requests_total{{path="{TRANSCRIPTIONS}",status="404"}} 1.0' in lines
+    assert 'speechllm_requests_total{path="other",status="404"} 1.0' in lines
+    assert "speechllm_speech_seconds_total 1.0" in lines and "speechllm_requests_in_flight 0.0" in lines

@@ -1,0 +1,123 @@
+"""Speech that is still being said: texts while it comes, and at the end those of the whole."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+from torch import Tensor
+
+from speechllm import SpeechLLM, extend_vocabulary, transcribe, transcribe_codes
+from speechllm.serving.app import LIVE, make_app
+from speechllm.serving.engine import Engine
+from speechllm.serving.live import LiveSpeech
+
+RATE = 16_000
+
+
+def as_bytes(waveform: Tensor) -> bytes:
+    return (waveform * 2**15).round().clamp(-(2**15), 2**15 - 1).short().numpy().astype("<i2").tobytes()
+
+
+def heard(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.int16).float() / 2**15
+
+
+def events(speech: LiveSpeech, *parts: bytes) -> list[dict]:
+    async def collect() -> list[dict]:
+        return [event for i, part in enumerate(parts) async for event in speech.add(part, i == len(parts) - 1)]
+
+    return asyncio.run(collect())
+
+
+@pytest.fixture(params=[True, False], ids=["causal", "looks ahead"])
+def speech_llm(
+    request: pytest.FixtureRequest, make_codec: Callable, make_qwen2: Callable, text_tokenizer: object
+) -> SpeechLLM:
+    codec = make_codec(num_codebooks=2, codebook_size=16, causal=request.param)
+    model = make_qwen2(text_tokenizer)
+    return SpeechLLM(model, text_tokenizer, extend_vocabulary(model, text_tokenizer, codec), codec)
+
+
+@pytest.fixture
+def engine(speech_llm: SpeechLLM) -> Iterator[Engine]:
+    engine = Engine(speech_llm)
+    yield engine
+    engine.close()
+
+
+def test_the_last_text_is_that_of_the_whole(
+    engine: Engine, speech_llm: SpeechLLM, noise: Callable[..., Tensor]
+) -> None:
+    content = as_bytes(noise(2 * RATE + 501, seed=0)[0] * 0.3)
+    parts = [content[i : i + 3333] for i in range(0, len(content), 3333)]  # also halves of samples
+    found = events(LiveSpeech(engine, RATE, interval_s=0.5), *parts)
+    (text,) = transcribe([heard(content)], speech_llm, fallback=True)
+    *partial, segment, done = found
+    assert {event["type"] for event in partial} == {"partial"} and len(partial) == 3
+    assert segment == {"type": "segment", "text": text, "start": 0, "end": round(2 + 501 / RATE, 3)}
+    assert done == {"type": "done", "text": text, "end": segment["end"]}
+
+
+def test_what_is_old_is_settled_and_nothing_is_lost(
+    engine: Engine, speech_llm: SpeechLLM, noise: Callable[..., Tensor]
+) -> None:
+    content = as_bytes(noise(3 * RATE, seed=1)[0] * 0.3)
+    speech = LiveSpeech(engine, RATE, longest_s=1, interval_s=9)
+    found = events(speech, *[content[i : i + 6400] for i in range(0, len(content), 6400)])
+    segments = [event for event in found if event["type"] == "segment"]
+    assert len(segments) > 3 and not len(speech.waveform)
+    assert [event["start"] for event in segments[1:]] == [event["end"] for event in segments[:-1]]
+    assert found[-1]["text"] == " ".join(event["text"] for event in segments if event["text"])
+    assert (speech.encoder is not None) == speech_llm.codec.config.causal
+    if speech.encoder is not None:  # the codes are those of the whole, cut in time
+        (codes,) = [speech_llm.codec.encode(heard(content)[None], layers=1).ids[0]]
+        cuts = [round(event["start"] * 50) for event in segments] + [codes.shape[1]]
+        parts = [codes[:, a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        assert [event["text"] for event in segments] == transcribe_codes(parts, speech_llm, fallback=True)
+
+
+def test_another_rate_is_resampled(engine: Engine, noise: Callable[..., Tensor]) -> None:
+    content = as_bytes(noise(8_000, seed=2)[0] * 0.3)
+    speech = LiveSpeech(engine, 8_000)
+    *_, done = events(speech, content[:5000], content[5000:], b"")
+    assert done["end"] == pytest.approx(1.0, abs=0.01)
+
+
+def test_speech_without_a_sample_is_done_at_once(engine: Engine) -> None:
+    assert events(LiveSpeech(engine, RATE), b"") == [{"type": "done", "text": "", "end": 0}]
+
+
+def test_a_socket_gets_the_texts_and_is_closed(
+    client: TestClient, speech_llm: SpeechLLM, noise: Callable[..., Tensor]
+) -> None:
+    content = as_bytes(noise(RATE, seed=0)[0] * 0.3)
+    (text,) = transcribe([heard(content)], speech_llm, fallback=True)
+    with client.websocket_connect(f"{LIVE}?model=tiny") as socket:
+        for start in range(0, len(content), 4000):
+            socket.send_bytes(content[start : start + 4000])
+        socket.send_text("end")
+        found = [socket.receive_json()]
+        while found[-1]["type"] != "done":
+            found.append(socket.receive_json())
+        with pytest.raises(WebSocketDisconnect):
+            socket.receive_json()
+    assert found[-1]["text"] == text and found[-2]["type"] == "segment"
+    with client.websocket_connect(f"{LIVE}?model=tiny") as socket:  # who leaves early leaves nothing behind
+        socket.send_bytes(content)
+    for words in ("model=other", "model=tiny&rate=1"):
+        with client.websocket_connect(f"{LIVE}?{words}") as socket, pytest.raises(WebSocketDisconnect) as closed:
+            socket.receive_json()
+        assert closed.value.code == 1008
+    assert "speechllm_requests_in_flight 0.0" in client.get("/metrics").text
+
+
+def test_a_socket_needs_the_key_too(speech_llm: SpeechLLM) -> None:
+    with TestClient(make_app(speech_llm, "tiny", key="secret")) as client:
+        with pytest.raises(WebSocketDisconnect), client.websocket_connect(f"{LIVE}?model=tiny"):
+            pass
+        with client.websocket_connect(f"{LIVE}?model=tiny", headers={"Authorization": "Bearer secret"}) as socket:
+            socket.send_text("end")
+            assert socket.receive_json()["type"] == "done"
