@@ -58,6 +58,7 @@ def pieces(
 
 def quietest(waveform: Tensor, sample_rate: int) -> int:
     """Where to cut a waveform float [N]: the sample in its second half around which `PAUSE_S` have the least energy."""
-    half, span = len(waveform) // 2, round(PAUSE_S * sample_rate)
+    half = len(waveform) // 2
+    span = min(round(PAUSE_S * sample_rate), half)
     sums = F.pad(waveform[half:].double().square().cumsum(0), (1, 0))
     return half + span // 2 + int((sums[span:] - sums[:-span]).argmin())

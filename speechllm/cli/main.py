@@ -1,6 +1,7 @@
 """The `speechllm` command: run recipes, transcribe, encode and decode speech, look into a codec, score transcripts."""
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from speechllm.cli.codec import (
     encode_files,
     import_codec,
     reconstruct_files,
-    usable,
 )
 from speechllm.cli.scores import FORMATS, compare_files, score_files
 from speechllm.cli.serve import serve
@@ -34,7 +34,7 @@ DESCRIPTION = "Let a language model hear: transcribe recordings, encode and deco
 BASE = "another place of the language model under an adapter than the recorded one"
 ONE_LINE = dict.fromkeys(map(ord, "\t\r\n"), " ")  # a text must not look like a further line or column
 COUNT, SECONDS = argument(Count), argument(Positive)
-CHUNK = 256  # recordings transcribed at a time
+CHUNK = 64  # pieces of recordings in memory
 WHOLE = "longer recordings are skipped or refused (default 180)"
 CHUNKED = "longer recordings are skipped; by default those of over 180 s, where a codec cannot work in chunks"
 NEW = "an existing one is not overwritten"
@@ -81,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--base", help=BASE)
     command.add_argument("--batch-size", type=COUNT, default=16, help="answers written at a time; a beam counts as one")
     command.add_argument("--beams", type=COUNT, default=1, help="1, the default, is greedy")
-    longest = "seconds; longer recordings are skipped, as encode_speech leaves them out of training (default 60)"
-    command.add_argument("--max-duration", type=SECONDS, default=60.0, help=longest)
+    longest = "seconds; longer recordings are skipped (default 7200); those of over 30 s are cut where it is quiet"
+    command.add_argument("--max-duration", type=SECONDS, default=7200.0, help=longest)
     command.set_defaults(run=_transcribe)
 
     command = commands.add_parser(
@@ -242,24 +242,41 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", None)
     speech_llm = merge(load_speech_llm(arguments.model, arguments.codec, device, dtype, arguments.base))
     assert speech_llm.codec is not None
-    files, done = arguments.files, 0
-    for start in range(0, len(files), CHUNK):  # print the texts before more is read
-        used: list[str] = []
-        recordings = usable(files[start : start + CHUNK], speech_llm.codec.sample_rate, arguments.max_duration)
-        texts = transcribe(
-            _waveforms(recordings, used), speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True
-        )
-        for file, text in zip(used, texts, strict=True):
-            print(f"{str(file).translate(ONE_LINE)}\t{text.translate(ONE_LINE)}", flush=True)
-        done += len(used)
-    return int(done < len(files))
+    found = _pieces(arguments.files, speech_llm.codec.sample_rate, arguments.max_duration)
+    texts: list[str] = []
+    done = 0
+    while some := [*itertools.islice(found, CHUNK)]:  # print the texts before more is read
+        waveforms = [waveform for _, waveform in some]
+        heard = transcribe(waveforms, speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True)
+        for (ends, _), text in zip(some, heard, strict=True):
+            texts.append(text)
+            if ends is not None:
+                print(
+                    f"{str(ends).translate(ONE_LINE)}\t{' '.join(filter(None, texts)).translate(ONE_LINE)}", flush=True
+                )
+                texts, done = [], done + 1
+    return int(done < len(arguments.files))
 
 
-def _waveforms(recordings: Iterable[tuple[str, "Tensor"]], used: list[str]) -> Iterator["Tensor"]:
-    """The waveforms, of which so only one is in memory at a time; their files are added to `used`."""
-    for file, waveform in recordings:
-        used.append(file)
-        yield waveform
+def _pieces(files: Iterable[str], sample_rate: int, max_duration_s: float) -> "Iterator[tuple[str | None, Tensor]]":
+    """The waveforms float [N] of all files in pieces; with the last one of a file comes its name.
+
+    Files that cannot be used are named on stderr and skipped.
+    """
+    from speechllm.pieces import pieces
+    from tokenizer.audio import AudioError
+
+    for file in files:
+        parts, ahead = pieces(file, sample_rate, max_duration_s=max_duration_s), None
+        try:
+            ahead = next(parts)
+        except AudioError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        for piece in parts:
+            yield None, ahead.waveform
+            ahead = piece
+        yield file, ahead.waveform
 
 
 def _export(arguments: argparse.Namespace) -> int:

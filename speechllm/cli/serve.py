@@ -1,6 +1,7 @@
 """`speechllm serve`: a speech language model behind HTTP."""
 
 import argparse
+import contextlib
 import ipaddress
 import os
 from pathlib import Path
@@ -34,10 +35,8 @@ def serve(arguments: argparse.Namespace) -> int:
     socket = config.bind_socket()
     host, port = socket.getsockname()[:2]
     print(f"{name} is served at http://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl-C ends it)", flush=True)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn ends cleanly and then repeats the signal
         server.run(sockets=[socket])
-    except KeyboardInterrupt:  # uvicorn has ended cleanly and repeats the signal
-        pass
     return 0
 
 

@@ -193,7 +193,7 @@ class Sequence:
             name = self.job.signals[number % len(self.job.signals)]
             process.send(name)
             ended = process.wait(END_S)
-            if ended.code == 0 and self.finished(whole):  # it came a moment before
+            if ended.code in (0, -name) and self.finished(whole):  # all was done, and the interpreter ending
                 break
             if waiting:
                 yield waiting

@@ -1,5 +1,6 @@
 """The `speechllm` command: what it prints and writes, and what becomes of files it cannot use."""
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor
 import speechllm
 from speechllm import SpeechCodec, codebook_usage, load_audio, paired_bootstrap, reconstruct, save_audio, transcribe
 from speechllm.cli.main import main
+from speechllm.pieces import pieces
 from speechllm.reports import plots
 from tokenizer.errors import InputError
 
@@ -365,6 +367,22 @@ def test_transcribe_prints_a_text_per_file_and_decodes_runaways_again(
     assert capsys.readouterr() == printed
     assert main(["transcribe", files[0], "--model", "asr", "--max-duration", "0.01"]) == 1
     assert "at most 0.01 s are allowed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 64])
+def test_a_long_recording_is_transcribed_in_pieces(
+    folder: Path, make_speech_llm: Callable, monkeypatch: pytest.MonkeyPatch, capsys: Capture, chunk: int
+) -> None:
+    speech_llm, files = make_speech_llm(), [str(folder / name) for name in ("a.flac", "b.flac")]
+    monkeypatch.setattr(speechllm, "load_speech_llm", lambda *places: speech_llm, raising=False)
+    cut = functools.partial(pieces, longest_s=0.4)
+    monkeypatch.setattr("speechllm.pieces.pieces", cut)
+    monkeypatch.setattr("speechllm.cli.main.CHUNK", chunk)
+    assert main(["transcribe", *files, "--model", "asr"]) == 0
+    parts = [[piece.waveform for piece in cut(file, RATE)] for file in files]
+    texts = [" ".join(filter(None, transcribe(part, speech_llm, fallback=True))) for part in parts]
+    assert capsys.readouterr().out == "".join(f"{file}\t{text}\n" for file, text in zip(files, texts, strict=True))
+    assert min(map(len, parts)) > 2
 
 
 def test_export_writes_the_model_into_a_new_folder(make_speech_llm: Callable, tmp_path: Path, capsys: Capture) -> None:
