@@ -102,6 +102,7 @@ def test_every_config_is_named_somewhere() -> None:
 NEEDED = {
     "align_speech": "data=d output=o",
     "benchmark_asr": "codes=c codec=t output=o",
+    "benchmark_serve": "model=m data=d output=o",
     "compare": 'data=d output=o systems=[{"name":"a","units":[]}] tasks=content',
     "demo": "",
     "draw_pipeline": "model=m audio=a output=o",
@@ -121,6 +122,7 @@ NEEDED = {
 REFUSED = {
     "align_speech": "splits=[]",
     "benchmark_asr": "steps=0 batch_tokens=0 micro_batch_tokens=-1 peak_tflops=0 seed=-1",
+    "benchmark_serve": "recordings=0 requests=-1 clients=0 bad=-1 live=-1 minutes=-1",
     "compare": "seeds=[] seeds=1,1 seeds=-1 tasks=[] test_splits=[] quality_layers=0 conversion_pairs=0 probe_steps=-1",
     "demo": "scale=0 scale=nan scale=-1 processes=0 processes=3 synthetic_dev=0",
     "encode_speech": "layers=0 layers=-1 max_duration_s=0 max_duration_s=-1 max_duration_s=.nan splits=[] normalizer=x",
