@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test campaign lint install clean
+.PHONY: help demo page test campaign lint install clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ help: ## show this list
 
 demo: $(READY) ## speech -> tokens -> language model -> text, from nothing to a word error rate
 	$(BIN)/python recipes/demo.py $(if $(DATA),--config configs/demo_data.yaml data="$(DATA)",--config configs/demo.yaml) $(ARGS)
+
+page: $(READY) ## speak to the demo's model in a browser
+	$(BIN)/speechllm page runs/demo/asr/model $(ARGS)
 
 test: $(READY) ## run all tests (no network, no GPU needed)
 	$(BIN)/python -m pytest -q --numprocesses=auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder $(ARGS)
@@ -49,10 +52,10 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 		echo "$(PYTHON) has no venv module. On Debian or Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
 	@$(BIN)/python -c '' 2>/dev/null || { echo "making $(VENV) with $$("$(PYTHON)" --version)"; "$(PYTHON)" -m venv --clear $(VENV); }
 	@echo "installing speechllm and its dependencies into $(VENV): about 2 minutes and 6 GB when it is new"
-	@$(PIP_INSTALL) -e ".[eval,demo,align,serve,dev]" || { \
+	@$(PIP_INSTALL) -e ".[eval,demo,align,page,serve,dev]" || { \
 		echo "That did not work; the usual reason is pesq or pyworld, which need a C compiler and the Python headers." \
 			"Trying without them: neither PESQ nor prosody will be measured." >&2; \
-		$(PIP_INSTALL) -e ".[demo,align,serve,dev]" pystoi whisper-normalizer; }
+		$(PIP_INSTALL) -e ".[demo,align,page,serve,dev]" pystoi whisper-normalizer; }
 	@touch $(READY)
 
 clean: ## remove build results and caches (keeps .venv and runs)

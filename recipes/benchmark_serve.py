@@ -107,10 +107,10 @@ def served(model: str) -> Iterator[tuple[str, str, psutil.Process]]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            said = process.stdout.readline().split()
-            if not said:
+            name, _, rest = process.stdout.readline().partition(" is served at ")
+            if not rest:
                 raise InputError(f"no server of {model} could be started")
-            yield said[4].removesuffix("/v1"), said[0], psutil.Process(process.pid)
+            yield rest.split()[0].removesuffix("/v1"), name, psutil.Process(process.pid)
         finally:
             process.terminate()
 

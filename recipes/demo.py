@@ -252,6 +252,7 @@ def summary(run: Path, results: dict[str, object]) -> str:
         parts = [f"{name.replace('_', ' ')} {speaker[name]:.0%}" for name in speaker if name.startswith("layer")]
         lines.append(f"speaker identification from {', '.join(parts)} (chance {speaker['chance']:.0%})")
     lines.append(f"{results['seconds']:.0f} s in total; see {run / 'report.html'}")
+    lines.append(f"to speak to it: speechllm page {run / 'asr' / 'model'}")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn import functional as F
 
-from tokenizer.audio import AudioError, inspect_audio, load_audio
+from tokenizer.audio import inspect_audio, load_audio
 
 LONGEST_S = 30.0
 PAUSE_S = 0.3  # a cut lies in the middle of the quietest span of this length
@@ -39,10 +39,7 @@ def pieces(
     One that is no longer is one piece, equal to `load_audio`; others are cut in the second half of each piece.
     Raises AudioError, before the first piece, for a recording that cannot be used or exceeds `max_duration_s`.
     """
-    total_s = inspect_audio(path).duration_s
-    if max_duration_s is not None and total_s > max_duration_s:
-        detail = f"{total_s:.1f} s long, at most {max_duration_s:g} s are allowed: split it or raise the limit"
-        raise AudioError(path, "too long", detail)
+    total_s = inspect_audio(path, max_duration_s=max_duration_s).duration_s
     if total_s <= longest_s:
         yield Piece(0.0, load_audio(path, sample_rate), sample_rate)
         return

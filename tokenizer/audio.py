@@ -98,12 +98,14 @@ def load_audio(
     return torch.from_numpy(samples).clamp_(-1, 1)
 
 
-def inspect_audio(source: str | Path | bytes, name: str | Path | None = None) -> AudioInfo:
+def inspect_audio(
+    source: str | Path | bytes, name: str | Path | None = None, max_duration_s: float | None = None
+) -> AudioInfo:
     """Read a recording, or the content of its file, through with the checks of `load_audio`; errors say `name`."""
     name = name or str(source)
     levels = _Levels(name)
     with _open(source, name) as file:
-        for _ in _mono(file, levels):
+        for _ in _mono(file, levels, max_duration_s=max_duration_s):
             pass
         _check_whole(file, levels)
         return AudioInfo(levels.frames / file.samplerate, file.format)

@@ -21,7 +21,7 @@ from speechllm.cli.codec import (
     reconstruct_files,
 )
 from speechllm.cli.scores import FORMATS, compare_files, score_files
-from speechllm.cli.serve import serve
+from speechllm.cli.serve import loaded, page, serve
 from speechllm.runs.config import find_config, shipped, spell_unprintable
 from speechllm.runs.launch import find_recipe, recipe_command, recipe_environment
 from tokenizer.settings import Count, Positive, argument
@@ -105,6 +105,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--max-duration", type=SECONDS, default=7200.0, help="seconds of a recording (default 7200)")
     command.add_argument("--timeout", type=SECONDS, default=3600.0, help="seconds for an answer (default 3600)")
     command.set_defaults(run=serve)
+
+    command = commands.add_parser(
+        "page", help="speak to a model in a browser", epilog="Needs the extra `page`. Works without a network."
+    )
+    command.add_argument(
+        "models", nargs="+", metavar="model", help="folder that recipes/train_asr.py wrote; several stand side by side"
+    )
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at, of this machine only")
+    command.add_argument("--port", type=int, help="the first free one from 7860 on by default")
+    command.set_defaults(run=page)
 
     command = commands.add_parser("encode", help="recordings to codes, one JSON line each")
     command.add_argument("files", nargs="+", help="audio files")
@@ -235,12 +245,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _transcribe(arguments: argparse.Namespace) -> int:
     """Print `file<TAB>text` for every usable file; unusable ones are named on stderr and make the exit code 1."""
-    import torch
+    from speechllm import transcribe
 
-    from speechllm import load_speech_llm, merge, transcribe
-
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", None)
-    speech_llm = merge(load_speech_llm(arguments.model, arguments.codec, device, dtype, arguments.base))
+    speech_llm = loaded(arguments.model, arguments.codec, arguments.base)
     assert speech_llm.codec is not None
     found = _pieces(arguments.files, speech_llm.codec.sample_rate, arguments.max_duration)
     texts: list[str] = []

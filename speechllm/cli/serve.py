@@ -1,10 +1,16 @@
-"""`speechllm serve`: a speech language model behind HTTP."""
+"""`speechllm serve` and `speechllm page`: speech language models behind HTTP, for programs and for people."""
 
 import argparse
 import contextlib
-import ipaddress
 import os
+import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from speechllm.serving.hosts import is_loopback
+
+if TYPE_CHECKING:
+    from speechllm import SpeechLLM
 
 KEY = "SPEECHLLM_API_KEY"  # in the environment, where other users of the machine do not see it
 
@@ -19,33 +25,51 @@ def serve(arguments: argparse.Namespace) -> int:
 
         from speechllm.serving.app import make_app
         from speechllm.serving.door import Limits
+        from speechllm.serving.live import MOST_BYTES
     except ImportError as error:
         raise ImportError(f'{error.name} is needed to serve: pip install "speechllm[serve]"') from error
+    family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
+    listening = socket.create_server((arguments.host, arguments.port), family=family)  # before the model is loaded
+    speech_llm = loaded(arguments.model, arguments.codec, arguments.base)
+    limits = Limits(arguments.max_requests, arguments.max_megabytes, arguments.max_duration, arguments.timeout)
+    name = arguments.name or named(arguments.model)
+    app = make_app(speech_llm, name, limits, key, arguments.batch_size)
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30, ws_max_size=MOST_BYTES)
+    )
+    host, port = listening.getsockname()[:2]
+    print(f"{name} is served at http://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl-C ends it)", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn ends cleanly and then repeats the signal
+        server.run(sockets=[listening])
+    return 0
+
+
+def page(arguments: argparse.Namespace) -> int:
+    """Show a page of the models until Ctrl-C."""
+    if not is_loopback(arguments.host):
+        raise ValueError(f"--host {arguments.host} can be reached by others, and a page asks for no key")
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        from speechllm.serving.engine import Engine
+        from speechllm.serving.page import launch, make_page
+    except ImportError as error:
+        raise ImportError(f'{error.name} is needed for the page: pip install "speechllm[page]"') from error
+    engines: dict[str, Engine] = {}
+    for model in arguments.models:
+        name = named(model) if named(model) not in engines else f"{named(model)} {len(engines) + 1}"
+        engines[name] = Engine(loaded(model))
+    launch(make_page(engines), arguments.host, arguments.port)
+    return 0
+
+
+def loaded(model: str, codec: str | None = None, base: str | None = None) -> "SpeechLLM":
+    """A model for inference, on a GPU if there is one."""
     import torch
 
     from speechllm import load_speech_llm, merge
 
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", None)
-    speech_llm = merge(load_speech_llm(arguments.model, arguments.codec, device, dtype, arguments.base))
-    limits = Limits(arguments.max_requests, arguments.max_megabytes, arguments.max_duration, arguments.timeout)
-    name = arguments.name or named(arguments.model)
-    app = make_app(speech_llm, name, limits, key, arguments.batch_size)
-    config = uvicorn.Config(app, arguments.host, arguments.port, log_level="warning", timeout_graceful_shutdown=30)
-    server = uvicorn.Server(config)
-    socket = config.bind_socket()
-    host, port = socket.getsockname()[:2]
-    print(f"{name} is served at http://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl-C ends it)", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn ends cleanly and then repeats the signal
-        server.run(sockets=[socket])
-    return 0
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only programs on this machine reach a host."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return merge(load_speech_llm(model, codec, device, dtype, base))
 
 
 def named(model: str) -> str:

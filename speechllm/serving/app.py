@@ -8,9 +8,9 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import soundfile
 import torch
@@ -36,11 +36,12 @@ from tokenizer.interface import Codec, Codes, DiscreteTokenizer
 from tokenizer.metrics.conversion import convert_voice
 from tokenizer.metrics.quality import layer_counts, reconstruct
 
+T = TypeVar("T")
 TRANSCRIPTIONS, LIVE = "/v1/audio/transcriptions", "/v1/audio/live"
+FORM_LIMITS: Any = {"max_files": 2, "max_fields": 16, "max_part_size": 2**16}
 WHOLE_S = 180.0  # longest recording for the codec's own paths, which take it as a whole
 
 Recording = Annotated[UploadFile, File(description="an audio file: FLAC, WAV, Ogg Vorbis or Opus, MP3")]
-Layers = Annotated[str | None, Form(description="numbers of codebooks, as 1,2,4")]
 
 
 class CodesOfRecording(BaseModel):
@@ -58,6 +59,7 @@ class Service:
         self.name, self.limits, self.metrics = name, limits, Metrics()
         self.engine = Engine(speech_llm, batch_size, self.metrics.batches.observe)
         self.codec = self.engine.codec
+        self.fingerprint = self.codec.fingerprint  # of all weights: once
 
     def check_model(self, model: str) -> None:
         if model != self.name:
@@ -88,6 +90,10 @@ class Service:
                 for future in futures:
                     future.cancel()  # those that nobody waits for any more
 
+    async def transcribed(self, upload: UploadFile) -> list[Segment]:
+        async with uploaded(upload) as path:
+            return [segment async for segment in self.segments(path)]
+
     async def waveform(self, upload: UploadFile) -> Tensor:
         """A recording for the codec's own paths, float [N]."""
         async with uploaded(upload) as path:
@@ -112,6 +118,24 @@ async def uploaded(upload: UploadFile) -> AsyncIterator[Path]:
             raise Refused(400, f"{name}: {error.detail}", re.sub(r"\W", "_", error.reason)) from error
 
 
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of work, which ends when its caller leaves; the request's body must have been read."""
+
+    async def leave() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.create_task(work), asyncio.create_task(leave())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Refused(499, "the caller has left")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
 def make_app(
     speech_llm: SpeechLLM, name: str, limits: Limits | None = None, key: str | None = None, batch_size: int = 16
 ) -> FastAPI:
@@ -123,7 +147,9 @@ def make_app(
         yield
         await run_in_threadpool(service.engine.close)
 
-    app = FastAPI(title="speechllm", description=f"The speech language model {name}.", lifespan=lifespan)
+    app = FastAPI(
+        title="speechllm", description=f"The speech language model {name}.", lifespan=lifespan, form_limits=FORM_LIMITS
+    )
     add_errors(app)
     add_transcription(app, service)
     add_codec(app, service)
@@ -140,7 +166,7 @@ def add_errors(app: FastAPI) -> None:
         status, message, code = problem(error)
         return JSONResponse(error_content(status, message, code), status)
 
-    for kind in (HTTPException, RequestValidationError, InputError, TimeoutError, Exception):
+    for kind in (HTTPException, RequestValidationError, InputError, Exception):
         app.add_exception_handler(kind, told)
 
 
@@ -154,8 +180,6 @@ def problem(error: Exception) -> tuple[int, str, str | None]:
             return 400, f"{'.'.join(map(str, first['loc'][1:])) or 'body'}: {first['msg']}", "invalid_value"
         case InputError():
             return 400, str(error), "invalid_value"
-        case TimeoutError():
-            return 504, "this took longer than the server allows", "timeout"
     return 500, "the server failed; its log says why", None
 
 
@@ -190,12 +214,7 @@ def add_transcription(app: FastAPI, service: Service) -> None:
             raise Refused(400, "temperature: answers are not drawn at random: leave it out or say 0", "temperature")
         if stream:
             return StreamingResponse(_events(service, file), media_type="text/event-stream")
-        segments: list[Segment] = []
-        async with uploaded(file) as path, asyncio.timeout(service.limits.time_s):
-            async for segment in service.segments(path):
-                segments.append(segment)
-                if await request.is_disconnected():
-                    break
+        segments = await while_connected(request, service.transcribed(file))
         content, kind = answers.answer(segments, response_format, language)
         return Response(content, media_type=kind)
 
@@ -203,9 +222,10 @@ def add_transcription(app: FastAPI, service: Service) -> None:
     async def live(socket: WebSocket, model: str, rate: int = 16_000) -> None:
         """Samples as binary messages, 16-bit little-endian at `rate` Hz; texts as JSON; any text message ends it."""
         await socket.accept()
-        wrong = f"there is no model {model!r} here" if model != service.name else "" if rate in RATES else f"{rate} Hz?"
-        if wrong:
-            await socket.close(1008, wrong[:100])
+        if model != service.name or rate not in RATES:
+            await socket.close(
+                1008, f"rate: expected {RATES[0]} to {RATES[-1]} Hz" if model == service.name else "model"
+            )
             return
         await transcribe_live(socket, LiveSpeech(service.engine, rate), service.limits.duration_s)
 
@@ -214,7 +234,7 @@ async def _events(service: Service, file: UploadFile) -> AsyncIterator[str]:
     """Server-sent events of OpenAI's kinds: the text of each piece as it comes, then the whole one, or an error."""
     segments: list[Segment] = []
     try:
-        async with uploaded(file) as path, asyncio.timeout(service.limits.time_s):
+        async with uploaded(file) as path:
             async for segment in service.segments(path):
                 space = " " if answers.joined(segments) and segment.text else ""
                 segments.append(segment)
@@ -239,30 +259,32 @@ def add_codec(app: FastAPI, service: Service) -> None:
         """Codes [layers][frames] of a recording."""
         codec, waveform = service.discrete(), await service.waveform(file)
         codes = await service.call(lambda: codec.encode(waveform[None].to(codec.device)).ids[0].tolist())
-        held = {"codec": codec.fingerprint, "frame_rate": codec.frame_rate, "samples": len(waveform)}
+        held = {"codec": service.fingerprint, "frame_rate": codec.frame_rate, "samples": len(waveform)}
         return held | {"codes": codes}
 
     @app.post("/v1/codec/decode", response_class=Response)
     async def decode(body: CodesOfRecording) -> Response:
         """The sound of codes, as a WAV file."""
         codec = service.decoder()
-        if body.codec not in (None, codec.fingerprint):
-            raise Refused(400, f"codec: these codes are of codec {body.codec}, here is {codec.fingerprint}", "codec")
+        if body.codec not in (None, service.fingerprint):
+            raise Refused(400, f"codec: these codes are of codec {body.codec}, here is {service.fingerprint}", "codec")
         if not body.codes[0] or len(set(map(len, body.codes))) > 1:
             raise Refused(400, "codes: expected as many in every layer, and at least one", "codes")
-        ids = torch.tensor(body.codes)[None]
-        samples = None if body.samples is None else torch.tensor([body.samples])
-        if body.samples is not None and body.samples > (ids.shape[2] + 1) * codec.sample_rate / codec.frame_rate:
-            raise Refused(400, f"samples: {body.samples} are more than {ids.shape[2]} frames hold", "samples")
+        frames = len(body.codes[0])
+        if frames > WHOLE_S * codec.frame_rate:
+            raise Refused(400, f"codes: {frames} frames, at most {WHOLE_S:g} s are allowed", "codes")
+        if body.samples is not None and body.samples > (frames + 1) * codec.sample_rate / codec.frame_rate:
+            raise Refused(400, f"samples: {body.samples} are more than {frames} frames hold", "samples")
+        ids, samples = torch.tensor(body.codes)[None], None if body.samples is None else torch.tensor([body.samples])
         codes = Codes(ids, torch.tensor([ids.shape[2]]), samples)
         codes.require(codec.num_codebooks, codec.codebook_size)
         return _sound(await service.call(lambda: codec.decode(codes)[0].cpu()), codec.sample_rate)
 
     @app.post("/v1/codec/reconstruct", response_class=Response)
-    async def reconstructed(file: Recording, layers: Layers = None) -> Response:
-        """A recording as its codes give it back, from the given number of codebooks (all of them), as a WAV file."""
+    async def reconstructed(file: Recording, layers: Annotated[int | None, Form()] = None) -> Response:
+        """A recording as its codes give it back, from so many codebooks (all of them), as a WAV file."""
         codec, waveform = service.decoder(), await service.waveform(file)
-        count = layer_counts(codec, _numbers(layers) if layers else [codec.num_codebooks])[-1]
+        (count,) = layer_counts(codec, [codec.num_codebooks if layers is None else layers])
         sounds = await service.call(reconstruct, codec, waveform, [count])
         return _sound(sounds[count], codec.sample_rate)
 
@@ -270,11 +292,11 @@ def add_codec(app: FastAPI, service: Service) -> None:
     async def convert(
         source: Recording,
         target: Recording,
-        layers: Layers = "1",
+        layers: Annotated[str, Form(description="those to take from the target, as 1,2; 0 is the first")] = "1",
         matching: Annotated[Literal["position", "content"], Form()] = "position",
     ) -> Response:
         """What the source says in the voice of the target, by taking the codes of `layers` from it, as a WAV file."""
-        codec, taken = service.decoder(), _numbers(layers or "1")
+        codec, taken = service.decoder(), _numbers(layers)
         waveforms = await service.waveform(source), await service.waveform(target)
         converted = await service.call(convert_voice, codec, *waveforms, taken, matching)
         return _sound(converted, codec.sample_rate)

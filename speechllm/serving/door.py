@@ -1,17 +1,22 @@
 """What stands before every request: the key, limits on size and number, and the counting of what was answered."""
 
+import asyncio
 import hmac
 import json
 import time
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from speechllm.serving.hosts import is_loopback
+
 OPEN = ("/health",)  # asked by what watches over a server, which has no key
 RETRY_S = 1  # after which a caller may try again
 MEGABYTE = 10**6
+MOST_MEGABYTES_OF_JSON = 4  # 180 s of codes are one
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,14 @@ class Door:
             await self.app(scope, receive, send)
             return
         path = scope["path"] if scope["path"] in self.paths else "other"
-        status, started = "0", time.perf_counter()
+        status, started = "", time.perf_counter()
 
         async def observed(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
+            if message["type"].endswith("http.response.start"):
                 status = str(message["status"])
+            elif message["type"] == "websocket.accept":
+                status = "101"
             await send(message)
 
         works = scope["type"] == "websocket" or scope["method"] == "POST"
@@ -89,7 +96,14 @@ class Door:
             if refused := self._refused(scope):
                 await _refuse(refused, scope, observed)
             else:
-                await self.app(scope, self._bounded(receive), observed)
+                async with asyncio.timeout(None if scope["type"] == "websocket" else self.limits.time_s):
+                    await self.app(scope, self._bounded(scope, receive), observed)
+        except TimeoutError:
+            if not status:
+                await _refuse(Refused(504, "this took longer than the server allows", "timeout"), scope, observed)
+        except Exception:
+            status = status or "500"  # the answer is given outside of this
+            raise
         finally:
             self.working -= works
             self.metrics.in_flight.set(self.working)
@@ -101,43 +115,46 @@ class Door:
         shown = headers.get(b"authorization", b"")
         if self.key and scope["path"] not in OPEN and not hmac.compare_digest(shown, b"Bearer " + self.key):
             return Refused(401, "expected the server's key in the header Authorization: Bearer KEY", "invalid_api_key")
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if not self.key and origin and not is_loopback(urlsplit(origin).hostname or ""):
+            return Refused(403, "a page from elsewhere may only ask a server that has a key", "forbidden_origin")
         if self.working > self.limits.requests:
             return Refused(429, f"{self.limits.requests} requests are in progress: try again later", "busy")
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.limits.megabytes * MEGABYTE:
-            return self._too_large()
+        if length.isdigit() and int(length) > self._most_bytes(scope):
+            return self._too_large(scope)
         return None
 
-    def _bounded(self, receive: Receive) -> Receive:
+    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         size = 0
 
         async def read() -> Message:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self.limits.megabytes * MEGABYTE:
-                raise self._too_large()
+            if size > self._most_bytes(scope):
+                raise self._too_large(scope)
             return message
 
         return read
 
-    def _too_large(self) -> Refused:
-        return Refused(413, f"at most {self.limits.megabytes:g} MB are taken: split the recording", "too_large")
+    def _most_bytes(self, scope: Scope) -> float:
+        """Of a body; one that holds no file is short."""
+        uploads = dict(scope["headers"]).get(b"content-type", b"").startswith(b"multipart/")
+        return MEGABYTE * (self.limits.megabytes if uploads else min(self.limits.megabytes, MOST_MEGABYTES_OF_JSON))
+
+    def _too_large(self, scope: Scope) -> Refused:
+        most = self._most_bytes(scope) / MEGABYTE
+        return Refused(413, f"at most {most:g} MB are taken: split the recording", "too_large")
 
 
 async def _refuse(refused: Refused, scope: Scope, send: Send) -> None:
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1008, "reason": refused.detail[:100]})
-        return
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
     if refused.status_code == 429:
         headers.append((b"retry-after", b"%d" % RETRY_S))
     if refused.status_code == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": refused.status_code, "headers": headers})
-    await send(
-        {
-            "type": "http.response.body",
-            "body": json.dumps(error_content(refused.status_code, refused.detail, refused.code)).encode(),
-        }
-    )
+    kind = "websocket.http.response" if scope["type"] == "websocket" else "http.response"
+    content = json.dumps(error_content(refused.status_code, refused.detail, refused.code)).encode()
+    await send({"type": f"{kind}.start", "status": refused.status_code, "headers": headers})
+    await send({"type": f"{kind}.body", "body": content})

@@ -15,9 +15,14 @@ from speechllm.pieces import LONGEST_S, quietest
 from speechllm.serving.engine import Engine
 from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.codec.streaming import StreamingEncoder
+from tokenizer.errors import InputError
 
 INTERVAL_S = 1.0  # of new speech, after which the text so far is sent
 SAMPLE = np.dtype("<i2")
+MOST_BYTES = 2**20  # of a message
+WAITING = 16  # messages
+STEP_S = 10.0  # of speech that are encoded at a time
+SILENCE_S = 60  # after which a speaker is taken to have left
 
 
 class LiveSpeech:
@@ -29,7 +34,7 @@ class LiveSpeech:
 
     def __init__(self, engine: Engine, sample_rate: int, longest_s: float = LONGEST_S, interval_s: float = INTERVAL_S):
         """sample_rate: in Hz, of the samples that come in."""
-        self.engine, self.rate = engine, engine.codec.sample_rate
+        self.engine, self.rate, self.sample_rate = engine, engine.codec.sample_rate, sample_rate
         self.longest_s, self.interval_s = longest_s, interval_s
         self.encoder = _streaming_encoder(engine)
         self.resampler = soxr.ResampleStream(sample_rate, self.rate, 1, "float32") if sample_rate != self.rate else None
@@ -37,6 +42,10 @@ class LiveSpeech:
         self.hop = round(self.rate / (engine.codec.frame_rate or self.rate))  # samples a frame
         self.start_s, self.new_s, self.half = 0.0, 0.0, b""
         self.settled: list[str] = []
+
+    @property
+    def heard_s(self) -> float:
+        return self.start_s + len(self.waveform) / self.rate
 
     async def add(self, content: bytes, last: bool = False) -> AsyncIterator[dict[str, Any]]:
         """The next samples, 16-bit little-endian: what to tell the speaker.
@@ -111,30 +120,47 @@ def _streaming_encoder(engine: Engine) -> StreamingEncoder | None:
 
 
 async def transcribe_live(socket: WebSocket, speech: LiveSpeech, max_duration_s: float) -> None:
-    """Answer an accepted socket until its speaker says `end`, leaves, or has said more than is allowed.
+    """Answer an accepted socket until its speaker says `end`, leaves or is silent for long.
 
-    Binary messages hold samples, a text message ends the speech. What comes while the model works is taken at once.
+    Binary messages hold samples, a text message ends the speech. What comes while the model works is taken together.
+    Speech beyond `max_duration_s` and faults end with an `error`.
     """
-    arrived: asyncio.Queue[bytes | None] = asyncio.Queue()
+    arrived: asyncio.Queue[bytes | None] = asyncio.Queue(WAITING)  # when it is full, nothing more is read
 
     async def listen() -> None:
         with contextlib.suppress(WebSocketDisconnect, KeyError):  # KeyError: a text message
-            while True:
-                arrived.put_nowait(await socket.receive_bytes())
-        arrived.put_nowait(None)
+            while len(content := await socket.receive_bytes()) <= MOST_BYTES:
+                await arrived.put(content)
+        await arrived.put(None)
 
     listening = asyncio.create_task(listen())
     try:
         last = False
         while not last:
-            parts = [await arrived.get()]
+            parts = [await asyncio.wait_for(arrived.get(), SILENCE_S)]
             while not arrived.empty():
                 parts.append(arrived.get_nowait())
-            last = None in parts or speech.start_s + len(speech.waveform) / speech.rate > max_duration_s
-            async for event in speech.add(b"".join(part for part in parts if part is not None), last):
-                await socket.send_json(event)
+            content, last = b"".join(part for part in parts if part is not None), None in parts
+            if speech.heard_s + len(content) / SAMPLE.itemsize / speech.sample_rate > max_duration_s:
+                raise InputError(f"at most {max_duration_s:g} s of speech are taken")
+            step = SAMPLE.itemsize * round(STEP_S * speech.sample_rate)
+            for start in range(0, max(len(content), 1), step):
+                end = start + step >= len(content)
+                async for event in speech.add(content[start : start + step], last and end):
+                    await socket.send_json(event)
         await socket.close()
-    except (WebSocketDisconnect, RuntimeError):  # the speaker has left
-        pass
+    except WebSocketDisconnect:
+        pass  # the speaker has left
+    except (InputError, TimeoutError) as error:
+        await _fail(socket, str(error) or f"nothing was said for {SILENCE_S} s", 1008)
+    except Exception:
+        await _fail(socket, "the server failed; its log says why", 1011)
+        raise
     finally:
         listening.cancel()
+
+
+async def _fail(socket: WebSocket, message: str, code: int) -> None:
+    with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # who has left hears nothing of it
+        await socket.send_json({"type": "error", "message": message})
+        await socket.close(code)

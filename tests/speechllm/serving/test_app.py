@@ -1,5 +1,6 @@
 """The server: OpenAI's protocol, the codec's paths, limits, and one line for everything that is wrong."""
 
+import asyncio
 import io
 import json
 import re
@@ -18,16 +19,17 @@ import pytest
 import soundfile
 import torch
 import uvicorn
+from fastapi import Request
 from fastapi.testclient import TestClient
 from torch import Tensor
 
 from speechllm import SpeechLLM, convert_voice, load_audio, reconstruct, save_audio, transcribe
 from speechllm.cli.main import main
-from speechllm.cli.serve import is_loopback
 from speechllm.pieces import pieces
 from speechllm.serving import app as app_module
-from speechllm.serving.app import TRANSCRIPTIONS, make_app
-from speechllm.serving.door import Limits
+from speechllm.serving.app import TRANSCRIPTIONS, make_app, while_connected
+from speechllm.serving.door import Limits, Refused
+from speechllm.serving.hosts import is_loopback
 
 ROOT = Path(__file__).resolve().parents[3]
 RATE = 16_000
@@ -169,6 +171,8 @@ def _same(response: object, waveform: Tensor) -> bool:
         ({"codes": [[-1]]}, "codes.0.0: "),
         ({"codes": [[1]] * 99}, "expected codes long"),
         ({"codes": [[1]], "samples": 10**9}, "samples: 1000000000 are more than 1 frames hold"),
+        ({"codes": [[1]], "samples": 10**30}, "samples: "),
+        ({"codes": [[1] * 9001]}, "codes: 9001 frames, at most 180 s are allowed"),
         ({"codes": [[1]], "codec": "another"}, "codec: these codes are of codec another"),
         ({}, "codes: Field required"),
     ],
@@ -219,6 +223,21 @@ def _boundary() -> dict[str, str]:
     return {"content-type": "multipart/form-data; boundary=x"}
 
 
+def test_pages_from_elsewhere_may_not_ask_a_server_without_a_key(client: TestClient, speech_llm: SpeechLLM) -> None:
+    for origin, status in (("http://localhost:7860", 200), ("https://example.org", 403), ("null", 403)):
+        assert client.get("/v1/models", headers={"Origin": origin}).status_code == status
+    with TestClient(make_app(speech_llm, "tiny", key="secret")) as client:
+        headers = {"Origin": "https://example.org", "Authorization": "Bearer secret"}
+        assert client.get("/v1/models", headers=headers).status_code == 200
+
+
+def test_forms_are_small_beside_their_file(client: TestClient, recording: Path) -> None:
+    assert refusal(ask(client, recording, language="e" * 10**5))[0] == 400
+    assert refusal(ask(client, recording, **{f"field_{i}": "" for i in range(20)}))[0] == 400
+    response = client.post("/v1/codec/decode", content=b" " * 5_000_000, headers={"content-type": "application/json"})
+    assert refusal(response)[0] == 413
+
+
 def test_what_takes_too_long_is_given_up(speech_llm: SpeechLLM, recording: Path) -> None:
     with TestClient(make_app(speech_llm, "tiny", Limits(time_s=0.0)), raise_server_exceptions=False) as client:
         assert refusal(ask(client, recording)) == (504, "this took longer than the server allows")
@@ -229,6 +248,25 @@ def test_a_fault_of_the_server_says_nothing_about_it(
 ) -> None:
     monkeypatch.setattr(app_module, "pieces", lambda *words, **more: 1 / 0)
     assert refusal(ask(client, recording)) == (500, "the server failed; its log says why")
+    assert f'speechllm_requests_total{{path="{TRANSCRIPTIONS}",status="500"}} 1.0' in client.get("/metrics").text
+
+
+def test_nothing_is_computed_for_a_caller_who_has_left(speech_llm: SpeechLLM) -> None:
+    cancelled = []
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    async def receive() -> dict:
+        return {"type": "http.disconnect"}
+
+    with pytest.raises(Refused, match="the caller has left"):
+        asyncio.run(while_connected(Request({"type": "http"}, receive), work()))
+    assert cancelled == [True]
 
 
 # ---- over a socket

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from starlette.testclient import WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 from torch import Tensor
 
 from speechllm import SpeechLLM, extend_vocabulary, transcribe, transcribe_codes
 from speechllm.serving.app import LIVE, make_app
+from speechllm.serving.door import Limits
 from speechllm.serving.engine import Engine
-from speechllm.serving.live import LiveSpeech
+from speechllm.serving.live import MOST_BYTES, LiveSpeech, transcribe_live
 
 RATE = 16_000
 
@@ -114,10 +116,77 @@ def test_a_socket_gets_the_texts_and_is_closed(
     assert "speechllm_requests_in_flight 0.0" in client.get("/metrics").text
 
 
+def last_of(socket: object) -> tuple[dict, int]:
+    """The last event and the code that a socket is closed with."""
+    event = {}
+    try:
+        while True:
+            event = socket.receive_json()
+    except WebSocketDisconnect as closed:
+        return event, closed.code
+
+
+def test_speech_has_limits_too(
+    speech_llm: SpeechLLM, noise: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = as_bytes(noise(RATE, seed=0)[0] * 0.3)
+    with TestClient(make_app(speech_llm, "tiny", Limits(duration_s=1.5))) as client:
+        with client.websocket_connect(f"{LIVE}?model=tiny") as socket:
+            socket.send_bytes(content)
+            assert socket.receive_json()["type"] == "partial"
+            socket.send_bytes(content)
+            assert last_of(socket) == ({"type": "error", "message": "at most 1.5 s of speech are taken"}, 1008)
+        with client.websocket_connect(f"{LIVE}?model=tiny") as socket:
+            socket.send_bytes(content[:100])
+            socket.send_bytes(b"x" * (MOST_BYTES + 1))
+            assert last_of(socket)[0]["type"] == "done"
+        monkeypatch.setattr("speechllm.serving.live.SILENCE_S", 0.05)
+        with client.websocket_connect(f"{LIVE}?model=tiny") as socket:
+            assert last_of(socket) == ({"type": "error", "message": "nothing was said for 0.05 s"}, 1008)
+
+
+def test_a_fault_is_told_and_not_taken_for_a_speaker_who_left(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+
+    class Socket:
+        async def receive_bytes(self) -> bytes:
+            return b"1234"
+
+        async def send_json(self, event: dict) -> None:
+            sent.append(event)
+
+        async def close(self, code: int = 1000) -> None:
+            sent.append(code)
+
+    def fail(*words: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(LiveSpeech, "_samples", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):  # which goes to the log
+        asyncio.run(transcribe_live(Socket(), LiveSpeech(engine, RATE), 60))
+    assert sent == [{"type": "error", "message": "the server failed; its log says why"}, 1011]
+
+
+def test_many_seconds_at_once_are_encoded_one_after_the_other(
+    speech_llm: SpeechLLM, noise: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, seen = as_bytes(noise(2 * RATE, seed=0)[0] * 0.3), []
+    (text,) = transcribe([heard(content)], speech_llm, fallback=True)
+    monkeypatch.setattr("speechllm.serving.live.STEP_S", 0.3)
+    original = LiveSpeech._samples
+    monkeypatch.setattr(LiveSpeech, "_samples", lambda *words: seen.append(len(words[1])) or original(*words))
+    with TestClient(make_app(speech_llm, "tiny")) as client, client.websocket_connect(f"{LIVE}?model=tiny") as socket:
+        socket.send_bytes(content)
+        socket.send_text("end")
+        assert last_of(socket)[0]["text"] == text
+    assert max(seen) == 9600 and sum(seen) == len(content)
+
+
 def test_a_socket_needs_the_key_too(speech_llm: SpeechLLM) -> None:
     with TestClient(make_app(speech_llm, "tiny", key="secret")) as client:
-        with pytest.raises(WebSocketDisconnect), client.websocket_connect(f"{LIVE}?model=tiny"):
+        with pytest.raises(WebSocketDenialResponse) as denied, client.websocket_connect(f"{LIVE}?model=tiny"):
             pass
+        assert denied.value.status_code == 401
         with client.websocket_connect(f"{LIVE}?model=tiny", headers={"Authorization": "Bearer secret"}) as socket:
             socket.send_text("end")
             assert socket.receive_json()["type"] == "done"
