@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
-import openai
 import pytest
 import soundfile
 import torch
@@ -272,6 +272,12 @@ def test_nothing_is_computed_for_a_caller_who_has_left(speech_llm: SpeechLLM) ->
 # ---- over a socket
 
 
+@pytest.fixture(scope="module")
+def openai() -> ModuleType:
+    """OpenAI's own client; not imported above, because it takes seconds."""
+    return pytest.importorskip("openai")
+
+
 @pytest.fixture
 def address(speech_llm: SpeechLLM) -> Iterator[str]:
     """A server on this machine that takes eight requests at a time."""
@@ -284,7 +290,9 @@ def address(speech_llm: SpeechLLM) -> Iterator[str]:
     thread.join(30)
 
 
-def test_openais_own_client_transcribes(address: str, recording: Path, speech_llm: SpeechLLM) -> None:
+def test_openais_own_client_transcribes(
+    openai: ModuleType, address: str, recording: Path, speech_llm: SpeechLLM
+) -> None:
     client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
     assert [model.id for model in client.models.list()] == ["tiny"]
     (text,) = transcribe([recording], speech_llm, fallback=True)
@@ -326,7 +334,7 @@ sys.exit(main(["serve", "tiny/model", "--port", "0", "--max-requests", "2"]))
 
 
 def test_the_command_serves_until_it_is_told_to_end(
-    start_recipe: Callable, speech_llm: SpeechLLM, recording: Path, tmp_path: Path
+    openai: ModuleType, start_recipe: Callable, speech_llm: SpeechLLM, recording: Path, tmp_path: Path
 ) -> None:
     speech_llm.save(tmp_path / "tiny" / "model")
     (tmp_path / "serve.py").write_text(SERVE)
@@ -356,7 +364,7 @@ def test_a_host_that_others_reach_needs_a_key(capsys: pytest.CaptureFixture, mon
 
 
 def test_many_at_once_are_all_answered_rightly_or_told_to_wait(
-    address: str, tmp_path: Path, noise: Callable[..., Tensor], speech_llm: SpeechLLM
+    openai: ModuleType, address: str, tmp_path: Path, noise: Callable[..., Tensor], speech_llm: SpeechLLM
 ) -> None:
     files = [tmp_path / f"{i}.flac" for i in range(5)]
     for i, file in enumerate(files):

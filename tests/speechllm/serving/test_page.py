@@ -1,8 +1,10 @@
 """The page: what it shows of a recording, and that a browser shows it."""
 
+import importlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,14 +15,14 @@ from speechllm import SpeechLLM, convert_voice, load_audio, save_audio, transcri
 from speechllm.cli.main import main
 from speechllm.serving.engine import Engine
 
-pytest.importorskip("gradio", reason="needs the page extra")
-
-import gradio as gr
-
-from speechllm.serving import page as page_module
-from speechllm.serving.page import coloured_codes, coloured_words, heard, launch, make_page
-
 RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def page() -> ModuleType:
+    """The module; not imported above, because Gradio takes seconds, and every process of the tests reads this file."""
+    pytest.importorskip("gradio", reason="needs the page extra")
+    return importlib.import_module("speechllm.serving.page")
 
 
 @pytest.fixture
@@ -31,9 +33,9 @@ def engine(speech_llm: SpeechLLM) -> Iterator[Engine]:
 
 
 def test_a_recording_becomes_tokens_then_text_then_sounds(
-    engine: Engine, recording: Path, speech_llm: SpeechLLM
+    page: ModuleType, engine: Engine, recording: Path, speech_llm: SpeechLLM
 ) -> None:
-    first, second, last = heard(engine, str(recording))
+    first, second, last = page.heard(engine, str(recording))
     (text,) = transcribe([recording], speech_llm)
     assert first[0] == "" and first[2].count("<span") == 50 and "Layer 0: 50 tokens, 50 a second" in first[2]
     assert second[0] == text and second[1].count("<span") == len(text.split())
@@ -41,42 +43,48 @@ def test_a_recording_becomes_tokens_then_text_then_sounds(
 
 
 def test_a_long_recording_comes_piece_by_piece(
-    engine: Engine, recording: Path, speech_llm: SpeechLLM, monkeypatch: pytest.MonkeyPatch
+    page: ModuleType, engine: Engine, recording: Path, speech_llm: SpeechLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page_module, "SHOWN_S", 0.7)
-    texts = [text for text, *_ in heard(engine, str(recording))]
+    monkeypatch.setattr(page, "SHOWN_S", 0.7)
+    texts = [text for text, *_ in page.heard(engine, str(recording))]
     assert len(texts) == 4 and texts[2].startswith(texts[1]) and texts[2] != texts[1]
 
 
-def test_codes_and_words_tell_what_they_are() -> None:
-    shown = coloured_codes(torch.tensor([[5, 7], [5, 0]]), 50.0)
+def test_codes_and_words_tell_what_they_are(page: ModuleType) -> None:
+    shown = page.coloured_codes(torch.tensor([[5, 7], [5, 0]]), 50.0)
     assert shown.count('title="0.02 s: 7"') == 1 and shown.count("Layer") == 2
     assert shown.count("background: hsl(328 65% 55%)") == 2  # 5 times the golden angle
-    assert coloured_words([("<b>", 0.5)]).count('title="50%"') == 1 and "&lt;b&gt;" in coloured_words([("<b>", 0.5)])
+    words = page.coloured_words([("<b>", 0.5)])
+    assert words.count('title="50%"') == 1 and "&lt;b&gt;" in words
 
 
-def test_faults_are_told_without_the_place_of_the_file(engine: Engine, tmp_path: Path) -> None:
+def test_faults_are_told_without_the_place_of_the_file(page: ModuleType, engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "no.wav").write_bytes(b"no sound")
-    answer = page_module._answer(engine)
-    with pytest.raises(gr.Error, match="^'the recording: not a readable audio file"):
+    answer = page._answer(engine)
+    with pytest.raises(page.gr.Error, match="^'the recording: not a readable audio file"):
         next(answer(str(tmp_path / "no.wav")))
     assert list(answer(None)) == [("", "", "", "")]  # taken away
 
 
 def test_a_voice_is_changed(
-    engine: Engine, recording: Path, speech_llm: SpeechLLM, tmp_path: Path, noise: Callable[..., Tensor]
+    page: ModuleType,
+    engine: Engine,
+    recording: Path,
+    speech_llm: SpeechLLM,
+    tmp_path: Path,
+    noise: Callable[..., Tensor],
 ) -> None:
     save_audio(tmp_path / "b.wav", noise(9_000, seed=5)[0])
-    convert = page_module._converted(engine)
+    convert = page._converted(engine)
     rate, samples = convert(str(recording), str(tmp_path / "b.wav"), "1", "position")
     expected = convert_voice(
         speech_llm.codec, load_audio(recording), load_audio(tmp_path / "b.wav"), [1], "position"
     ).clamp(-1, 1)
     assert rate == RATE and np.allclose(samples / 2**15, expected.detach().numpy(), atol=1e-3)
     for layers in ("9", "one"):
-        with pytest.raises(gr.Error):
+        with pytest.raises(page.gr.Error):
             convert(str(recording), str(tmp_path / "b.wav"), layers, "position")
-    with pytest.raises(gr.Error, match="give two recordings"):
+    with pytest.raises(page.gr.Error, match="give two recordings"):
         convert(str(recording), None, "1", "position")
 
 
@@ -86,7 +94,9 @@ def test_a_page_is_for_this_machine_only(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs Chromium and its driver")
-def test_a_browser_shows_what_becomes_of_a_recording(engine: Engine, recording: Path, tmp_path: Path) -> None:
+def test_a_browser_shows_what_becomes_of_a_recording(
+    page: ModuleType, engine: Engine, recording: Path, tmp_path: Path
+) -> None:
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
@@ -95,8 +105,8 @@ def test_a_browser_shows_what_becomes_of_a_recording(engine: Engine, recording: 
     for word in ("--headless=new", "--no-sandbox", "--window-size=420,1400"):  # as wide as a phone
         options.add_argument(word)
     options.binary_location = shutil.which("chromium")
-    page = make_page({"tiny": engine})
-    _, address, _ = launch(page, "127.0.0.1", None, wait=False)
+    shown = page.make_page({"tiny": engine})
+    _, address, _ = page.launch(shown, "127.0.0.1", None, wait=False)
     browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
         browser.get(address)
@@ -110,6 +120,6 @@ def test_a_browser_shows_what_becomes_of_a_recording(engine: Engine, recording: 
     finally:
         browser.save_screenshot(str(tmp_path / "page.png"))
         browser.quit()
-        page.close()
+        shown.close()
     assert text == next(iter(transcribe([recording], engine.speech_llm))) and fits
     assert (tmp_path / "page.png").stat().st_size > 10_000
