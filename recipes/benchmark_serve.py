@@ -11,6 +11,7 @@ server's memory after each part, and the delay of live texts. Needs the extra `s
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -59,6 +60,7 @@ from speechllm.evaluation.tables import DASH, Table
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import claim_output, run_recipe
+from speechllm.runs.signals import child_environment
 from tokenizer.corpus import spread
 from tokenizer.errors import InputError
 from tokenizer.files import write_json
@@ -104,7 +106,8 @@ def main(config: ServeConfig) -> None:
 def served(model: str) -> Iterator[tuple[str, str, psutil.Process]]:
     """A server of the model in a process of its own: its address, the model's name, and the process."""
     command = [sys.executable, "-m", "speechllm.cli.main", "serve", model, "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    environment = os.environ | child_environment()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None
             name, _, rest = process.stdout.readline().partition(" is served at ")

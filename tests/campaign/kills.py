@@ -124,6 +124,12 @@ JOBS = (  # the long ones first
         3,
     ),
     Job(
+        "benchmark_serve",
+        "benchmark_serve.py model=asr/model data=corpus splits=[test] recordings=2 requests=4 clients=2 bad=8 live=0",
+        2,
+        loose=("*.json",),  # of seconds
+    ),
+    Job(
         "benchmark_asr",
         "benchmark_asr.py codes=codes codec=tokenizer/model shape=small steps=2 precision=no",
         2,
