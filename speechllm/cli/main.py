@@ -28,7 +28,7 @@ from tokenizer.settings import Count, Positive, argument
 
 if TYPE_CHECKING:
     from torch import Tensor
-from speechllm.runs.signals import interruptible, say_interrupted
+from speechllm.runs.signals import end_with_parent, interruptible, say_interrupted
 
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
 BASE = "another place of the language model under an adapter than the recorded one"
@@ -307,4 +307,5 @@ def _numbers(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
+    end_with_parent()  # if a program of ours started it, as benchmark_serve does
     sys.exit(main())

@@ -7,7 +7,6 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speechllm.runs.signals import end_with_parent
 from speechllm.serving.hosts import is_loopback
 
 if TYPE_CHECKING:
@@ -18,7 +17,6 @@ KEY = "SPEECHLLM_API_KEY"  # in the environment, where other users of the machin
 
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM; requests in progress are answered first."""
-    end_with_parent()
     key = arguments.api_key or os.environ.get(KEY)
     if not key and not is_loopback(arguments.host):
         raise ValueError(f"--host {arguments.host} can be reached by others: give --api-key or set {KEY}")

@@ -110,7 +110,7 @@ def test_a_browser_shows_what_becomes_of_a_recording(
     browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
         browser.get(address)
-        wait = WebDriverWait(browser, 25)
+        wait = WebDriverWait(browser, 60)
         wait.until(lambda it: it.find_elements(By.CSS_SELECTOR, "button[aria-label*=pload]"))[0].click()
         wait.until(lambda it: it.find_elements(By.CSS_SELECTOR, "input[type=file]"))[0].send_keys(str(recording))
         wait.until(lambda it: len(it.find_elements(By.CSS_SELECTOR, ".codes span")) == 50)
