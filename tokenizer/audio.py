@@ -352,6 +352,13 @@ def save_audio(path: str | Path, waveform: Tensor, sample_rate: int = 16_000) ->
         soundfile.write(os.fsencode(part), samples, sample_rate, format=kind)
 
 
+def wav_content(waveform: Tensor, sample_rate: int) -> bytes:
+    """The content of a 16-bit WAV file that holds a waveform float [N]."""
+    content = io.BytesIO()
+    soundfile.write(content, waveform.clamp(-1, 1).numpy(), sample_rate, format="WAV", subtype="PCM_16")
+    return content.getvalue()
+
+
 def audio_format(path: str | Path) -> str:
     """The audio format of a file name, such as WAV. Raises InputError for one that cannot be written."""
     kind, known = Path(path).suffix[1:].upper(), soundfile.available_formats()

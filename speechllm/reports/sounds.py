@@ -1,7 +1,6 @@
 """An utterance before and after a codec: as sounds, as files, and as spectrograms and players in a report."""
 
 import base64
-import io
 import os
 import re
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from speechllm.reports.html import grid
 from speechllm.reports.plots import spectrograms
-from tokenizer.audio import save_audio
+from tokenizer.audio import save_audio, wav_content
 from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.metrics.quality import layer_counts, reconstruct
 
@@ -92,7 +91,5 @@ def _shown(reconstruction: Reconstruction) -> dict[str, np.ndarray]:
 
 
 def _player(name: str, waveform: np.ndarray, sample_rate: int) -> str:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(waveform, -1, 1), sample_rate, format="WAV", subtype="PCM_16")
-    data = base64.b64encode(buffer.getvalue()).decode()
+    data = base64.b64encode(wav_content(torch.from_numpy(waveform), sample_rate)).decode()
     return f'<div>{escape(name)}<audio controls src="data:audio/wav;base64,{data}"></audio></div>'

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import io
 import itertools
 import json
 import re
@@ -12,7 +11,6 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import soundfile
 import torch
 from fastapi import FastAPI, File, Form, Request, Response, UploadFile, WebSocket
 from fastapi.exceptions import RequestValidationError
@@ -30,7 +28,7 @@ from speechllm.serving.answers import Segment
 from speechllm.serving.door import Door, Limits, Metrics, Refused, error_content
 from speechllm.serving.engine import Engine
 from speechllm.serving.live import LiveSpeech, transcribe_live
-from tokenizer.audio import RATES, AudioError, load_audio
+from tokenizer.audio import RATES, AudioError, load_audio, wav_content
 from tokenizer.errors import InputError
 from tokenizer.interface import Codec, Codes, DiscreteTokenizer
 from tokenizer.metrics.conversion import convert_voice
@@ -322,6 +320,4 @@ def _numbers(text: str) -> list[int]:
 
 
 def _sound(waveform: Tensor, sample_rate: int) -> Response:
-    content = io.BytesIO()
-    soundfile.write(content, waveform.clamp(-1, 1).numpy(), sample_rate, format="WAV")
-    return Response(content.getvalue(), media_type="audio/wav")
+    return Response(wav_content(waveform, sample_rate), media_type="audio/wav")

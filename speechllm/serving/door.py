@@ -126,13 +126,13 @@ class Door:
         return None
 
     def _bounded(self, scope: Scope, receive: Receive) -> Receive:
-        size = 0
+        size, most = 0, self._most_bytes(scope)
 
         async def read() -> Message:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self._most_bytes(scope):
+            if size > most:
                 raise self._too_large(scope)
             return message
 

@@ -13,6 +13,7 @@ pytest.importorskip("fastapi", reason="needs the serve extra")
 from fastapi.testclient import TestClient
 
 from speechllm.serving.app import make_app
+from speechllm.serving.engine import Engine
 
 RATE = 16_000
 
@@ -20,6 +21,13 @@ RATE = 16_000
 @pytest.fixture
 def speech_llm(make_speech_llm: Callable[..., SpeechLLM]) -> SpeechLLM:
     return make_speech_llm()
+
+
+@pytest.fixture
+def engine(speech_llm: SpeechLLM) -> Iterator[Engine]:
+    engine = Engine(speech_llm)
+    yield engine
+    engine.close()
 
 
 @pytest.fixture

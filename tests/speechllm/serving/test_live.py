@@ -1,7 +1,7 @@
 """Speech that is still being said: texts while it comes, and at the end those of the whole."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -41,13 +41,6 @@ def speech_llm(
     codec = make_codec(num_codebooks=2, codebook_size=16, causal=request.param)
     model = make_qwen2(text_tokenizer)
     return SpeechLLM(model, text_tokenizer, extend_vocabulary(model, text_tokenizer, codec), codec)
-
-
-@pytest.fixture
-def engine(speech_llm: SpeechLLM) -> Iterator[Engine]:
-    engine = Engine(speech_llm)
-    yield engine
-    engine.close()
 
 
 def test_the_last_text_is_that_of_the_whole(

@@ -2,7 +2,7 @@
 
 import importlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -23,13 +23,6 @@ def page() -> ModuleType:
     """The module; not imported above, because Gradio takes seconds, and every process of the tests reads this file."""
     pytest.importorskip("gradio", reason="needs the page extra")
     return importlib.import_module("speechllm.serving.page")
-
-
-@pytest.fixture
-def engine(speech_llm: SpeechLLM) -> Iterator[Engine]:
-    engine = Engine(speech_llm)
-    yield engine
-    engine.close()
 
 
 def test_a_recording_becomes_tokens_then_text_then_sounds(
