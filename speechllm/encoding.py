@@ -31,7 +31,8 @@ class Encoding:
     codebook_size: int  # 1 for features, 0 for texts
     kind: Literal["codes", "features", "text"] = "codes"
     width: int = 0  # C, dimensions of a feature
-    deduplicated: bool = False  # repeats of a code are merged: frames have no time, and frame_rate is an upper bound
+    deduplicated: bool = False  # repeats are merged: frames have no time, and frame_rate is an upper bound
+    labels: int = 0  # the last dimensions of a feature are probabilities of so many labels (`CtcCompressor`)
 
     @staticmethod
     def of(codec: AudioTokenizer, layers: int | None = None) -> "Encoding":
@@ -51,6 +52,8 @@ class Encoding:
                     codebook_size=1,
                     kind="features",
                     width=codec.width,
+                    deduplicated=getattr(codec, "deduplicate", False),
+                    labels=len(getattr(codec, "labels", ())),
                 )
             return Encoding(
                 fingerprint=codec.fingerprint,

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from speechllm.encoding import Encoding
 from speechllm.projector import add_projector
-from speechllm.vocabulary import END, START, AudioVocabulary, Order, VocabularyError
+from speechllm.vocabulary import END, START, AudioVocabulary, Order, VocabularyError, text_token_ids
 from tokenizer.interface import AudioTokenizer, DiscreteTokenizer
 
 MARK = "reads_codes_of"  # key in the config.json of an extended model: the codec's fingerprint
@@ -96,7 +96,7 @@ def extend_vocabulary(
             matrix[ids[0] : ids[0] + len(names)] = rows_new.to(matrix)
     stack = stack if encoding.kind == "features" else 1
     vocabulary = AudioVocabulary(encoding, ids[0], ids[count], ids[count + 1], rows, order, stack)
-    add_projector(model, vocabulary)
+    add_projector(model, vocabulary, text_token_ids(text_tokenizer, getattr(codec, "labels", ())))
     setattr(model.config, MARK, encoding.fingerprint)
     return vocabulary
 

@@ -1,9 +1,11 @@
 """Continuous features as input of a language model: projected features replace the embeddings of placeholders."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,29 +21,42 @@ FILE = "speech_projector.safetensors"
 
 
 class SpeechProjector(nn.Module):
-    """Features float [P, C] -> embeddings float [P, H]: layer normalisation and two linear layers with GELU between."""
+    """Features float [P, C] -> embeddings float [P, H]: layer normalisation and two linear layers with GELU between.
 
-    def __init__(self, width: int, hidden: int, spread: float = 1.0):
+    Where the last features are probabilities of labels, such as letters, the embeddings begin as the expected rows of
+    these labels, so that a language model reads text from the first step on; what the layers add begins at zero.
+    """
+
+    def __init__(self, width: int, hidden: int, spread: float = 1.0, labels: int = 0):
         """spread: approximate initial standard deviation of the embeddings, such as that of the text rows."""
         super().__init__()
         self.normalization = nn.LayerNorm(width)
         self.inner, self.outer = nn.Linear(width, hidden), nn.Linear(hidden, hidden)
-        nn.init.normal_(self.outer.weight, std=spread * math.sqrt(2 / hidden))
+        nn.init.normal_(self.outer.weight, std=0.0 if labels else spread * math.sqrt(2 / hidden))
         nn.init.zeros_(self.outer.bias)
+        self.rows = nn.Parameter(torch.zeros(labels, hidden)) if labels else None
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.outer(nn.functional.gelu(self.inner(self.normalization(features))))
+        projected = self.outer(nn.functional.gelu(self.inner(self.normalization(features))))
+        return projected if self.rows is None else projected + features[:, -len(self.rows) :] @ self.rows
 
 
-def add_projector(model: PreTrainedModel, vocabulary: "AudioVocabulary") -> None:
+def add_projector(
+    model: PreTrainedModel, vocabulary: "AudioVocabulary", label_ids: Sequence[Sequence[int]] = ()
+) -> None:
     """Add a projector for the vocabulary's features to a language model, as its submodule `speech_projector`.
 
-    Does nothing for a vocabulary of codes or texts.
+    Does nothing for a vocabulary of codes or texts. label_ids: of each label, the tokens of its text, whose mean row it
+    begins with.
     """
     if vocabulary.encoding.kind == "features":
         rows = model.get_input_embeddings().weight
         width = vocabulary.encoding.width * vocabulary.stack
-        projector = SpeechProjector(width, rows.shape[1], float(rows.detach().float().std()))
+        labels = vocabulary.encoding.labels if vocabulary.stack == 1 else 0  # stacked, labels are not the last features
+        projector = SpeechProjector(width, rows.shape[1], float(rows.detach().float().std()), labels)
+        for label, ids in enumerate(label_ids[:labels]):
+            if projector.rows is not None and ids:
+                projector.rows.data[label] = rows.detach()[list(ids)].float().mean(0)
         model.add_module(NAME, projector.to(rows))
 
 

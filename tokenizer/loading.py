@@ -9,6 +9,7 @@ from tokenizer.custom import TokenizerError, load_class
 from tokenizer.errors import InputError
 from tokenizer.interface import AudioTokenizer, Codec, DiscreteTokenizer
 from tokenizer.pretrained import SETTINGS_FILE, check_folder, read_pretrained_json
+from tokenizer.schemes.compressor import BASE, CtcCompressor
 from tokenizer.schemes.features import FeatureEncoder
 from tokenizer.schemes.published import PUBLISHED, PublishedCodec
 from tokenizer.schemes.recognizer import Recognizer
@@ -95,6 +96,8 @@ def _by_files(name: str) -> AudioTokenizer:
             return FeatureEncoder.from_pretrained(name, settings["layer"])
         case "recognizer":
             return Recognizer.from_pretrained(name)
+        case "compressor":
+            return CtcCompressor.from_pretrained(name, load_tokenizer(Path(name) / BASE))
     config = read_pretrained_json(name, "config.json")
     if not config and not Path(name).is_dir():
         raise FileNotFoundError(f"{name}: no such folder, and no hub model that can be reached; {SPELLINGS}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from parts import ALIGNMENT, ASR, CTC, EMOTION, ENCODE, EVAL_ASR, SPEAKER, TEXT, TOKENIZER, UNITS
+from parts import ALIGNMENT, ASR, COMPRESSOR, CTC, EMOTION, ENCODE, EVAL_ASR, SPEAKER, TEXT, TOKENIZER, UNITS
 from start import TRACEBACK, Ended, Lane, Process
 
 KILLS = 3  # at most, in a sequence
@@ -101,6 +101,7 @@ JOBS = (  # the long ones first
     Job("train_tokenizer", TOKENIZER, 8, TRAINED),
     Job("train_asr", ASR, 8, TRAINED),
     Job("train_asr, lora", f"{ASR} steps=12 {LORA}", 5, TRAINED),
+    Job("train_compressor", COMPRESSOR, 5, TRAINED),
     Job("train_text", TEXT, 6, ("checkpoints/checkpoint-*/trainer_state.json", "model*/**", "report.html")),
     Job("train_emotion", EMOTION, 6, ("folds/*.json", "results.json"), ("folds/*.json",)),
     Job("encode_speech", ENCODE, 6, ("codes_*.part*", "codes_*.parquet", "request.json"), SHARDS),

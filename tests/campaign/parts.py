@@ -43,6 +43,10 @@ TEXT = (
 )
 EMOTION = f"train_emotion.py codes=actor_codes codec=tokenizer/model {' '.join(emotion.WORDS)}"
 UNITS = "fit_units.py model=alignment/model data=corpus clusters=8 layer=1"
+COMPRESSOR = (
+    "train_compressor.py codes=codes codec=tokenizer/model splits=[train] dev_splits=[dev] width=64 depth=1 steps=12 "
+    "batch_s=2 warmup=2 validate_every=6 save_every=2 log_every=1"
+)
 EVAL_ASR = "eval_asr.py model=asr/model codes=codes splits=[test]"
 MADE = {  # in this order, one of another
     "alignment": ALIGNMENT,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from judge import Case, refused
-from parts import ALIGNMENT, ASR, EMOTION, ENCODE, EVAL_ASR, SPEAKER, TEXT, TOKENIZER, UNITS
+from parts import ALIGNMENT, ASR, COMPRESSOR, EMOTION, ENCODE, EVAL_ASR, SPEAKER, TEXT, TOKENIZER, UNITS
 
 SOON_S = 20  # of a refusal, on a machine that does other things too
 COMMANDS = {
@@ -11,6 +11,7 @@ COMMANDS = {
     "alignment teacher": (ALIGNMENT, "corpus"),
     "train_tokenizer": (TOKENIZER, "corpus alignment speaker"),
     "train_asr": (ASR, "codes tokenizer"),
+    "train_compressor": (COMPRESSOR, "codes tokenizer"),
     "train_text": (TEXT, "text.txt"),
     "train_emotion": (EMOTION, "actor_codes tokenizer"),
     "encode_speech": (ENCODE, "corpus tokenizer"),
@@ -41,6 +42,8 @@ WORDS = {
     "small.text_steps=-1 small.num_hidden_layers=0 weight_average=1 weight_average=0 patience=0 max_utterances=0 "
     "dev_utterances=0 speech_loss=-1 weight_decay=-1 row_steps=-1 augmentation.mask=2 augmentation.spans=-1 "
     "precision=fp8 init=best lora.rank=0 steps=0 warmup=0",
+    "train_compressor": "width=0 width=32 depth=0 dropout=1 mask_s=-1 batch_s=0 batch_s=.nan steps=0 learning_rate=0 "
+    "max_duration_s=0 warmup=-1 clip=0 seed=-1 save_every=0 dev_utterances=0 normalizer=whisper",
     "train_text": "learning_rate=0 learning_rate=-1 steps=0 batch_size=0 block=0 block=-1 block=1 text_tokens=0 "
     "text_tokens=3 seed=-1 warmup=-1 save_every=0 log_every=0 validate_every=0 shape.hidden_size=17 "
     "shape.num_attention_heads=0 shape.num_key_value_heads=3 text=[]",

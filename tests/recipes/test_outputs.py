@@ -22,7 +22,7 @@ CHECKED_FIRST = (
     *("eval_conversion", "fit_units"),
 )
 FILES = ("draw_pipeline", "eval_tokenizer")  # their output is a file
-TRAININGS = ("train_asr", "train_emotion", "train_teacher", "train_text", "train_tokenizer")
+TRAININGS = ("train_asr", "train_compressor", "train_emotion", "train_teacher", "train_text", "train_tokenizer")
 KNOWN_BY_CONFIG = [name for name in CHECKED_FIRST if name not in ("align_speech", "encode_speech")]
 
 

@@ -191,7 +191,11 @@ def remember_statistics(*modules: nn.Module, balancer: Balancer | None = None) -
 
 
 def average_weights(codec: SpeechCodec, decay: float | None) -> AveragedModel | None:
-    """Moving average of all weights and codebooks, which sounds cleaner than any single step; None without decay."""
+    """Moving average of all weights, which sounds cleaner than any single step; None without decay.
+
+    Codebooks are those of the last step: averaged over its dead codes, which start anew elsewhere, and, if normalised,
+    off the sphere, a codebook shrinks to its centre and uses a few codes only.
+    """
     if decay is None:
         return None
-    return AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)

@@ -9,7 +9,14 @@ from speechllm import SpeechCodec, SpeechCodecConfig
 from tokenizer.training.discriminators import Adversary, MultiScaleSTFTDiscriminator
 from tokenizer.training.gradients import GradientCaps
 from tokenizer.training.losses import Balancer, MultiScaleMelLoss, ReconstructionLoss
-from tokenizer.training.step import CodecLoss, DistillationLoss, draw_starts, parameter_groups, repeat_speech
+from tokenizer.training.step import (
+    CodecLoss,
+    DistillationLoss,
+    average_weights,
+    draw_starts,
+    parameter_groups,
+    repeat_speech,
+)
 
 B, N, D, P = 3, 6_400, 8, 6
 LENGTHS = torch.tensor([6_400, 5_000, 6_400])
@@ -202,6 +209,20 @@ def test_gains_and_biases_do_not_decay(codec: SpeechCodec, mel: MultiScaleMelLos
     assert all(names[id(p)].endswith(("bias", "weight.original0")) for p in plain["params"])
     assert len(decayed["params"]) + len(plain["params"]) == len(names) - 1  # all but what was measured
     assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0
+
+
+def test_weights_are_averaged_and_codebooks_are_those_of_the_last_step(codec: SpeechCodec) -> None:
+    averaged = average_weights(codec, 0.75)
+    assert average_weights(codec, None) is None
+    averaged.update_parameters(codec)  # the first step is taken as it is
+    weights = [parameter.detach().clone() for parameter in codec.parameters()]
+    with torch.no_grad():
+        for tensor in [*codec.parameters(), codec.quantizer.codebooks]:
+            tensor.add_(1.0)
+    averaged.update_parameters(codec)
+    for found, weight in zip(averaged.module.parameters(), weights, strict=True):
+        torch.testing.assert_close(found, weight + 0.25)
+    assert torch.equal(averaged.module.quantizer.codebooks, codec.quantizer.codebooks)
 
 
 def test_known_targets_replace_the_teacher(codec: SpeechCodec, mel: MultiScaleMelLoss, waveform: Tensor) -> None:

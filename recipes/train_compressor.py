@@ -1,0 +1,203 @@
+"""Train a compressor: a CTC network that turns the frames of a tokenizer into about one vector per letter.
+
+    python recipes/train_compressor.py --config configs/published/compressor.yaml codes=CODES codec=TOKENIZER output=RUN
+    speechllm run train_compressor --processes 8 ...        on 8 GPUs
+
+CODES is what recipes/encode_speech.py wrote with TOKENIZER: features of an encoder, units, or codes of a codec. The
+network learns the letters of the transcripts; RUN/model is an audio tokenizer of its own, with TOKENIZER inside, whose
+vectors a language model reads like any features (recipes/encode_speech.py and train_asr.py, stack=1). A killed run,
+started again with the same command, resumes from its newest checkpoint and ends as if it had not been interrupted.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from speechllm.runs.config import parse_config
+from tokenizer.settings import Count, Names, Natural, Positive, Rule, Seed, Settings, Share
+
+Width = Annotated[int, Rule("a multiple of 64", lambda n: n > 0 and n % 64 == 0)]  # heads of the attention
+
+
+@dataclass
+class CompressorConfig(Settings):
+    codes: str  # folder of encode_speech
+    codec: str  # the audio tokenizer that made them, as `load_tokenizer` takes it
+    output: str  # run folder; the compressor goes to its subfolder `model`
+    splits: Names | None = None  # training splits, all when null
+    dev_splits: Names | None = None  # for the WER of its letters, none when null
+    normalizer: Literal["librispeech", "whisper_english", "none"] = "librispeech"  # of the transcripts
+    width: Width = 256  # of the Conformer
+    depth: Count = 3  # layers
+    dropout: Share = 0.1
+    mask_s: Natural = 1  # seconds at most that are masked in each utterance, in two spans
+    steps: Count = 4000
+    batch_s: Positive = 120.0  # seconds of speech per step, over all processes
+    max_duration_s: Positive = 20.0  # longer utterances are left out of the training
+    learning_rate: Positive = 1e-3
+    weight_decay: Positive = 1e-2
+    warmup: Natural = 200  # steps
+    clip: Positive = 1.0  # largest gradient norm
+    validate_every: Count = 500  # steps
+    dev_utterances: Count = 100  # at most, evenly chosen
+    log_every: Count = 10  # steps
+    save_every: Count = 500  # steps between checkpoints
+    seed: Seed = 0
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(CompressorConfig, shares_work=True)
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import set_seed
+from datasets import Dataset
+from torch import Tensor, nn
+from torchaudio.transforms import TimeMasking
+
+from speechllm import DataError, Encoding, load_codes, load_tokenizer, speech_of, word_error_rate
+from speechllm.data.batches import token_batches
+from speechllm.data.shards import require_texts, transcribed
+from speechllm.reports.pages import finish_training
+from speechllm.runs.loop import Parts, TrainingLoop
+from speechllm.runs.machine import make_accelerator
+from speechllm.runs.recipe import run_recipe
+from speechllm.runs.run import MAY_CHANGE, Run
+from speechllm.training.schedule import set_learning_rate, warmup_cosine
+from tokenizer.files import atomic_folder
+from tokenizer.frames import frame_count
+from tokenizer.prefetch import prefetch
+from tokenizer.schemes.compressor import BLANK, STRIDE, CtcCompressor, base_frames
+from tokenizer.training.step import remember_statistics
+
+READ_AHEAD = 4  # batches
+Batch = tuple[Tensor, ...]  # what `CtcLoss` takes
+
+
+def main(config: CompressorConfig) -> None:
+    accelerator = make_accelerator()
+
+    # 1. encoded speech, its tokenizer, and the letters of the transcripts
+    require_texts(config.codes, config.normalizer)
+    train, encoding = load_codes(config.codes, config.splits)
+    train = transcribed(train, normalizer=config.normalizer)
+    train = train.select([i for i, s in enumerate(train["duration_s"]) if s <= config.max_duration_s])
+    if not len(train):
+        raise DataError(f"{config.codes}: no utterance of up to {config.max_duration_s:g} s has a transcript")
+    dev = load_codes(config.codes, config.dev_splits)[0] if config.dev_splits else None
+    dev = transcribed(dev, config.dev_utterances, config.normalizer) if dev is not None else []
+    base = load_tokenizer(config.codec)
+    encoding.require(base.fingerprint, config.codec)
+    run = Run(config.output, config, accelerator, free=MAY_CHANGE)
+    if run.summary:
+        accelerator.print(f"{config.output} is finished: {run.summary}")
+        return
+    set_seed(config.seed)
+    labels = ["", *sorted(set("".join(train["text"])))]
+    compressor = CtcCompressor(base, labels, config.width, config.depth, config.dropout).to(accelerator.device)
+    network = compressor.network
+    hours, millions = sum(train["duration_s"]) / 3600, sum(p.numel() for p in network.parameters()) / 1e6
+    passes = config.steps * config.batch_s / 3600 / hours
+    accelerator.print(
+        f"compressor: {millions:.1f} M parameters, {len(labels) - 1} letters, {len(train)} utterances; {config.steps} "
+        f"steps of {config.batch_s:g} s are {passes:.1f} passes over {hours:.2f} h"
+    )
+
+    # 2. train, from the newest checkpoint on
+    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    loop = TrainingLoop(
+        run,
+        Parts(network=network, optimizer=optimizer),
+        "compressor",
+        steps=config.steps,
+        seed=config.seed,
+        save_every=config.save_every,
+    )
+    loss_of = accelerator.prepare(CtcLoss(network, config.mask_s))
+    batches = read_batches(train, encoding, compressor, config, loop.done, accelerator)
+    loss_of.train()
+    for step in loop:
+        set_learning_rate(optimizer, warmup_cosine(step, config.steps, config.warmup))
+        chosen, batch = next(batches)
+        restore = remember_statistics(network)
+        loss = loss_of(*(tensor.to(accelerator.device) for tensor in batch))
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
+        if loop.skips(loss, norm, recordings=lambda chosen=chosen: [train["id"][i] for i in chosen]):
+            restore()
+            continue
+        optimizer.step()
+        if loop.due(config.log_every):
+            loop.log(loss=loss.item())
+        if len(dev) and loop.due(config.validate_every) and run.main:
+            run.log(loop.done, dev_wer=letters_wer(compressor.eval(), dev, encoding, config.normalizer))
+            compressor.train()
+
+    # 3. export
+    if run.main:
+        compressor.eval()
+        with atomic_folder(run.folder / "model") as folder:
+            compressor.save_pretrained(folder)
+        scores = {"dev_wer": letters_wer(compressor, dev, encoding, config.normalizer)} if len(dev) else {}
+        finish_training(run, {"steps": config.steps, **loop.figures, **scores, "fingerprint": compressor.fingerprint})
+        print(f"compressor saved in {run.folder / 'model'} {scores}")
+    accelerator.wait_for_everyone()
+
+
+class CtcLoss(nn.Module):
+    """The CTC loss of a batch per letter; in training two spans of every utterance are masked, as in SpecAugment.
+
+    Several processes average the means over their own letters, which is nearly the mean over all.
+    """
+
+    def __init__(self, network: nn.Module, mask_s: int):
+        super().__init__()
+        self.network = network
+        self.mask = TimeMasking(25 * mask_s, iid_masks=True) if mask_s else nn.Identity()
+
+    def forward(self, frames: Tensor, lengths: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
+        """frames: float [B, T, C] with lengths long [B]; labels: long [B, S] with sizes long [B]."""
+        if self.training:
+            frames = self.mask(self.mask(frames[:, None].transpose(2, 3)))[:, 0].transpose(1, 2)
+        _, scores = self.network(frames, lengths)
+        outputs = frame_count(lengths, STRIDE)
+        losses = F.ctc_loss(
+            scores.transpose(0, 1), labels, outputs, sizes, blank=BLANK, reduction="sum", zero_infinity=True
+        )
+        return losses / sizes.sum()
+
+
+def read_batches(
+    train: Dataset, encoding: Encoding, compressor: CtcCompressor, config: CompressorConfig, start: int, accelerator
+) -> Iterator[tuple[list[int], Batch]]:
+    """Endless batches from step `start` on, and the numbers of their utterances; each process gets its share."""
+    labels = {label: number for number, label in enumerate(compressor.labels)}
+    lengths = [max(1, round(100 * seconds)) for seconds in train["duration_s"]]
+    orders = token_batches(lengths, round(100 * config.batch_s), config.seed, start)
+    process, processes = accelerator.process_index, accelerator.num_processes
+
+    def read(order: list[int]) -> tuple[list[int], Batch]:
+        chosen = list(order[process::processes]) or list(order[:1])
+        rows = [train[int(i)] for i in chosen]
+        frames = [base_frames(compressor.base, speech_of(row, encoding)) for row in rows]
+        targets = [torch.tensor([labels[letter] for letter in row["text"]]) for row in rows]
+        sizes = [torch.tensor([len(x) for x in one]) for one in (frames, targets)]
+        padded = [nn.utils.rnn.pad_sequence(one, batch_first=True) for one in (frames, targets)]
+        return chosen, (padded[0], sizes[0], padded[1], sizes[1])
+
+    yield from prefetch(read, (order.tolist() for order in orders), READ_AHEAD)
+
+
+@torch.no_grad()
+def letters_wer(compressor: CtcCompressor, dev: Dataset, encoding: Encoding, normalizer: str) -> float:
+    """WER of what the letters spell, without any language model."""
+    texts = []
+    for row in dev:
+        _, scores = compressor.label(base_frames(compressor.base, speech_of(row, encoding)))
+        texts.append(compressor.text(scores))
+    return word_error_rate(dev["text"], texts, normalizer).wer
+
+
+if __name__ == "__main__":
+    run_recipe(main, CONFIG)

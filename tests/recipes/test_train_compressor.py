@@ -1,0 +1,89 @@
+"""train_compressor: it learns letters, resumes as if never killed, and what it saves encodes speech."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import soundfile
+import torch
+
+from speechllm import DataError, SpeechCodec, Utterance, load_codes, load_tokenizer
+from speechllm.data.shards import encode_shards
+from speechllm.runs.run import read_log
+from tokenizer.schemes.compressor import CtcCompressor
+
+RATE = 16_000
+TEXTS = ["AB", "A B", "BA", "B"]
+
+
+@pytest.fixture(autouse=True)
+def _new_accelerator() -> Iterator[None]:
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, small_codec: SpeechCodec, noise: Callable) -> Path:
+    folder = tmp_path_factory.mktemp("compressor")
+    utterances = []
+    for i in range(8):
+        path, seconds = folder / f"u{i}.wav", 0.6 + 0.05 * i
+        soundfile.write(path, noise(round(seconds * RATE), seed=i)[0].numpy(), RATE)
+        split = "train" if i < 6 else "dev"
+        utterances.append(Utterance(path.stem, path, seconds, text=TEXTS[i % 4], speaker="s", split=split))
+    list(encode_shards(utterances, small_codec, folder / "codes", layers=2))
+    small_codec.save_pretrained(folder / "codec")
+    torch.save(utterances, folder / "utterances.pt")
+    return folder
+
+
+@pytest.fixture
+def train(recipe: Callable[[str], ModuleType], work: Path, without_pictures: None) -> Callable[..., Path]:
+    module = recipe("train_compressor.py")
+
+    def train(name: str, **settings: object) -> Path:
+        words = {"splits": ["train"], "dev_splits": ["dev"], "width": 64, "depth": 1, "steps": 6, "batch_s": 2.0}
+        words |= {"warmup": 1, "validate_every": 3, "save_every": 2, "log_every": 1}
+        module.main(
+            module.CompressorConfig(str(work / "codes"), str(work / "codec"), str(work / name), **(words | settings))
+        )
+        return work / name
+
+    train.module = module
+    return train
+
+
+def die(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_killed_training_ends_as_if_it_had_not_been(
+    train: Callable[..., Path], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.module, "letters_wer", die)
+        with pytest.raises(KeyboardInterrupt):
+            train("killed")
+    killed = train("killed")
+    assert read_log(killed) == read_log(whole)
+    weights = [(run / "model" / "compressor.safetensors").read_bytes() for run in (whole, killed)]
+    assert weights[0] == weights[1]
+    losses = [line["loss"] for line in read_log(whole) if "loss" in line]
+    assert len(losses) == 6 and losses[-1] < losses[0]
+
+    compressor = load_tokenizer(whole / "model")
+    assert isinstance(compressor, CtcCompressor) and compressor.labels == ("", " ", "a", "b")  # normalised
+    list(encode_shards(torch.load(work / "utterances.pt", weights_only=False), compressor, work / "vectors"))
+    rows, encoding = load_codes(work / "vectors")
+    assert (len(rows), encoding.kind, encoding.labels) == (8, "features", 4)
+    assert encoding.fingerprint == compressor.fingerprint
+
+
+def test_a_training_without_words_is_refused(train: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match="no utterance of up to 0.1 s has a transcript"):
+        train("short", max_duration_s=0.1)

@@ -1,0 +1,137 @@
+"""The compressor: runs of letters by an independent computation, save/load, and what a language model begins with."""
+
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from speechllm import Encoding, InputError, SpeechCodec, extend_vocabulary, load_tokenizer
+from tokenizer.interface import Features, FeatureTokenizer
+from tokenizer.schemes.compressor import CtcCompressor, CtcNetwork, base_frames, compress
+
+LABELS = ["", " ", "A", "B"]
+Noise = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="module")
+def compressor(small_codec: SpeechCodec) -> CtcCompressor:
+    torch.manual_seed(0)
+    made = CtcCompressor(small_codec, LABELS, width=64, depth=1, dropout=0.5).eval()
+    nn.init.normal_(made.network.output.weight, std=4.0)  # so that labels change
+    return made
+
+
+def test_a_vector_is_the_mean_of_a_run_of_a_letter() -> None:
+    labels = [0, 2, 2, 0, 2, 1, 1, 1, 3, 0]
+    probabilities = torch.full((len(labels), 4), 0.1)
+    probabilities[range(len(labels)), labels] = 0.7
+    states = torch.randn(len(labels), 5)
+    runs = [[place for place, _ in group] for _, group in groupby(enumerate(labels), key=lambda item: item[1])]
+    rows = torch.cat([states, probabilities], 1)
+    expected = torch.stack([rows[run].mean(0) for run in runs if labels[run[0]] != 0])
+    torch.testing.assert_close(compress(states, probabilities.log()), expected)
+    assert len(expected) == 4
+
+
+def test_speech_without_letters_is_one_vector() -> None:
+    states, scores = torch.randn(6, 5), torch.tensor([[0.0, -9, -9, -9]] * 6)
+    torch.testing.assert_close(compress(states, scores), torch.cat([states, scores.exp()], 1).mean(0, keepdim=True))
+
+
+def test_it_is_a_tokenizer_of_features_that_have_no_time(compressor: CtcCompressor, noise: Noise) -> None:
+    assert isinstance(compressor, FeatureTokenizer)
+    encoding = Encoding.of(compressor)
+    assert (encoding.kind, encoding.width, encoding.labels, encoding.deduplicated) == ("features", 68, 4, True)
+    vectors = encoding.encode(compressor, noise(16_000)[0])
+    assert vectors.shape[1] == 68 and 1 < len(vectors) <= 25
+    torch.testing.assert_close(vectors[:, -4:].sum(1), torch.ones(len(vectors)))
+    letters = vectors[:, -4:].argmax(1)
+    _, scores = compressor.label(base_frames(compressor.base, compressor.base.encode(noise(16_000)).utterance(0)))
+    assert "".join(LABELS[letter] for letter in letters) == "".join(
+        LABELS[label] for label, _ in groupby(scores.argmax(1).tolist())
+    )
+    assert compressor.text(scores) == "".join(LABELS[letter] for letter in letters)
+
+
+def test_an_utterance_is_the_same_in_every_batch(compressor: CtcCompressor, noise: Noise) -> None:
+    long, short = noise(16_000)[0], noise(9_000, seed=1)[0]
+    both = compressor.encode(torch.stack([long, torch.cat([short, long[:7_000]])]), torch.tensor([16_000, 9_000]))
+    for index, waveform in enumerate((long, short)):
+        assert torch.equal(both.utterance(index), compressor.encode(waveform[None]).utterance(0))
+
+
+def test_what_stands_in_the_padding_is_never_seen(compressor: CtcCompressor) -> None:
+    frames, lengths = torch.randn(2, 60, 16), torch.tensor([60, 30])
+    network = compressor.network
+    with torch.no_grad():
+        scores = network(frames, lengths)[1]
+        frames[1, 30:] = 7.0
+        assert torch.equal(scores, network(frames, lengths)[1])
+    assert scores.shape == (2, 30, 4)
+    torch.testing.assert_close(scores.exp().sum(2), torch.ones(2, 30))
+
+
+def test_codes_are_their_vectors_side_by_side(compressor: CtcCompressor, small_codec: SpeechCodec) -> None:
+    codes = torch.tensor([[3, 1], [2, 5]])
+    first, second = small_codec.codebooks
+    expected = torch.stack([torch.cat([first[3], second[2]]), torch.cat([first[1], second[5]])])
+    assert torch.equal(base_frames(small_codec, codes), expected)
+    assert torch.equal(base_frames(small_codec, codes[:1])[:, : first.shape[1]], first[[3, 1]])
+    assert not base_frames(small_codec, codes[:1])[:, first.shape[1] :].any()
+
+
+def test_saved_and_loaded_it_is_the_same(compressor: CtcCompressor, noise: Noise, tmp_path: Path) -> None:
+    compressor.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert isinstance(loaded, CtcCompressor) and not loaded.training
+    assert loaded.fingerprint == compressor.fingerprint and loaded.labels == tuple(LABELS)
+    assert torch.equal(loaded.encode(noise(16_000)).values, compressor.encode(noise(16_000)).values)
+    (tmp_path / "compressor.safetensors").write_bytes(b"cut")
+    with pytest.raises(InputError, match="compressor.safetensors"):
+        load_tokenizer(tmp_path)
+
+
+class Own(nn.Module):
+    """A tokenizer of somebody's own, that returns text unless it has a width."""
+
+    sample_rate, frame_rate, fingerprint, device = 16_000, 50.0, "f" * 16, torch.device("cpu")
+
+    def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> Features:
+        frames = waveform[:, : waveform.shape[1] // 320 * 320].view(1, -1, 320)[:, :, :16]
+        return Features(frames, torch.tensor([frames.shape[1]]))
+
+    def save_pretrained(self, folder: Path) -> None: ...
+
+
+class OwnFeatures(Own):
+    width = 16
+
+
+def test_frames_of_any_kind_will_do_but_text(noise: Noise) -> None:
+    made = CtcCompressor(OwnFeatures(), LABELS, width=64, depth=1).eval()
+    assert made.encode(noise(16_000)).values.shape[2] == 68
+    with pytest.raises(InputError, match="needs frames or codes, but Own returns text"):
+        CtcCompressor(Own(), LABELS, width=64, depth=1)
+
+
+def test_a_language_model_first_reads_the_letters_themselves(
+    compressor: CtcCompressor, make_qwen2: Callable, text_tokenizer: object
+) -> None:
+    model = make_qwen2(text_tokenizer)
+    rows = model.get_input_embeddings().weight.detach().clone()
+    extend_vocabulary(model, text_tokenizer, compressor)
+    features = torch.randn(3, 68)
+    features[:, -4:] = torch.tensor([[0.0, 0, 1, 0], [0, 0.5, 0, 0.5], [1, 0, 0, 0]])
+    space, a, b = (rows[text_tokenizer(text, add_special_tokens=False)["input_ids"]].mean(0) for text in LABELS[1:])
+    with torch.no_grad():
+        found = model.speech_projector(features)
+    torch.testing.assert_close(found, torch.stack([a, (space + b) / 2, torch.zeros_like(a)]))
+
+
+def test_the_network_counts_its_outputs() -> None:
+    network = CtcNetwork(16, 4, 64, 1, 0.0).eval()
+    for frames in (1, 2, 7):
+        assert network(torch.randn(1, frames, 16), torch.tensor([frames]))[1].shape == (1, -(-frames // 2), 4)

@@ -1,0 +1,163 @@
+"""Speech as about one vector per letter: a CTC network over the frames of another tokenizer, and the mean of each run.
+
+A language model that reads 50 frames a second has to find words in them first. Here a small network finds letters
+(CTC, Graves et al. 2006), frames that it calls blank are dropped, and successive frames of one letter become one vector
+(CTC compression: Gaido et al., arXiv 2102.01578; Wu et al., arXiv 2307.03917).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self, cast
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchaudio.models import Conformer
+
+from tokenizer.errors import InputError
+from tokenizer.frames import frame_count, split_utterances
+from tokenizer.interface import AudioTokenizer, Codes, DiscreteTokenizer, Features, FeatureTokenizer
+from tokenizer.pretrained import (
+    SETTINGS_FILE,
+    fill_weights,
+    module_fingerprint,
+    read_pretrained_json,
+    read_weights,
+    write_settings,
+)
+from tokenizer.reading import reading
+
+WEIGHTS_FILE = "compressor.safetensors"
+BASE = "base"  # subfolder of the tokenizer whose frames are compressed
+STRIDE = 2  # frames per label
+KERNEL = 15  # labels that a convolution of the Conformer sees
+BLANK = 0
+
+
+class CtcNetwork(nn.Module):
+    """Frames float [B, T, C] -> states float [B, T', W] and log probabilities float [B, T', V], T' = ceil(T / 2)."""
+
+    def __init__(self, inputs: int, outputs: int, width: int, depth: int, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(inputs)
+        self.dropout = nn.Dropout(dropout)
+        self.reduce = nn.Conv1d(inputs, width, 3, stride=STRIDE, padding=1)
+        self.body = Conformer(width, max(1, width // 64), 2 * width, depth, KERNEL, dropout)
+        self.output = nn.Linear(width, outputs)
+
+    def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """lengths: long [B] in frames; what follows them is padding."""
+        inside = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]
+        x = self.dropout(self.norm(frames)) * inside[..., None]
+        states, _ = self.body(F.gelu(self.reduce(x.transpose(1, 2))).transpose(1, 2), frame_count(lengths, STRIDE))
+        return states, self.output(states).log_softmax(-1)
+
+
+class CtcCompressor(nn.Module):
+    """A `FeatureTokenizer` of one vector per run of a label: the mean state beside the mean probability of each label.
+
+    Vectors have no fixed rate; `frame_rate` is its maximum. Speech without any label is a single vector.
+    """
+
+    deduplicate = True
+
+    def __init__(self, base: AudioTokenizer, labels: Sequence[str], width: int, depth: int, dropout: float = 0.0):
+        """labels: V texts, the letters; the first one, the blank, is ""."""
+        super().__init__()
+        if not isinstance(base, DiscreteTokenizer | FeatureTokenizer):
+            raise InputError(f"a compressor needs frames or codes, but {type(base).__name__} returns text")
+        self.base, self.labels = base, tuple(labels)
+        self.network = CtcNetwork(base_width(base), len(labels), width, depth, dropout)
+        self.shape = {"width": width, "depth": depth}
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, base: AudioTokenizer) -> Self:
+        """Load what `save_pretrained` wrote, in eval mode; base: the tokenizer in its subfolder."""
+        settings, file = read_pretrained_json(name, SETTINGS_FILE), Path(name) / WEIGHTS_FILE
+        with reading(Path(name) / SETTINGS_FILE, "the settings of a compressor"):
+            compressor = cls(base, settings["labels"], settings["width"], settings["depth"])
+        fill_weights(compressor.network, read_weights(file, "the weights of a compressor"), file)
+        return compressor.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the network, the labels and, in a subfolder, the tokenizer whose frames it takes."""
+        (Path(folder) / BASE).mkdir(exist_ok=True)
+        self.base.save_pretrained(Path(folder) / BASE)
+        weights = {name: weight.cpu().contiguous() for name, weight in self.network.state_dict().items()}
+        save_file(weights, Path(folder) / WEIGHTS_FILE)
+        write_settings(folder, "compressor", labels=self.labels, **self.shape)
+
+    def to(self, *args: object, **kwargs: object) -> Self:
+        """As `nn.Module.to`, also of a base that is no module."""
+        self.base.to(*args, **kwargs)  # type: ignore[arg-type]
+        return super().to(*args, **kwargs)  # type: ignore[arg-type]
+
+    @property
+    def sample_rate(self) -> int:
+        return self.base.sample_rate
+
+    @property
+    def frame_rate(self) -> float:
+        return self.base.frame_rate / STRIDE
+
+    @property
+    def width(self) -> int:
+        return self.shape["width"] + len(self.labels)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of base, labels and weights."""
+        return module_fingerprint(self.network, {"base": self.base.fingerprint, "labels": self.labels})
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.output.weight.device
+
+    @torch.no_grad()
+    def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> Features:
+        """Waveforms float [B, N] -> vectors float [B, P, W + V], one per letter."""
+        vectors = []
+        for samples in split_utterances(waveform, lengths):
+            encoded = cast(Codes | Features, self.base.encode(samples[None]))
+            states, scores = self.label(base_frames(self.base, encoded.utterance(0)))
+            vectors.append(compress(states, scores).cpu())
+        return Features(nn.utils.rnn.pad_sequence(vectors, batch_first=True), torch.tensor([len(v) for v in vectors]))
+
+    def label(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames float [T, C] of one utterance -> states float [T', W] and log probabilities float [T', V]."""
+        frames = frames.to(self.device)
+        states, scores = self.network(frames[None], torch.tensor([len(frames)], device=self.device))
+        return states[0], scores[0]
+
+    def text(self, scores: Tensor) -> str:
+        """What the labels spell (greedy CTC decoding): log probabilities float [T', V] -> text."""
+        return "".join(self.labels[label] for label in scores.argmax(1).unique_consecutive().tolist())
+
+
+def compress(states: Tensor, scores: Tensor) -> Tensor:
+    """States float [T, W] and log probabilities float [T, V] -> their means over each letter, float [P, W + V]."""
+    runs, counts = scores.argmax(1).unique_consecutive(return_counts=True)
+    vectors = torch.cat([states, scores.exp()], 1)
+    means = torch.stack([part.mean(0) for part in vectors.split(counts.tolist())])
+    letters = means[runs != BLANK]
+    return letters if len(letters) else vectors.mean(0, keepdim=True)
+
+
+def base_width(base: AudioTokenizer) -> int:
+    """C, the dimensions of what `base_frames` returns."""
+    if isinstance(base, DiscreteTokenizer):
+        return base.codebooks.shape[0] * base.codebooks.shape[2]
+    return cast(FeatureTokenizer, base).width
+
+
+def base_frames(base: AudioTokenizer, speech: Tensor) -> Tensor:
+    """One utterance of a tokenizer, features float [T, C] or codes long [Q, T], as frames float [T, C].
+
+    Codes are replaced by their vectors, those of several layers side by side; layers that are missing are zeros.
+    """
+    if not isinstance(base, DiscreteTokenizer):
+        return speech
+    codebooks = base.codebooks.cpu()
+    vectors = torch.cat([codebook[codes] for codebook, codes in zip(codebooks, speech.cpu(), strict=False)], 1)
+    return F.pad(vectors, (0, base_width(base) - vectors.shape[1]))
