@@ -5,8 +5,9 @@
 
 CODES is what recipes/encode_speech.py wrote with TOKENIZER: features of an encoder, units, or codes of a codec. The
 network learns the letters of the transcripts; RUN/model is an audio tokenizer of its own, with TOKENIZER inside, whose
-vectors a language model reads like any features (recipes/encode_speech.py and train_asr.py, stack=1). A killed run,
-started again with the same command, resumes from its newest checkpoint and ends as if it had not been interrupted.
+vectors a language model reads like any features (train_asr.py with stack=1). RUN/codes is CODES, all splits of it,
+encoded by RUN/model. A killed run, started again with the same command, resumes from its newest checkpoint and ends as
+if it had not been interrupted.
 """
 
 from collections.abc import Iterator
@@ -57,6 +58,7 @@ from torchaudio.transforms import TimeMasking
 
 from speechllm import DataError, Encoding, load_codes, load_tokenizer, speech_of, word_error_rate
 from speechllm.data.batches import token_batches
+from speechllm.data.compression import compress_shards
 from speechllm.data.shards import require_texts, transcribed
 from speechllm.reports.pages import finish_training
 from speechllm.runs.loop import Parts, TrainingLoop
@@ -67,6 +69,7 @@ from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from tokenizer.files import atomic_folder
 from tokenizer.frames import frame_count
 from tokenizer.prefetch import prefetch
+from tokenizer.progress import progress_bar
 from tokenizer.schemes.compressor import BLANK, STRIDE, CtcCompressor, base_frames
 from tokenizer.training.step import remember_statistics
 
@@ -139,6 +142,9 @@ def main(config: CompressorConfig) -> None:
         compressor.eval()
         with atomic_folder(run.folder / "model") as folder:
             compressor.save_pretrained(folder)
+        with torch.no_grad(), progress_bar(None, "compress", unit="utt") as bar:
+            for count in compress_shards(config.codes, compressor, run.folder / "codes"):
+                bar.update(count)
         scores = {"dev_wer": letters_wer(compressor, dev, encoding, config.normalizer)} if len(dev) else {}
         finish_training(run, {"steps": config.steps, **loop.figures, **scores, "fingerprint": compressor.fingerprint})
         print(f"compressor saved in {run.folder / 'model'} {scores}")

@@ -82,6 +82,10 @@ def test_a_killed_training_ends_as_if_it_had_not_been(
     rows, encoding = load_codes(work / "vectors")
     assert (len(rows), encoding.kind, encoding.labels) == (8, "features", 4)
     assert encoding.fingerprint == compressor.fingerprint
+    compressed, same = load_codes(whole / "codes")  # without reading a recording
+    assert same == encoding and compressed.column_names == rows.column_names
+    for row, other in zip(rows, compressed, strict=True):
+        assert row == other
 
 
 def test_a_training_without_words_is_refused(train: Callable[..., Path]) -> None:

@@ -1,0 +1,47 @@
+"""Encoded speech, compressed: what a compressor makes of the frames or codes that are on disk already."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from speechllm.data.shards import REQUEST, SCHEMA, SPEECH, speech_of
+from speechllm.encoding import Encoding
+from tokenizer.files import atomic_file, read_json, write_json
+from tokenizer.schemes.compressor import CtcCompressor, base_frames, compress
+
+
+def compress_shards(source: str | Path, compressor: CtcCompressor, folder: str | Path) -> Iterator[int]:
+    """Write the shards of `source`, encoded by the compressor's base, into `folder` as the compressor's vectors.
+
+    They are what `encode_shards` makes of the same recordings with the compressor, but for the float16 of stored
+    frames; no recording is read. Yields each shard's number of utterances; shards that are there are kept.
+    """
+    folder, encoding = Path(folder), Encoding.of(compressor)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / REQUEST, read_json(Path(source) / REQUEST) | asdict(encoding))
+    for file in sorted(Path(source).glob("codes_*.parquet")):
+        if not (folder / file.name).exists():
+            table = _compressed(pq.read_table(file), compressor, encoding)
+            with atomic_file(folder / file.name) as part:
+                pq.write_table(table, part, compression="zstd")
+        yield pq.read_metadata(folder / file.name).num_rows
+
+
+def _compressed(table: pa.Table, compressor: CtcCompressor, encoding: Encoding) -> pa.Table:
+    notes, column = table.schema.metadata, SPEECH["features"]
+    base = Encoding(**json.loads(notes[b"encoding"]))
+
+    def vectors(row: dict[str, Any]) -> np.ndarray:
+        states, scores = compressor.label(base_frames(compressor.base, speech_of(row, base)))
+        return compress(states, scores).cpu().flatten().numpy().astype(np.float16)
+
+    stored = SPEECH[base.kind].name
+    speech = pa.array([vectors({stored: one.as_py()}) for one in table[stored]], column.type)
+    kept = table.select(SCHEMA.names).append_column(column, speech)
+    return kept.replace_schema_metadata(notes | {b"encoding": json.dumps(asdict(encoding))})
