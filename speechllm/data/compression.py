@@ -4,11 +4,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import Tensor
 
 from speechllm.data.shards import REQUEST, SCHEMA, SPEECH, speech_of
 from speechllm.encoding import Encoding
@@ -38,7 +39,8 @@ def _compressed(table: pa.Table, compressor: CtcCompressor, encoding: Encoding) 
     base = Encoding(**json.loads(notes[b"encoding"]))
 
     def vectors(row: dict[str, Any]) -> np.ndarray:
-        states, scores = compressor.label(base_frames(compressor.base, speech_of(row, base)))
+        frames = base_frames(compressor.base, cast(Tensor, speech_of(row, base)))
+        states, scores = compressor.label(frames)
         return compress(states, scores).cpu().flatten().numpy().astype(np.float16)
 
     stored = SPEECH[base.kind].name

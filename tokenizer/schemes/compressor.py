@@ -88,10 +88,10 @@ class CtcCompressor(nn.Module):
         save_file(weights, Path(folder) / WEIGHTS_FILE)
         write_settings(folder, "compressor", labels=self.labels, **self.shape)
 
-    def to(self, *args: object, **kwargs: object) -> Self:
-        """As `nn.Module.to`, also of a base that is no module."""
-        self.base.to(*args, **kwargs)  # type: ignore[arg-type]
-        return super().to(*args, **kwargs)  # type: ignore[arg-type]
+    def to(self, device: torch.device | str) -> Self:  # type: ignore[override]
+        """Move the weights, also of a base that is no module."""
+        self.base.to(device)
+        return super().to(device)
 
     @property
     def sample_rate(self) -> int:
