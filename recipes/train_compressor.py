@@ -33,7 +33,7 @@ class CompressorConfig(Settings):
     dropout: Share = 0.1
     mask_s: Natural = 1  # seconds at most that are masked in each utterance, in two spans
     steps: Count = 4000
-    batch_s: Positive = 120.0  # seconds of speech per step, over all processes
+    batch_size: Count = 24  # utterances per step, over all processes
     max_duration_s: Positive = 20.0  # longer utterances are left out of the training
     learning_rate: Positive = 1e-3
     weight_decay: Positive = 1e-2
@@ -57,7 +57,7 @@ from torch import Tensor, nn
 from torchaudio.transforms import TimeMasking
 
 from speechllm import DataError, Encoding, load_codes, load_tokenizer, speech_of, word_error_rate
-from speechllm.data.batches import token_batches
+from speechllm.data.batches import endless_batches
 from speechllm.data.compression import compress_shards
 from speechllm.data.shards import require_texts, transcribed
 from speechllm.reports.pages import finish_training
@@ -100,10 +100,10 @@ def main(config: CompressorConfig) -> None:
     compressor = CtcCompressor(base, labels, config.width, config.depth, config.dropout).to(accelerator.device)
     network = compressor.network
     hours, millions = sum(train["duration_s"]) / 3600, sum(p.numel() for p in network.parameters()) / 1e6
-    passes = config.steps * config.batch_s / 3600 / hours
+    passes = config.steps * config.batch_size / len(train)
     accelerator.print(
-        f"compressor: {millions:.1f} M parameters, {len(labels) - 1} letters, {len(train)} utterances; {config.steps} "
-        f"steps of {config.batch_s:g} s are {passes:.1f} passes over {hours:.2f} h"
+        f"compressor: {millions:.1f} M parameters, {len(labels) - 1} letters; {config.steps} steps of "
+        f"{config.batch_size} utterances, {passes:.1f} passes over {hours:.2f} h"
     )
 
     # 2. train, from the newest checkpoint on
@@ -179,15 +179,15 @@ def read_batches(
 ) -> Iterator[tuple[list[int], Batch]]:
     """Endless batches from step `start` on, and the numbers of their utterances; each process gets its share."""
     labels = {label: number for number, label in enumerate(compressor.labels)}
-    lengths = [max(1, round(100 * seconds)) for seconds in train["duration_s"]]
-    orders = token_batches(lengths, round(100 * config.batch_s), config.seed, start)
+    orders = endless_batches(train["duration_s"], config.batch_size, config.seed, start)
+    train = train.with_format("numpy")
     process, processes = accelerator.process_index, accelerator.num_processes
 
     def read(order: list[int]) -> tuple[list[int], Batch]:
         chosen = list(order[process::processes]) or list(order[:1])
         rows = [train[int(i)] for i in chosen]
         frames = [base_frames(compressor.base, speech_of(row, encoding)) for row in rows]
-        targets = [torch.tensor([labels[letter] for letter in row["text"]]) for row in rows]
+        targets = [torch.tensor([labels[letter] for letter in str(row["text"])]) for row in rows]
         sizes = [torch.tensor([len(x) for x in one]) for one in (frames, targets)]
         padded = [nn.utils.rnn.pad_sequence(one, batch_first=True) for one in (frames, targets)]
         return chosen, (padded[0], sizes[0], padded[1], sizes[1])

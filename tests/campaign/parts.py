@@ -45,7 +45,7 @@ EMOTION = f"train_emotion.py codes=actor_codes codec=tokenizer/model {' '.join(e
 UNITS = "fit_units.py model=alignment/model data=corpus clusters=8 layer=1"
 COMPRESSOR = (
     "train_compressor.py codes=codes codec=tokenizer/model splits=[train] dev_splits=[dev] width=64 depth=1 steps=12 "
-    "batch_s=2 warmup=2 validate_every=6 save_every=2 log_every=1"
+    "batch_size=4 warmup=2 validate_every=6 save_every=2 log_every=1"
 )
 EVAL_ASR = "eval_asr.py model=asr/model codes=codes splits=[test]"
 MADE = {  # in this order, one of another

@@ -46,7 +46,7 @@ def train(recipe: Callable[[str], ModuleType], work: Path, without_pictures: Non
     module = recipe("train_compressor.py")
 
     def train(name: str, **settings: object) -> Path:
-        words = {"splits": ["train"], "dev_splits": ["dev"], "width": 64, "depth": 1, "steps": 6, "batch_s": 2.0}
+        words = {"splits": ["train"], "dev_splits": ["dev"], "width": 64, "depth": 1, "steps": 6, "batch_size": 4}
         words |= {"warmup": 1, "validate_every": 3, "save_every": 2, "log_every": 1}
         module.main(
             module.CompressorConfig(str(work / "codes"), str(work / "codec"), str(work / name), **(words | settings))
