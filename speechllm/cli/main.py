@@ -35,6 +35,7 @@ BASE = "another place of the language model under an adapter than the recorded o
 ONE_LINE = dict.fromkeys(map(ord, "\t\r\n"), " ")  # a text must not look like a further line or column
 COUNT, SECONDS = argument(Count), argument(Positive)
 CHUNK = 64  # pieces of recordings in memory
+BATCH_TOKENS = "prompts and answers decoded at a time, in tokens (default 32768); fewer need less memory"
 WHOLE = "longer recordings are skipped or refused (default 180)"
 CHUNKED = "longer recordings are skipped; by default those of over 180 s, where a codec cannot work in chunks"
 NEW = "an existing one is not overwritten"
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", required=True, help="folder that recipes/train_asr.py wrote")
     command.add_argument("--codec", help="another place of the codec than the model's subfolder `codec`")
     command.add_argument("--base", help=BASE)
-    command.add_argument("--batch-size", type=COUNT, default=16, help="answers written at a time; a beam counts as one")
+    command.add_argument("--batch-tokens", type=COUNT, default=32_768, help=BATCH_TOKENS)
     command.add_argument("--beams", type=COUNT, default=1, help="1, the default, is greedy")
     longest = "seconds; longer recordings are skipped (default 7200); those of over 30 s are cut where it is quiet"
     command.add_argument("--max-duration", type=SECONDS, default=7200.0, help=longest)
@@ -254,7 +255,7 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     done = 0
     while some := [*itertools.islice(found, CHUNK)]:  # print the texts before more is read
         waveforms = [waveform for _, waveform in some]
-        heard = transcribe(waveforms, speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True)
+        heard = transcribe(waveforms, speech_llm, arguments.batch_tokens, beams=arguments.beams, fallback=True)
         for (ends, _), text in zip(some, heard, strict=True):
             texts.append(text)
             if ends is not None:
