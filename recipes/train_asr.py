@@ -19,7 +19,7 @@ from speechllm.runs.config import parse_config
 from speechllm.small_model import SmallShape, TextTokens
 from tokenizer.settings import Count, Decay, Names, Natural, NonNegative, Positive, Seed, Settings, Share
 
-FREE = "micro_batch_tokens gradient_checkpointing".split()  # may also change while a run is interrupted
+FREE = "micro_batch_tokens gradient_checkpointing compile liger".split()  # may also change while a run is interrupted
 
 
 @dataclass

@@ -171,7 +171,7 @@ def _decode(
     forbidden, end_id = forbidden_ids(speech_llm).to(model.device), text_tokenizer.eos_token_id
     packed = bool(prompts) and beams == 1 and not ngram and reads_packed(model)
     found = [Transcription("")] * len(prompts)
-    batches = _batches([*map(len, prompts)], bounds, batch_tokens // beams)
+    batches = answer_batches([*map(len, prompts)], bounds, batch_tokens // beams)
     for batch in tqdm(batches, "decode again" if ngram else "transcribe", disable=not (progress and batches)):
         some, limits = [prompts[i] for i in batch], [bounds[i] for i in batch]
         if packed:
@@ -185,7 +185,7 @@ def _decode(
     return found
 
 
-def _batches(lengths: Sequence[int], bounds: Sequence[int], tokens: int) -> list[list[int]]:
+def answer_batches(lengths: Sequence[int], bounds: Sequence[int], tokens: int) -> list[list[int]]:
     """Numbers of the prompts of each batch, the longest first: as many as fit with their answers, but at least one."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

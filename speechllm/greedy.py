@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -93,7 +94,8 @@ class _Rows(DynamicLayer):
         start = self.keys.shape[2]
         size = start + key_states.shape[2]
         if size > self._room[0].shape[2]:
-            self._room = tuple(torch.nn.functional.pad(x, (0, 0, 0, ROOM)) for x in (self.keys, self.values))
+            keys, values = (F.pad(x, (0, 0, 0, ROOM)) for x in (self.keys, self.values))
+            self._room = keys, values
         for held, new in zip(self._room, (key_states, value_states), strict=True):
             held[:, :, start:size] = new
         self.keys, self.values = (held[:, :, :size] for held in self._room)

@@ -75,6 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("words", nargs=argparse.REMAINDER, help="what the recipe takes, its --help among it")
     command.set_defaults(run=_run)
 
+    command = commands.add_parser(
+        "rehearse",
+        usage="speechllm rehearse [--config FILE] [key=value ...]",
+        help="before the hours: a few steps of every stage at full size, and what the whole would take",
+        add_help=False,
+    )
+    command.add_argument("words", nargs=argparse.REMAINDER)
+    command.set_defaults(run=_run, recipe="rehearse", processes=1, accelerate=None)
+
     command = commands.add_parser("transcribe", help="recordings to text, one line each: the file, a tab, the text")
     command.add_argument("files", nargs="+", help="audio files")
     command.add_argument("--model", required=True, help="folder that recipes/train_asr.py wrote")

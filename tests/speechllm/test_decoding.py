@@ -27,8 +27,8 @@ from speechllm import (
 )
 from speechllm.decoding import (
     Transcription,
-    _batches,
     _NoRepeats,
+    answer_batches,
     count_runaways,
     forbidden_ids,
     recognize,
@@ -114,9 +114,9 @@ def test_more_beams_make_the_batches_smaller(make_speech_llm: MakeSpeechLLM, mon
 
 
 def test_a_batch_holds_as_many_prompts_with_their_answers_as_fit() -> None:
-    batches = _batches([5, 30, 4, 20, 30], [2, 10, 2, 8, 10], 100)
+    batches = answer_batches([5, 30, 4, 20, 30], [2, 10, 2, 8, 10], 100)
     assert batches == [[1, 4], [3, 0, 2]]  # 2 x 40 tokens; 3 x 28
-    assert _batches([50, 1], [9, 1], 3) == [[0], [1]] and _batches([], [], 3) == []
+    assert answer_batches([50, 1], [9, 1], 3) == [[0], [1]] and answer_batches([], [], 3) == []
 
 
 @torch.no_grad()
