@@ -125,7 +125,7 @@ class Rehearsal:
     @functools.cached_property
     def codec(self) -> SpeechCodec:
         """That of the configuration, with random weights."""
-        return SpeechCodec(self.tokenizer.codec if self.tokenizer else SpeechCodecConfig()).to(self.device)
+        return SpeechCodec(self.tokenizer.codec if self.tokenizer else SpeechCodecConfig())
 
     def autocast(self, precision: str) -> torch.autocast:
         """That of a training in this precision."""
@@ -185,7 +185,8 @@ def prepare_rehearsal(config: RehearsalConfig, folder: Path, seconds: float) -> 
 
 def train_codec(rehearsal: Rehearsal) -> Row:
     """Steps of train_tokenizer with everything on, from files to weights; teachers as without a cache."""
-    config, recipe, device, codec = rehearsal.tokenizer, rehearsal.recipe, rehearsal.device, rehearsal.codec
+    config, recipe, device = rehearsal.tokenizer, rehearsal.recipe, rehearsal.device
+    codec = rehearsal.codec.to(device)
     for part, write in ((config.semantic, random_hubert), (config.acoustic, random_ecapa)):
         if part.teacher in PUBLISHED and rehearsal.config.weights == "random":
             write(folder := rehearsal.folder / write.__name__)
@@ -231,7 +232,8 @@ def train_codec(rehearsal: Rehearsal) -> Row:
 
 def encode(rehearsal: Rehearsal) -> Row:
     """Encoding of the recordings as encode_speech does it, into a folder, from files to shards."""
-    codec, device, utterances = rehearsal.codec.eval(), rehearsal.device, rehearsal.utterances
+    device, utterances = rehearsal.device, rehearsal.utterances
+    codec = rehearsal.codec.to(device).eval()
     layers = rehearsal.asr.layers if rehearsal.asr else 1
     batch_s = 60.0 if device.type == "cuda" else 0.0
     numbers, hours = itertools.count(), sum(one.duration_s for one in utterances) / 3600
@@ -268,8 +270,7 @@ def fine_tune(rehearsal: Rehearsal) -> Row:
         require_liger()
         use_liger(model)
     if config.train != "full":
-        lora = config.lora
-        model = prepare_adapter(model, vocabulary, config.train, lora.rank, lora.alpha, lora.dropout)
+        model = prepare_adapter(model, vocabulary, config.train, **vars(config.lora))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     learn_speech = config.speech_loss > 0
@@ -322,9 +323,9 @@ def decode(rehearsal: Rehearsal) -> Row:
     device = rehearsal.device
     speech_llm = language_model(rehearsal)
     half = device.type == "cuda"
-    model, text_tokenizer = speech_llm.model.to(device).eval(), speech_llm.text_tokenizer
-    for parameter in model.parameters():
+    for parameter in speech_llm.model.parameters():  # not the rotary frequencies
         parameter.data = parameter.data.to(torch.bfloat16) if half else parameter.data
+    model, text_tokenizer = speech_llm.model.to(device).eval(), speech_llm.text_tokenizer
     vocabulary, speech = speech_llm.vocabulary, random_speech(rehearsal, speech_llm)
     prompts = [transcription_prompt(codes, vocabulary, text_tokenizer) for codes in speech]
     bounds = [max(1, len(text_tokenizer(one.text or "")["input_ids"])) for one in rehearsal.utterances]
@@ -360,7 +361,7 @@ def decode(rehearsal: Rehearsal) -> Row:
 
 def language_model(rehearsal: Rehearsal) -> SpeechLLM:
     """The language model of the configuration with its new rows, real or with random weights."""
-    config, codec = rehearsal.asr, rehearsal.codec
+    config, codec = rehearsal.asr, rehearsal.codec.cpu()
     extension = {"layers": config.layers, "init": config.init, "order": config.order, "stack": config.stack}
     if config.model is not None and (config.model not in PUBLISHED or rehearsal.config.weights == "real"):
         return load_language_model(config.model, codec, **extension)
@@ -368,8 +369,7 @@ def language_model(rehearsal: Rehearsal) -> SpeechLLM:
     text_tokenizer = small_text_tokenizer(texts, config.small.text_tokens)
     small = {name: size for name, size in vars(config.small).items() if not name.startswith("text_")}
     shape = QWEN2_SHAPES["1.5b"] if config.model else small
-    with torch.device(rehearsal.device):
-        model = small_qwen2(text_tokenizer, **shape, name_or_path="random weights")
+    model = small_qwen2(text_tokenizer, **shape, name_or_path="random weights")
     return SpeechLLM(model, text_tokenizer, extend_vocabulary(model, text_tokenizer, codec, **extension), codec)
 
 

@@ -275,7 +275,9 @@ def main(config: AsrConfig) -> None:
             rate = optimizer.param_groups[0]["lr"]
             loop.log(loss=loss, **speech, lr=rate, tokens=sum(map(len, batch)))
         if validating:
-            with training.evaluation_weights():
+            # compiled layers are for training: when decoding every word has another shape
+            stance = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
+            with training.evaluation_weights(), stance:
                 texts = recognized(dev, encoding, speech_llm, accelerator, training.evaluators)
                 if run.main:
                     rates = dev_rates([row["text"] for row in dev], texts, config.normalizer)
@@ -350,7 +352,7 @@ def recognized(
     place = accelerator.process_index
     mine = range(place, len(dev), processes) if place < processes else range(0)
     speech, durations_s = [speech_of(dev[i], encoding) for i in mine], [dev[i]["duration_s"] for i in mine]
-    with accelerator.autocast(), torch.compiler.set_stance("force_eager"):  # every word has its shape
+    with accelerator.autocast():
         found = recognize(speech, speech_llm, durations_s=durations_s)
     texts = [(i, transcription.text) for i, transcription in zip(mine, found, strict=True)]
     return [text for _, text in sorted(gather_object(texts))]

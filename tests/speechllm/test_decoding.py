@@ -315,11 +315,12 @@ def test_eval_asr_counts_runaways_and_scores_the_final_answers(
         lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
         return json.loads((tmp_path / "out" / "results.json").read_text()), list(map(json.loads, lines))
 
-    results, predictions = evaluate()
+    results, predictions = evaluate(shuffled_utterances=2)
     assert [(p["hypothesis"], p["fallback"]) for p in predictions] == [("xxxxx", "bound")] * 3
     assert results["fallback"] == {"empty": 0, "looped": 0, "refused": 0, "bound": 3, "repaired": 3}
     assert results["wer"] == word_error_rate(["xxxxx x"] * 3, ["xxxxx"] * 3).wer == 0.5
     assert results["cer"] == pytest.approx(2 / 7) and results["beams"] == 1 and results["wer_shuffled_audio"] == 0.5
+    assert results["utterances_shuffled_audio"] == 2
     assert results["speakers"] == {
         "anna": {"wer": 0.5, "words": 4, "utterances": 2},
         "bert": {"wer": 0.5, "words": 2, "utterances": 1},
