@@ -1,5 +1,6 @@
 """What stages of an experiment take on this machine, found out in a few steps: time, memory, what bounds them."""
 
+import functools
 import gc
 import importlib.util
 import resource
@@ -91,11 +92,11 @@ def measure_steps(
     end = time.perf_counter() + seconds
     while len(steps) < 2 or (time.perf_counter() < end and len(steps) < LONGEST):
         waited, batch = timed(take, device)
-        worked, _ = timed(lambda batch=batch: work(batch), device)
+        worked, _ = timed(functools.partial(work, batch), device)
         waits.append(waited)
         steps.append(waited + worked)
     step_s, wait_s = median(steps), median(waits)
-    busy = busy_share(lambda: work(batch), device)
+    busy = busy_share(functools.partial(work, batch), device)
     bound = "loader" if wait_s > WAITING * step_s else "device" if busy is None or busy > BUSY else "processor"
     return {"step_s": step_s, "wait_s": wait_s, "busy": busy, "bound": bound, "measured_steps": len(steps)}
 

@@ -21,8 +21,9 @@ def require_liger() -> None:
 
 
 def use_liger(model: PreTrainedModel) -> None:
-    """Give a language model the Triton kernels of Liger (Hsu et al. 2024, arXiv 2410.10989) for norms, rotary positions
-    and the feed-forward layers, where Liger knows its family; not for its loss, which is of few positions here.
+    """Give a language model Liger's Triton kernels (Hsu et al. 2024, arXiv 2410.10989), where Liger knows its family.
+
+    Those for norms, rotary positions and feed-forward layers; not for its loss, which is of few positions here.
     """
     apply_liger_kernel(model, {"fused_linear_cross_entropy": False, "cross_entropy": False})
 
