@@ -46,7 +46,10 @@ NORMALIZERS = "librispeech (default), whisper_english or none"
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when all went well, 1 after an error (one line on stderr)."""
     spell_unprintable()
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["rehearse"]:  # argparse would take the options behind it for its own
+        words = ["run", *words]
+    arguments = _parser().parse_args(words)
     try:
         with interruptible():
             return arguments.run(arguments)
@@ -75,14 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("words", nargs=argparse.REMAINDER, help="what the recipe takes, its --help among it")
     command.set_defaults(run=_run)
 
-    command = commands.add_parser(
-        "rehearse",
-        usage="speechllm rehearse [--config FILE] [key=value ...]",
-        help="before the hours: a few steps of every stage at full size, and what the whole would take",
-        add_help=False,
-    )
-    command.add_argument("words", nargs=argparse.REMAINDER)
-    command.set_defaults(run=_run, recipe="rehearse", processes=1, accelerate=None)
+    commands.add_parser("rehearse", help="`run rehearse`: whether every stage fits this machine, and how long it takes")
 
     command = commands.add_parser("transcribe", help="recordings to text, one line each: the file, a tab, the text")
     command.add_argument("files", nargs="+", help="audio files")

@@ -461,3 +461,14 @@ def test_an_error_is_one_line(capsys: Capture) -> None:
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1
     assert printed.err.startswith("speechllm codebooks: ./nowhere: no such folder")
+
+
+# ---- rehearse
+
+
+def test_rehearse_is_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr("os.execve", lambda file, words, environment: started.append(words[1:]))
+    main(["rehearse", "--config", "paper.yaml", "output=x"])
+    ((file, *words),) = started
+    assert Path(file).name == "rehearse.py" and words == ["--config", "paper.yaml", "output=x"]
