@@ -19,11 +19,6 @@ from typing import Any, Literal
 from speechllm.runs.config import parse_config
 from tokenizer.settings import Count, Names, Positive, Seed, Settings
 
-SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, embedding rows
-    "1.5b": (1536, 8960, 28, 12, 2, 151_936),
-    "small": (192, 512, 4, 4, 2, 1024),
-}
-
 
 @dataclass
 class BenchmarkConfig(Settings):
@@ -49,7 +44,7 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer
 
 from speechllm import (
     Example,
@@ -69,7 +64,7 @@ from speechllm.prompt import label_counts
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import claim_output, run_recipe
-from speechllm.small_model import small_text_tokenizer
+from speechllm.small_model import QWEN2_SHAPES, small_qwen2, small_text_tokenizer
 from speechllm.training.optimization import make_optimizer
 from speechllm.training.plan import training_flops
 from tokenizer.files import write_json
@@ -163,20 +158,10 @@ def language_model(config: BenchmarkConfig, texts: list[str]) -> tuple[Any, Any]
     if config.model is not None:
         name = check_folder(config.model, ["config.json"], "a causal language model")
         return load_causal(name), load_part(AutoTokenizer, name, "the text tokenizer of a language model")
-    hidden, intermediate, layers, heads, key_heads, rows = SHAPES[config.shape]
     text_tokenizer = small_text_tokenizer(texts, 400)
-    shape = Qwen2Config(
-        vocab_size=rows,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        tie_word_embeddings=True,
-        pad_token_id=text_tokenizer.pad_token_id,
-        name_or_path="random weights",  # an adapter needs the name of its language model
-    )
-    return Qwen2ForCausalLM(shape), text_tokenizer
+    shape = QWEN2_SHAPES[config.shape]
+    # an adapter needs the name of its language model
+    return small_qwen2(text_tokenizer, **shape, name_or_path="random weights"), text_tokenizer
 
 
 def padded_batches(batch: Sequence[Example], tokens: int) -> list[list[Example]]:

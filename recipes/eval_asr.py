@@ -2,8 +2,8 @@
 
     python recipes/eval_asr.py model=RUN/model codes=CODES output=RESULTS splits=[test-clean]
 
-The control transcribes every utterance from another utterance's audio: its WER shows whether the model uses the audio.
-Runaway answers (empty, looped, refused, too long) are counted and decoded again. Writes RESULTS/results.json,
+The control transcribes utterances, 300 by default, from another one's audio: its WER shows whether the model uses the
+audio. Runaway answers (empty, looped, refused, too long) are counted and decoded again. Writes RESULTS/results.json,
 RESULTS/predictions.jsonl (`speechllm compare` compares two of them) and RESULTS/report.html.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from speechllm.runs.config import parse_config
-from tokenizer.settings import Count, Names, Seed, Settings
+from tokenizer.settings import Count, Names, Seed, Settings, Several
 
 
 @dataclass
@@ -28,8 +28,9 @@ class EvalAsrConfig(Settings):
     beams: Count = 1  # 1: greedy
     fallback: bool = True  # decode runaway answers again, by beam search without repetitions
     shuffled_audio: bool = True  # also run the control
+    shuffled_utterances: Several | None = 300  # of the control, evenly chosen; all when null
     precision: Literal["no", "bf16"] = "bf16"  # of the language model on a GPU
-    batch_size: Count = 32  # answers decoded at a time: with 4 beams, those of 8 utterances
+    batch_tokens: Count = 32_768  # of prompts and answers decoded at a time; a beam counts as an answer
     seed: Seed = 0
 
 
@@ -54,6 +55,7 @@ from speechllm.reports.pages import write_recognition_report
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.run import read_log
+from tokenizer.corpus import spread
 from tokenizer.files import read_json, write_json, write_jsonl
 from tokenizer.pretrained import check_folder
 
@@ -80,7 +82,7 @@ def main(config: EvalAsrConfig) -> None:
     decode = functools.partial(
         recognize,
         speech_llm=speech_llm,
-        batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
         progress=True,
         beams=config.beams,
         fallback=config.fallback,
@@ -132,15 +134,17 @@ def main(config: EvalAsrConfig) -> None:
         for row, transcription in zip(rows, found, strict=True)
     ]
     write_jsonl(folder / "predictions.jsonl", predictions)
-    write_json(folder / "results.json", results)  # written again with the control, which takes as long
+    write_json(folder / "results.json", results)  # written again with the control
 
     if config.shuffled_audio and len(speech) > 1:
-        order = cyclic_shuffle(len(speech), config.seed)
+        chosen = spread(range(len(speech)), config.shuffled_utterances)
+        order = [chosen[i] for i in cyclic_shuffle(len(chosen), config.seed)]
         shuffled = decode([speech[i] for i in order], durations_s=[durations_s[i] for i in order])
         texts = [transcription.text for transcription in shuffled]
-        control, spelled = rates(references, texts, config)
+        control, spelled = rates([references[i] for i in chosen], texts, config)
         results |= {"wer_shuffled_audio": control.wer, "wer_shuffled_audio_ci95": control.ci95}
         results |= {"cer_shuffled_audio": spelled.wer, "cer_shuffled_audio_ci95": spelled.ci95}
+        results["utterances_shuffled_audio"] = len(chosen)
         results["seconds"] = time.perf_counter() - run_started
         write_json(folder / "results.json", results)
     write_recognition_report(

@@ -19,7 +19,7 @@ from speechllm.runs.config import parse_config
 from speechllm.small_model import SmallShape, TextTokens
 from tokenizer.settings import Count, Decay, Names, Natural, NonNegative, Positive, Seed, Settings, Share
 
-FREE = "micro_batch_tokens gradient_checkpointing".split()  # may also change while a run is interrupted
+FREE = "micro_batch_tokens gradient_checkpointing compile liger".split()  # may also change while a run is interrupted
 
 
 @dataclass
@@ -70,6 +70,8 @@ class AsrConfig(Settings):
     clip: Positive = 1.0  # largest gradient norm
     precision: Literal["no", "bf16"] = "bf16"
     gradient_checkpointing: bool = False  # less memory for one third more computation
+    compile: bool = False  # the layers, by torch.compile; takes minutes first
+    liger: bool = False  # kernels of the extra `liger`, on a CUDA GPU
     weight_average: Decay | None = None  # decay of a moving average of the weights, which is evaluated and exported
     validate_every: Count = 1000  # steps
     dev_utterances: Count = 100  # at most, evenly chosen, for the WER while training
@@ -99,7 +101,7 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
 
 from speechllm import (
     DataError,
@@ -134,6 +136,7 @@ from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import MAY_CHANGE, Run
 from speechllm.small_model import small_qwen2, small_text_tokenizer
 from speechllm.training.checkpoints import TrainingState, prepare
+from speechllm.training.kernels import compile_layers, require_liger, use_liger
 from speechllm.training.loss import check_loss
 from speechllm.training.optimization import keep_row_gradients, make_optimizer
 from speechllm.training.plan import training_plan
@@ -146,6 +149,8 @@ from tokenizer.progress import progress_bar
 def main(config: AsrConfig) -> None:
     accelerator = make_accelerator(config.precision)
     refuse_sharding(accelerator, config)
+    if config.liger:
+        require_liger()
 
     # 1. encoded speech and its codec
     require_texts(config.codes, config.normalizer)
@@ -185,6 +190,8 @@ def main(config: AsrConfig) -> None:
         model, text_tokenizer, vocabulary = loaded.model, loaded.text_tokenizer, loaded.vocabulary
     vocabulary.require(encoding)
     rows = describe_rows(model, vocabulary)
+    if config.liger:
+        use_liger(model)
     if config.train != "full":
         model = prepare_adapter(model, vocabulary, config.train, **asdict(config.lora))
     if config.gradient_checkpointing:
@@ -222,6 +229,8 @@ def main(config: AsrConfig) -> None:
         f"new rows ({config.init}): mean norm {rows['new_row_norm']:.3f} (text rows: {rows['text_row_norm']:.3f}), "
         f"mean cosine {rows['new_row_cosine']:.3f}"
     )
+    if config.compile:
+        compile_layers(model)
     loss_of, optimizer = prepare(accelerator, loss_of, optimizer, config.clip)
     # the moments of DeepSpeed are not accessible
     save_every = None if accelerator.distributed_type == DistributedType.DEEPSPEED else config.save_every
@@ -266,9 +275,12 @@ def main(config: AsrConfig) -> None:
             rate = optimizer.param_groups[0]["lr"]
             loop.log(loss=loss, **speech, lr=rate, tokens=sum(map(len, batch)))
         if validating:
-            with training.evaluation_weights():
+            # compiled layers are for training: when decoding every word has another shape
+            stance = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
+            with training.evaluation_weights(), stance:
+                texts = recognized(dev, encoding, speech_llm, accelerator, training.evaluators)
                 if run.main:
-                    rates = dev_rates(dev, encoding, speech_llm, config.normalizer)
+                    rates = dev_rates([row["text"] for row in dev], texts, config.normalizer)
                     run.log(loop.done, **rates)
                     training.record_validation(loop.done, rates[f"dev_{primary}"], keep=config.keep_best)
                     if training.best.validations_without_improvement == config.patience:
@@ -330,16 +342,27 @@ def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[
     return token_batches(list(map(len, examples)), config.batch_tokens, config.seed, start)
 
 
-def dev_rates(
-    dev: list[dict[str, object]], encoding: Encoding, speech_llm: SpeechLLM, normalizer: str
-) -> dict[str, float]:
+def recognized(
+    dev: list[dict[str, object]], encoding: Encoding, speech_llm: SpeechLLM, accelerator: Accelerator, processes: int
+) -> list[str]:
+    """What is heard of the dev utterances in the training's precision, by the first `processes` processes together.
+
+    Every process must call it.
+    """
+    place = accelerator.process_index
+    mine = range(place, len(dev), processes) if place < processes else range(0)
+    speech, durations_s = [speech_of(dev[i], encoding) for i in mine], [dev[i]["duration_s"] for i in mine]
+    with accelerator.autocast():
+        found = recognize(speech, speech_llm, durations_s=durations_s)
+    texts = [(i, transcription.text) for i, transcription in zip(mine, found, strict=True)]
+    return [text for _, text in sorted(gather_object(texts))]
+
+
+def dev_rates(references: list[str], hypotheses: list[str], normalizer: str) -> dict[str, float]:
     """WER on the dev utterances, and CER if it steers."""
-    speech, durations_s = [speech_of(row, encoding) for row in dev], [row["duration_s"] for row in dev]
-    found = recognize(speech, speech_llm, batch_size=50, durations_s=durations_s)
-    texts = [row["text"] for row in dev], [transcription.text for transcription in found]
-    rates = {"dev_wer": word_error_rate(*texts, normalizer).wer}
-    if primary_rate(texts[0]) == "cer":
-        rates["dev_cer"] = character_error_rate(*texts, normalizer)
+    rates = {"dev_wer": word_error_rate(references, hypotheses, normalizer).wer}
+    if primary_rate(references) == "cer":
+        rates["dev_cer"] = character_error_rate(references, hypotheses, normalizer)
     return rates
 
 

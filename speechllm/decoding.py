@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 from speechllm.encoding import Speech
+from speechllm.greedy import greedy_answers, reads_packed
 from speechllm.model import SpeechLLM
 from speechllm.projector import model_inputs
 from speechllm.prompt import Example, collate_prompts, join_features, transcription_prompt
@@ -23,6 +24,7 @@ TOKENS_AT_LEAST = 16
 COMPRESSION = 2.4  # ratio of zlib: speech stays below it, loops do not (Radford et al. 2022, section 4.5)
 REFUSAL = re.compile(r"\b(as an ai|ai language model|ai assistant)\b", re.IGNORECASE)
 FALLBACK_BEAMS = 4
+BATCH_TOKENS = 32_768  # of prompts and answers at a time: 1 GB of keys and values in a model of 1.5 B in bfloat16
 FALLBACK_NGRAM = 5  # tokens; a shorter one would forbid repeating a word that has many tokens
 
 
@@ -41,7 +43,7 @@ class Transcription:
 def transcribe(
     speech: Iterable[str | Path | Tensor],
     speech_llm: SpeechLLM,
-    batch_size: int = 16,
+    batch_tokens: int = BATCH_TOKENS,
     progress: bool = False,
     beams: int = 1,
     fallback: bool = False,
@@ -60,26 +62,26 @@ def transcribe(
         waveform = item if isinstance(item, Tensor) else load_audio(item, codec.sample_rate)
         encoded.append(speech_llm.vocabulary.encoding.encode(codec, waveform))
         durations_s.append(len(waveform) / codec.sample_rate)
-    found = recognize(encoded, speech_llm, batch_size, progress, beams, fallback, durations_s)
+    found = recognize(encoded, speech_llm, batch_tokens, progress, beams, fallback, durations_s)
     return [transcription.text for transcription in found]
 
 
 def transcribe_codes(
     codes: Sequence[Tensor],
     speech_llm: SpeechLLM,
-    batch_size: int = 16,
+    batch_tokens: int = BATCH_TOKENS,
     progress: bool = False,
     beams: int = 1,
     fallback: bool = False,
 ) -> list[str]:
     """Texts of utterances given as codes long [Q, T], in the order given; the rest as in `recognize`."""
-    return [found.text for found in recognize(codes, speech_llm, batch_size, progress, beams, fallback)]
+    return [found.text for found in recognize(codes, speech_llm, batch_tokens, progress, beams, fallback)]
 
 
 def recognize(
     speech: Sequence[Speech],
     speech_llm: SpeechLLM,
-    batch_size: int = 16,
+    batch_tokens: int = BATCH_TOKENS,
     progress: bool = False,
     beams: int = 1,
     fallback: bool = False,
@@ -88,7 +90,8 @@ def recognize(
     """Transcriptions of encoded utterances (`speech_of`), in the order given.
 
     Greedy with one beam, otherwise beam search. Answers contain only text, at most `answer_bound` tokens of it, and do
-    not depend on the batch. batch_size: answers decoded at a time, so that more beams need no more memory.
+    not depend on the batch. batch_tokens: prompts and answers decoded at a time, in tokens with the padding, each beam
+    counted: bounds the memory, except that an utterance may be longer.
     fallback: decode runaway answers again, by beam search without repeated 5-grams, and replace them if that helps.
     durations_s: of the utterances; may be None if the number of frames tells it (codes without merged repeats, and
     features).
@@ -102,11 +105,11 @@ def recognize(
         durations_s = [count / encoding.frame_rate for count in frames]
     prompts = [transcription_prompt(utterance, speech_llm.vocabulary, text_tokenizer) for utterance in speech]
     bounds = [answer_bound(duration_s) for duration_s in durations_s]
-    found = _decode(prompts, bounds, speech_llm, batch_size, progress, beams)
+    found = _decode(prompts, bounds, speech_llm, batch_tokens, progress, beams)
     runaways = [i for i, first in enumerate(found) if first.runaway] if fallback else []
     again = [prompts[i] for i in runaways], [bounds[i] for i in runaways]
     beams = max(beams, FALLBACK_BEAMS)
-    second = _decode(*again, speech_llm, batch_size, progress, beams, FALLBACK_NGRAM)
+    second = _decode(*again, speech_llm, batch_tokens, progress, beams, FALLBACK_NGRAM)
     for i, other in zip(runaways, second, strict=True):
         if other.runaway is None:
             found[i] = replace(found[i], text=other.text, repaired=True)
@@ -154,7 +157,7 @@ def _decode(
     prompts: Sequence[Example],
     bounds: Sequence[int],
     speech_llm: SpeechLLM,
-    batch_size: int,
+    batch_tokens: int,
     progress: bool,
     beams: int,
     ngram: int = 0,
@@ -163,39 +166,65 @@ def _decode(
     if beams < 1:
         raise ValueError(f"beams must be at least 1, got {beams}")
     model, text_tokenizer, vocabulary = speech_llm.model, speech_llm.text_tokenizer, speech_llm.vocabulary
-    end_id, pad_id = text_tokenizer.eos_token_id, text_tokenizer.pad_token_id
-    pad_id = end_id if pad_id is None else pad_id  # Llama and GPT-2 have none
     was_training = model.training
     model.eval()
-    forbidden = forbidden_ids(speech_llm).to(model.device)
+    forbidden, end_id = forbidden_ids(speech_llm).to(model.device), text_tokenizer.eos_token_id
+    packed = bool(prompts) and beams == 1 and not ngram and reads_packed(model)
     found = [Transcription("")] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    size = max(1, batch_size // beams)
-    batches = [order[first : first + size] for first in range(0, len(order), size)]
+    batches = answer_batches([*map(len, prompts)], bounds, batch_tokens // beams)
     for batch in tqdm(batches, "decode again" if ngram else "transcribe", disable=not (progress and batches)):
-        inputs = collate_prompts([prompts[i] for i in batch], pad_id)
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        inputs |= model_inputs(model, vocabulary, inputs["input_ids"], join_features([prompts[i] for i in batch]))
-        prompt_size = inputs["input_ids"].shape[1]
-        limits = [bounds[i] for i in batch]
-        rules = LogitsProcessorList([_BoundedText(forbidden, prompt_size, limits, end_id)])
-        if ngram:
-            rules.append(_NoRepeats(ngram, prompt_size))
-        answers = model.generate(
-            **inputs,
-            logits_processor=rules,
-            max_new_tokens=max(limits) + 1,  # including the end token
-            do_sample=False,
-            num_beams=beams,
-            eos_token_id=end_id,
-            pad_token_id=pad_id,
-        )[:, prompt_size:]
-        lengths = (~forbidden[answers] & (answers != end_id)).sum(1).tolist()
+        some, limits = [prompts[i] for i in batch], [bounds[i] for i in batch]
+        if packed:
+            answers = greedy_answers(some, limits, model, vocabulary, forbidden, end_id)
+        else:
+            answers = _generate(some, limits, speech_llm, forbidden, beams, ngram)
         texts = text_tokenizer.batch_decode(answers, skip_special_tokens=True)
-        for i, text, length, bound in zip(batch, map(str.strip, texts), lengths, limits, strict=True):
-            found[i] = Transcription(text, runaway_reason(text, length >= bound))
+        for i, text, answer, bound in zip(batch, map(str.strip, texts), answers, limits, strict=True):
+            found[i] = Transcription(text, runaway_reason(text, len(answer) >= bound))
     model.train(was_training)
     return found
+
+
+def answer_batches(lengths: Sequence[int], bounds: Sequence[int], tokens: int) -> list[list[int]]:
+    """Numbers of the prompts of each batch, the longest first: as many as fit with their answers, but at least one."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        both = [*(batches[-1] if batches else []), i]
+        if not batches or len(both) * (lengths[both[0]] + max(bounds[k] for k in both)) > tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def _generate(
+    prompts: Sequence[Example],
+    bounds: Sequence[int],
+    speech_llm: SpeechLLM,
+    forbidden: Tensor,
+    beams: int,
+    ngram: int,
+) -> list[list[int]]:
+    """`greedy_answers` with beams and the rule against repetitions, of padded prompts: possible in any family."""
+    model, text_tokenizer, vocabulary = speech_llm.model, speech_llm.text_tokenizer, speech_llm.vocabulary
+    end_id, pad_id = text_tokenizer.eos_token_id, text_tokenizer.pad_token_id
+    pad_id = end_id if pad_id is None else pad_id  # Llama and GPT-2 have none
+    inputs = {name: tensor.to(model.device) for name, tensor in collate_prompts(prompts, pad_id).items()}
+    inputs |= model_inputs(model, vocabulary, inputs["input_ids"], join_features(prompts))
+    prompt_size = inputs["input_ids"].shape[1]
+    rules = LogitsProcessorList([_BoundedText(forbidden, prompt_size, bounds, end_id)])
+    if ngram:
+        rules.append(_NoRepeats(ngram, prompt_size))
+    answers = model.generate(
+        **inputs,
+        logits_processor=rules,
+        max_new_tokens=max(bounds) + 1,  # including the end token
+        do_sample=False,
+        num_beams=beams,
+        eos_token_id=end_id,
+        pad_token_id=pad_id,
+    )[:, prompt_size:]
+    # behind the end token comes padding
+    return [row[~forbidden[row] & (row != end_id)].tolist() for row in answers]
 
 
 class _NoRepeats(NoRepeatNGramLogitsProcessor):

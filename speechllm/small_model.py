@@ -1,4 +1,4 @@
-"""Small language models with random weights and text tokenizers, for training from scratch."""
+"""Language models with random weights and small text tokenizers, to train from scratch and to measure speed with."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,6 +31,26 @@ def small_text_tokenizer(texts: list[str], size: int) -> "PreTrainedTokenizerBas
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=specials[2], pad_token=specials[0])
 
 
+QWEN2_SHAPES = {
+    "1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151_936,
+    },
+    "small": {
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1024,
+    },
+}
+
+
 @dataclass
 class SmallShape(Settings):
     """Sizes of a small Qwen2."""
@@ -49,16 +69,18 @@ class SmallShape(Settings):
             yield f"num_attention_heads must be a multiple of num_key_value_heads = {shared}, got {heads}"
 
 
-def small_qwen2(text_tokenizer: "PreTrainedTokenizerBase", **shape: int) -> "PreTrainedModel":
-    """A Qwen2 with random weights for `text_tokenizer`; shape: sizes of Qwen2Config."""
+def small_qwen2(text_tokenizer: "PreTrainedTokenizerBase", **settings: int | str) -> "PreTrainedModel":
+    """A Qwen2 with random weights for `text_tokenizer`; settings: of Qwen2Config, such as one of QWEN2_SHAPES.
+
+    It has a row per text token, unless vocab_size says otherwise.
+    """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
-        vocab_size=len(text_tokenizer),
         bos_token_id=None,
         eos_token_id=text_tokenizer.eos_token_id,
         pad_token_id=text_tokenizer.pad_token_id,
         tie_word_embeddings=True,
-        **shape,
+        **{"vocab_size": len(text_tokenizer), **settings},
     )
     return Qwen2ForCausalLM(config)

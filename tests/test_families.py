@@ -20,6 +20,7 @@ from speechllm import (
     transcription_example,
 )
 from speechllm.data.packing import PACKED, PackingError
+from speechllm.greedy import reads_packed
 from speechllm.training.loss import check_loss
 
 SENTENCE = "TURN ON THE RED LAMP"
@@ -65,6 +66,24 @@ def test_a_saved_model_is_loaded_equal(speech_llm: SpeechLLM, tmp_path: Path) ->
         assert torch.equal(loaded.model(prompt.input_ids[None]).logits, expected)
     (text,) = transcribe_codes([random_codes(9)], speech_llm)
     assert transcribe_codes([random_codes(9)], loaded) == [text]
+
+
+def test_packed_prompts_are_answered_as_transformers_answers_each_alone(
+    speech_llm: SpeechLLM, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = [random_codes(frames) for frames in (40, 3, 17)]
+    texts = transcribe_codes(codes, speech_llm)
+    assert reads_packed(speech_llm.model) is (request.node.callspec.params["language_model"] not in PADDING)
+    monkeypatch.setattr("speechllm.decoding.reads_packed", lambda model: False)
+    assert [transcribe_codes([each], speech_llm)[0] for each in codes] == texts and any(texts)
+
+
+def test_a_family_of_which_nobody_knew_that_it_looks_across_borders_is_not_packed(
+    make_language_model: Callable, text_tokenizer: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_language_model("Lfm2", text_tokenizer)
+    monkeypatch.setattr("speechllm.greedy.can_pack", lambda model: model.set_attn_implementation(PACKED) or True)
+    assert not reads_packed(model) and model.config._attn_implementation == "sdpa"
 
 
 def some_examples(speech_llm: SpeechLLM) -> list[Example]:

@@ -28,8 +28,9 @@ LAYERS = {
     "speechllm: encoding, vocabulary, prompt": (
         *("encoding", "speech", "vocabulary", "projector", "extension", "prompt", "small_model"),
     ),
-    "speechllm: model, decoding, export": ("model", "adapters", "decoding", "confidence", "pieces", "export"),
+    "speechllm: model": ("model", "adapters", "confidence", "pieces"),
     "speechllm.data": ("data",),
+    "speechllm: decoding, export": ("decoding", "greedy", "export"),
     "speechllm.training": ("training",),
     "speechllm.runs": ("runs",),
     "speechllm.reports": ("reports",),

@@ -35,6 +35,7 @@ BASE = "another place of the language model under an adapter than the recorded o
 ONE_LINE = dict.fromkeys(map(ord, "\t\r\n"), " ")  # a text must not look like a further line or column
 COUNT, SECONDS = argument(Count), argument(Positive)
 CHUNK = 64  # pieces of recordings in memory
+BATCH_TOKENS = "prompts and answers decoded at a time, in tokens (default 32768); fewer need less memory"
 WHOLE = "longer recordings are skipped or refused (default 180)"
 CHUNKED = "longer recordings are skipped; by default those of over 180 s, where a codec cannot work in chunks"
 NEW = "an existing one is not overwritten"
@@ -45,7 +46,10 @@ NORMALIZERS = "librispeech (default), whisper_english or none"
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 when all went well, 1 after an error (one line on stderr)."""
     spell_unprintable()
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["rehearse"]:  # argparse would take the options behind it for its own
+        words = ["run", *words]
+    arguments = _parser().parse_args(words)
     try:
         with interruptible():
             return arguments.run(arguments)
@@ -74,12 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("words", nargs=argparse.REMAINDER, help="what the recipe takes, its --help among it")
     command.set_defaults(run=_run)
 
+    commands.add_parser("rehearse", help="`run rehearse`: whether every stage fits this machine, and how long it takes")
+
     command = commands.add_parser("transcribe", help="recordings to text, one line each: the file, a tab, the text")
     command.add_argument("files", nargs="+", help="audio files")
     command.add_argument("--model", required=True, help="folder that recipes/train_asr.py wrote")
     command.add_argument("--codec", help="another place of the codec than the model's subfolder `codec`")
     command.add_argument("--base", help=BASE)
-    command.add_argument("--batch-size", type=COUNT, default=16, help="answers written at a time; a beam counts as one")
+    command.add_argument("--batch-tokens", type=COUNT, default=32_768, help=BATCH_TOKENS)
     command.add_argument("--beams", type=COUNT, default=1, help="1, the default, is greedy")
     longest = "seconds; longer recordings are skipped (default 7200); those of over 30 s are cut where it is quiet"
     command.add_argument("--max-duration", type=SECONDS, default=7200.0, help=longest)
@@ -254,7 +260,7 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     done = 0
     while some := [*itertools.islice(found, CHUNK)]:  # print the texts before more is read
         waveforms = [waveform for _, waveform in some]
-        heard = transcribe(waveforms, speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True)
+        heard = transcribe(waveforms, speech_llm, arguments.batch_tokens, beams=arguments.beams, fallback=True)
         for (ends, _), text in zip(some, heard, strict=True):
             texts.append(text)
             if ends is not None:

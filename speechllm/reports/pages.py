@@ -212,7 +212,8 @@ def _recognition_tiles(results: Mapping[str, Any]) -> str:
         (labels[rate], percent(results.get(rate)), notes[rate]) for rate in order if rate == "wer" or rate in results
     ]
     control = results.get(f"{steering}_shuffled_audio_ci95")
-    note = f", 95 % interval {_span(control)}" if control else ""
+    heard = results.get("utterances_shuffled_audio")
+    note = (f", {heard} utterances" if heard else "") + (f", 95 % interval {_span(control)}" if control else "")
     empty = results.get("empty_references")
     rows += [
         (

@@ -128,7 +128,7 @@ class Engine:
             assert utterance.encoded is not None
             speech.append(utterance.encoded)
         durations_s = [utterance.duration_s for utterance in utterances]
-        return recognize(speech, self.speech_llm, self.batch_size, fallback=True, durations_s=durations_s)
+        return recognize(speech, self.speech_llm, fallback=True, durations_s=durations_s)
 
 
 @torch.inference_mode()

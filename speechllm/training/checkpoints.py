@@ -29,9 +29,9 @@ class Best:
 class TrainingState:
     """The state of a training: weights, optimizer moments, average of the weights, best checkpoint.
 
-    evaluated: the model that the main process validates and exports, within `evaluation_weights`: the trained model
-    or, with FSDP, an unsharded copy. decay: per step, of an exponential moving average of the trained weights, which is
-    evaluated in their place. Create this before `accelerator.prepare`.
+    evaluated: the model that is validated and exported, within `evaluation_weights`: the trained model, in the first
+    `evaluators` processes, or with FSDP an unsharded copy, in the main process. decay: per step, of an exponential
+    moving average of the trained weights, which is evaluated in their place. Create this before `accelerator.prepare`.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, decay: float | None = None):
@@ -39,7 +39,8 @@ class TrainingState:
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self.model = model
         self.optimizer = optimizer
-        self.decay = decay if self.main else None
+        self.evaluators = 1 if self.sharded else accelerator.num_processes
+        self.decay = decay
         self.average: dict[str, Tensor] = {}  # starts at the first step
         self.best = Best()
         needs_copy = self.main and self.sharded
@@ -57,7 +58,7 @@ class TrainingState:
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """While active, `evaluated` of the main process has the weights to evaluate. Every process must enter it."""
+        """While active, `evaluated` has the weights to evaluate. Every process must enter it."""
         if self.sharded:
             weights = trained_weights(self.model, self.main)
             if self.main:
@@ -100,9 +101,8 @@ class TrainingState:
         load_weights(self.model, state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.best = Best(**state["best"])
-        if self.main:
-            parameters = dict(self.model.named_parameters())
-            self.average = {name: value.to(parameters[name], copy=True) for name, value in state["average"].items()}
+        parameters = dict(self.model.named_parameters())
+        self.average = {name: value.to(parameters[name], copy=True) for name, value in state["average"].items()}
 
 
 def prepare(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, clip: float) -> tuple[Any, Any]:

@@ -41,6 +41,7 @@ def make_optimizer(
             if group
         ],
         betas=(0.9, 0.95),
+        fused=True,  # one pass over the weights
     )
     if matrices and row_rate != learning_rate:
         _scale_row_updates(optimizer, matrices, _rows(vocabulary), row_rate / learning_rate)

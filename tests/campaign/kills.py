@@ -136,6 +136,13 @@ JOBS = (  # the long ones first
         2,
         loose=("*.json",),  # of seconds
     ),
+    Job("benchmark", "benchmark.py repeats=1", 2, loose=("*.json",)),  # of seconds
+    Job(
+        "rehearse",
+        "rehearse.py tokenizer=null asr=configs/asr/demo.yaml recordings=4 minutes=0.01",
+        2,
+        loose=("*.json",),  # of seconds
+    ),
     Job("draw_pipeline", "draw_pipeline.py model=asr/model audio=corpus/test/u18.flac output=OUT/drawn.svg", 2),
     Job("eval_conversion", "eval_conversion.py codec=tokenizer/model data=corpus pairs=4", 3, ("audio*",)),
 )

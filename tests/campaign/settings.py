@@ -54,7 +54,7 @@ WORDS = {
     "normalizer=whisper",
     "fit_units": "clusters=1 clusters=0 clusters=70000 max_frames=0 max_frames=-1 max_duration_s=-1 max_duration_s=0 "
     "seed=-1 layer=99 layer=last",
-    "eval_asr": "beams=0 beams=-1 batch_size=0 seed=-1 normalizer=whisper",
+    "eval_asr": "beams=0 beams=-1 batch_tokens=0 shuffled_utterances=1 seed=-1 normalizer=whisper",
     "eval_codec": "layers=[0] layers=[9] layers=[] layers=[-1] max_utterances=0 max_utterances=-1 seed=-1",
     "eval_conversion": "pairs=0 pairs=-1 layers=[] layers=[[]] layers=[[9]] layers=[[-1]] seed=-1",
     "eval_tokenizer": "probe_steps=-1 kmeans_utterances=0 kmeans_utterances=-1 seed=-1",
@@ -85,7 +85,7 @@ OPTIONS = (
     option("synthesize_speech.py new --train 0 --dev 0 --test 0", "train|utterance"),
     option("synthesize_speech.py new --train 4 --dev 1 --test 1 --jobs 0", "jobs"),
     option("synthesize_speech.py new --train 4 --dev 1 --test 1 --jobs -2", "jobs"),
-    option("speechllm transcribe corpus/test/u18.flac --model asr/model --batch-size 0", "batch", "corpus asr"),
+    option("speechllm transcribe corpus/test/u18.flac --model asr/model --batch-tokens 0", "batch", "corpus asr"),
     option("speechllm transcribe corpus/test/u18.flac --model asr/model --beams 0", "beams", "corpus asr"),
     option("speechllm transcribe corpus/test/u18.flac --model asr/model --max-duration -1", "duration", "corpus asr"),
     option("speechllm transcribe corpus/test/u18.flac --model asr/model --max-duration nan", "duration", "corpus asr"),

@@ -12,6 +12,9 @@ from torch import Tensor
 from speechllm import Example, SpeechCodec, Utterance, encode_shards, save_audio
 from speechllm.training.plan import training_flops
 
+TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY |= {"num_key_value_heads": 1, "vocab_size": 512}
+
 
 @pytest.fixture(scope="module")
 def bench(recipe: Callable[[str], ModuleType]) -> ModuleType:
@@ -65,7 +68,7 @@ def test_both_methods_are_measured(
         utterances.append(Utterance(str(number), str(path), samples / 16_000, "train", "TURN ON"))
     list(encode_shards(utterances, small_codec, tmp_path / "codes"))
     small_codec.save_pretrained(tmp_path / "codec")
-    monkeypatch.setitem(bench.SHAPES, "small", (16, 32, 2, 2, 1, 512))
+    monkeypatch.setitem(bench.QWEN2_SHAPES, "small", TINY)
     config = bench.BenchmarkConfig(
         codes=str(tmp_path / "codes"),
         codec=str(tmp_path / "codec"),

@@ -101,6 +101,7 @@ def test_every_config_is_named_somewhere() -> None:
 # What every configuration needs, and settings that cannot work.
 NEEDED = {
     "align_speech": "data=d output=o",
+    "benchmark": "output=o",
     "benchmark_asr": "codes=c codec=t output=o",
     "benchmark_serve": "model=m data=d output=o",
     "compare": 'data=d output=o systems=[{"name":"a","units":[]}] tasks=content',
@@ -113,6 +114,7 @@ NEEDED = {
     "eval_tokenizer": "codes=c data=d output=o",
     "fit_units": "model=m data=d output=o",
     "import_speech": "data=d output=o",
+    "rehearse": "output=o",
     "train_asr": "codes=c codec=t output=o model=null",
     "train_compressor": "codes=c codec=t output=o",
     "train_emotion": "codes=c codec=t output=o",
@@ -122,18 +124,20 @@ NEEDED = {
 }
 REFUSED = {
     "align_speech": "splits=[]",
+    "benchmark": "repeats=0 shape=2b seed=-1",
     "benchmark_asr": "steps=0 batch_tokens=0 micro_batch_tokens=-1 peak_tflops=0 seed=-1",
     "benchmark_serve": "recordings=0 requests=-1 clients=0 bad=-1 live=-1 minutes=-1",
     "compare": "seeds=[] seeds=1,1 seeds=-1 tasks=[] test_splits=[] quality_layers=0 conversion_pairs=0 probe_steps=-1",
     "demo": "scale=0 scale=nan scale=-1 processes=0 processes=3 synthetic_dev=0",
     "encode_speech": "layers=0 layers=-1 max_duration_s=0 max_duration_s=-1 max_duration_s=.nan splits=[] normalizer=x",
-    "eval_asr": "beams=0 batch_size=-1 seed=4294967296 splits=[]",
+    "eval_asr": "beams=0 batch_tokens=-1 shuffled_utterances=1 seed=4294967296 splits=[]",
     "eval_codec": "layers=0 layers=[] layers=[-1] max_utterances=0 seed=-1",
     "eval_conversion": "pairs=0 layers=[] layers=[[]] layers=[[-1]] layers=1",
     "eval_tokenizer": "probe_steps=-1 kmeans_utterances=0 train_splits=[]",
     "fit_units": "clusters=1 clusters=70000 max_frames=0 max_frames=10 max_duration_s=0 layer=last",
     "import_speech": "splits=[]",
     "train_compressor": "width=32 width=0 depth=0 dropout=1 mask_s=-1 batch_size=0 steps=0 max_duration_s=0",
+    "rehearse": "minutes=0 train_hours=0 test_hours=-1 recordings=0 weights=none seed=-1",
     "train_asr": "learning_rate=0 learning_rate=inf row_learning_rate=-1 clip=0 layers=0 stack=0 batch_tokens=0 "
     "small.hidden_size=17 small.num_attention_heads=0 small.num_attention_heads=3 small.num_key_value_heads=3 "
     "small.num_hidden_layers=0 small.text_tokens=3 small.text_steps=-1 small.text_steps=10_000 weight_average=0 "

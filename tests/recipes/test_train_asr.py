@@ -1,5 +1,6 @@
 """recipes/train_asr.py on a handful of tiny utterances: killed, cut into processes, stopped early, as an adapter."""
 
+import functools
 import json
 import math
 import runpy
@@ -490,15 +491,31 @@ def test_two_processes_train_the_same_adapter_as_one(work: Work) -> None:
     ],
 )
 def test_the_dev_rates_are_by_the_normalizer_of_the_training(
-    recipe: Callable, monkeypatch: pytest.MonkeyPatch, text: str, heard: str, normalizer: str, rates: dict
+    recipe: Callable, text: str, heard: str, normalizer: str, rates: dict
 ) -> None:
     if normalizer == "whisper_english":
         pytest.importorskip("whisper_normalizer", reason="needs the eval extra")
-    train_asr = recipe("train_asr.py")
-    monkeypatch.setattr(train_asr, "recognize", lambda speech, *_, **__: [SimpleNamespace(text=heard)])
+    assert recipe("train_asr.py").dev_rates([NORMALIZERS[normalizer](text)], [heard], normalizer) == rates
+
+
+def test_processes_share_the_validation_in_the_precision_of_the_training(
+    recipe: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_asr, precisions, gathered = recipe("train_asr.py"), [], []
     encoding = Encoding("f" * 16, 16_000, 50.0, 1, 4)
-    dev = [{"text": NORMALIZERS[normalizer](text), "codes": [1, 2], "duration_s": 0.04}]
-    assert train_asr.dev_rates(dev, encoding, None, normalizer) == rates
+
+    def recognize(speech: list[torch.Tensor], *_: object, durations_s: list[float]) -> list[SimpleNamespace]:
+        precisions.append(torch.is_autocast_enabled("cpu"))
+        return [SimpleNamespace(text=f"{len(codes[0])} {s:g}") for codes, s in zip(speech, durations_s, strict=True)]
+
+    monkeypatch.setattr(train_asr, "recognize", recognize)
+    monkeypatch.setattr(train_asr, "gather_object", lambda texts: gathered.extend(texts) or gathered)
+    dev = [{"codes": [1] * count, "duration_s": count / 50} for count in range(1, 6)]
+    for place in (1, 0, 2):
+        autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+        process = SimpleNamespace(process_index=place, autocast=autocast)
+        texts = train_asr.recognized(dev, encoding, None, process, 2)  # of three
+    assert texts == ["1 0.02", "2 0.04", "3 0.06", "4 0.08", "5 0.1"] and precisions == [True] * 3
 
 
 @pytest.mark.parametrize("name, kind", [("fsdp2", "FSDP"), ("deepspeed_zero2", "DEEPSPEED")])

@@ -25,7 +25,17 @@ from speechllm import (
     transcribe_codes,
     word_error_rate,
 )
-from speechllm.decoding import Transcription, _NoRepeats, count_runaways, recognize, runaway_reason
+from speechllm.decoding import (
+    Transcription,
+    _NoRepeats,
+    answer_batches,
+    count_runaways,
+    forbidden_ids,
+    recognize,
+    runaway_reason,
+)
+from speechllm.greedy import greedy_answers, reads_packed
+from speechllm.prompt import transcription_prompt
 
 pytestmark = pytest.mark.numeric
 
@@ -78,17 +88,17 @@ def letter(speech_llm: SpeechLLM) -> int:
 # ---- batches
 
 
-@pytest.mark.parametrize("layers, beams, batch_sizes", [(1, 1, (2, 16)), (2, 1, (3, 16)), (1, 3, (16,))])
+@pytest.mark.parametrize("layers, beams, budgets", [(1, 1, (200, 9000)), (2, 1, (400, 9000)), (1, 3, (9000,))])
 def test_transcriptions_do_not_depend_on_the_batch_and_keep_the_order(
-    make_speech_llm: MakeSpeechLLM, layers: int, beams: int, batch_sizes: tuple[int, ...]
+    make_speech_llm: MakeSpeechLLM, layers: int, beams: int, budgets: tuple[int, ...]
 ) -> None:
     speech_llm = make_speech_llm(layers=layers)
     codes = random_codes(*LENGTHS)
     alone = [transcribe_codes([item], speech_llm, beams=beams)[0] for item in codes]
     assert len(set(alone)) == len(LENGTHS)  # this model answers differently to everything
-    for batch_size in batch_sizes:
-        assert transcribe_codes(codes, speech_llm, batch_size, beams=beams) == alone
-        assert transcribe_codes(codes[::-1], speech_llm, batch_size, beams=beams) == alone[::-1]
+    for tokens in budgets:
+        assert transcribe_codes(codes, speech_llm, tokens, beams=beams) == alone
+        assert transcribe_codes(codes[::-1], speech_llm, tokens, beams=beams) == alone[::-1]
 
 
 def test_more_beams_make_the_batches_smaller(make_speech_llm: MakeSpeechLLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,9 +107,39 @@ def test_more_beams_make_the_batches_smaller(make_speech_llm: MakeSpeechLLM, mon
     monkeypatch.setattr(
         speech_llm.model, "generate", lambda **given: sizes.append(len(given["input_ids"])) or generate(**given)
     )
-    transcribe_codes(random_codes(1, 1, 1, 1, 1), speech_llm, batch_size=4, beams=2)
-    transcribe_codes(random_codes(1, 1), speech_llm, batch_size=1, beams=2)
+    size = len(transcription_prompt(random_codes(1)[0], speech_llm.vocabulary, speech_llm.text_tokenizer)) + 16
+    transcribe_codes(random_codes(1, 1, 1, 1, 1), speech_llm, batch_tokens=4 * size, beams=2)
+    transcribe_codes(random_codes(1, 1), speech_llm, batch_tokens=1, beams=2)
     assert sizes == [2, 2, 1, 1, 1]
+
+
+def test_a_batch_holds_as_many_prompts_with_their_answers_as_fit() -> None:
+    batches = answer_batches([5, 30, 4, 20, 30], [2, 10, 2, 8, 10], 100)
+    assert batches == [[1, 4], [3, 0, 2]]  # 2 x 40 tokens; 3 x 28
+    assert answer_batches([50, 1], [9, 1], 3) == [[0], [1]] and answer_batches([], [], 3) == []
+
+
+@torch.no_grad()
+def test_an_answer_that_has_ended_is_not_computed_further(
+    make_speech_llm: MakeSpeechLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speech_llm, sizes = make_speech_llm(), []
+    prompts = [
+        transcription_prompt(c, speech_llm.vocabulary, speech_llm.text_tokenizer) for c in random_codes(*LENGTHS)
+    ]
+    assert reads_packed(speech_llm.model)
+    forward = speech_llm.model.forward
+    monkeypatch.setattr(
+        speech_llm.model, "forward", lambda **given: sizes.append(given["input_ids"].shape) or forward(**given)
+    )
+    words = speech_llm.model, speech_llm.vocabulary, forbidden_ids(speech_llm), speech_llm.text_tokenizer.eos_token_id
+    bounds = [3, 20, 9, 20, 14, 20, 70]
+    answers = greedy_answers(prompts, bounds, *words)
+    assert sizes[0] == (1, sum(map(len, prompts)))
+    steps = [min(len(answer), bound - 1) for answer, bound in zip(answers, bounds, strict=True)]
+    rows = [sum(count > step for count in steps) for step in range(max(steps))]
+    assert sizes[1:] == [(count, 1) for count in rows] and len(set(rows)) > 3
+    assert [greedy_answers([one], [bound], *words)[0] for one, bound in zip(prompts, bounds, strict=True)] == answers
 
 
 def test_nothing_is_transcribed_to_nothing(make_speech_llm: MakeSpeechLLM) -> None:
@@ -275,11 +315,12 @@ def test_eval_asr_counts_runaways_and_scores_the_final_answers(
         lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
         return json.loads((tmp_path / "out" / "results.json").read_text()), list(map(json.loads, lines))
 
-    results, predictions = evaluate()
+    results, predictions = evaluate(shuffled_utterances=2)
     assert [(p["hypothesis"], p["fallback"]) for p in predictions] == [("xxxxx", "bound")] * 3
     assert results["fallback"] == {"empty": 0, "looped": 0, "refused": 0, "bound": 3, "repaired": 3}
     assert results["wer"] == word_error_rate(["xxxxx x"] * 3, ["xxxxx"] * 3).wer == 0.5
     assert results["cer"] == pytest.approx(2 / 7) and results["beams"] == 1 and results["wer_shuffled_audio"] == 0.5
+    assert results["utterances_shuffled_audio"] == 2
     assert results["speakers"] == {
         "anna": {"wer": 0.5, "words": 4, "utterances": 2},
         "bert": {"wer": 0.5, "words": 2, "utterances": 1},

@@ -106,7 +106,7 @@ def test_plain_transformers_gives_the_same_answer(tmp_path: Path, make_trained: 
     for name, kind in KINDS.items():
         speech_llm = make_trained(**kind)
         folder = str(tmp_path / name)
-        texts = transcribe_codes(codes, speech_llm, batch_size=1)
+        texts = transcribe_codes(codes, speech_llm, batch_tokens=1)
         assert len(set(texts)) == 4
         parts = speech_llm.vocabulary, speech_llm.text_tokenizer
         ids = [transcription_prompt(part, *parts).input_ids.tolist() for part in codes]

@@ -157,3 +157,25 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
 
 def _indent(text: str) -> str:
     return "\n".join("    " + line for line in text.rstrip().splitlines())
+
+
+def random_hubert(folder: Path) -> None:
+    """Write a folder like facebook/hubert-base-ls960 with random weights, to measure speed with."""
+    from transformers import HubertConfig, HubertModel
+
+    save_hubert(HubertModel(HubertConfig()), folder)
+
+
+def random_ecapa(folder: Path) -> None:
+    """Write a folder like speechbrain/spkrec-ecapa-voxceleb with random weights."""
+    from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
+
+    settings = {
+        "channels": [1024, 1024, 1024, 1024, 3072],
+        "kernel_sizes": [5, 3, 3, 3, 1],
+        "dilations": [1, 2, 3, 4, 1],
+        "attention_channels": 128,
+        "lin_neurons": 192,
+    }
+    folder.mkdir()
+    save_ecapa(ECAPA_TDNN(80, **settings), settings, 80, [], folder)

@@ -90,7 +90,7 @@ def test_reconstruct_names_unusable_files_and_does_the_others(speak: Callable, f
     "words, message",
     [
         ("transcribe a.wav --model m --beams 0", "argument --beams: must be int at least 1, got '0'"),
-        ("transcribe a.wav --model m --batch-size -1", "argument --batch-size: must be int at least 1, got '-1'"),
+        ("transcribe a.wav --model m --batch-tokens -1", "argument --batch-tokens: must be int at least 1, got '-1'"),
         ("transcribe a.wav --model m --max-duration nan", "argument --max-duration: must be float above 0, got 'nan'"),
         ("encode a.wav --codec c --layers 0", "argument --layers: must be int at least 1, got '0'"),
         ("run train_asr --processes 0", "argument --processes: must be int at least 1, got '0'"),
@@ -461,3 +461,14 @@ def test_an_error_is_one_line(capsys: Capture) -> None:
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1
     assert printed.err.startswith("speechllm codebooks: ./nowhere: no such folder")
+
+
+# ---- rehearse
+
+
+def test_rehearse_is_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr("os.execve", lambda file, words, environment: started.append(words[1:]))
+    main(["rehearse", "--config", "paper.yaml", "output=x"])
+    ((file, *words),) = started
+    assert Path(file).name == "rehearse.py" and words == ["--config", "paper.yaml", "output=x"]

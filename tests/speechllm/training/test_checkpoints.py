@@ -15,7 +15,7 @@ from speechllm.training.checkpoints import TrainingState, load_weights, trained_
 
 
 def accelerator(kind: DistributedType = DistributedType.NO, main: bool = True) -> SimpleNamespace:
-    return SimpleNamespace(is_main_process=main, distributed_type=kind, device=torch.device("cpu"))
+    return SimpleNamespace(is_main_process=main, distributed_type=kind, num_processes=2, device=torch.device("cpu"))
 
 
 def small_model() -> nn.Module:
@@ -118,11 +118,13 @@ def test_without_keep_the_last_weights_remain() -> None:
     assert same(trained_weights(training.model), last)
 
 
-def test_only_the_main_process_keeps_the_state() -> None:
-    training = make_training(accelerator=accelerator(main=False), decay=0.9)
-    train(training, 0, 1)
-    state = training.state_dict()
-    assert training.average == {} and set(state["model"].values()) == {None}
+def test_every_process_has_the_average_and_only_the_main_one_keeps_the_state() -> None:
+    main, other = (make_training(accelerator=accelerator(main=main), decay=0.9) for main in (True, False))
+    train(main, 0, 2)
+    train(other, 0, 2)
+    assert main.average and same(main.average, other.average) and other.evaluators == 2
+    state = other.state_dict()
+    assert set(state["model"].values()) == set(state["average"].values()) == {None}
 
 
 @pytest.fixture
