@@ -62,8 +62,8 @@ from speechllm import (
 )
 from speechllm.adapters import load_causal
 from speechllm.data.batches import token_batches
+from speechllm.data.encoded import codes_of, transcribed
 from speechllm.data.packing import micro_batches
-from speechllm.data.shards import codes_of, transcribed
 from speechllm.evaluation.tables import plain
 from speechllm.prompt import label_counts
 from speechllm.reports.pages import write_results_report
@@ -87,7 +87,7 @@ def main(config: BenchmarkConfig) -> None:
     codec = load_tokenizer(config.codec)
     encoding.require(codec.fingerprint, config.codec)
     torch.manual_seed(config.seed)
-    model, text_tokenizer = language_model(config, rows["text"][:])
+    model, text_tokenizer = language_model(config, rows["text"])
     vocabulary = extend_vocabulary(model, text_tokenizer, codec, seed=config.seed)
     if config.train == "lora":
         model = prepare_adapter(model, vocabulary)

@@ -57,7 +57,7 @@ from speechllm import (
     read_corpus,
     word_error_rate,
 )
-from speechllm.data.shards import codes_of, transcribed
+from speechllm.data.encoded import codes_of, transcribed
 from speechllm.evaluation.error_rates import character_errors
 from speechllm.evaluation.scripts import primary_rate
 from speechllm.reports.pages import write_results_report
@@ -206,7 +206,7 @@ def probe(
     """Error rates of a small recogniser of units, trained on one part of the corpus and tested on the other."""
     train, test = (transcribed(part, normalizer=PROBE_NORMALIZER) for part in (train, test))
     examples = [(units_of(row), row["text"]) for row in train]
-    references = test["text"][:]
+    references = test["text"]
     hypotheses = ctc_probe(examples, [units_of(row) for row in test], size, config.probe_steps, config.seed)
     words = word_error_rate(references, hypotheses, PROBE_NORMALIZER)
     characters = character_errors(references, hypotheses, PROBE_NORMALIZER)

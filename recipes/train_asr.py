@@ -121,8 +121,8 @@ from speechllm import (
 )
 from speechllm.data.augmentation import Augmentation
 from speechllm.data.batches import token_batches
+from speechllm.data.encoded import require_texts, transcribed
 from speechllm.data.packing import PackingError, micro_batches
-from speechllm.data.shards import require_texts, transcribed
 from speechllm.decoding import answer_bound, recognize
 from speechllm.evaluation.scripts import primary_rate
 from speechllm.extension import Extension

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from parts import ALIGNMENT, ASR, CTC, EMOTION, ENCODE, EVAL_ASR, SPEAKER, TEXT, TOKENIZER, UNITS
 from start import TRACEBACK, Ended, Lane, Process
+
+from speechllm.data.shards import open_shard
 
 KILLS = 3  # at most, in a sequence
 END_S = 30  # within which a process ends after a signal: it may save first
@@ -49,15 +50,15 @@ class Job:
         return self.command.replace("OUT", str(output)) if "OUT" in self.command else f"{self.command} output={output}"
 
 
-SHARDS = ("codes_*.parquet",)
+SHARDS = ("codes_*.arrow",)
 JOBS = (  # the long ones first
     Job(
         "demo",
         "demo.py data=corpus processes=1 semantic_teacher=tiny/semantic.yaml speaker_teacher=tiny/speaker.yaml "
         "tokenizer_stage=tiny/codec.yaml asr=tiny/asr.yaml",
         2,
-        ("speaker_teacher/log.jsonl", "codes/codes_*.parquet", "asr/checkpoints/*"),
-        ("*_teacher/model/*", "tokenizer/model/*", "codes/codes_*.parquet"),
+        ("speaker_teacher/log.jsonl", "codes/codes_*.arrow", "asr/checkpoints/*"),
+        ("*_teacher/model/*", "tokenizer/model/*", "codes/codes_*.arrow"),
         loose=("stages.json",),
         real=True,
         signals=(T, C, K),
@@ -67,7 +68,7 @@ JOBS = (  # the long ones first
         "compare.py --config tiny/compare.yaml data=corpus asr_data=corpus",
         3,
         ("one/asr_0/log.jsonl", "one/asr_1/log.jsonl"),
-        ("one/codes/codes_*.parquet", "one/asr_0/model/*"),
+        ("one/codes/codes_*.arrow", "one/asr_0/model/*"),
         loose=("stages.json", "table.md"),
         real=True,
         signals=(C, T, K),
@@ -103,7 +104,7 @@ JOBS = (  # the long ones first
     Job("train_asr, lora", f"{ASR} steps=12 {LORA}", 5, TRAINED),
     Job("train_text", TEXT, 6, ("checkpoints/checkpoint-*/trainer_state.json", "model*/**", "report.html")),
     Job("train_emotion", EMOTION, 6, ("folds/*.json", "results.json"), ("folds/*.json",)),
-    Job("encode_speech", ENCODE, 6, ("codes_*.part*", "codes_*.parquet", "request.json"), SHARDS),
+    Job("encode_speech", ENCODE, 6, ("codes_*.part*", "codes_*.arrow", "request.json"), SHARDS),
     Job("fit_units", UNITS, 5, ("model*/**", "results.json")),
     Job(
         "import_speech", "import_speech.py data=shards", 6, ("rows.jsonl", "audio/train/0000/*50.flac"), ("audio/**/*",)
@@ -293,8 +294,8 @@ def content(file: Path, folder: Path) -> str:
     """The content of a result without what differs between runs: times, and the name of the folder."""
     if file.suffix in LOOKS or file.name == "versions.json":
         return ""
-    if file.suffix == ".parquet":
-        table = pq.read_table(file)
+    if file.suffix == ".arrow":
+        table = open_shard(file)
         notes = {key: value for key, value in (table.schema.metadata or {}).items() if key != b"seconds"}
         return hashlib.sha1(f"{notes} {table.to_pydict()}".encode()).hexdigest()
     if file.suffix in (".json", ".jsonl"):
