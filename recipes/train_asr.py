@@ -9,6 +9,7 @@ as if it had not been interrupted. The model is saved in RUN/model, with its tex
 For a smaller GPU: configs/asr/qwen2-1.5b_lora.yaml. To test whether new codes can be learnt: configs/asr/overfit.yaml.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,8 @@ from speechllm.runs.config import parse_config
 from speechllm.small_model import SmallShape, TextTokens
 from tokenizer.settings import Count, Decay, Names, Natural, NonNegative, Positive, Seed, Settings, Share
 
+SAMPLE = 2000  # rows from which the plan is computed
+STEPS_AHEAD = 2  # whose examples wait in memory
 FREE = "micro_batch_tokens gradient_checkpointing".split()  # may also change while a run is interrupted
 
 
@@ -104,7 +107,6 @@ from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from speechllm import (
     DataError,
     Encoding,
-    Example,
     LabelledLoss,
     RunError,
     SpeechLLM,
@@ -116,17 +118,24 @@ from speechllm import (
     load_tokenizer,
     prepare_adapter,
     speech_of,
-    transcription_example,
     word_error_rate,
 )
 from speechllm.data.augmentation import Augmentation
-from speechllm.data.batches import token_batches
+from speechllm.data.conversations import (
+    Conversations,
+    LazyRows,
+    Row,
+    StepExamples,
+    step_examples,
+    transcription_rows,
+)
 from speechllm.data.encoded import require_texts, transcribed
-from speechllm.data.packing import PackingError, micro_batches
+from speechllm.data.packing import PackingError
 from speechllm.decoding import answer_bound, recognize
 from speechllm.evaluation.scripts import primary_rate
 from speechllm.extension import Extension
-from speechllm.prompt import label_counts, text_example
+from speechllm.messages import ConversationWriter
+from speechllm.prompt import label_counts, sentence
 from speechllm.reports.pages import finish_training
 from speechllm.runs.loop import TrainingLoop
 from speechllm.runs.machine import make_accelerator
@@ -140,7 +149,7 @@ from speechllm.training.plan import training_plan
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from tokenizer.corpus import spread
 from tokenizer.files import atomic_folder
-from tokenizer.progress import progress_bar
+from tokenizer.prefetch import prefetch
 
 
 def main(config: AsrConfig) -> None:
@@ -153,6 +162,7 @@ def main(config: AsrConfig) -> None:
     total, train = len(train), transcribed(train, normalizer=config.normalizer)
     without_words = total - len(train)
     train = train.select(spread(range(len(train)), config.max_utterances))
+    texts, ids = train["text"], train["id"]
     dev = []
     if config.dev_splits:
         held_out, _ = load_codes(config.codes, config.dev_splits)
@@ -176,7 +186,7 @@ def main(config: AsrConfig) -> None:
         layers=config.layers, init=config.init, seed=config.seed, order=config.order, stack=config.stack
     )
     if config.model is None:
-        text_tokenizer = small_text_tokenizer(train["text"], config.small.text_tokens)
+        text_tokenizer = small_text_tokenizer(texts, config.small.text_tokens)
         shape = {name: size for name, size in asdict(config.small).items() if not name.startswith("text_")}
         model = small_qwen2(text_tokenizer, **shape)
         vocabulary = extend_vocabulary(model, text_tokenizer, codec, **extension)
@@ -190,15 +200,18 @@ def main(config: AsrConfig) -> None:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     learn_speech = config.speech_loss > 0
-    examples = [
-        transcription_example(speech_of(row, encoding), row["text"], vocabulary, text_tokenizer, learn_speech)
-        for row in progress_bar(train, "examples", unit="utt")
-    ]
-    pairs = zip(examples, train["duration_s"], strict=True)
-    if long := sum(int(label_counts([example], vocabulary)[0]) > answer_bound(s) for example, s in pairs):
-        accelerator.print(f"{long} transcripts are longer than the maximum answer for their duration (`answer_bound`)")
-    sentences = [text_example(text, text_tokenizer) for text in train["text"] if config.model is None]
+    writer = ConversationWriter(vocabulary, text_tokenizer)
+    examples = Conversations(transcription_rows(train), train, writer, learn_speech)
+    sentences = Conversations(LazyRows(len(texts), lambda i: Row(sentence(texts[i]), ids[i])), None, writer)
     augmentation = Augmentation(config.augmentation, vocabulary, getattr(codec, "codebooks", None))
+    sample = spread(range(len(examples)), SAMPLE)
+    lengths, labels = examples.sizes(sample).T
+    bounds = np.array([answer_bound(train[i]["duration_s"]) for i in sample])
+    if long := int((labels > bounds).sum()):
+        accelerator.print(
+            f"{long} of {len(sample)} transcripts are longer than the maximum answer for their duration "
+            "(`answer_bound`)"
+        )
 
     # 3. loss, optimizer and state; a killed run is resumed
     loss_of = LabelledLoss(model, vocabulary, config.packing)
@@ -208,7 +221,9 @@ def main(config: AsrConfig) -> None:
     speech_llm = SpeechLLM(training.evaluated, text_tokenizer, vocabulary, codec)
     plan = training_plan(
         model,
-        examples,
+        len(examples),
+        lengths.tolist(),
+        int(labels.sum()),
         accelerator,
         steps=config.steps,
         batch_tokens=config.batch_tokens,
@@ -229,23 +244,20 @@ def main(config: AsrConfig) -> None:
 
     # 4. train. The loss of a step is the mean over all labels of the batch, however it is split: the sum of each
     # micro-batch is divided by the total count, and multiplied by the number of processes, which average gradients
-    text_steps = config.small.text_steps if sentences else 0
-    text_batches = batches(sentences, config, loop.done)
-    audio_batches = batches(examples, config, max(loop.done, text_steps))
+    text_steps = config.small.text_steps if config.model is None else 0
+    sentence_steps = shares(sentences, config, accelerator, loop.done)
+    example_steps = shares(examples, config, accelerator, max(loop.done, text_steps), augmentation)
     model.train()
     for step in loop:
         set_learning_rate(optimizer, warmup_cosine(step, config.steps, config.warmup, joined=config.row_steps))
-        chosen = next(text_batches if step < text_steps else audio_batches)
-        batch = [(sentences if step < text_steps else examples)[i] for i in chosen]
-        if step >= text_steps:
-            batch = augmentation(batch, (config.seed, step))
-        counts = label_counts(batch, vocabulary).clamp(min=1).to(accelerator.device)
+        share = next(sentence_steps if step < text_steps else example_steps)
+        counts = label_counts([one for part in share.parts for one in part], vocabulary).to(accelerator.device)
+        counts = accelerator.reduce(counts).clamp(min=1)
         weights = torch.tensor([1.0, config.speech_loss], device=accelerator.device) / counts
-        parts = micro_batches(batch, config.micro_batch_tokens, accelerator.process_index, accelerator.num_processes)
         sums = torch.zeros(2, device=accelerator.device)
         optimizer.zero_grad()
-        for i, part in enumerate(parts):
-            accelerator.sync_gradients = i + 1 == len(parts)
+        for i, part in enumerate(share.parts):
+            accelerator.sync_gradients = i + 1 == len(share.parts)
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(loss_of):
                 losses = loss_of(part)
                 accelerator.backward((weights * losses).sum() * accelerator.num_processes)
@@ -253,7 +265,7 @@ def main(config: AsrConfig) -> None:
         if step < config.row_steps:
             keep_row_gradients(model, vocabulary)
         norm = accelerator.clip_grad_norm_(loss_of.parameters(), config.clip)
-        if loop.skips(norm, weights * sums, recordings=lambda chosen=chosen: [train["id"][i] for i in chosen]):
+        if loop.skips(norm, weights * sums, recordings=lambda rows=share.rows: [ids[i] for i in rows]):
             continue  # with DeepSpeed there is no norm
         optimizer.step()
         training.follow()
@@ -264,7 +276,7 @@ def main(config: AsrConfig) -> None:
             loss, speech_loss = (accelerator.reduce(sums) / counts).tolist()
             speech = {"speech_loss": speech_loss} if config.speech_loss else {}
             rate = optimizer.param_groups[0]["lr"]
-            loop.log(loss=loss, **speech, lr=rate, tokens=sum(map(len, batch)))
+            loop.log(loss=loss, **speech, lr=rate, tokens=share.tokens)
         if validating:
             with training.evaluation_weights():
                 if run.main:
@@ -311,7 +323,7 @@ def refuse_sharding(accelerator: Accelerator, config: AsrConfig) -> None:
         raise RunError("row_steps: DeepSpeed updates weights before gradients can be dropped: remove this key")
 
 
-def check(loss_of: LabelledLoss, examples: list[Example], accelerator: Accelerator) -> None:
+def check(loss_of: LabelledLoss, examples: Conversations, accelerator: Accelerator) -> None:
     """Raise PackingError, in every process, if the first one finds the loss wrong (`check_loss`)."""
     if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         loss_of.to(accelerator.device)  # where it is going to be, and where some families have kernels
@@ -325,9 +337,18 @@ def check(loss_of: LabelledLoss, examples: list[Example], accelerator: Accelerat
         raise fault
 
 
-def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[np.ndarray]:
-    """Numbers of the examples of successive optimizer steps, the same in every process and after resuming."""
-    return token_batches(list(map(len, examples)), config.batch_tokens, config.seed, start)
+def shares(
+    examples: Conversations,
+    config: AsrConfig,
+    accelerator: Accelerator,
+    start: int,
+    augmentation: Augmentation | None = None,
+) -> Iterator[StepExamples]:
+    """What this process computes in successive optimizer steps, from `start` on; made while the model works."""
+    budget = config.batch_tokens, config.micro_batch_tokens
+    process = accelerator.process_index, accelerator.num_processes
+    steps = step_examples(examples, *budget, config.seed, start, *process, augmentation)
+    return prefetch(lambda _: next(steps), itertools.count(), ahead=STEPS_AHEAD, threads=1)
 
 
 def dev_rates(

@@ -366,7 +366,7 @@ def test_the_plan_is_printed_first(work: Work, here: Callable, capsys: pytest.Ca
     here(f"{SMALL} steps=2 small.text_steps=1 max_utterances=5 precision=bf16 output=plan")
     lines = capsys.readouterr().out.splitlines()
     assert all(math.isfinite(loss) for loss in work.log("plan", "loss").values())
-    assert lines[0].startswith("asr: 5 utterances, ") and "2 steps of up to 400 tokens" in lines[0]
+    assert lines[0].startswith("asr: 5 rows, ") and "2 steps of up to 400 tokens" in lines[0]
     assert [line.split(":")[0] for line in lines[1:3]] == ["model", "memory"] and "new rows" in lines[3]
 
 

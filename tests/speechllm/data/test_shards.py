@@ -593,8 +593,12 @@ def test_no_utterances_make_no_batches() -> None:
 # ---- batches of tokens
 
 
-def first_batches(lengths: list[int], tokens: int, count: int, seed: int = 0, start: int = 0) -> list[list[int]]:
-    return [batch.tolist() for batch in itertools.islice(token_batches(lengths, tokens, seed, start), count)]
+def first_batches(
+    lengths: list[int], tokens: int, count: int, seed: int = 0, start: int = 0, weights: list[float] | None = None
+) -> list[list[int]]:
+    sizes, shares = np.array(lengths), None if weights is None else np.array(weights)
+    batches = token_batches(len(sizes), sizes.take, tokens, seed, start, shares)
+    return [batch.tolist() for batch in itertools.islice(batches, count)]
 
 
 @pytest.mark.parametrize("count, tokens", [(1, 30), (5, 30), (23, 100), (400, 250), (3, 10_000)])
@@ -607,6 +611,25 @@ def test_batches_are_as_large_as_possible_and_examples_equally_frequent(count: i
     for batch, behind in itertools.pairwise(batches):
         size = sum(lengths[i] for i in batch)
         assert size <= tokens < size + lengths[behind[0]]
+
+
+def test_batches_are_those_of_all_lengths_known_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an array operation over whole epochs, which earlier versions did: runs that they began go on the same."""
+    monkeypatch.setattr("speechllm.data.batches.BLOCK", 7)
+    sizes = np.array([int(length) for length in some_lengths(50)])
+    order = np.concatenate([np.random.default_rng((3, epoch)).permutation(50) for epoch in range(4)])
+    for batch in first_batches(sizes.tolist(), 90, 25, seed=3):
+        count = max(1, int(np.searchsorted(np.cumsum(sizes[order]), 90, side="right")))
+        assert batch == order[:count].tolist()
+        order = order[count:]
+
+
+def test_weights_are_how_often_an_example_is_in_an_epoch() -> None:
+    weights = [1.0, 2.0, 0.0, 0.5, 1.5]
+    stream = [i for batch in first_batches([1] * 5, 5, 1000, weights=weights) for i in batch]
+    shares = np.bincount(stream, minlength=5) / 1000  # an epoch has 5 on average
+    assert shares == pytest.approx(weights, abs=0.06) and shares[2] == 0
+    assert stream.count(1) == pytest.approx(2 * stream.count(0), abs=2)
 
 
 def test_an_example_longer_than_a_batch_is_a_batch_of_its_own() -> None:
