@@ -1,6 +1,7 @@
 """Rows of training data as examples, each of which is made when it is asked for."""
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import overload
 
@@ -10,8 +11,11 @@ from speechllm.data.augmentation import Augmentation
 from speechllm.data.batches import token_batches
 from speechllm.data.encoded import EncodedSpeech
 from speechllm.data.packing import micro_batches, unlabelled
-from speechllm.messages import Audio, Conversation, ConversationWriter
+from speechllm.messages import Audio, Conversation, ConversationWriter, Message
 from speechllm.prompt import Example, conversation_example, transcription
+from tokenizer.prefetch import prefetch
+
+STEPS_AHEAD = 2  # whose examples wait in memory
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,11 @@ class Row:
     name: str
     task: str = "transcription"
     weight: float = 1.0
+
+    @property
+    def answers(self) -> list[str]:
+        """What the assistant says, one text per message."""
+        return ["".join(map(str, turn.parts)) for turn in self.turns if turn.role == "assistant"]
 
 
 class LazyRows(Sequence[Row]):
@@ -46,7 +55,7 @@ class LazyRows(Sequence[Row]):
         return self.make(places) if isinstance(places, int) else [*map(self.make, places)]
 
 
-def transcription_rows(speech: EncodedSpeech, numbers: Sequence[int] | None = None) -> Sequence[Row]:
+def transcription_rows(speech: EncodedSpeech, numbers: Sequence[int] | np.ndarray | None = None) -> Sequence[Row]:
     """The paper's rows: every utterance is to be transcribed. numbers: by which rows name them, if not their places."""
     texts, ids = speech["text"], speech["id"]
     known = range(len(speech)) if numbers is None else numbers
@@ -71,13 +80,8 @@ class Conversations:
 
         weights: float [rows], how often each is read in an epoch; once when None.
         """
-        self.rows, self.speech, self.writer, self.learn_speech, self.weights = (
-            rows,
-            speech,
-            writer,
-            learn_speech,
-            weights,
-        )
+        self.rows, self.speech, self.writer = rows, speech, writer
+        self.learn_speech, self.weights = learn_speech, weights
         self._frames = None if speech is None or speech.encoding.kind == "text" else speech.frames
         self._sizes = np.zeros((len(rows), 2), np.int64)  # tokens and text labels; no tokens: not counted yet
 
@@ -85,8 +89,14 @@ class Conversations:
         return len(self.rows)
 
     def __getitem__(self, place: int) -> Example:
-        turns = [replace(turn, parts=tuple(map(self._heard, turn.parts))) for turn in self.rows[place].turns]
-        return conversation_example(turns, self.writer, self.learn_speech)
+        return conversation_example(self._turns(place), self.writer, self.learn_speech)
+
+    def prompt(self, place: int) -> Example:
+        """The model's input before the last message of a row."""
+        return conversation_example(self._turns(place)[:-1], self.writer, answering=True)
+
+    def _turns(self, place: int) -> list[Message]:
+        return [replace(turn, parts=tuple(map(self._heard, turn.parts))) for turn in self.rows[place].turns]
 
     def _heard(self, part: str | Audio) -> str | Audio:
         if isinstance(part, str):
@@ -110,6 +120,10 @@ class Conversations:
     def lengths(self, places: Sequence[int] | np.ndarray) -> np.ndarray:
         """Number of tokens of these rows, long [N]."""
         return self.sizes(places)[:, 0]
+
+    def names(self, places: Iterable[int]) -> list[str]:
+        """Where these rows come from."""
+        return [self.rows[place].name for place in places]
 
     def _audio_tokens(self, audio: Audio) -> int:
         vocabulary = self.writer.vocabulary
@@ -143,9 +157,24 @@ def step_examples(
 ) -> Iterator[StepExamples]:
     """The shares of one process of successive optimizer steps, from step number `start` on; endless.
 
-    Batches are planned from lengths, so that only a process's own share is made and augmented. A pure function of its
-    arguments, so that a resumed run continues at the same place; augmentation is drawn from seed, step and example.
+    They are made in a thread while the caller works. Batches are planned from lengths, so that only a process's own
+    share is made and augmented. A pure function of its arguments, so that a resumed run continues at the same place;
+    augmentation is drawn from seed, step and example.
     """
+    steps = _steps(conversations, batch_tokens, micro_batch_tokens, seed, start, process, processes, augmentation)
+    return prefetch(lambda _: next(steps), itertools.count(), ahead=STEPS_AHEAD, threads=1)
+
+
+def _steps(
+    conversations: Conversations,
+    batch_tokens: int,
+    micro_batch_tokens: int,
+    seed: int,
+    start: int,
+    process: int,
+    processes: int,
+    augmentation: Augmentation | None,
+) -> Iterator[StepExamples]:
     count, weights = len(conversations), conversations.weights
     for step, rows in enumerate(token_batches(count, conversations.lengths, batch_tokens, seed, start, weights), start):
         sizes = conversations.lengths(rows)

@@ -131,6 +131,12 @@ JOBS = (  # the long ones first
         loose=("*.json",),  # of seconds
     ),
     Job(
+        "benchmark_startup",
+        "benchmark_startup.py utterances=40 steps=2",
+        2,
+        loose=("*.json",),  # of seconds
+    ),
+    Job(
         "benchmark_asr",
         "benchmark_asr.py codes=codes codec=tokenizer/model shape=small steps=2 precision=no",
         2,

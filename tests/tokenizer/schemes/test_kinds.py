@@ -166,7 +166,7 @@ def test_sentences_without_audio_leave_no_parameter_without_a_gradient(make: Cal
     loss[0].backward()
     assert all(p.grad is not None for p in speech_llm.model.parameters())
     as_large = replace(plain.vocabulary, size=speech_llm.vocabulary.size)
-    torch.testing.assert_close(loss, LabelledLoss(speech_llm.model, as_large)(sentence))
+    torch.testing.assert_close(loss, LabelledLoss(speech_llm.model, as_large)(text))
 
 
 @pytest.mark.parametrize("tied", [True, False])
