@@ -39,12 +39,8 @@ if __name__ == "__main__":
 def main(config: MakeRowsConfig) -> None:
     folder = claim_output(config.output, config)
     manifest = find_manifest(Path(config.data))
-    columns = {
-        "id": optional_name,
-        "path": required_path,
-        "split": optional_name,
-        **dict.fromkeys(config.answer, as_is),
-    }
+    columns = dict.fromkeys(config.answer, as_is)
+    columns |= {"id": optional_name, "path": required_path, "split": optional_name}
     rows: dict[str, list[dict[str, Any]]] = {}
     for _, cells in read_table(manifest, columns):
         if (right := answer_of([cells[name] for name in config.answer], config.answer)) is not None:
