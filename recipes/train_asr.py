@@ -179,7 +179,7 @@ def main(config: AsrConfig) -> None:
     numbers = {name: number for number, name in enumerate(speech["id"])} if config.rows else {}
     tasks = [(read_rows(source.file, numbers), source.weight) for source in config.rows]
     transcriptions = transcription_rows(train, np.searchsorted(speech.places, train.places))
-    rows, weights = mixed((transcriptions, config.transcription_weight), *tasks)
+    rows, frequencies = mixed((transcriptions, config.transcription_weight), *tasks)
     dev_texts = read_texts(config.dev_text) if config.dev_text else []
     dev = []
     if config.dev_splits:
@@ -218,14 +218,14 @@ def main(config: AsrConfig) -> None:
         loaded = load_language_model(config.model, codec, **extension)
         model, text_tokenizer, vocabulary = loaded.model, loaded.text_tokenizer, loaded.vocabulary
     vocabulary.require(encoding)
-    rows = describe_rows(model, vocabulary)
+    new_rows = describe_rows(model, vocabulary)
     if config.train != "full":
         model = prepare_adapter(model, vocabulary, config.train, **asdict(config.lora))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     learn_speech = config.speech_loss > 0
     writer = ConversationWriter(vocabulary, text_tokenizer)
-    examples = Conversations(rows, speech, writer, learn_speech, weights)
+    examples = Conversations(rows, speech, writer, learn_speech, frequencies)
     sentences = Conversations(LazyRows(len(texts), lambda i: Row(sentence(texts[i]), texts[i])), None, writer)
     augmentation = Augmentation(config.augmentation, vocabulary, getattr(codec, "codebooks", None))
     sample = spread(range(len(examples)), SAMPLE)
@@ -258,8 +258,8 @@ def main(config: AsrConfig) -> None:
     )
     accelerator.print(plan)
     accelerator.print(
-        f"new rows ({config.init}): mean norm {rows['new_row_norm']:.3f} (text rows: {rows['text_row_norm']:.3f}), "
-        f"mean cosine {rows['new_row_cosine']:.3f}"
+        f"new rows ({config.init}): mean norm {new_rows['new_row_norm']:.3f} (text rows: {new_rows['text_row_norm']:.3f}), "
+        f"mean cosine {new_rows['new_row_cosine']:.3f}"
     )
     loss_of, optimizer = prepare(accelerator, loss_of, optimizer, config.clip)
     # the moments of DeepSpeed are not accessible

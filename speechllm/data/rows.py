@@ -11,7 +11,7 @@ import numpy as np
 from speechllm.data.conversations import LazyRows, Row
 from speechllm.messages import Audio, Message, Role
 from tokenizer.errors import InputError
-from tokenizer.tables import json_rows, read_text, required_name, shown
+from tokenizer.tables import json_rows, optional_text, read_text, shown
 
 
 class RowError(InputError):
@@ -44,6 +44,8 @@ def _row(cells: dict[str, Any], numbers: Mapping[str, int], place: str) -> Row:
     turns = [_message(message, numbers) for message in messages]
     if not any(turn.role == "assistant" for turn in turns):
         raise ValueError("no message by the assistant, expected an answer to learn")
+    if any(turn.role == "assistant" and not "".join(map(str, turn.parts)).strip() for turn in turns):
+        raise ValueError("an answer of the assistant is empty, expected text")
     weight = cells.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
         raise ValueError(f"weight is {shown(weight)}, expected a number of at least 0")
@@ -70,9 +72,12 @@ def _message(message: Any, numbers: Mapping[str, int]) -> Message:
 
 def _part(part: Any, numbers: Mapping[str, int]) -> str | Audio:
     match part:
-        case {"type": "text", "text": text}:
-            required_name(text)  # refuses what no text in UTF-8 holds, and none
-            return str(text)
+        case {"type": "text", "text": str(text)} if text:
+            try:
+                optional_text(text)  # refuses what no text in UTF-8 holds
+            except ValueError as error:
+                raise ValueError(f"a text is {shown(text)}, expected {error}") from error
+            return text
         case {"type": "audio", "id": str(name)}:
             if name not in numbers:
                 raise ValueError(

@@ -116,7 +116,7 @@ def test_codes_are_learnt_where_asked_for_and_only_there(characters: object) -> 
     "template, message",
     [
         (None, "needs a text tokenizer with a chat template"),
-        (CHATML.replace("| trim", "and 'x'"), "leaves out or moves"),
+        (CHATML.replace("| trim", "if message.role != 'user'"), "leaves out or moves"),
         (
             CHATML.replace("<|im_end|>", "</s>"),
             r"goes on after an answer with '</s>\\n', but the end token .*'<\|im_end",
