@@ -258,8 +258,8 @@ def main(config: AsrConfig) -> None:
     )
     accelerator.print(plan)
     accelerator.print(
-        f"new rows ({config.init}): mean norm {new_rows['new_row_norm']:.3f} (text rows: {new_rows['text_row_norm']:.3f}), "
-        f"mean cosine {new_rows['new_row_cosine']:.3f}"
+        f"new rows ({config.init}): mean norm {new_rows['new_row_norm']:.3f} "
+        f"(text rows: {new_rows['text_row_norm']:.3f}), mean cosine {new_rows['new_row_cosine']:.3f}"
     )
     loss_of, optimizer = prepare(accelerator, loss_of, optimizer, config.clip)
     # the moments of DeepSpeed are not accessible

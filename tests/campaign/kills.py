@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from parts import ALIGNMENT, ASR, CTC, EMOTION, ENCODE, EVAL_ASR, SPEAKER, TEXT, TOKENIZER, UNITS
+from parts import ALIGNMENT, ASR, CTC, EMOTION, ENCODE, EVAL_ASR, EVAL_ROWS, MAKE_ROWS, SPEAKER, TEXT, TOKENIZER, UNITS
 from start import TRACEBACK, Ended, Lane, Process
 
 from speechllm.data.shards import open_shard
@@ -117,6 +117,8 @@ JOBS = (  # the long ones first
         loose=("manifest.jsonl",),  # PocketSphinx adapts to what a process has heard before, which is up to chance
     ),
     Job("eval_asr", EVAL_ASR, 4, ("predictions.jsonl", "results.json")),
+    Job("eval_rows", EVAL_ROWS, 2, ("predictions.jsonl", "results.json")),
+    Job("make_rows", MAKE_ROWS, 1, ("*.jsonl",)),
     Job("eval_codec", "eval_codec.py codec=tokenizer/model data=corpus splits=[test]", 4, ("utterances.jsonl",)),
     Job(
         "eval_tokenizer",

@@ -44,6 +44,8 @@ TEXT = (
 EMOTION = f"train_emotion.py codes=actor_codes codec=tokenizer/model {' '.join(emotion.WORDS)}"
 UNITS = "fit_units.py model=alignment/model data=corpus clusters=8 layer=1"
 EVAL_ASR = "eval_asr.py model=asr/model codes=codes splits=[test]"
+MAKE_ROWS = "make_rows.py data=corpus task=words answer=text question=What?"
+EVAL_ROWS = "eval_rows.py model=asr/model codes=codes rows=[rows/test.jsonl] splits=[test] answer_tokens=8"
 MADE = {  # in this order, one of another
     "alignment": ALIGNMENT,
     "ctc": CTC,
@@ -52,6 +54,7 @@ MADE = {  # in this order, one of another
     "codes": ENCODE,
     "asr": ASR,
     "evaluation": EVAL_ASR,
+    "rows": MAKE_ROWS,
     "units": UNITS,
     "text": TEXT,
     "actor_codes": "encode_speech.py codec=tokenizer/model data=actors layers=null",
