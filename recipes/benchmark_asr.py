@@ -41,6 +41,7 @@ class BenchmarkConfig(Settings):
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
     CONFIG = parse_config(BenchmarkConfig)
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -57,8 +58,8 @@ from speechllm import (
 )
 from speechllm.adapters import load_causal
 from speechllm.data.batches import token_batches
+from speechllm.data.encoded import codes_of, transcribed
 from speechllm.data.packing import micro_batches
-from speechllm.data.shards import codes_of, transcribed
 from speechllm.evaluation.tables import plain
 from speechllm.prompt import label_counts
 from speechllm.reports.pages import write_results_report
@@ -82,7 +83,7 @@ def main(config: BenchmarkConfig) -> None:
     codec = load_tokenizer(config.codec)
     encoding.require(codec.fingerprint, config.codec)
     torch.manual_seed(config.seed)
-    model, text_tokenizer = language_model(config, rows["text"][:])
+    model, text_tokenizer = language_model(config, rows["text"])
     vocabulary = extend_vocabulary(model, text_tokenizer, codec, seed=config.seed)
     if config.train == "lora":
         model = prepare_adapter(model, vocabulary)
@@ -98,9 +99,9 @@ def main(config: BenchmarkConfig) -> None:
 
     def packed(batch: Sequence[Example]) -> None:
         labels = label_counts(batch, vocabulary)[0].item()
-        for part in micro_batches(batch, config.micro_batch_tokens):
+        for part in micro_batches(list(map(len, batch)), config.micro_batch_tokens):
             with autocast:
-                loss = loss_of(part)[0] / labels
+                loss = loss_of([batch[i] for i in part])[0] / labels
             loss.backward()
 
     def padded(batch: Sequence[Example]) -> None:
@@ -115,7 +116,8 @@ def main(config: BenchmarkConfig) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     memory: dict[str, float | None] = dict.fromkeys(methods)
     tokens, flops = [], []
-    batches = token_batches(list(map(len, examples)), config.batch_tokens, config.seed)
+    sizes = np.array(list(map(len, examples)))
+    batches = token_batches(len(sizes), sizes.take, config.batch_tokens, config.seed)
     for step, indices in zip(range(config.steps + 1), batches, strict=False):
         batch = [examples[i] for i in indices]
         for name, (method, attention) in methods.items():
@@ -126,7 +128,8 @@ def main(config: BenchmarkConfig) -> None:
                 memory[name] = None if peak is None else max(peak, memory[name] or 0.0)
         if step:
             tokens.append(sum(map(len, batch)))
-            flops.append(training_flops(model, batch, frozen=config.train != "full"))
+            labels = int(label_counts(batch, vocabulary).sum())
+            flops.append(training_flops(model, sizes[indices].tolist(), labels, frozen=config.train != "full"))
 
     ratios = [padded_s / packed_s for packed_s, padded_s in zip(seconds["packed"], seconds["padded"], strict=True)]
     results = {

@@ -1,4 +1,4 @@
-"""Encode a corpus once: Parquet shards of codes, texts and durations that carry the codec's fingerprint.
+"""Encode a corpus once: Arrow shards of codes, texts and durations that carry the codec's fingerprint.
 
     python recipes/encode_speech.py codec=RUN/model data=CORPUS output=CODES
     speechllm run encode_speech --processes 8 ...    on 8 GPUs

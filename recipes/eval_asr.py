@@ -41,7 +41,8 @@ import numpy as np
 import torch
 
 from speechllm import WordErrorRate, load_codes, load_speech_llm, merge, speech_of, word_error_rate
-from speechllm.data.shards import require_texts, summarize_shards, transcribed
+from speechllm.data.encoded import require_texts, transcribed
+from speechllm.data.shards import summarize_shards
 from speechllm.decoding import count_runaways, recognize
 from speechllm.evaluation.error_rates import (
     character_errors,

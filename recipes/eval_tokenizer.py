@@ -44,7 +44,6 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 
 import numpy as np
 import torch
-from datasets import Dataset
 from sklearn.cluster import MiniBatchKMeans
 
 from speechllm import (
@@ -57,7 +56,7 @@ from speechllm import (
     read_corpus,
     word_error_rate,
 )
-from speechllm.data.shards import codes_of, transcribed
+from speechllm.data.encoded import EncodedSpeech, codes_of, transcribed
 from speechllm.evaluation.error_rates import character_errors
 from speechllm.evaluation.scripts import primary_rate
 from speechllm.reports.pages import write_results_report
@@ -118,7 +117,7 @@ def report(config: EvalTokenizerConfig, results: dict[str, object]) -> None:
     write_results_report(page, f"{config.codes}: content of the codes", shown, codebook_counts=counts)
 
 
-def usage(codes: Dataset, encoding: Encoding) -> list[dict[str, object]]:
+def usage(codes: EncodedSpeech, encoding: Encoding) -> list[dict[str, object]]:
     """Usage statistics of every codebook, with the count of each code."""
     joined = np.concatenate([codes_of(row, encoding).numpy() for row in codes], 1)
     return [
@@ -130,7 +129,7 @@ def usage(codes: Dataset, encoding: Encoding) -> list[dict[str, object]]:
     ]
 
 
-def speakers(codes: Dataset, encoding: Encoding) -> dict[str, float]:
+def speakers(codes: EncodedSpeech, encoding: Encoding) -> dict[str, float]:
     """Accuracy of speaker identification from one layer's code histogram, for the layers with distillation.
 
     Empty with a single speaker, or if no speaker has a second utterance.
@@ -150,7 +149,7 @@ def speakers(codes: Dataset, encoding: Encoding) -> dict[str, float]:
 
 
 def labelled(
-    codes: Dataset, corpus: dict[str, Utterance], encoding: Encoding
+    codes: EncodedSpeech, corpus: dict[str, Utterance], encoding: Encoding
 ) -> tuple[str, list[tuple[Row, Utterance]]]:
     """The kind of frame labels, "phone" or "word", and the rows that have them; none if frames have no time."""
     pairs = [(row, corpus[row["id"]]) for row in codes]
@@ -174,7 +173,7 @@ def content(pairs: Sequence[tuple[Row, Utterance]], units_of: UnitsOf, rate: flo
 
 
 def log_mel_clusters(
-    config: EvalTokenizerConfig, train: Dataset, corpus: dict[str, Utterance], clusters: int
+    config: EvalTokenizerConfig, train: EncodedSpeech, corpus: dict[str, Utterance], clusters: int
 ) -> UnitsOf:
     """The baseline: k-means of log-mel frames, with as many clusters as the codebook has codes."""
 
@@ -188,7 +187,7 @@ def log_mel_clusters(
     return lambda row: torch.from_numpy(kmeans.predict(features(row))).long()
 
 
-def check_for_probe(train: Dataset, test: Dataset) -> None:
+def check_for_probe(train: EncodedSpeech, test: EncodedSpeech) -> None:
     """Raise DataError for splits that the probe cannot be trained or tested on."""
     if shared := set(train["id"]) & set(test["id"]):
         raise DataError(
@@ -201,12 +200,12 @@ def check_for_probe(train: Dataset, test: Dataset) -> None:
 
 
 def probe(
-    config: EvalTokenizerConfig, train: Dataset, test: Dataset, units_of: UnitsOf, size: int
+    config: EvalTokenizerConfig, train: EncodedSpeech, test: EncodedSpeech, units_of: UnitsOf, size: int
 ) -> dict[str, object]:
     """Error rates of a small recogniser of units, trained on one part of the corpus and tested on the other."""
     train, test = (transcribed(part, normalizer=PROBE_NORMALIZER) for part in (train, test))
     examples = [(units_of(row), row["text"]) for row in train]
-    references = test["text"][:]
+    references = test["text"]
     hypotheses = ctc_probe(examples, [units_of(row) for row in test], size, config.probe_steps, config.seed)
     words = word_error_rate(references, hypotheses, PROBE_NORMALIZER)
     characters = character_errors(references, hypotheses, PROBE_NORMALIZER)

@@ -9,6 +9,8 @@ as if it had not been interrupted. The model is saved in RUN/model, with its tex
 For a smaller GPU: configs/asr/qwen2-1.5b_lora.yaml. To test whether new codes can be learnt: configs/asr/overfit.yaml.
 """
 
+import functools
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -19,6 +21,7 @@ from speechllm.runs.config import parse_config
 from speechllm.small_model import SmallShape, TextTokens
 from tokenizer.settings import Count, Decay, Names, Natural, NonNegative, Positive, Seed, Settings, Share
 
+SAMPLE = 2000  # rows from which the plan is computed
 FREE = "micro_batch_tokens gradient_checkpointing compile liger".split()  # may also change while a run is interrupted
 
 
@@ -40,6 +43,12 @@ class LoraConfig(Settings):
 
 
 @dataclass
+class RowsConfig(Settings):
+    file: str  # JSONL: rows of messages, see recipes/README.md
+    weight: Positive = 1.0  # by which the weights of its rows are multiplied: how often they are read in an epoch
+
+
+@dataclass
 class AsrConfig(Settings):
     codes: str  # folder of encode_speech
     codec: str  # the audio tokenizer that made them, as `load_tokenizer` takes it
@@ -50,6 +59,10 @@ class AsrConfig(Settings):
     lora: LoraConfig = field(default_factory=LoraConfig)
     splits: Names | None = None  # training splits, all when null
     dev_splits: Names | None = None  # pooled, for the WER while training (CER without spaces); none when null
+    rows: list[RowsConfig] = field(default_factory=list)  # other tasks, which hear utterances of the same splits
+    transcription_weight: NonNegative = 1.0  # how often an utterance is transcribed in an epoch; 0: only other tasks
+    template: Literal["plain", "chat"] = "plain"  # the paper's prompt, or the chat template of an instruct model
+    dev_text: str | None = None  # file of sentences, a line each, .gz or not, whose perplexity tells what is forgotten
     normalizer: Literal["librispeech", "whisper_english", "none"] = "librispeech"  # of the transcripts, also for dev
     max_utterances: Count | None = None  # of the training splits, evenly chosen; all when null
     layers: Count = 1  # codebooks the model reads; 1 is 50 tokens/s
@@ -89,6 +102,10 @@ class AsrConfig(Settings):
             yield "row_learning_rate=0 freezes the rows, the only weights that row_steps and train: rows train"
         if self.model is None and (self.train != "full" or self.row_steps > 0):
             yield "train: lora or rows and row_steps need a pretrained language model, but model is null"
+        if self.model is None and self.template == "chat":
+            yield "template: chat needs a pretrained language model with a chat template, but model is null"
+        if self.transcription_weight == 0 and not self.rows:
+            yield "transcription_weight=0 leaves nothing to train on without rows"
         if self.model is None and self.small.text_steps >= self.steps:
             yield f"small.text_steps must be below steps = {self.steps}, got {self.small.text_steps}: no audio is heard"
         if self.patience is not None and not self.dev_splits:
@@ -101,12 +118,11 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 
 from speechllm import (
     DataError,
     Encoding,
-    Example,
     LabelledLoss,
     RunError,
     SpeechLLM,
@@ -118,32 +134,39 @@ from speechllm import (
     load_tokenizer,
     prepare_adapter,
     speech_of,
-    transcription_example,
     word_error_rate,
 )
 from speechllm.data.augmentation import Augmentation
-from speechllm.data.batches import token_batches
-from speechllm.data.packing import PackingError, micro_batches
-from speechllm.data.shards import require_texts, transcribed
+from speechllm.data.conversations import (
+    Conversations,
+    LazyRows,
+    Row,
+    StepExamples,
+    step_examples,
+    transcription_rows,
+)
+from speechllm.data.encoded import require_texts, transcribed
+from speechllm.data.rows import mixed, read_rows
 from speechllm.decoding import answer_bound, recognize
 from speechllm.evaluation.scripts import primary_rate
 from speechllm.extension import Extension
-from speechllm.prompt import label_counts, text_example
+from speechllm.messages import ConversationWriter
+from speechllm.prompt import label_counts, sentence
 from speechllm.reports.pages import finish_training
 from speechllm.runs.loop import TrainingLoop
 from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
-from speechllm.runs.run import MAY_CHANGE, Run
+from speechllm.runs.run import MAY_CHANGE, Run, read_log
 from speechllm.small_model import small_qwen2, small_text_tokenizer
 from speechllm.training.checkpoints import TrainingState, prepare
 from speechllm.training.kernels import compile_layers, require_liger, use_liger
-from speechllm.training.loss import check_loss
+from speechllm.training.loss import check_loss_once
 from speechllm.training.optimization import keep_row_gradients, make_optimizer
+from speechllm.training.perplexity import read_texts, text_perplexity
 from speechllm.training.plan import training_plan
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from tokenizer.corpus import spread
 from tokenizer.files import atomic_folder
-from tokenizer.progress import progress_bar
 
 
 def main(config: AsrConfig) -> None:
@@ -154,19 +177,24 @@ def main(config: AsrConfig) -> None:
 
     # 1. encoded speech and its codec
     require_texts(config.codes, config.normalizer)
-    train, encoding = load_codes(config.codes, config.splits)
-    total, train = len(train), transcribed(train, normalizer=config.normalizer)
-    without_words = total - len(train)
-    train = train.select(spread(range(len(train)), config.max_utterances))
+    speech, encoding = load_codes(config.codes, config.splits)
+    train = transcribed(speech, normalizer=config.normalizer)
+    without_words = len(speech) - len(train)
+    train = train.select(spread(range(len(train)) if config.transcription_weight else [], config.max_utterances))
+    numbers = {name: number for number, name in enumerate(speech["id"])} if config.rows else {}
+    tasks = [(read_rows(source.file, numbers), source.weight) for source in config.rows]
+    transcriptions = transcription_rows(train, np.searchsorted(speech.places, train.places))
+    rows, frequencies = mixed((transcriptions, config.transcription_weight), *tasks)
+    dev_texts = read_texts(config.dev_text) if config.dev_text else []
     dev = []
     if config.dev_splits:
         held_out, _ = load_codes(config.codes, config.dev_splits)
         dev = [*transcribed(held_out, config.dev_utterances, config.normalizer)]
-    if not len(train) or (config.dev_splits and not dev):
-        purpose = "validation" if len(train) else "training"
+    if not len(rows) or (config.dev_splits and not dev):
+        purpose = "validation" if len(rows) else "training"
         raise DataError(f"{config.codes}: no utterance for {purpose} has a transcript")
     primary = primary_rate(row["text"] for row in dev)  # steers: the best checkpoint and early stopping follow it
-    if without_words:
+    if without_words and config.transcription_weight:
         accelerator.print(f"left out: {without_words} utterances whose transcript holds no words ({config.normalizer})")
     codec = load_tokenizer(config.codec)
     encoding.require(codec.fingerprint, config.codec)
@@ -178,10 +206,16 @@ def main(config: AsrConfig) -> None:
 
     # 2. a language model, its vocabulary extended by the codes unless it already is, and the training examples
     extension = Extension(
-        layers=config.layers, init=config.init, seed=config.seed, order=config.order, stack=config.stack
+        layers=config.layers,
+        init=config.init,
+        seed=config.seed,
+        order=config.order,
+        stack=config.stack,
+        template=config.template,
     )
+    texts = train["text"] + [answer for task, _ in tasks for row in task for answer in row.answers]
     if config.model is None:
-        text_tokenizer = small_text_tokenizer(train["text"], config.small.text_tokens)
+        text_tokenizer = small_text_tokenizer(texts, config.small.text_tokens)
         shape = {name: size for name, size in asdict(config.small).items() if not name.startswith("text_")}
         model = small_qwen2(text_tokenizer, **shape)
         vocabulary = extend_vocabulary(model, text_tokenizer, codec, **extension)
@@ -189,7 +223,7 @@ def main(config: AsrConfig) -> None:
         loaded = load_language_model(config.model, codec, **extension)
         model, text_tokenizer, vocabulary = loaded.model, loaded.text_tokenizer, loaded.vocabulary
     vocabulary.require(encoding)
-    rows = describe_rows(model, vocabulary)
+    new_rows = describe_rows(model, vocabulary)
     if config.liger:
         use_liger(model)
     if config.train != "full":
@@ -197,25 +231,30 @@ def main(config: AsrConfig) -> None:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     learn_speech = config.speech_loss > 0
-    examples = [
-        transcription_example(speech_of(row, encoding), row["text"], vocabulary, text_tokenizer, learn_speech)
-        for row in progress_bar(train, "examples", unit="utt")
-    ]
-    pairs = zip(examples, train["duration_s"], strict=True)
-    if long := sum(int(label_counts([example], vocabulary)[0]) > answer_bound(s) for example, s in pairs):
-        accelerator.print(f"{long} transcripts are longer than the maximum answer for their duration (`answer_bound`)")
-    sentences = [text_example(text, text_tokenizer) for text in train["text"] if config.model is None]
+    writer = ConversationWriter(vocabulary, text_tokenizer)
+    examples = Conversations(rows, speech, writer, learn_speech, frequencies)
+    sentences = Conversations(LazyRows(len(texts), lambda i: Row(sentence(texts[i]), texts[i])), None, writer)
     augmentation = Augmentation(config.augmentation, vocabulary, getattr(codec, "codebooks", None))
+    sample = spread(range(len(examples)), SAMPLE)
+    lengths, labels = examples.sizes(sample).T
+    bounds = [answer_bound(train[i]["duration_s"]) for i in sample if i < len(train)]  # other rows come after these
+    if long := int((labels[: len(bounds)] > bounds).sum()):
+        accelerator.print(
+            f"{long} of {len(bounds)} transcripts are longer than the maximum answer for their duration "
+            "(`answer_bound`)"
+        )
 
     # 3. loss, optimizer and state; a killed run is resumed
     loss_of = LabelledLoss(model, vocabulary, config.packing)
-    check(loss_of, examples, accelerator)
+    check_loss_once(loss_of, examples, accelerator)
     optimizer = make_optimizer(model, vocabulary, config.learning_rate, config.weight_decay, config.row_learning_rate)
     training = TrainingState(accelerator, model, optimizer, config.weight_average)
     speech_llm = SpeechLLM(training.evaluated, text_tokenizer, vocabulary, codec)
     plan = training_plan(
         model,
-        examples,
+        len(examples),
+        lengths.tolist(),
+        int(labels.sum()),
         accelerator,
         steps=config.steps,
         batch_tokens=config.batch_tokens,
@@ -226,8 +265,8 @@ def main(config: AsrConfig) -> None:
     )
     accelerator.print(plan)
     accelerator.print(
-        f"new rows ({config.init}): mean norm {rows['new_row_norm']:.3f} (text rows: {rows['text_row_norm']:.3f}), "
-        f"mean cosine {rows['new_row_cosine']:.3f}"
+        f"new rows ({config.init}): mean norm {new_rows['new_row_norm']:.3f} "
+        f"(text rows: {new_rows['text_row_norm']:.3f}), mean cosine {new_rows['new_row_cosine']:.3f}"
     )
     if config.compile:
         compile_layers(model)
@@ -238,23 +277,23 @@ def main(config: AsrConfig) -> None:
 
     # 4. train. The loss of a step is the mean over all labels of the batch, however it is split: the sum of each
     # micro-batch is divided by the total count, and multiplied by the number of processes, which average gradients
-    text_steps = config.small.text_steps if sentences else 0
-    text_batches = batches(sentences, config, loop.done)
-    audio_batches = batches(examples, config, max(loop.done, text_steps))
+    text_steps = config.small.text_steps if config.model is None else 0
+    if dev_texts:
+        before = perplexity_before(dev_texts, speech_llm, training, run)
+    text_shares = shares_of(sentences, config, accelerator, loop.done)
+    audio_shares = shares_of(examples, config, accelerator, max(loop.done, text_steps), augmentation)
     model.train()
     for step in loop:
         set_learning_rate(optimizer, warmup_cosine(step, config.steps, config.warmup, joined=config.row_steps))
-        chosen = next(text_batches if step < text_steps else audio_batches)
-        batch = [(sentences if step < text_steps else examples)[i] for i in chosen]
-        if step >= text_steps:
-            batch = augmentation(batch, (config.seed, step))
-        counts = label_counts(batch, vocabulary).clamp(min=1).to(accelerator.device)
+        source, shares = (sentences, text_shares) if step < text_steps else (examples, audio_shares)
+        share = next(shares)
+        counts = label_counts([one for part in share.parts for one in part], vocabulary).to(accelerator.device)
+        counts = accelerator.reduce(counts).clamp(min=1)
         weights = torch.tensor([1.0, config.speech_loss], device=accelerator.device) / counts
-        parts = micro_batches(batch, config.micro_batch_tokens, accelerator.process_index, accelerator.num_processes)
         sums = torch.zeros(2, device=accelerator.device)
         optimizer.zero_grad()
-        for i, part in enumerate(parts):
-            accelerator.sync_gradients = i + 1 == len(parts)
+        for i, part in enumerate(share.parts):
+            accelerator.sync_gradients = i + 1 == len(share.parts)
             with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(loss_of):
                 losses = loss_of(part)
                 accelerator.backward((weights * losses).sum() * accelerator.num_processes)
@@ -262,7 +301,8 @@ def main(config: AsrConfig) -> None:
         if step < config.row_steps:
             keep_row_gradients(model, vocabulary)
         norm = accelerator.clip_grad_norm_(loss_of.parameters(), config.clip)
-        if loop.skips(norm, weights * sums, recordings=lambda chosen=chosen: [train["id"][i] for i in chosen]):
+        names = functools.partial(source.names, share.rows)
+        if loop.skips(norm, weights * sums, recordings=names):
             continue  # with DeepSpeed there is no norm
         optimizer.step()
         training.follow()
@@ -273,7 +313,7 @@ def main(config: AsrConfig) -> None:
             loss, speech_loss = (accelerator.reduce(sums) / counts).tolist()
             speech = {"speech_loss": speech_loss} if config.speech_loss else {}
             rate = optimizer.param_groups[0]["lr"]
-            loop.log(loss=loss, **speech, lr=rate, tokens=sum(map(len, batch)))
+            loop.log(loss=loss, **speech, lr=rate, tokens=share.tokens)
         if validating:
             # compiled layers are for training: when decoding every word has another shape
             stance = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
@@ -295,6 +335,7 @@ def main(config: AsrConfig) -> None:
         if run.main:
             training.load_best()
             training.evaluated.eval()
+            after = text_perplexity(dev_texts, speech_llm) if dev_texts else None
             with atomic_folder(run.folder / "model") as folder:
                 speech_llm.save(folder)
     if run.main:
@@ -302,6 +343,10 @@ def main(config: AsrConfig) -> None:
         texts = {"normalizer": config.normalizer} | ({"without_words": without_words} if without_words else {})
         summary = {"steps": loop.done, "loss": loop.figures.get("loss"), **best, **texts}
         summary["codec_fingerprint"] = codec.fingerprint
+        if after is not None:
+            summary |= {"text_perplexity_before": before, "text_perplexity": after.perplexity}
+            summary |= {"text_tokens": after.tokens, "text_words": after.words}
+            print(f"perplexity of {config.dev_text}: {before:.2f} before, {after.perplexity:.2f} after (per token)")
         finish_training(run, summary)
         print(f"speech language model saved in {run.folder / 'model'}")
     accelerator.wait_for_everyone()
@@ -323,23 +368,27 @@ def refuse_sharding(accelerator: Accelerator, config: AsrConfig) -> None:
         raise RunError("row_steps: DeepSpeed updates weights before gradients can be dropped: remove this key")
 
 
-def check(loss_of: LabelledLoss, examples: list[Example], accelerator: Accelerator) -> None:
-    """Raise PackingError, in every process, if the first one finds the loss wrong (`check_loss`)."""
-    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        loss_of.to(accelerator.device)  # where it is going to be, and where some families have kernels
-    faults: list[PackingError | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            check_loss(loss_of, examples)
-        except PackingError as error:
-            faults = [error]
-    if fault := broadcast_object_list(faults)[0]:
-        raise fault
+def shares_of(
+    examples: Conversations,
+    config: AsrConfig,
+    accelerator: Accelerator,
+    start: int,
+    augmentation: Augmentation | None = None,
+) -> Iterator[StepExamples]:
+    """What this process computes in successive optimizer steps, from `start` on."""
+    budget = config.batch_tokens, config.micro_batch_tokens
+    process = accelerator.process_index, accelerator.num_processes
+    return step_examples(examples, *budget, config.seed, start, *process, augmentation)
 
 
-def batches(examples: list[Example], config: AsrConfig, start: int) -> Iterator[np.ndarray]:
-    """Numbers of the examples of successive optimizer steps, the same in every process and after resuming."""
-    return token_batches(list(map(len, examples)), config.batch_tokens, config.seed, start)
+def perplexity_before(texts: list[str], speech_llm: SpeechLLM, training: TrainingState, run: Run) -> float:
+    """The perplexity of texts before the first step; that of the log if the training goes on. Main process."""
+    held = [line["text_perplexity"] for line in read_log(run.folder) if "text_perplexity" in line]
+    with training.evaluation_weights():
+        if run.main and not held:
+            held = [text_perplexity(texts, speech_llm).perplexity]
+            run.log(0, text_perplexity=held[0])
+    return held[0] if held else math.nan
 
 
 def recognized(

@@ -51,15 +51,15 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets import Dataset
 from torch import Tensor, nn
 from torchaudio.transforms import TimeMasking
 
 from speechllm import DataError, Encoding, load_codes, load_tokenizer, speech_of, word_error_rate
 from speechllm.data.batches import endless_batches
 from speechllm.data.compression import compress_shards
-from speechllm.data.shards import require_texts, transcribed
+from speechllm.data.encoded import EncodedSpeech, require_texts, transcribed
 from speechllm.reports.pages import finish_training
 from speechllm.runs.loop import Parts, TrainingLoop
 from speechllm.runs.machine import make_accelerator
@@ -175,19 +175,23 @@ class CtcLoss(nn.Module):
 
 
 def read_batches(
-    train: Dataset, encoding: Encoding, compressor: CtcCompressor, config: CompressorConfig, start: int, accelerator
+    train: EncodedSpeech,
+    encoding: Encoding,
+    compressor: CtcCompressor,
+    config: CompressorConfig,
+    start: int,
+    accelerator,
 ) -> Iterator[tuple[list[int], Batch]]:
     """Endless batches from step `start` on, and the numbers of their utterances; each process gets its share."""
     labels = {label: number for number, label in enumerate(compressor.labels)}
     orders = endless_batches(train["duration_s"], config.batch_size, config.seed, start)
-    train = train.with_format("numpy")
     process, processes = accelerator.process_index, accelerator.num_processes
 
     def read(order: list[int]) -> tuple[list[int], Batch]:
         chosen = list(order[process::processes]) or list(order[:1])
         rows = [train[int(i)] for i in chosen]
         frames = [base_frames(compressor.base, speech_of(row, encoding)) for row in rows]
-        targets = [torch.tensor([labels[letter] for letter in str(row["text"])]) for row in rows]
+        targets = [torch.tensor([labels[letter] for letter in row["text"]]) for row in rows]
         sizes = [torch.tensor([len(x) for x in one]) for one in (frames, targets)]
         padded = [nn.utils.rnn.pad_sequence(one, batch_first=True) for one in (frames, targets)]
         return chosen, (padded[0], sizes[0], padded[1], sizes[1])
@@ -196,7 +200,7 @@ def read_batches(
 
 
 @torch.no_grad()
-def letters_wer(compressor: CtcCompressor, dev: Dataset, encoding: Encoding, normalizer: str) -> float:
+def letters_wer(compressor: CtcCompressor, dev: EncodedSpeech, encoding: Encoding, normalizer: str) -> float:
     """WER of what the letters spell, without any language model."""
     texts = []
     for row in dev:

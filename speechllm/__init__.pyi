@@ -3,11 +3,11 @@
 # tokenizers
 # language models that hear
 from .adapters import prepare_adapter as prepare_adapter
+from .data.encoded import load_codes as load_codes
+from .data.encoded import speech_of as speech_of
 
 # speech on disk, encoded
 from .data.shards import encode_shards as encode_shards
-from .data.shards import load_codes as load_codes
-from .data.shards import speech_of as speech_of
 from .decoding import transcribe as transcribe
 from .decoding import transcribe_codes as transcribe_codes
 

@@ -105,6 +105,19 @@ def recognize(
         durations_s = [count / encoding.frame_rate for count in frames]
     prompts = [transcription_prompt(utterance, speech_llm.vocabulary, text_tokenizer) for utterance in speech]
     bounds = [answer_bound(duration_s) for duration_s in durations_s]
+    return answer(prompts, bounds, speech_llm, batch_tokens, progress, beams, fallback)
+
+
+def answer(
+    prompts: Sequence[Example],
+    bounds: Sequence[int],
+    speech_llm: SpeechLLM,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = False,
+    beams: int = 1,
+    fallback: bool = False,
+) -> list[Transcription]:
+    """Answers to prompts, in the order given, of at most so many tokens each; the rest as in `recognize`."""
     found = _decode(prompts, bounds, speech_llm, batch_tokens, progress, beams)
     runaways = [i for i, first in enumerate(found) if first.runaway] if fallback else []
     again = [prompts[i] for i in runaways], [bounds[i] for i in runaways]

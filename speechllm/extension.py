@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from speechllm.encoding import Encoding
 from speechllm.projector import add_projector
-from speechllm.vocabulary import END, START, AudioVocabulary, Order, VocabularyError, text_token_ids
+from speechllm.vocabulary import END, START, AudioVocabulary, Order, Template, VocabularyError, text_token_ids
 from tokenizer.interface import AudioTokenizer, DiscreteTokenizer
 
 MARK = "reads_codes_of"  # key in the config.json of an extended model: the codec's fingerprint
@@ -23,6 +23,7 @@ class Extension(TypedDict, total=False):
     seed: int
     order: Order
     stack: int
+    template: Template
 
 
 def extend_vocabulary(
@@ -34,6 +35,7 @@ def extend_vocabulary(
     seed: int = 0,
     order: Order = "frame",
     stack: int = 1,
+    template: Template = "plain",
 ) -> AudioVocabulary:
     """Add one token per code of the codec's first `layers` codebooks. Changes model and text tokenizer in place.
 
@@ -45,7 +47,7 @@ def extend_vocabulary(
     and per-dimension spread of the text rows, so that similar sounds start with similar rows; "random" has the same
     mean and spread without that structure; "mean" sets all rows to the mean text row.
     order: of the codes of several layers. stack: number of continuous features per token; their projector becomes the
-    model's submodule `speech_projector`.
+    model's submodule `speech_projector`. template: how conversations are written, see `ConversationWriter`.
     Raises VocabularyError for a vocabulary that is already extended, DataError for layers that the codec lacks.
     """
     encoding = Encoding.of(codec, layers)
@@ -95,7 +97,7 @@ def extend_vocabulary(
             rows_new = new_rows(matrix[:texts], vectors, len(names), init, generator)
             matrix[ids[0] : ids[0] + len(names)] = rows_new.to(matrix)
     stack = stack if encoding.kind == "features" else 1
-    vocabulary = AudioVocabulary(encoding, ids[0], ids[count], ids[count + 1], rows, order, stack)
+    vocabulary = AudioVocabulary(encoding, ids[0], ids[count], ids[count + 1], rows, order, stack, template)
     add_projector(model, vocabulary, text_token_ids(text_tokenizer, getattr(codec, "labels", ())))
     setattr(model.config, MARK, encoding.fingerprint)
     return vocabulary

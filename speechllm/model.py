@@ -1,6 +1,6 @@
 """A speech language model: model, text tokenizer, audio vocabulary and codec in one object."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -130,7 +130,8 @@ def load_language_model(
         except VocabularyError as error:
             raise VocabularyError(f"{name}: {error}") from error
         return SpeechLLM(model, text_tokenizer, vocabulary, codec)
-    vocabulary, encoding = AudioVocabulary.load(name), Encoding.of(codec, extension.get("layers", 1))
+    vocabulary = replace(AudioVocabulary.load(name), template=extension.get("template", "plain"))
+    encoding = Encoding.of(codec, extension.get("layers", 1))
     encoding.require(vocabulary.encoding.fingerprint, str(name))
     stack = extension.get("stack", 1) if encoding.kind == "features" else 1
     found = vocabulary.encoding.layers, vocabulary.order, vocabulary.stack

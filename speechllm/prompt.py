@@ -1,14 +1,15 @@
-"""Training examples: [prompt][audio][transcript][end], with the loss on the transcript only."""
+"""Training examples: conversations with the loss on the answers only, such as [prompt][audio][transcript][end]."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from speechllm.encoding import Speech
-from speechllm.vocabulary import AudioVocabulary, opening_token_ids, text_token_ids
+from speechllm.messages import Audio, Conversation, ConversationWriter, Message
+from speechllm.vocabulary import AudioVocabulary
 from tokenizer.interface import Codes
 
 PROMPT = "Transcribe this speech"  # paper, section 3.4; the same in training and evaluation
@@ -30,13 +31,41 @@ class Example:
         return len(self.input_ids)
 
 
+def conversation_example(
+    turns: Conversation, writer: ConversationWriter, learn_speech: bool = False, answering: bool = False
+) -> Example:
+    """A conversation with labels on its answers and their ends.
+
+    learn_speech: codes are labels, too; answering: the model's input before its answer to the last message.
+    """
+    vocabulary = writer.vocabulary
+    ids, labels, features = [], [], []
+    for piece in writer.pieces([turns], answering)[0]:
+        if isinstance(piece.content, Audio):
+            tokens = vocabulary.token_ids(piece.content.speech, writer.text_tokenizer)
+            learnt = vocabulary.is_code(tokens) & learn_speech
+            features.append(vocabulary.features(piece.content.speech))
+        else:
+            tokens = torch.tensor(piece.content, dtype=torch.long)
+            learnt = torch.full_like(tokens, piece.learnt, dtype=torch.bool)
+        ids.append(tokens)
+        labels.append(tokens.where(learnt, IGNORED))
+    found = [one for one in features if one is not None]
+    return Example(torch.cat(ids), torch.cat(labels), torch.cat(found) if found else None)
+
+
+def transcription(speech: object, text: str | None = None) -> list[Message]:
+    """The conversation in which an utterance is transcribed; without a text, up to the answer."""
+    question = Message("user", (PROMPT, Audio(speech)))
+    return [question] if text is None else [question, Message("assistant", (text,))]
+
+
 def transcription_prompt(
     speech: Codes | Speech, vocabulary: AudioVocabulary, text_tokenizer: PreTrainedTokenizerBase
 ) -> Example:
     """The model's input before its answer: the prompt and one utterance, without labels."""
-    prompt = torch.tensor(opening_token_ids(text_tokenizer, PROMPT))
-    ids = torch.cat([prompt, vocabulary.token_ids(speech, text_tokenizer)])
-    return Example(ids, torch.full_like(ids, IGNORED), vocabulary.features(speech))
+    writer = ConversationWriter(vocabulary, text_tokenizer)
+    return conversation_example(transcription(speech), writer, answering=True)
 
 
 def transcription_example(
@@ -50,11 +79,9 @@ def transcription_example(
 
     learn_speech: codes are labels, too.
     """
-    prompt = transcription_prompt(speech, vocabulary, text_tokenizer)
-    answer = torch.tensor([*text_token_ids(text_tokenizer, [text])[0], text_tokenizer.eos_token_id])
-    learnt = vocabulary.is_code(prompt.input_ids) & learn_speech
-    labels = torch.cat([prompt.input_ids.where(learnt, IGNORED), answer])
-    return replace(prompt, input_ids=torch.cat([prompt.input_ids, answer]), labels=labels)
+    return conversation_example(
+        transcription(speech, text), ConversationWriter(vocabulary, text_tokenizer), learn_speech
+    )
 
 
 def label_counts(examples: Sequence[Example], vocabulary: AudioVocabulary) -> Tensor:
@@ -64,10 +91,9 @@ def label_counts(examples: Sequence[Example], vocabulary: AudioVocabulary) -> Te
     return torch.tensor([float((labels != IGNORED).sum()) - speech, float(speech)])
 
 
-def text_example(text: str, text_tokenizer: PreTrainedTokenizerBase) -> Example:
-    """A sentence without audio, every token a label: teaches a new language model its language."""
-    ids = torch.tensor([*opening_token_ids(text_tokenizer, text), text_tokenizer.eos_token_id])
-    return Example(ids, ids.clone())
+def sentence(text: str) -> list[Message]:
+    """A text that answers nothing, every token of it a label: teaches a new language model its language."""
+    return [Message("assistant", (text,))]
 
 
 def join_features(examples: Sequence[Example]) -> Tensor | None:

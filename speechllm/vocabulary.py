@@ -1,6 +1,7 @@
 """Audio tokens in the vocabulary of a language model: one token per code, and two markers."""
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ START, END = "<|audio_start|>", "<|audio_end|>"
 FILE = "audio_vocabulary.json"
 
 Order = Literal["frame", "layer", "delay", "semantic"]
+Template = Literal["plain", "chat"]
+
+# of text tokenizers, whose settings change from call to call: they must not be used in two threads at once
+_LOCK = threading.Lock()
 
 
 class VocabularyError(InputError):
@@ -41,6 +46,7 @@ class AudioVocabulary:
     size: int  # rows of the embedding matrix; all token ids are smaller
     order: Order = "frame"  # of the codes of several layers, see `arrangement`
     stack: int = 1  # features per placeholder
+    template: Template = "plain"  # of conversations, see `ConversationWriter`
 
     def token_ids(self, speech: Codes | Speech, text_tokenizer: PreTrainedTokenizerBase | None = None) -> Tensor:
         """Ids of one utterance between the start and end markers.
@@ -64,6 +70,12 @@ class AudioVocabulary:
                 needed = "text and the text tokenizer" if kind == "text" else kind
                 raise VocabularyError(f"this vocabulary needs {needed}, got {_describe(speech)}")
         return torch.cat([ids.new_tensor([self.start_id]), ids, ids.new_tensor([self.end_id])])
+
+    def token_count(self, frames: int) -> int:
+        """Number of `token_ids` of an utterance of so many frames: codes or features, not texts."""
+        return 2 + (
+            math.ceil(frames / self.stack) if self.encoding.kind == "features" else frames * self.encoding.layers
+        )
 
     def _code_ids(self, codes: Tensor) -> Tensor:
         layers, size = self.encoding.layers, self.encoding.codebook_size
@@ -147,7 +159,8 @@ class AudioVocabulary:
         with reading(file, expected, error_class=VocabularyError):
             vocabulary = AudioVocabulary(**{**values, "encoding": Encoding(**values["encoding"])})
             ends = [vocabulary.offset, int(vocabulary.new_ids.max()) + 1, vocabulary.size, vocabulary.stack - 1]
-        if not 0 <= ends[0] <= ends[1] <= ends[2] or ends[3] < 0 or vocabulary.order not in get_args(Order):
+        known = vocabulary.order in get_args(Order) and vocabulary.template in get_args(Template)
+        if not 0 <= ends[0] <= ends[1] <= ends[2] or ends[3] < 0 or not known:
             raise VocabularyError(f"{file} contradicts itself: expected {expected}; {AGAIN}")
         return vocabulary
 
@@ -172,7 +185,14 @@ def text_token_ids(text_tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
     """Ids of plain texts. A transcript that contains "<|audio_5|>" stays text and never becomes audio."""
     if not texts:
         return []
-    return text_tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    with _LOCK:
+        return text_tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def template_token_ids(text_tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of text from a chat template, in which the names of special tokens are these tokens."""
+    with _LOCK:
+        return text_tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
 
 
 def opening_token_ids(text_tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -181,6 +201,7 @@ def opening_token_ids(text_tokenizer: PreTrainedTokenizerBase, text: str) -> lis
     Llama, Mistral and Gemma begin with BOS, Qwen2 with nothing; so begins what other engines make of a prompt. An end
     token that the tokenizer would write is left out.
     """
-    ids = text_tokenizer(text, split_special_tokens=True)["input_ids"]
+    with _LOCK:
+        ids = text_tokenizer(text, split_special_tokens=True)["input_ids"]
     closed = ids[-1:] == [text_tokenizer.eos_token_id] and len(ids) > len(text_token_ids(text_tokenizer, [text])[0])
     return ids[:-1] if closed else ids

@@ -26,7 +26,7 @@ LAYERS = {
     "tokenizer: loading": ("loading", "custom"),
     "speechllm.evaluation": ("evaluation",),
     "speechllm: encoding, vocabulary, prompt": (
-        *("encoding", "speech", "vocabulary", "projector", "extension", "prompt", "small_model"),
+        *("encoding", "speech", "vocabulary", "projector", "extension", "messages", "prompt", "small_model"),
     ),
     "speechllm: model": ("model", "adapters", "confidence", "pieces"),
     "speechllm.data": ("data",),

@@ -27,7 +27,7 @@ from speechllm import (
     transcribe,
 )
 from speechllm.cli.main import main as command_line
-from speechllm.data.shards import codes_of
+from speechllm.data.encoded import codes_of
 from speechllm.runs.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]

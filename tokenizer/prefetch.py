@@ -12,14 +12,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def prefetch(function: Callable[[Item], Result], items: Iterable[Item], ahead: int = AHEAD) -> Iterator[Result]:
+def prefetch(
+    function: Callable[[Item], Result], items: Iterable[Item], ahead: int = AHEAD, threads: int = THREADS
+) -> Iterator[Result]:
     """`map(function, items)` with up to `ahead` results computed before they are asked for; order and errors stay.
 
     Threads, because they start at once, pass large arrays without a copy and cannot outlive this process. They end with
-    the iterator: what has not begun is dropped.
+    the iterator: what has not begun is dropped. With one thread the results are computed one after the other, so that
+    `function` may remember where it was.
     """
     waiting: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(THREADS)
+    pool = ThreadPoolExecutor(threads)
     try:
         for item in items:
             waiting.append(pool.submit(function, item))

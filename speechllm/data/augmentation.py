@@ -1,6 +1,5 @@
 """Augmentation of training examples: makes a model less dependent on single tokens, voices and speaking rate."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +13,7 @@ from speechllm.vocabulary import AudioVocabulary
 
 
 class Augmentation:
-    """Augments examples as configured; a pure function of the examples and a seed.
+    """Augments examples as configured; a pure function of an example and a seed.
 
     Masked tokens become <|audio_start|>: no language model has attached a meaning to it, every form of training can
     train its row, and it is never a label. (SLD masks with the end token, Chen et al. 2023; Qwen2 has no mask token.)
@@ -34,13 +33,9 @@ class Augmentation:
         self.vocabulary = vocabulary
         self.neighbours = None if codebooks is None or not config.substitute else vocabulary.neighbours(codebooks)
 
-    def __call__(self, examples: Sequence[Example], seed: tuple[int, ...]) -> list[Example]:
-        random = np.random.default_rng(seed)
-        return [self.augment(example, random) for example in examples]
-
-    def augment(self, example: Example, random: np.random.Generator) -> Example:
-        """One augmented example."""
-        config = self.config
+    def __call__(self, example: Example, seed: tuple[int, ...]) -> Example:
+        """The augmented example."""
+        config, random = self.config, np.random.default_rng(seed)
         if config.tempo:
             example = self.change_tempo(example, random.uniform(1 - config.tempo, 1 + config.tempo))
         ids = example.input_ids

@@ -1,9 +1,11 @@
 """The order in which training reads examples."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+
+BLOCK = 256  # examples whose lengths are looked up at once
 
 
 def grouped_batches(lengths: Sequence[float], batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -30,23 +32,40 @@ def endless_batches(lengths: Sequence[float], batch_size: int, seed: int, start:
         epoch, skipped = epoch + 1, 0
 
 
-def token_batches(lengths: Sequence[int], batch_tokens: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
-    """Endless batches of example indices, as many as fit into `batch_tokens` but at least one; from number `start` on.
+def token_batches(
+    count: int,
+    lengths: Callable[[np.ndarray], np.ndarray],
+    batch_tokens: int,
+    seed: int,
+    start: int = 0,
+    weights: np.ndarray | None = None,
+) -> Iterator[np.ndarray]:
+    """Endless batches of indices of `count` examples, as many as fit into `batch_tokens` but at least one.
 
-    Each epoch is a random order, and a batch may span the end of one and the beginning of the next, so that every
-    example is used equally often. A pure function of its arguments, so that a resumed run continues at the same place.
+    lengths: of the examples with these indices, long [N] -> long [N], asked for shortly before they are needed. Yields
+    from batch number `start` on. Each epoch is a random order, and a batch may span the end of one and the beginning of
+    the next, so that every example is used equally often; with weights, float [count], that often in an epoch: 1.5 is
+    once or twice, by chance. A pure function of its arguments, so that a resumed run continues at the same place.
     """
-    sizes = np.asarray(lengths)
-    most = batch_tokens // int(sizes.min()) + 1  # examples that one batch can hold, and one more
-    order, epoch = np.empty(0, dtype=np.int64), 0
-    for number in itertools.count():
-        while len(order) <= most:
-            order = np.concatenate([order, np.random.default_rng((seed, epoch)).permutation(len(sizes))])
-            epoch += 1
-        count = max(1, int(np.searchsorted(np.cumsum(sizes[order[:most]]), batch_tokens, side="right")))
-        if number >= start:
-            yield order[:count]
-        order = order[count:]
+    batch: list[int] = []
+    number = total = 0
+    for epoch in itertools.count():
+        for block in _chunks(_order(count, seed, epoch, weights), BLOCK):
+            for index, length in zip(block.tolist(), lengths(block).tolist(), strict=True):
+                if batch and total + length > batch_tokens:
+                    if number >= start:
+                        yield np.array(batch)
+                    batch, total, number = [], 0, number + 1
+                batch.append(index)
+                total += length
+
+
+def _order(count: int, seed: int, epoch: int, weights: np.ndarray | None) -> np.ndarray:
+    draw = np.random.default_rng((seed, epoch))
+    if weights is None:
+        return draw.permutation(count)
+    times = np.floor(weights + draw.random(count)).astype(int)
+    return draw.permutation(np.repeat(np.arange(count), times))
 
 
 def _chunks(items: np.ndarray, size: int) -> list[np.ndarray]:

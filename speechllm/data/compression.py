@@ -8,12 +8,12 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from torch import Tensor
 
-from speechllm.data.shards import REQUEST, SCHEMA, SPEECH, speech_of
+from speechllm.data.encoded import speech_of
+from speechllm.data.shards import REQUEST, SCHEMA, SPEECH, open_shard, shard_files, write_table
 from speechllm.encoding import Encoding
-from tokenizer.files import atomic_file, read_json, write_json
+from tokenizer.files import read_json, write_json
 from tokenizer.schemes.compressor import CtcCompressor, base_frames, compress
 
 
@@ -26,12 +26,10 @@ def compress_shards(source: str | Path, compressor: CtcCompressor, folder: str |
     folder, encoding = Path(folder), Encoding.of(compressor)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / REQUEST, read_json(Path(source) / REQUEST) | asdict(encoding))
-    for file in sorted(Path(source).glob("codes_*.parquet")):
+    for file in shard_files(source):
         if not (folder / file.name).exists():
-            table = _compressed(pq.read_table(file), compressor, encoding)
-            with atomic_file(folder / file.name) as part:
-                pq.write_table(table, part, compression="zstd")
-        yield pq.read_metadata(folder / file.name).num_rows
+            write_table(folder / file.name, _compressed(open_shard(file), compressor, encoding))
+        yield len(open_shard(folder / file.name))
 
 
 def _compressed(table: pa.Table, compressor: CtcCompressor, encoding: Encoding) -> pa.Table:
@@ -44,6 +42,6 @@ def _compressed(table: pa.Table, compressor: CtcCompressor, encoding: Encoding) 
         return compress(states, scores).cpu().flatten().numpy().astype(np.float16)
 
     stored = SPEECH[base.kind].name
-    speech = pa.array([vectors({stored: one.as_py()}) for one in table[stored]], column.type)
+    speech = pa.array([vectors({stored: one.values.to_numpy()}) for one in table[stored]], column.type)
     kept = table.select(SCHEMA.names).append_column(column, speech)
     return kept.replace_schema_metadata(notes | {b"encoding": json.dumps(asdict(encoding))})

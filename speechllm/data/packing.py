@@ -145,15 +145,23 @@ AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, sdpa_mask)  # used in generation, where batches are padded
 
 
-def micro_batches(batch: Sequence[Example], tokens: int, process: int = 0, processes: int = 1) -> list[list[Example]]:
-    """One process's share of a batch, split into parts of about `tokens` tokens to be computed one after the other.
+def micro_batches(lengths: Sequence[int], tokens: int, process: int = 0, processes: int = 1) -> list[list[int]]:
+    """One process's share of a batch of examples with these lengths, split into parts of about `tokens` tokens.
 
-    Every process gets the same number of parts of about the same size, because processes have to stay in step. If
-    there are fewer examples than parts, the remaining parts hold an example without labels.
+    Parts are computed one after the other; they hold places in the batch. Every process gets the same number of parts
+    of about the same size, because processes have to stay in step. If there are fewer examples than parts, the
+    remaining parts are empty.
     """
-    count = processes * math.ceil(sum(map(len, batch)) / (processes * tokens))
-    parts: list[list[Example]] = [[] for _ in range(count)]
-    for example in sorted(batch, key=len, reverse=True):  # longest first, each into the smallest part so far
-        min(parts, key=lambda part: sum(map(len, part))).append(example)
-    blank = replace(batch[0], labels=torch.full_like(batch[0].labels, IGNORED))
-    return [part or [blank] for part in parts[process::processes]]
+    count = processes * math.ceil(sum(lengths) / (processes * tokens))
+    parts: list[list[int]] = [[] for _ in range(count)]
+    totals = [0] * count
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):  # each into the smallest part so far
+        smallest = totals.index(min(totals))
+        parts[smallest].append(place)
+        totals[smallest] += lengths[place]
+    return parts[process::processes]
+
+
+def unlabelled(example: Example) -> Example:
+    """An example without labels, for a part that would be empty."""
+    return replace(example, labels=torch.full_like(example.labels, IGNORED))

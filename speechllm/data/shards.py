@@ -1,5 +1,6 @@
-"""Encoded speech on disk."""
+"""Writing encoded speech: shards in Arrow's stream format, which readers map into memory instead of loading them."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -15,21 +16,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from datasets import Dataset, Value
 from torch import Tensor
 
 from speechllm.encoding import DataError, Encoding, Speech
-from speechllm.evaluation.normalizers import find_normalizer
 from tokenizer.audio import AudioError, hash_recording
 from tokenizer.claims import claim_folder
-from tokenizer.corpus import Utterance, load_each, skipped_row, spread
+from tokenizer.corpus import Utterance, load_each, skipped_row
 from tokenizer.files import atomic_file, read_json, write_json
 from tokenizer.interface import AudioTokenizer
-from tokenizer.reading import reading
 
 REQUEST = "request.json"  # what the shards of a folder are made of
-SHARD_SIZE = 500  # utterances per Parquet file
+SHARD_SIZE = 500  # utterances per file
 
 logger = logging.getLogger(__name__)
 SCHEMA = pa.schema(
@@ -58,14 +55,14 @@ def encode_shards(
     processes: int = 1,
     batch_s: float = 0.0,
 ) -> Iterator[int]:
-    """Encode utterances into Parquet shards; yields each shard's number of utterances when it is done.
+    """Encode utterances into shards; yields each shard's number of utterances when it is done.
 
     batch_s: seconds of speech to encode at a time, of utterances with similar lengths, by a codec that can; a shard
     does not depend on it, except for rounding. 0: one by one.
     Each process writes every `processes`-th shard; existing shards are kept, so that a killed run loses at most one
     shard per process, but those are written again that are cut short or of whose recordings one has another content
     now. Unusable recordings are skipped and recorded in the shard with the reason. Texts are stored as they are;
-    `transcribed` normalises them.
+    `transcribed` normalises them. Shards that earlier versions wrote, as Parquet, are rewritten without encoding again.
     Raises OutputError for a folder that is not of encoded speech, is in use or cannot be written, and DataError if it
     holds codes made with other settings.
     """
@@ -95,7 +92,8 @@ def encode_shards(
         write_json(folder / REQUEST, settings)
     for shard in range(process, -(-len(utterances) // SHARD_SIZE), processes):
         part = utterances[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
-        file = folder / f"codes_{shard:05d}.parquet"
+        file = folder / f"codes_{shard:05d}.arrow"
+        _rewrite_parquet(file)
         if not _is_current(file, part):
             _write_shard(file, part, codec, encoding, max_duration_s, batch_s)
         yield len(part)
@@ -105,16 +103,32 @@ def claim_codes(folder: str | Path) -> None:
     """Claim a folder for encoded speech, see `claim_folder`, which says what it raises."""
 
     def own(place: Path) -> bool:  # of an earlier version, or another process of this one was faster
-        return (place / REQUEST).is_file() or any(map(_is_shard, place.glob("codes_*.parquet")))
+        return (place / REQUEST).is_file() or any(map(_is_shard, place.glob("codes_*")))
 
     claim_folder(folder, "encode_speech", own)
 
 
 def _is_shard(file: Path) -> bool:
     try:
-        return b"encoding" in (pq.read_schema(file).metadata or {})
-    except (pa.ArrowException, OSError):
+        schema = pq.read_schema(file) if file.suffix == ".parquet" else open_shard(file).schema
+    except (pa.ArrowException, OSError, DataError):
         return False
+    return b"encoding" in (schema.metadata or {})
+
+
+def _rewrite_parquet(file: Path) -> None:
+    """Turn the shard that an earlier version wrote in this one's place, if there is one, into this one."""
+    former = file.with_suffix(".parquet")
+    if former.exists():
+        with contextlib.suppress(pa.ArrowException, OSError):  # one that is damaged is encoded again
+            write_table(file, pq.read_table(former))
+        former.unlink()
+
+
+def write_table(file: Path, table: pa.Table) -> None:
+    """Write a shard, metadata included, atomically."""
+    with atomic_file(file) as part, pa.ipc.new_stream(str(part), table.schema) as writer:
+        writer.write_table(table.combine_chunks())
 
 
 def _write_shard(
@@ -159,8 +173,7 @@ def _write_shard(
     }
     schema = SCHEMA.append(SPEECH[encoding.kind]).with_metadata(metadata)
     table = pa.Table.from_pylist([row for _, row in sorted(rows.items())], schema)
-    with atomic_file(file) as part:
-        pq.write_table(table, part, compression="zstd")
+    write_table(file, table)
 
 
 def _batches(utterances: Sequence[Utterance], batch_s: float) -> list[list[int]]:
@@ -183,7 +196,7 @@ def _is_current(file: Path, utterances: Sequence[Utterance]) -> bool:
     if not file.exists():
         return False
     try:
-        noted = _notes(file).get(b"recordings")
+        noted = shard_notes(file).get(b"recordings")
     except DataError as error:
         logger.info("%s", error)
         return False
@@ -236,7 +249,7 @@ def _stored(speech: Speech) -> str | np.ndarray:
 
 def skipped_of_shards(folder: str | Path) -> list[dict[str, str]]:
     """The recordings that could not be encoded, one `skipped_row` each."""
-    notes = map(_notes, _shards(folder))
+    notes = map(shard_notes, shard_files(folder))
     return [row for note in notes for row in json.loads(note[b"skipped"])]
 
 
@@ -247,9 +260,9 @@ def summarize_shards(folder: str | Path) -> dict[str, object]:
 
     real_time_factor: seconds of reading and encoding per second of speech, in processor time or in time of one GPU.
     """
-    files = _shards(folder)
-    notes = [*map(_notes, files)]
-    durations = [pq.read_table(file, columns=["duration_s"])["duration_s"].to_numpy() for file in files]
+    files = shard_files(folder)
+    notes = [*map(shard_notes, files)]
+    durations = [open_shard(file)["duration_s"].to_numpy() for file in files]
     speech_s = float(sum(part.sum() for part in durations))
     return {
         "utterances": int(sum(map(len, durations))),
@@ -257,136 +270,41 @@ def summarize_shards(folder: str | Path) -> dict[str, object]:
         "real_time_factor": sum(json.loads(note[b"seconds"]) for note in notes) / max(speech_s, 1e-9),
         "encoding": json.loads(notes[0][b"encoding"]),
         "skipped": dict(Counter(row["reason"] for row in skipped_of_shards(folder))),
-        "normalizer": ", ".join(_stored_normalizers(files)),
+        "normalizer": ", ".join(stored_normalizers(files)),
     }
 
 
-def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple[Dataset, Encoding]:
-    """Encoded utterances of the named splits (all when None) and their encoding.
-
-    Columns: id, split, speaker, text, duration_s, and the speech (`SPEECH`), which `speech_of` reads. Raises DataError
-    if shards are missing or come from several codecs, or if a named split does not exist.
-    """
-    files = _shards(folder)
-    encodings = {_notes(file)[b"encoding"] for file in files}
-    if asked := read_json(Path(folder) / REQUEST).get("utterances"):
-        there = sum(pq.read_metadata(file).num_rows for file in files) + len(skipped_of_shards(folder))
-        if there < asked:
-            raise DataError(f"{folder} holds {there} of {asked} utterances: run encode_speech again to finish it")
-        if there > asked:
-            raise DataError(
-                f"{folder} holds {there} utterances, of which {asked} were to be encoded: take away the "
-                "codes_*.parquet that encode_speech did not write there"
-            )
-    if len(encodings) > 1:
-        raise DataError(f"{folder} mixes codes of {len(encodings)} codecs: encode into an empty folder")
-    table = pa.concat_tables([*map(_read_shard, files)]).replace_schema_metadata(None)
-    if splits is not None:
-        found = table["split"].unique().to_pylist()
-        if absent := [split for split in splits if split not in found]:
-            raise DataError(f"{folder} has no split {', '.join(absent)}; it has {', '.join(found)}")
-        table = table.filter(pa.compute.is_in(table["split"], pa.array(splits)))
-    with reading(files[0], "a shard of encoded speech", "encode the speech again", DataError):
-        encoding = Encoding(**json.loads(encodings.pop()))
-        _check_speech(table, encoding, folder)
-    return Dataset(table), encoding
-
-
-def _check_speech(table: pa.Table, encoding: Encoding, folder: str | Path) -> None:
-    """Raise DataError for codes beyond the codebooks, utterances cut within a frame, and columns that are missing."""
-    names = [*SCHEMA.names, (column := SPEECH[encoding.kind].name)]
-    if absent := [name for name in names if name not in table.column_names]:
-        shards = ", ".join(file.name for file in _shards(folder))
-        raise DataError(f"{folder} ({shards}) lacks the columns {', '.join(absent)}: encode the speech again")
-    if encoding.kind == "text" or not len(table):
-        return
-    values, step = table[column], encoding.layers if encoding.kind == "codes" else encoding.width
-    if values.null_count:
-        raise DataError(f"{folder}: {values.null_count} utterances have no {column}: encode the speech again")
-    sizes = pa.compute.list_value_length(values).to_numpy()
-    if (without := np.flatnonzero(sizes == 0)).size:
-        raise DataError(f"{folder}: utterance {table['id'][int(without[0])]} has no {column}: encode the speech again")
-    if (cut := np.flatnonzero(sizes % step)).size:
-        raise DataError(
-            f"{folder}: utterance {table['id'][int(cut[0])]} has {sizes[cut[0]]} {column}, which is no multiple of "
-            f"{step}: encode the speech again"
-        )
-    if encoding.kind == "codes":
-        highest = max(pa.compute.max(part.flatten()).as_py() or 0 for part in values.chunks)
-        if highest >= encoding.codebook_size:
-            raise DataError(
-                f"{folder} holds the code {highest}, the codec's codebooks end at {encoding.codebook_size - 1}: "
-                "encode the speech again"
-            )
-
-
-def require_texts(folder: str | Path, normalizer: str) -> None:
-    """Raise DataError if the folder's texts were stored normalised, as earlier versions did, by another normaliser."""
-    if other := [name for name in _stored_normalizers(_shards(folder)) if name not in ("none", normalizer)]:
-        raise DataError(
-            f"{folder} holds texts that an earlier version normalised by {other[0]}, of which {normalizer} cannot be "
-            f"made: choose normalizer={other[0]}, or run encode_speech again into another folder"
-        )
-
-
-def _stored_normalizers(files: Sequence[Path]) -> list[str]:
+def stored_normalizers(files: Sequence[Path]) -> list[str]:
     """The normalisers of the stored texts, sorted."""
-    return sorted({_notes(file).get(b"normalizer", b"none").decode() for file in files})
+    return sorted({shard_notes(file).get(b"normalizer", b"none").decode() for file in files})
 
 
-def transcribed(speech: Dataset, limit: int | None = None, normalizer: str = "none") -> Dataset:
-    """The utterances with words in their normalised text, at most `limit` of them, evenly chosen; all when None."""
-    normalize = find_normalizer(normalizer)
-    texts = [normalize(text or "") for text in speech["text"][:]]
-    kept = [place for place, text in enumerate(texts) if text.strip()]
-    speech = speech.remove_columns("text").add_column("text", texts, feature=Value("string"))
-    return speech.select(spread(kept, limit))
-
-
-def codes_of(row: dict[str, Any], encoding: Encoding) -> Tensor:
-    """The codes of one row, long [layers, frames]. Raises DataError for speech that was not encoded as codes."""
-    if encoding.kind != "codes":
+def shard_files(folder: str | Path) -> list[Path]:
+    """The shards of a folder. Raises DataError if there are none."""
+    if files := sorted(Path(folder).glob("codes_*.arrow")):
+        return files
+    if next(Path(folder).glob("codes_*.parquet"), None):
         raise DataError(
-            f"expected codes, but this speech was encoded as {encoding.kind}: use an audio tokenizer with codebooks"
+            f"{folder} holds codes_*.parquet of an earlier version: run encode_speech again with the same settings, "
+            "which rewrites them as codes_*.arrow without encoding again"
         )
-    return torch.tensor(row["codes"], dtype=torch.long).view(encoding.layers, -1)
+    raise DataError(f"{folder} holds no encoded speech (codes_*.arrow): run recipes/encode_speech.py first")
 
 
-def speech_of(row: dict[str, Any], encoding: Encoding) -> Speech:
-    """The speech of one row: codes long [layers, frames], features float [frames, width], or a text."""
-    match encoding.kind:
-        case "codes":
-            return codes_of(row, encoding)
-        case "features":
-            return torch.tensor(row["features"], dtype=torch.float32).view(-1, encoding.width)
-        case "text":
-            return row["recognized"]
-
-
-def _shards(folder: str | Path) -> list[Path]:
-    files = sorted(Path(folder).glob("codes_*.parquet"))
-    if not files:
-        raise DataError(f"{folder} holds no encoded speech (codes_*.parquet): run recipes/encode_speech.py first")
-    return files
-
-
-def _notes(file: Path) -> dict[bytes, bytes]:
-    """What a shard says of itself. Raises DataError for a file that is no whole shard."""
+def open_shard(file: Path) -> pa.Table:
+    """A shard, mapped into memory: what is not looked at stays on disk. Raises DataError for one that is not whole."""
     try:
-        notes = pq.read_schema(file).metadata or {}
+        return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} is no whole Parquet file ({error}): run encode_speech again to replace it") from error
+        raise DataError(f"{file} is no whole Arrow file ({error}): run encode_speech again to replace it") from error
+
+
+def shard_notes(file: Path) -> dict[bytes, bytes]:
+    """What a shard says of itself. Raises DataError for a file that is no whole shard."""
+    notes = open_shard(file).schema.metadata or {}
     if b"encoding" not in notes:
         raise DataError(f"{file} is no shard of encode_speech, it does not say how it was encoded: take it away")
     return notes
-
-
-def _read_shard(file: Path) -> pa.Table:
-    """The rows of a shard. Raises DataError for one that is damaged."""
-    try:
-        return pq.read_table(file)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} is damaged ({error}): delete it and run encode_speech again") from error
 
 
 def identity(utterances: Sequence[Utterance]) -> str:

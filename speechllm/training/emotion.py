@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from speechllm.data.shards import codes_of
+from speechllm.data.encoded import codes_of
 from speechllm.encoding import DataError, Encoding
 from speechllm.extension import new_rows
 from tokenizer.errors import InputError

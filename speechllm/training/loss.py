@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,6 +21,13 @@ from speechllm.vocabulary import AudioVocabulary
 SMOOTHING = 0.1  # of speech labels
 CHECKED = 32, 8  # tokens of the examples in `check_loss`
 TOLERANCE = 1e-4  # relative, in float32
+
+
+class Examples(Protocol):
+    """Examples by their places."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, place: int, /) -> Example: ...
 
 
 class LabelledLoss(nn.Module):
@@ -70,13 +79,13 @@ class LabelledLoss(nn.Module):
 
 
 @torch.no_grad()
-def check_loss(loss_of: LabelledLoss, examples: Sequence[Example]) -> None:
+def check_loss(loss_of: LabelledLoss, examples: Examples) -> None:
     """Raise PackingError unless the beginnings of two examples lose together what they lose alone in the plain model.
 
     Every token of them is a label. Costs 80 tokens of computation and finds, in whatever family, layers that look
     across the border of packed examples, and logits that a model makes in another way than `labelled_logits` expects.
     """
-    pairs = zip((examples[0], examples[-1]), CHECKED, strict=True)
+    pairs = zip((examples[0], examples[len(examples) - 1]), CHECKED, strict=True)
     parts = [_beginning(example, size, loss_of.vocabulary) for example, size in pairs]
     training = loss_of.model.training
     loss_of.eval()
@@ -88,6 +97,20 @@ def check_loss(loss_of: LabelledLoss, examples: Sequence[Example]) -> None:
             f"{loss_of.model.config.model_type}: two {'packed' if loss_of.packing else 'padded'} examples should lose "
             f"{expected:.4f}, as each alone in the plain model does, but lose {found:.4f}: {advice}"
         )
+
+
+def check_loss_once(loss_of: LabelledLoss, examples: Examples, accelerator: Accelerator) -> None:
+    """Raise PackingError, in every process, if the first one finds the loss wrong (`check_loss`)."""
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        loss_of.to(accelerator.device)  # where it is going to be, and where some families have kernels
+    faults: list[PackingError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            check_loss(loss_of, examples)
+        except PackingError as error:
+            faults = [error]
+    if fault := broadcast_object_list(faults)[0]:
+        raise fault
 
 
 def _beginning(example: Example, size: int, vocabulary: AudioVocabulary) -> Example:

@@ -7,30 +7,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from speechllm.prompt import IGNORED, Example
-
 SHARE = 0.4  # share of a device's speed in one large matrix product that a training may reach
 SIZES = {"cpu": 512, "cuda": 8192}  # of the square matrices in that product
 
 
-def training_flops(model: Any, examples: Sequence[Example], frozen: bool) -> float:
+def training_flops(model: Any, lengths: Sequence[int], labels: int, frozen: bool) -> float:
     """Floating point operations of one training pass over examples, without the overhead of an implementation.
 
-    Two per weight and token, in three passes (forward, gradients of inputs, gradients of weights; the last one is
-    omitted if most weights are `frozen`); the head is applied to labelled tokens only; attention covers all earlier
-    tokens.
+    lengths: tokens of each example; labels: of all together. Two operations per weight and token, in three passes
+    (forward, gradients of inputs, gradients of weights; the last one is omitted if most weights are `frozen`); the head
+    is applied to labelled tokens only; attention covers all earlier tokens.
     """
     config, passes = model.config.get_text_config(), 2 if frozen else 3
     head = model.get_output_embeddings().weight.numel()
     layers = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
-    lengths = [len(example) for example in examples]
     attention = 2 * config.num_hidden_layers * config.hidden_size * sum(length**2 for length in lengths)
-    return passes * (2 * layers * sum(lengths) + 2 * head * _labels(examples) + attention)
-
-
-def _labels(examples: Sequence[Example]) -> int:
-    """Number of labels; the first token of an example is never predicted."""
-    return sum(int((example.labels[1:] != IGNORED).sum()) for example in examples)
+    return passes * (2 * layers * sum(lengths) + 2 * head * labels + attention)
 
 
 def product_speed(device: torch.device, dtype: torch.dtype) -> float:
@@ -47,7 +39,9 @@ def product_speed(device: torch.device, dtype: torch.dtype) -> float:
 
 def training_plan(
     model: Any,
-    examples: Sequence[Example],
+    count: int,
+    lengths: Sequence[int],
+    labels: int,
     accelerator: Accelerator,
     steps: int,
     batch_tokens: int,
@@ -56,26 +50,28 @@ def training_plan(
     averaged: bool,
     packing: bool = True,
 ) -> str:
-    """Three lines on a training with `batch_tokens` tokens of `examples` per step: its size, memory and time.
+    """Three lines on a training with `batch_tokens` tokens per step of `count` examples: its size, memory and time.
 
+    lengths, labels: tokens of some of the examples, and the number of labels in these.
     form: full, lora or rows; averaged: with a moving average of the weights; packing: without padding.
     """
     processes = accelerator.num_processes
-    tokens = sum(map(len, examples))
-    labels = _labels(examples)
-    each = batch_tokens * len(examples) / tokens  # utterances per step
+    known, share = sum(lengths), count / len(lengths)
+    tokens = round(share * known)
+    each = batch_tokens * count / tokens  # examples per step
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     state = 4 * (weights + trained * (4 if averaged else 3))  # with gradients and two moments, in float32
-    labels_at_once = min(micro_batch_tokens, batch_tokens) * labels / tokens
+    labels_at_once = min(micro_batch_tokens, batch_tokens) * labels / known
     logits = 16 * len(model.get_output_embeddings().weight) * labels_at_once  # with gradients
     half = accelerator.mixed_precision == "bf16"
     speed = product_speed(accelerator.device, torch.bfloat16 if half else torch.float32)
-    flops = training_flops(model, examples, frozen=form != "full") / len(examples) * each * steps
+    flops = training_flops(model, lengths, labels, frozen=form != "full") / len(lengths) * each * steps
     minutes = flops / (SHARE * speed * processes) / 60
     return (
-        f"asr: {len(examples)} utterances, {tokens:,} tokens including {labels:,} labels; {steps} steps of up to "
-        f"{batch_tokens:,} tokens, about {each:.0f} utterances ({steps * each / len(examples):.1f} epochs), "
+        f"asr: {count} rows, {'about ' if share > 1 else ''}{tokens:,} tokens including {round(share * labels):,} "
+        f"labels; {steps} steps of up to {batch_tokens:,} tokens, about {each:.0f} rows ({steps * each / count:.1f} "
+        f"epochs), "
         f"{'without padding' if packing else 'padded'}; about {minutes:.3g} min at {SHARE:.0%} of the "
         f"{speed / 1e12:.3g} TFLOP/s of one large matrix "
         f"product on this device, in {'1 process' if processes == 1 else f'{processes} processes'}\n"

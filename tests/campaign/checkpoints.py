@@ -13,7 +13,7 @@ from damage import (
     codes_with,
     content,
     cut,
-    foreign_parquet,
+    foreign_shard,
     gone,
     loads,
     not_a_number,
@@ -87,20 +87,20 @@ RUNNING = f"{SPEAKER} save_every=2 steps=60 output=new"
 KILLED = (Killed(RUNNING, "new/checkpoints/step_0000001[2-9].pt"),)
 CASES = (
     # ---- codes
-    code("codes out of range", codes_with(random_codes), "codes_00000.parquet|999|u03|range"),
-    code("codes of unequal layers", codes_with(ragged), "codes_00000.parquet|u03"),
-    code("an utterance without codes", codes_with(empty), "codes_00000.parquet|u03"),
-    code("codes in a foreign Parquet file", foreign_parquet, "codes_00000.parquet"),
-    code("codes without a column", without_column("text"), "codes_00000.parquet"),
-    code("codes in a cut file", cut(SHARD), "codes_00000.parquet"),
-    code("codes in an empty file", content(SHARD, b""), "codes_00000.parquet"),
-    code("codes in a page", content(SHARD, PAGE), "codes_00000.parquet"),
+    code("codes out of range", codes_with(random_codes), "codes_00000.arrow|999|u03|range"),
+    code("codes of unequal layers", codes_with(ragged), "codes_00000.arrow|u03"),
+    code("an utterance without codes", codes_with(empty), "codes_00000.arrow|u03"),
+    code("codes in a foreign Arrow file", foreign_shard, "codes_00000.arrow"),
+    code("codes without a column", without_column("text"), "codes_00000.arrow"),
+    code("codes in a cut file", cut(SHARD), "codes_00000.arrow"),
+    code("codes in an empty file", content(SHARD, b""), "codes_00000.arrow"),
+    code("codes in a page", content(SHARD, PAGE), "codes_00000.arrow"),
     code("codes whose request is cut", cut("codes/request.json"), "request.json"),
     code("codes of which a shard is missing", gone(SHARD), "codes"),
     code(
         "codes beside those of another codec",
         lambda at: shutil.copy(
-            at.parent.parent.parent / "parts/actor_codes/codes_00000.parquet", at / "codes/codes_00001.parquet"
+            at.parent.parent.parent / "parts/actor_codes/codes_00000.arrow", at / "codes/codes_00001.arrow"
         ),
         "codes",
     ),

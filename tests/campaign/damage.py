@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import soundfile
 import torch
 from judge import Case, refused
 from parts import RATE, read_json, tone
 from safetensors.torch import load_file, save_file
+
+from speechllm.data.shards import open_shard, write_table
 
 Change = Callable[[Path], object]
 PAGE = b"<!DOCTYPE html><html>403 Forbidden</html>"
@@ -20,7 +21,7 @@ CODEC_CONFIG = "tokenizer/model/config.json"
 BASE_WEIGHTS = "text/model/model.safetensors"
 VOCABULARY = "asr/model/audio_vocabulary.json"
 ECAPA = "speaker/model/embedding_model.ckpt"
-SHARD = "codes/codes_00000.parquet"
+SHARD = "codes/codes_00000.arrow"
 
 
 def cut(file: str, share: float = 0.5) -> Change:
@@ -115,22 +116,22 @@ def nothing_ran(folder: Path, _: str) -> bool:
 def codes_with(change: Callable[[list[dict[str, object]]], object]) -> Change:
     def write(folder: Path) -> None:
         file = folder / SHARD
-        table = pq.read_table(file)
+        table = open_shard(file)
         rows = table.to_pylist()
         change(rows)
-        pq.write_table(pa.Table.from_pylist(rows, table.schema), file)
+        write_table(file, pa.Table.from_pylist(rows, table.schema))
 
     return write
 
 
-def foreign_parquet(folder: Path) -> None:
-    pq.write_table(pa.table({"a": [1, 2]}), folder / SHARD)
+def foreign_shard(folder: Path) -> None:
+    write_table(folder / SHARD, pa.table({"a": [1, 2]}))
 
 
 def without_column(name: str) -> Change:
     def write(folder: Path) -> None:
         file = folder / SHARD
-        pq.write_table(pq.read_table(file).drop([name]), file)
+        write_table(file, open_shard(file).drop([name]))
 
     return write
 

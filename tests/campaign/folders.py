@@ -173,7 +173,7 @@ CASES = (
         "encode_speech beside Parquet of the user's",
         f"{ENCODE} output=mine",
         "corpus tokenizer",
-        "mine/codes_00000.parquet",
+        "mine/codes_00000.arrow",
     ),
     owned("eval_asr beside results of the user's", f"{EVAL_ASR} output=mine", "asr codes", "mine/results.json"),
     owned(

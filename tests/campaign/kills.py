@@ -14,9 +14,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
-from parts import ALIGNMENT, ASR, COMPRESSOR, CTC, EMOTION, ENCODE, EVAL_ASR, SPEAKER, TEXT, TOKENIZER, UNITS
+from parts import (
+    ALIGNMENT,
+    ASR,
+    COMPRESSOR,
+    CTC,
+    EMOTION,
+    ENCODE,
+    EVAL_ASR,
+    EVAL_ROWS,
+    MAKE_ROWS,
+    SPEAKER,
+    TEXT,
+    TOKENIZER,
+    UNITS,
+)
 from start import TRACEBACK, Ended, Lane, Process
+
+from speechllm.data.shards import open_shard
 
 KILLS = 3  # at most, in a sequence
 END_S = 30  # within which a process ends after a signal: it may save first
@@ -49,15 +64,15 @@ class Job:
         return self.command.replace("OUT", str(output)) if "OUT" in self.command else f"{self.command} output={output}"
 
 
-SHARDS = ("codes_*.parquet",)
+SHARDS = ("codes_*.arrow",)
 JOBS = (  # the long ones first
     Job(
         "demo",
         "demo.py data=corpus processes=1 semantic_teacher=tiny/semantic.yaml speaker_teacher=tiny/speaker.yaml "
         "tokenizer_stage=tiny/codec.yaml asr=tiny/asr.yaml",
         2,
-        ("speaker_teacher/log.jsonl", "codes/codes_*.parquet", "asr/checkpoints/*"),
-        ("*_teacher/model/*", "tokenizer/model/*", "codes/codes_*.parquet"),
+        ("speaker_teacher/log.jsonl", "codes/codes_*.arrow", "asr/checkpoints/*"),
+        ("*_teacher/model/*", "tokenizer/model/*", "codes/codes_*.arrow"),
         loose=("stages.json",),
         real=True,
         signals=(T, C, K),
@@ -67,7 +82,7 @@ JOBS = (  # the long ones first
         "compare.py --config tiny/compare.yaml data=corpus asr_data=corpus",
         3,
         ("one/asr_0/log.jsonl", "one/asr_1/log.jsonl"),
-        ("one/codes/codes_*.parquet", "one/asr_0/model/*"),
+        ("one/codes/codes_*.arrow", "one/asr_0/model/*"),
         loose=("stages.json", "table.md"),
         real=True,
         signals=(C, T, K),
@@ -104,7 +119,7 @@ JOBS = (  # the long ones first
     Job("train_compressor", COMPRESSOR, 5, TRAINED),
     Job("train_text", TEXT, 6, ("checkpoints/checkpoint-*/trainer_state.json", "model*/**", "report.html")),
     Job("train_emotion", EMOTION, 6, ("folds/*.json", "results.json"), ("folds/*.json",)),
-    Job("encode_speech", ENCODE, 6, ("codes_*.part*", "codes_*.parquet", "request.json"), SHARDS),
+    Job("encode_speech", ENCODE, 6, ("codes_*.part*", "codes_*.arrow", "request.json"), SHARDS),
     Job("fit_units", UNITS, 5, ("model*/**", "results.json")),
     Job(
         "import_speech", "import_speech.py data=shards", 6, ("rows.jsonl", "audio/train/0000/*50.flac"), ("audio/**/*",)
@@ -117,6 +132,8 @@ JOBS = (  # the long ones first
         loose=("manifest.jsonl",),  # PocketSphinx adapts to what a process has heard before, which is up to chance
     ),
     Job("eval_asr", EVAL_ASR, 4, ("predictions.jsonl", "results.json")),
+    Job("eval_rows", EVAL_ROWS, 2, ("predictions.jsonl", "results.json")),
+    Job("make_rows", MAKE_ROWS, 1, ("*.jsonl",)),
     Job("eval_codec", "eval_codec.py codec=tokenizer/model data=corpus splits=[test]", 4, ("utterances.jsonl",)),
     Job(
         "eval_tokenizer",
@@ -127,6 +144,12 @@ JOBS = (  # the long ones first
     Job(
         "benchmark_serve",
         "benchmark_serve.py model=asr/model data=corpus splits=[test] recordings=2 requests=4 clients=2 bad=8 live=0",
+        2,
+        loose=("*.json",),  # of seconds
+    ),
+    Job(
+        "benchmark_startup",
+        "benchmark_startup.py utterances=40 steps=2",
         2,
         loose=("*.json",),  # of seconds
     ),
@@ -301,8 +324,8 @@ def content(file: Path, folder: Path) -> str:
     """The content of a result without what differs between runs: times, and the name of the folder."""
     if file.suffix in LOOKS or file.name == "versions.json":
         return ""
-    if file.suffix == ".parquet":
-        table = pq.read_table(file)
+    if file.suffix == ".arrow":
+        table = open_shard(file)
         notes = {key: value for key, value in (table.schema.metadata or {}).items() if key != b"seconds"}
         return hashlib.sha1(f"{notes} {table.to_pydict()}".encode()).hexdigest()
     if file.suffix in (".json", ".jsonl"):

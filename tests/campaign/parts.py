@@ -48,6 +48,8 @@ COMPRESSOR = (
     "batch_size=4 warmup=2 validate_every=6 save_every=2 log_every=1"
 )
 EVAL_ASR = "eval_asr.py model=asr/model codes=codes splits=[test]"
+MAKE_ROWS = "make_rows.py data=corpus task=words answer=text question=What?"
+EVAL_ROWS = "eval_rows.py model=asr/model codes=codes rows=[rows/test.jsonl] splits=[test] answer_tokens=8"
 MADE = {  # in this order, one of another
     "alignment": ALIGNMENT,
     "ctc": CTC,
@@ -56,6 +58,7 @@ MADE = {  # in this order, one of another
     "codes": ENCODE,
     "asr": ASR,
     "evaluation": EVAL_ASR,
+    "rows": MAKE_ROWS,
     "units": UNITS,
     "text": TEXT,
     "actor_codes": "encode_speech.py codec=tokenizer/model data=actors layers=null",

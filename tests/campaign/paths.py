@@ -5,14 +5,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import soundfile
 from judge import Case, Outcome, accepted, refused, skipped
 from parts import ALIGNMENT, ASR, RATE, SPEAKER, TOKENIZER, emotion, read_json, tone
 from recordings import manifest
 
+from speechllm.data.shards import open_shard
+
 ENCODE = ["encode_speech.py", "codec=tokenizer/model", "data=corpus", "layers=null"]
-CODES = "codes_00000.parquet"
+CODES = "codes_00000.arrow"
 ROW = {"duration_s": 0.3, "text": "ONE", "speaker": "s"}
 BYTES = os.fsdecode(b"caf\xe9")  # a name that is not UTF-8
 
@@ -111,7 +112,7 @@ def all_or_counted(rows: int) -> Outcome:
 
 
 def two_ids(at: Path, _: str) -> bool:
-    return len({row["id"] for row in pq.read_table(at / "new" / CODES).to_pylist()}) == 2
+    return len({row["id"] for row in open_shard(at / "new" / CODES).to_pylist()}) == 2
 
 
 def librispeech_named(folder: Path) -> None:

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import soundfile
 from judge import SOME, Case, Outcome, accepted, refused, skipped
 from parts import RATE, SPEAKER, TOKENIZER, UNITS, imports, read_json, tone
+
+from speechllm.data.shards import open_shard
 
 ENCODE = "encode_speech.py codec=tokenizer/model data=mine output=new"
 SECONDS = 0.5
@@ -59,7 +60,7 @@ def encoded(seconds: float = SECONDS, tolerance_s: float = 0.03) -> Outcome:
     """All four are encoded, the last with as many seconds as it holds."""
 
     def check(folder: Path, _: str) -> bool:
-        rows = pq.read_table(folder / "new" / "codes_00000.parquet").to_pylist()
+        rows = open_shard(folder / "new" / "codes_00000.arrow").to_pylist()
         return len(rows) == 4 and abs(rows[-1]["duration_s"] - seconds) <= tolerance_s
 
     return accepted(check)

@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from judge import Case, Outcome, accepted, refused
 from parts import EVAL_ASR, read_json
 from tables import jsonl
 from texts import both, predictions
+
+from speechllm.data.shards import open_shard
 
 ZERO = r"\b0\.00 ?%|^0\.0\b"
 IMPORTS = "from speechllm import character_error_rate, paired_bootstrap, word_error_rate; "
@@ -35,7 +36,7 @@ def wer(name: str, reference: str, hypothesis: str, *outcomes: Outcome, options:
 
 
 def stored_raw(folder: Path, _: str) -> bool:
-    rows = [row for file in (folder / "new").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    rows = [row for file in (folder / "new").glob("*.arrow") for row in open_shard(file).to_pylist()]
     return "3.5 Percent, Dr. Smith!" in [row["text"] for row in rows]
 
 

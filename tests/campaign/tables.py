@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import soundfile
 from judge import Case, Outcome, accepted, refused, skipped
 from parts import ENCODE, RATE, SPEAKER, emotion, read_json, tone
+
+from speechllm.data.shards import open_shard
 
 ENCODE_MINE = "encode_speech.py codec=tokenizer/model data=mine output=new"
 Write = Callable[[Path], object]
@@ -59,7 +60,7 @@ HEAD = "path,duration_s,text,speaker\n"
 
 
 def rows_of(folder: Path) -> list[dict[str, object]]:
-    return [row for file in sorted((folder / "new").glob("codes_*.parquet")) for row in pq.read_table(file).to_pylist()]
+    return [row for file in sorted((folder / "new").glob("codes_*.arrow")) for row in open_shard(file).to_pylist()]
 
 
 def with_rows(count: int, **last: object) -> Outcome:
@@ -144,15 +145,15 @@ def broken_third(folder: Path) -> None:
 
 def replaced(folder: Path) -> None:
     """Another recording of the same length and name; what was encoded before is kept to compare with."""
-    shutil.copy(folder / "new" / "codes_00000.parquet", folder / "before.parquet")
+    shutil.copy(folder / "new" / "codes_00000.arrow", folder / "before.arrow")
     noise = np.random.default_rng(0).normal(0, 0.1, round(SECONDS * RATE))
     soundfile.write(folder / "mine" / "u2.wav", noise, RATE)
 
 
 def encoded_again(folder: Path, _: str) -> bool:
     """The shard is of the new content; the codes of so small a codec need not differ."""
-    files = folder / "before.parquet", folder / "new" / "codes_00000.parquet"
-    before, after = (json.loads(pq.read_schema(file).metadata[b"recordings"])["content"] for file in files)
+    files = folder / "before.arrow", folder / "new" / "codes_00000.arrow"
+    before, after = (json.loads(open_shard(file).schema.metadata[b"recordings"])["content"] for file in files)
     return before != after and [row["id"] for row in rows_of(folder)] == ["u0.wav", "u1.wav", "u2.wav"]
 
 

@@ -193,7 +193,7 @@ CASES = (
         ENCODE,
         "corpus tokenizer",
         2000,
-        lambda at, _: not list((at / "new").glob("codes_*.parquet")),
+        lambda at, _: not list((at / "new").glob("codes_*.arrow")),
     ),
     disk_full("a full disk at an import", "import_speech.py data=shards", "shards", 2500),
     Case(

@@ -45,10 +45,9 @@ def test_operations_are_counted_by_the_formula(make_qwen2: Callable, text_tokeni
     model = make_qwen2(text_tokenizer)  # width 16, two layers
     layers = sum(p.numel() for name, p in model.named_parameters() if "layers" in name)
     head = model.lm_head.weight.numel()
-    batch = [example(10, 3), example(4, 1)]
     once = 2 * layers * 14 + 2 * head * 4 + 2 * 2 * 16 * (100 + 16)
-    assert training_flops(model, batch, frozen=False) == 3 * once
-    assert training_flops(model, batch, frozen=True) == 2 * once
+    assert training_flops(model, [10, 4], 4, frozen=False) == 3 * once
+    assert training_flops(model, [10, 4], 4, frozen=True) == 2 * once
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])

@@ -104,6 +104,7 @@ NEEDED = {
     "benchmark": "output=o",
     "benchmark_asr": "codes=c codec=t output=o",
     "benchmark_serve": "model=m data=d output=o",
+    "benchmark_startup": "output=o",
     "compare": 'data=d output=o systems=[{"name":"a","units":[]}] tasks=content',
     "demo": "",
     "draw_pipeline": "model=m audio=a output=o",
@@ -117,6 +118,8 @@ NEEDED = {
     "rehearse": "output=o",
     "train_asr": "codes=c codec=t output=o model=null",
     "train_compressor": "codes=c codec=t output=o",
+    "eval_rows": "model=m codes=c rows=r output=o",
+    "make_rows": "data=d output=o question=q answer=a task=t",
     "train_emotion": "codes=c codec=t output=o",
     "train_teacher": "kind=speaker data=d output=o",
     "train_text": "text=t output=o",
@@ -126,6 +129,7 @@ REFUSED = {
     "align_speech": "splits=[]",
     "benchmark": "repeats=0 shape=2b seed=-1",
     "benchmark_asr": "steps=0 batch_tokens=0 micro_batch_tokens=-1 peak_tflops=0 seed=-1",
+    "benchmark_startup": "utterances=0 kind=text width=0 batch_tokens=0 steps=0 seed=-1",
     "benchmark_serve": "recordings=0 requests=-1 clients=0 bad=-1 live=-1 minutes=-1",
     "compare": "seeds=[] seeds=1,1 seeds=-1 tasks=[] test_splits=[] quality_layers=0 conversion_pairs=0 probe_steps=-1",
     "demo": "scale=0 scale=nan scale=-1 processes=0 processes=3 synthetic_dev=0",
@@ -134,6 +138,8 @@ REFUSED = {
     "eval_codec": "layers=0 layers=[] layers=[-1] max_utterances=0 seed=-1",
     "eval_conversion": "pairs=0 layers=[] layers=[[]] layers=[[-1]] layers=1",
     "eval_tokenizer": "probe_steps=-1 kmeans_utterances=0 train_splits=[]",
+    "eval_rows": "rows=[] answer_tokens=0 beams=0 batch_tokens=0 splits=[] precision=x",
+    "make_rows": "answer=[] weight=0 weight=-1",
     "fit_units": "clusters=1 clusters=70000 max_frames=0 max_frames=10 max_duration_s=0 layer=last",
     "import_speech": "splits=[]",
     "train_compressor": "width=32 width=0 depth=0 dropout=1 mask_s=-1 batch_size=0 steps=0 max_duration_s=0",
@@ -142,7 +148,9 @@ REFUSED = {
     "small.hidden_size=17 small.num_attention_heads=0 small.num_attention_heads=3 small.num_key_value_heads=3 "
     "small.num_hidden_layers=0 small.text_tokens=3 small.text_steps=-1 small.text_steps=10_000 weight_average=0 "
     "weight_average=1 patience=0 patience=1 max_utterances=0 dev_utterances=0 speech_loss=-1 weight_decay=-1 "
-    "row_steps=-1 row_steps=1 augmentation.mask=1 augmentation.spans=-1 lora.rank=0 lora.dropout=1 seed=-1 train=lora",
+    "row_steps=-1 row_steps=1 augmentation.mask=1 augmentation.spans=-1 transcription_weight=-1 "
+    "transcription_weight=0 template=chat template=x "
+    "lora.rank=0 lora.dropout=1 seed=-1 train=lora",
     "train_emotion": "folds=1 epochs=0 batch_size=0 warmup=0 layers=[] layers=0,0 layers=-1 bert.hidden_size=15 "
     "bert.num_attention_heads=0 bert.num_attention_heads=5 clip=0 weight_decay=-1 learning_rate=-1",
     "train_teacher": "crop_s=-1 crop_s=0.01 crop_s=nan learning_rate=0 learning_rate=-1e-3 seed=-1 steps=0 "

@@ -41,7 +41,7 @@ SIZES = {  # what makes a recipe small, appended to its command
 }
 WRITTEN = {  # in the folder behind output=
     "train_tokenizer.py": "model/config.json model/model.safetensors done.json log.jsonl report.html",
-    "encode_speech.py": "codes_00000.parquet done.json",
+    "encode_speech.py": "codes_00000.arrow done.json",
     "train_asr.py": "model/tokenizer.json model/audio_vocabulary.json model/codec/config.json done.json report.html",
     "eval_codec.py": "results.json utterances.jsonl",
     "eval_conversion.py": "results.json pairs.jsonl",

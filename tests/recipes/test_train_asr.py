@@ -40,7 +40,7 @@ from speechllm.evaluation.normalizers import NORMALIZERS
 from speechllm.runs.run import read_log
 from speechllm.small_model import small_qwen2, small_text_tokenizer
 from speechllm.training.plan import SIZES as SIZES_OF_PRODUCTS
-from tokenizer.files import read_jsonl
+from tokenizer.files import read_jsonl, write_jsonl
 from tokenizer.training.small_teachers import FrameClassifier, save_recognizer, small_hubert
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,7 +126,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, small_codec: SpeechCodec, sta
 
 
 @pytest.fixture
-def here(work: Work, monkeypatch: pytest.MonkeyPatch, without_pictures: None) -> Iterator[Callable[[str], None]]:
+def here(work: Work, monkeypatch: pytest.MonkeyPatch, without_pictures: None) -> Iterator[Callable[..., None]]:
     """Run the recipe as the command line does, in this process and without the seconds of importing."""
     from accelerate.state import AcceleratorState, GradientState
 
@@ -134,8 +134,8 @@ def here(work: Work, monkeypatch: pytest.MonkeyPatch, without_pictures: None) ->
     monkeypatch.setitem(SIZES_OF_PRODUCTS, "cpu", 16)  # the plan need not know how fast this machine is
     monkeypatch.chdir(work.folder)
 
-    def run(words: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["train_asr.py", *words.split()])
+    def run(words: str, *more: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train_asr.py", *words.split(), *more])
         runpy.run_path(RECIPE, run_name="__main__")
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -343,6 +343,58 @@ def test_a_killed_training_on_features_resumes_bit_for_bit(other_speech: Work) -
     assert_close(*projectors, atol=0)
 
 
+# ---- rows of messages
+
+
+@pytest.fixture(scope="module")
+def rows(work: Work) -> Work:
+    """Files with a question about each training utterance, and with text alone."""
+    names = load_codes(work.folder / "codes", ["train"])[0]["id"]
+    ask = [{"type": "text", "text": "HOW MANY "}, {"type": "audio", "id": names[0]}]
+    asked = [
+        {"messages": [{"role": "user", "content": [*ask, {"type": "audio", "id": name}]}, said(name)], "task": "count"}
+        for name in names
+    ]
+    write_jsonl(work.folder / "count.jsonl", asked)
+    write_jsonl(work.folder / "text.jsonl", [{"messages": [{"role": "user", "content": "LAMP"}, said("RED")]}])
+    write_jsonl(work.folder / "bad.jsonl", [asked[0], {"messages": [{"role": "user", "content": ask}]}])
+    (work.folder / "held_out.txt").write_text("TURN ON\n\nTHE LAMP IS RED\n", encoding="utf-8")
+    return work
+
+
+def said(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def test_other_tasks_are_learnt_beside_transcription_and_answers_counted(
+    rows: Work, here: Callable, recipe: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    words = f"{BASE} model=base dev_text=held_out.txt output=tasks"
+    here(words, "rows=[{file: count.jsonl, weight: 0.5}, {file: text.jsonl}]")
+    assert "asr: 25 rows, " in capsys.readouterr().out  # 12 utterances, 12 questions and a text
+    done = rows.done("tasks")
+    assert list(rows.log("tasks", "text_perplexity")) == [0]
+    assert rows.log("tasks", "text_perplexity")[0] == done["text_perplexity_before"] != done["text_perplexity"]
+    assert done["text_words"] == 6 and done["text_tokens"] > 6
+    eval_rows = recipe("eval_rows.py")
+    config = eval_rows.EvalRowsConfig("tasks/model", "codes", ["count.jsonl", "text.jsonl"], "answers", answer_tokens=5)
+    eval_rows.main(config)
+    results = json.loads(Path("answers/results.json").read_text(encoding="utf-8"))
+    found = read_jsonl("answers/predictions.jsonl")
+    assert {task: one["rows"] for task, one in results["tasks"].items()} == {"count": 12, "untitled": 1}
+    assert [row["reference"] for row in found[-2:]] == ["u11", "RED"] and found[0]["row"] == "count.jsonl, row 1"
+    assert results["tasks"]["count"]["correct"] == sum(row["correct"] for row in found[:12]) / 12
+    with pytest.raises(SystemExit, match=r"bad\.jsonl, row 2: no message by the assistant"):
+        here(f"{BASE} model=base output=never", "rows=[{file: bad.jsonl}]")
+    assert not (rows.folder / "never").exists()
+
+
+def test_only_other_tasks_need_no_transcripts(rows: Work, here: Callable) -> None:
+    words = f"{BASE} model=base transcription_weight=0 dev_splits=null steps=2 output=only"
+    here(words, "rows=[{file: count.jsonl}]")
+    assert rows.done("only")["steps"] == 2
+
+
 # ---- started in this process
 
 
@@ -367,7 +419,7 @@ def test_the_plan_is_printed_first(work: Work, here: Callable, capsys: pytest.Ca
     here(f"{SMALL} steps=2 small.text_steps=1 max_utterances=5 precision=bf16 output=plan")
     lines = capsys.readouterr().out.splitlines()
     assert all(math.isfinite(loss) for loss in work.log("plan", "loss").values())
-    assert lines[0].startswith("asr: 5 utterances, ") and "2 steps of up to 400 tokens" in lines[0]
+    assert lines[0].startswith("asr: 5 rows, ") and "2 steps of up to 400 tokens" in lines[0]
     assert [line.split(":")[0] for line in lines[1:3]] == ["model", "memory"] and "new rows" in lines[3]
 
 

@@ -8,13 +8,12 @@ from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
 
 from speechllm import Codes, CorpusError, DataError, Encoding, SpeechCodec, load_codes, read_corpus
-from speechllm.data.shards import SCHEMA, SPEECH
+from speechllm.data.shards import SCHEMA, SPEECH, write_table
 from speechllm.reports.plots import confusion_figure
 from speechllm.runs.config import load_config
 from speechllm.training.emotion import EMOTIONS, EmotionClassifier, actor_folds, emotional_speech, small_bert
@@ -40,7 +39,7 @@ def write_codes(folder: Path, rows: list[tuple[str, np.ndarray]], encoding: Enco
         for name, codes in rows
     ]
     schema = SCHEMA.append(SPEECH["codes"]).with_metadata({"encoding": json.dumps(asdict(encoding))})
-    pq.write_table(pa.Table.from_pylist(table, schema), folder / "codes_00000.parquet")
+    write_table(folder / "codes_00000.arrow", pa.Table.from_pylist(table, schema))
     return folder
 
 

@@ -24,7 +24,8 @@ from speechllm import (
     transcribe_codes,
     transcription_example,
 )
-from speechllm.prompt import text_example
+from speechllm.messages import ConversationWriter
+from speechllm.prompt import conversation_example, sentence
 from speechllm.small_model import small_text_tokenizer
 from speechllm.vocabulary import text_token_ids
 
@@ -45,7 +46,7 @@ def examples_of(speech_llm: SpeechLLM, learn_speech: bool = False) -> list[Examp
         transcription_example(codes, text, *parts, learn_speech=learn_speech)
         for codes, text in zip(random_codes(9, 2, 5), ["TURN ON", "", "OPEN THE BLUE DOOR"], strict=True)
     ]
-    return [*examples, text_example("CALL ANNA", parts[1])]
+    return [*examples, conversation_example(sentence("CALL ANNA"), ConversationWriter(*parts))]
 
 
 def ids_of(speech_llm: SpeechLLM) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from speechllm import (
     transcription_example,
     transcription_prompt,
 )
-from speechllm.prompt import collate_prompts, label_counts, text_example
+from speechllm.messages import ConversationWriter
+from speechllm.prompt import collate_prompts, conversation_example, label_counts, sentence
 from speechllm.small_model import small_text_tokenizer
 
 END = 2  # <|im_end|>
@@ -43,6 +45,10 @@ def test_an_example_is_prompt_audio_transcript_end_with_labels_on_the_last_two(c
     assert example.labels.tolist() == [-100] * (len(PROMPT) + len(AUDIO)) + answer
     assert example.input_ids.dtype == example.labels.dtype == torch.long
     assert len(example) == len(PROMPT) + len(AUDIO) + 5
+
+
+def text_example(text: str, *parts: Any) -> Example:
+    return conversation_example(sentence(text), ConversationWriter(*parts))
 
 
 def llama_2() -> object:
@@ -69,7 +75,7 @@ def test_an_example_begins_as_its_text_tokenizer_begins_a_text(make: Callable, t
     example = transcription_example(CODES, "ON A", vocabulary, text_tokenizer)
     prompt = transcription_prompt(CODES, vocabulary, text_tokenizer).input_ids.tolist()
     bos, end = text_tokenizer.bos_token_id, text_tokenizer.eos_token_id
-    for ids in (example.input_ids.tolist(), text_example("ON A", text_tokenizer).input_ids.tolist()):
+    for ids in (example.input_ids.tolist(), text_example("ON A", vocabulary, text_tokenizer).input_ids.tolist()):
         assert ids[0] == bos and ids.count(bos) == ids.count(end) == 1 and ids[-1] == end
     assert example.input_ids.tolist()[: len(prompt)] == prompt
     text_tokenizer.save_pretrained(tmp_path)
@@ -89,8 +95,8 @@ def test_codes_are_labels_with_learn_speech_but_markers_are_not(characters) -> N
 def test_labels_are_counted_by_kind_without_the_first_token(characters) -> None:
     both = transcription_example(CODES, "ON A", VOCABULARY, characters, learn_speech=True)
     one = transcription_example(CODES, "ON A", VOCABULARY, characters)
-    sentence = text_example("ON", characters)
-    assert label_counts([both, one, sentence, sentence], VOCABULARY).tolist() == [5 + 5 + 2 + 2, 4]
+    alone = text_example("ON", VOCABULARY, characters)
+    assert label_counts([both, one, alone, alone], VOCABULARY).tolist() == [5 + 5 + 2 + 2, 4]
     assert label_counts([one], VOCABULARY).tolist() == [5, 0]
 
 
@@ -101,7 +107,7 @@ def test_an_empty_transcript_is_the_end_token(characters) -> None:
 
 
 def test_every_token_of_a_sentence_is_a_label(characters) -> None:
-    example = text_example("ON", characters)
+    example = text_example("ON", VOCABULARY, characters)
     assert example.input_ids.tolist() == example.labels.tolist() == [49, 48, END]
     assert example.input_ids is not example.labels
 

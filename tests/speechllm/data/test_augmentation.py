@@ -8,7 +8,8 @@ import torch
 from speechllm import AudioVocabulary, Encoding, Example, transcription_example
 from speechllm.data.augmentation import Augmentation
 from speechllm.data.config import AugmentationConfig
-from speechllm.prompt import text_example
+from speechllm.messages import ConversationWriter
+from speechllm.prompt import conversation_example, sentence
 from speechllm.small_model import small_text_tokenizer
 
 VOCABULARY = AudioVocabulary(Encoding("f" * 16, 16_000, 50.0, 2, 16), 300, 332, 333, 334)
@@ -24,7 +25,7 @@ def example() -> Example:
 
 
 def augment(example: Example, seed: int = 0, **settings: float) -> Example:
-    return Augmentation(AugmentationConfig(**settings), VOCABULARY, CODEBOOKS)([example], (seed,))[0]
+    return Augmentation(AugmentationConfig(**settings), VOCABULARY, CODEBOOKS)(example, (seed,))
 
 
 def audio(example: Example) -> torch.Tensor:
@@ -45,16 +46,18 @@ def test_nothing_is_the_default(example: Example) -> None:
     assert torch.equal(found.input_ids, example.input_ids) and torch.equal(found.labels, example.labels)
 
 
-def test_it_is_a_pure_function_of_examples_and_seed(example: Example) -> None:
+def test_it_is_a_pure_function_of_example_and_seed(example: Example) -> None:
     before = example.input_ids.clone(), example.labels.clone()
     settings = {"tempo": 0.2, "substitute": 0.2, "mask": 0.1, "spans": 3}
     augmentation = Augmentation(AugmentationConfig(**settings), VOCABULARY, CODEBOOKS)
     torch.manual_seed(0)
-    first = augmentation([example, example], (0, 7))
+    first = augmentation(example, (0, 7))
     torch.manual_seed(1)  # the global state must not matter
-    again, other = augmentation([example, example], (0, 7)), augmentation([example, example], (0, 8))
-    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(first, again, strict=True))
-    different = [first[0].input_ids, first[1].input_ids, other[0].input_ids, other[1].input_ids]
+    again, different = (
+        augmentation(example, (0, 7)),
+        [augmentation(example, seed).input_ids for seed in ((0, 7), (0, 8), (1, 7))],
+    )
+    assert torch.equal(first.input_ids, again.input_ids) and torch.equal(first.input_ids, different[0])
     assert all(not torch.equal(a, b) for i, a in enumerate(different) for b in different[:i])
     assert torch.equal(example.input_ids, before[0]) and torch.equal(example.labels, before[1])
 
@@ -125,8 +128,8 @@ def test_speech_labels_are_the_original_codes(example: Example) -> None:
 def test_examples_without_audio_or_with_one_frame_are_supported() -> None:
     characters = small_text_tokenizer([], 259)
     settings = {"tempo": 0.9, "substitute": 0.5, "spans": 3, "span": 0.9}
-    sentence = text_example("ON", characters)
-    assert torch.equal(augment(sentence, **settings).input_ids, sentence.input_ids)
+    text = conversation_example(sentence("ON"), ConversationWriter(VOCABULARY, characters))
+    assert torch.equal(augment(text, **settings).input_ids, text.input_ids)
     for frames in (0, 1):
         short = transcription_example(torch.zeros(2, frames, dtype=torch.long), "ON", VOCABULARY, characters)
         for seed in range(20):
@@ -167,7 +170,7 @@ def test_features_follow_their_placeholders() -> None:
     features = torch.arange(60.0).view(20, 3)
     example = transcription_example(features, "ON", vocabulary, small_text_tokenizer([], 259))
     settings = AugmentationConfig(tempo=0.2, mask=0.3, spans=1, span=0.2)
-    found = Augmentation(settings, vocabulary, None)([example], (0, 3))[0]
+    found = Augmentation(settings, vocabulary, None)(example, (0, 3))
     assert int((found.input_ids == 300).sum()) == len(found.features) < 24
     rows = (found.features[:, 0] / 3).long()
     assert torch.equal(found.features, features[rows]) and bool((rows.diff() >= 0).all())

@@ -30,7 +30,8 @@ from speechllm import (
     speech_of,
 )
 from speechllm.data.batches import grouped_batches, token_batches
-from speechllm.data.shards import require_texts, skipped_of_shards, summarize_shards, transcribed
+from speechllm.data.encoded import require_texts, transcribed
+from speechllm.data.shards import open_shard, skipped_of_shards, summarize_shards, write_table
 from tokenizer.errors import InputError
 from tokenizer.files import read_jsonl
 from tokenizer.schemes.features import FeatureEncoder
@@ -39,7 +40,7 @@ from tokenizer.training.small_teachers import small_hubert
 from tokenizer.training.teachers import SemanticTeacher
 
 RATE = 16_000
-SHARDS = [f"codes_{shard:05d}.parquet" for shard in range(4)]
+SHARDS = [f"codes_{shard:05d}.arrow" for shard in range(4)]
 
 
 @pytest.fixture(autouse=True)
@@ -67,13 +68,13 @@ def encode(speech: list[Utterance], codec: SpeechCodec, folder: Path, *arguments
 
 def content(folder: Path) -> dict[str, tuple[list[dict], dict]]:
     """Rows and metadata of every shard, but for the time it took."""
-    tables = {file.name: pq.read_table(file) for file in folder.glob("*.parquet")}
+    tables = {file.name: open_shard(file) for file in folder.glob("*.arrow")}
     metadata = {name: {**table.schema.metadata, b"seconds": b""} for name, table in tables.items()}
     return {name: (table.to_pylist(), metadata[name]) for name, table in tables.items()}
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    return {file.name: (file.stat().st_mtime_ns, file.stat().st_ino) for file in folder.glob("*.parquet")}
+    return {file.name: (file.stat().st_mtime_ns, file.stat().st_ino) for file in folder.glob("*.arrow")}
 
 
 # ---- encoding
@@ -85,7 +86,7 @@ def test_codes_are_those_of_the_codec_with_everything_known_about_the_utterance(
     assert encode(speech, small_codec, tmp_path) == [3, 3, 3, 1]
     rows, encoding = load_codes(tmp_path)
     assert encoding == Encoding(small_codec.fingerprint, RATE, 50.0, 2, 16) == Encoding.of(small_codec)
-    assert rows.features["codes"].feature.dtype == "uint16"
+    assert rows[0]["codes"].dtype == "uint16"
     assert len(rows) == 10
     for row, utterance in zip(rows, speech, strict=True):
         waveform = load_audio(utterance.path)
@@ -165,27 +166,45 @@ def test_only_the_shards_of_changed_recordings_are_made_again(
     assert not skipped_of_shards(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1", b"no parquet at all"])
+@pytest.mark.parametrize("content", [b"", b"ARROW1", b"no shard at all"])
 def test_a_damaged_shard_is_named_and_made_again(
     tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec, content: bytes
 ) -> None:
     encode(speech, small_codec, tmp_path)
     (tmp_path / SHARDS[2]).write_bytes(content)
     for read in (load_codes, summarize_shards, skipped_of_shards):
-        with pytest.raises(DataError, match=rf"{SHARDS[2]} is no whole Parquet file .*: run encode_speech again"):
+        with pytest.raises(DataError, match=rf"{SHARDS[2]} is no whole Arrow file .*: run encode_speech again"):
             read(tmp_path)
     encode(speech, small_codec, tmp_path)
     assert len(load_codes(tmp_path)[0]) == 10
 
 
-def test_a_foreign_parquet_file_is_named(tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec) -> None:
+def test_parquet_shards_of_an_earlier_version_are_rewritten_without_encoding(
+    tmp_path: Path, own_speech: list[Utterance], small_codec: SpeechCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "codes"
+    encode(own_speech, small_codec, folder)
+    whole = content(folder)
+    for name in SHARDS:
+        pq.write_table(open_shard(folder / name), (folder / name).with_suffix(".parquet"))
+        (folder / name).unlink()
+    (folder / SHARDS[1]).with_suffix(".parquet").write_bytes(b"PAR1")  # damaged: encoded again
+    with pytest.raises(DataError, match=r"codes_\*.parquet of an earlier version: run encode_speech again"):
+        load_codes(folder)
+    usual, encoded = Encoding.encode_batch, []
+    monkeypatch.setattr(Encoding, "encode_batch", lambda *args: encoded.append(args[2]) or usual(*args))
+    encode(own_speech, small_codec, folder)
+    assert content(folder) == whole and len(encoded) == 3 and not list(folder.glob("*.parquet"))
+
+
+def test_a_foreign_file_is_named(tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec) -> None:
     encode(speech, small_codec, tmp_path)
-    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "codes_00009.parquet")
+    write_table(tmp_path / "codes_00009.arrow", pa.table({"text": ["a"]}))
     for read in (load_codes, summarize_shards, lambda folder: require_texts(folder, "none")):
-        with pytest.raises(DataError, match=r"codes_00009\.parquet is no shard of encode_speech"):
+        with pytest.raises(DataError, match=r"codes_00009\.arrow is no shard of encode_speech"):
             read(tmp_path)
     (tmp_path / "new").mkdir()
-    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "new" / "codes_00000.parquet")
+    write_table(tmp_path / "new" / "codes_00000.arrow", pa.table({"text": ["a"]}))
     with pytest.raises(InputError, match="holds what encode_speech did not write"):
         encode(speech, small_codec, tmp_path / "new")
     assert not (tmp_path / "new" / "claim.json").exists()
@@ -195,7 +214,7 @@ def test_a_shard_more_than_was_encoded_is_refused(
     tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
 ) -> None:
     encode(speech, small_codec, tmp_path)
-    shutil.copy(tmp_path / SHARDS[0], tmp_path / "codes_00009.parquet")
+    shutil.copy(tmp_path / SHARDS[0], tmp_path / "codes_00009.arrow")
     with pytest.raises(DataError, match="utterances, of which 10 were to be encoded: take away the codes"):
         load_codes(tmp_path)
 
@@ -264,9 +283,9 @@ def test_folders_of_earlier_versions_are_read_with_their_own_normalizer_only(
     tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
 ) -> None:
     encode(speech, small_codec, tmp_path)
-    for file in tmp_path.glob("*.parquet"):  # as they were written with normalizer=librispeech
-        table = pq.read_table(file)
-        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, "normalizer": "librispeech"}), file)
+    for file in tmp_path.glob("*.arrow"):  # as they were written with normalizer=librispeech
+        table = open_shard(file)
+        write_table(file, table.replace_schema_metadata({**table.schema.metadata, "normalizer": "librispeech"}))
     claim = tmp_path / "request.json"
     claim.write_text(json.dumps({**json.loads(claim.read_text()), "normalizer": "librispeech"}))
     assert len(load_codes(tmp_path)[0]) == 10 and summarize_shards(tmp_path)["normalizer"] == "librispeech"
@@ -574,8 +593,12 @@ def test_no_utterances_make_no_batches() -> None:
 # ---- batches of tokens
 
 
-def first_batches(lengths: list[int], tokens: int, count: int, seed: int = 0, start: int = 0) -> list[list[int]]:
-    return [batch.tolist() for batch in itertools.islice(token_batches(lengths, tokens, seed, start), count)]
+def first_batches(
+    lengths: list[int], tokens: int, count: int, seed: int = 0, start: int = 0, weights: list[float] | None = None
+) -> list[list[int]]:
+    sizes, shares = np.array(lengths), None if weights is None else np.array(weights)
+    batches = token_batches(len(sizes), sizes.take, tokens, seed, start, shares)
+    return [batch.tolist() for batch in itertools.islice(batches, count)]
 
 
 @pytest.mark.parametrize("count, tokens", [(1, 30), (5, 30), (23, 100), (400, 250), (3, 10_000)])
@@ -588,6 +611,25 @@ def test_batches_are_as_large_as_possible_and_examples_equally_frequent(count: i
     for batch, behind in itertools.pairwise(batches):
         size = sum(lengths[i] for i in batch)
         assert size <= tokens < size + lengths[behind[0]]
+
+
+def test_batches_are_those_of_all_lengths_known_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an array operation over whole epochs, which earlier versions did: runs that they began go on the same."""
+    monkeypatch.setattr("speechllm.data.batches.BLOCK", 7)
+    sizes = np.array([int(length) for length in some_lengths(50)])
+    order = np.concatenate([np.random.default_rng((3, epoch)).permutation(50) for epoch in range(4)])
+    for batch in first_batches(sizes.tolist(), 90, 25, seed=3):
+        count = max(1, int(np.searchsorted(np.cumsum(sizes[order]), 90, side="right")))
+        assert batch == order[:count].tolist()
+        order = order[count:]
+
+
+def test_weights_are_how_often_an_example_is_in_an_epoch() -> None:
+    weights = [1.0, 2.0, 0.0, 0.5, 1.5]
+    stream = [i for batch in first_batches([1] * 5, 5, 1000, weights=weights) for i in batch]
+    shares = np.bincount(stream, minlength=5) / 1000  # an epoch has 5 on average
+    assert shares == pytest.approx(weights, abs=0.06) and shares[2] == 0
+    assert stream.count(1) == pytest.approx(2 * stream.count(0), abs=2)
 
 
 def test_an_example_longer_than_a_batch_is_a_batch_of_its_own() -> None:
@@ -609,7 +651,7 @@ def test_batches_of_tokens_are_random_and_a_pure_function_of_seed_and_number() -
 SPOILED_SHARDS = {
     "a code too high": ({"codes": [8] * 300}, "holds the code 8, the codec's codebooks end at 7"),
     "a frame cut": ({"codes": [1] * 301}, "has 301 codes, which is no multiple of 3"),
-    "no codes": ({"codes": None}, "utterances have no codes"),
+    "no codes": ({"codes": None}, "utterances or frames have no codes"),
     "empty codes": ({"codes": []}, "utterance u1 has no codes"),
 }
 
@@ -620,8 +662,8 @@ def test_codes_that_the_codec_cannot_have_made_are_refused(
 ) -> None:
     encode(speech[:3], codec, tmp_path)
     change, message = SPOILED_SHARDS[kind]
-    table = pq.read_table(file := tmp_path / SHARDS[0])
+    table = open_shard(file := tmp_path / SHARDS[0])
     rows = [row | change if row["id"] == "u1" else row for row in table.to_pylist()]
-    pq.write_table(type(table).from_pylist(rows, table.schema), file)
+    write_table(file, type(table).from_pylist(rows, table.schema))
     with pytest.raises(DataError, match=message):
         load_codes(tmp_path)

@@ -36,7 +36,8 @@ from speechllm import (
 )
 from speechllm.data.shards import summarize_shards
 from speechllm.decoding import recognize
-from speechllm.prompt import text_example
+from speechllm.messages import ConversationWriter
+from speechllm.prompt import conversation_example, sentence
 from speechllm.training.optimization import keep_row_gradients, make_optimizer
 
 RATE, HOP, WIDTH, STACK = 16_000, 320, 4, 3
@@ -159,12 +160,13 @@ def test_packed_features_lose_what_each_example_loses_alone(
 def test_sentences_without_audio_leave_no_parameter_without_a_gradient(make: Callable[..., SpeechLLM]) -> None:
     """Processes that train together wait for every gradient."""
     speech_llm, plain = make(Loudness()), make(Counter())
-    sentence = [text_example("CALL ANNA", speech_llm.text_tokenizer)]
-    loss = LabelledLoss(speech_llm.model, speech_llm.vocabulary)(sentence)
+    writer = ConversationWriter(speech_llm.vocabulary, speech_llm.text_tokenizer)
+    text = [conversation_example(sentence("CALL ANNA"), writer)]
+    loss = LabelledLoss(speech_llm.model, speech_llm.vocabulary)(text)
     loss[0].backward()
     assert all(p.grad is not None for p in speech_llm.model.parameters())
     as_large = replace(plain.vocabulary, size=speech_llm.vocabulary.size)
-    torch.testing.assert_close(loss, LabelledLoss(speech_llm.model, as_large)(sentence))
+    torch.testing.assert_close(loss, LabelledLoss(speech_llm.model, as_large)(text))
 
 
 @pytest.mark.parametrize("tied", [True, False])

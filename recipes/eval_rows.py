@@ -1,0 +1,111 @@
+"""Answer rows of messages with a speech language model and count the right answers, task by task.
+
+    python recipes/eval_rows.py model=RUN/model codes=CODES rows=[ROWS.jsonl] output=RESULTS splits=[test]
+
+ROWS.jsonl: rows of messages as train_asr reads them (recipes/README.md), each with the right answer as its last
+message. An answer is right if it equals that; where that is an object or a list in JSON, if it is the same value.
+Writes RESULTS/results.json, RESULTS/predictions.jsonl and RESULTS/report.html.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from speechllm.runs.config import parse_config
+from tokenizer.settings import Count, Names, Settings
+
+
+@dataclass
+class EvalRowsConfig(Settings):
+    model: str  # folder of train_asr, or one that `SpeechLLM.save` wrote
+    codes: str  # folder of encode_speech
+    rows: Names  # JSONL files
+    output: str  # folder for results.json, predictions.jsonl and report.html
+    base: str | None = None  # location of an adapter's language model, if not the recorded one
+    splits: Names | None = None  # whose utterances the rows may name; all when null
+    answer_tokens: Count = 128  # at most
+    beams: Count = 1  # 1: greedy
+    precision: Literal["no", "bf16"] = "bf16"  # of the language model on a GPU
+    batch_tokens: Count = 32_768  # of prompts and answers decoded at a time; a beam counts as an answer
+
+
+if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
+    CONFIG = parse_config(EvalRowsConfig)
+
+import torch
+
+from speechllm import DataError, load_codes, load_speech_llm, merge
+from speechllm.data.conversations import Conversations
+from speechllm.data.rows import mixed, read_rows, same_answer
+from speechllm.decoding import answer
+from speechllm.evaluation.error_rates import mean_and_interval
+from speechllm.evaluation.tables import plain
+from speechllm.messages import ConversationWriter
+from speechllm.reports.pages import write_results_report
+from speechllm.runs.machine import provenance
+from speechllm.runs.recipe import claim_output, run_recipe
+from tokenizer.files import write_json, write_jsonl
+
+
+def main(config: EvalRowsConfig) -> None:
+    started = time.perf_counter()
+    folder = claim_output(config.output, config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" and config.precision == "bf16" else None
+    speech, encoding = load_codes(config.codes, config.splits)
+    numbers = {name: number for number, name in enumerate(speech["id"])}
+    rows, _ = mixed(*((read_rows(file, numbers), 1.0) for file in config.rows))
+    if unanswered := [row.name for row in rows if row.turns[-1].role != "assistant"]:
+        raise DataError(f"{unanswered[0]}: the last message is not the assistant's, expected the right answer there")
+    speech_llm = merge(load_speech_llm(config.model, device=device, dtype=dtype, base=config.base, with_codec=False))
+    speech_llm.vocabulary.require(encoding)
+    writer = ConversationWriter(speech_llm.vocabulary, speech_llm.text_tokenizer)
+    conversations = Conversations(rows, speech, writer)
+    found = answer(
+        [conversations.prompt(place) for place in range(len(rows))],
+        [config.answer_tokens] * len(rows),
+        speech_llm,
+        config.batch_tokens,
+        progress=True,
+        beams=config.beams,
+    )
+    predictions = [
+        {"row": row.name, "task": row.task, "reference": (right := row.answers[-1]), "hypothesis": given.text}
+        | {"correct": same_answer(right, given.text)}
+        for row, given in zip(rows, found, strict=True)
+    ]
+    tasks = sorted({row.task for row in rows})
+    results: dict[str, Any] = {
+        "tasks": {task: score([one for one in predictions if one["task"] == task]) for task in tasks},
+        "codec_fingerprint": encoding.fingerprint,
+        **provenance(config, time.perf_counter() - started),
+    }
+    write_jsonl(folder / "predictions.jsonl", predictions)
+    write_json(folder / "results.json", results)
+    write_results_report(folder / "report.html", f"{config.model}: {', '.join(tasks)}", results)
+    print("| task | rows | correct | 95 % interval | most frequent answer |")
+    print("|---|---|---|---|---|")
+    for task, result in results["tasks"].items():
+        low, high = result["ci95"]
+        print(
+            f"| {task} | {result['rows']} | {result['correct']:.1%} | {plain(low, '.1%')} to {plain(high, '.1%')} | "
+            f"{result['most_frequent']:.1%} |"
+        )
+
+
+def score(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Share of right answers, and that of always giving the most frequent one."""
+    correct = mean_and_interval([one["correct"] for one in predictions])
+    most = Counter(one["reference"] for one in predictions).most_common(1)[0][1]
+    return {
+        "rows": len(predictions),
+        "correct": correct["mean"],
+        "ci95": correct["ci95"],
+        "most_frequent": most / len(predictions),
+    }
+
+
+if __name__ == "__main__":
+    run_recipe(main, CONFIG)
