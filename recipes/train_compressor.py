@@ -180,7 +180,7 @@ def read_batches(
     compressor: CtcCompressor,
     config: CompressorConfig,
     start: int,
-    accelerator,
+    accelerator: Accelerator,
 ) -> Iterator[tuple[list[int], Batch]]:
     """Endless batches from step `start` on, and the numbers of their utterances; each process gets its share."""
     labels = {label: number for number, label in enumerate(compressor.labels)}
