@@ -15,11 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from speechllm.runs.config import parse_config
-from speechllm.runs.recipe import claim_output, run_recipe
-from tokenizer.errors import InputError
-from tokenizer.files import write_jsonl
 from tokenizer.settings import Names, Positive, Settings
-from tokenizer.tables import optional_name, read_table, required_path
 
 
 @dataclass
@@ -34,6 +30,11 @@ class MakeRowsConfig(Settings):
 
 if __name__ == "__main__":
     CONFIG = parse_config(MakeRowsConfig)
+
+from speechllm.runs.recipe import claim_output, run_recipe
+from tokenizer.errors import InputError
+from tokenizer.files import write_jsonl
+from tokenizer.tables import optional_name, read_table, required_path
 
 
 def main(config: MakeRowsConfig) -> None:

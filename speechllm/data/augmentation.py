@@ -53,19 +53,22 @@ class Augmentation:
         return replace(example, input_ids=ids.masked_fill(masked, self.vocabulary.start_id), features=features)
 
     def change_tempo(self, example: Example, factor: float) -> Example:
-        """Make the audio `factor` times as long by repeating or dropping frames at even intervals."""
+        """Make each recording `factor` times as long by repeating or dropping frames at even intervals."""
         places = self.vocabulary.is_code(example.input_ids).nonzero().flatten()
         if not len(places):
             return example
-        size = len(places) // self.vocabulary.encoding.layers
-        count = max(1, round(factor * size))
-        frames = ((torch.arange(count) + 0.5) * size / count).long()
-        grid = places[self.vocabulary.arrangement(size).argsort()].view(-1, size)  # position of code [q, t]
-        codes = grid[:, frames].flatten()[self.vocabulary.arrangement(count)]
-        before, after = torch.arange(int(places[0])), torch.arange(int(places[-1]) + 1, len(example))
-        kept = torch.cat([before, codes, after])
-        features = None if example.features is None else example.features[frames]
-        return Example(example.input_ids[kept], example.labels[kept], features)
+        kept, frames, end, seen = [], [], 0, 0
+        for part in places.tensor_split((places.diff() > 1).nonzero().flatten() + 1):  # recordings are apart by markers
+            size = len(part) // self.vocabulary.encoding.layers
+            count = max(1, round(factor * size))
+            chosen = ((torch.arange(count) + 0.5) * size / count).long()
+            grid = part[self.vocabulary.arrangement(size).argsort()].view(-1, size)  # position of code [q, t]
+            kept += [torch.arange(end, int(part[0])), grid[:, chosen].flatten()[self.vocabulary.arrangement(count)]]
+            frames.append(chosen + seen)
+            end, seen = int(part[-1]) + 1, seen + size
+        order = torch.cat([*kept, torch.arange(end, len(example))])
+        features = None if example.features is None else example.features[torch.cat(frames)]
+        return Example(example.input_ids[order], example.labels[order], features)
 
 
 def draw(random: np.random.Generator, ids: Tensor, share: float) -> Tensor:

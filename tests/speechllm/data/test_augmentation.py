@@ -8,7 +8,7 @@ import torch
 from speechllm import AudioVocabulary, Encoding, Example, transcription_example
 from speechllm.data.augmentation import Augmentation
 from speechllm.data.config import AugmentationConfig
-from speechllm.messages import ConversationWriter
+from speechllm.messages import Audio, ConversationWriter, Message
 from speechllm.prompt import conversation_example, sentence
 from speechllm.small_model import small_text_tokenizer
 
@@ -148,6 +148,26 @@ def test_examples_without_audio_or_with_one_frame_are_supported() -> None:
 def test_impossible_settings_are_named(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AugmentationConfig(**settings)
+
+
+def test_several_recordings_keep_their_places_and_what_is_said_between_them() -> None:
+    writer = ConversationWriter(VOCABULARY, small_text_tokenizer([], 259))
+    one, two = (torch.randint(16, (2, frames), generator=torch.Generator().manual_seed(frames)) for frames in (20, 30))
+
+    def example_of(first: torch.Tensor, second: torch.Tensor) -> Example:
+        asked = Message("user", (Audio(first), " or ", Audio(second), "?"))
+        return conversation_example([asked, Message("assistant", ("ON",))], writer)
+
+    for factor in (0.7, 1.0, 1.3):
+        changed = []
+        for codes in (one, two):
+            size, count = codes.shape[1], round(factor * codes.shape[1])
+            changed.append(codes[:, ((torch.arange(count) + 0.5) * size / count).long()])
+        found = Augmentation(AugmentationConfig(tempo=0.3), VOCABULARY, CODEBOOKS).change_tempo(
+            example_of(one, two), factor
+        )
+        expected = example_of(*changed)
+        assert torch.equal(found.input_ids, expected.input_ids) and torch.equal(found.labels, expected.labels)
 
 
 @pytest.mark.parametrize("order", ["frame", "layer", "delay", "semantic"])
