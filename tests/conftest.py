@@ -13,15 +13,17 @@ import inspect
 import itertools
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub library is imported: a wrong name fails at once, not after retries
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: tiny models lose more by sharing work than they gain
@@ -409,36 +411,71 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
-def _fork_server() -> Iterator[subprocess.Popen]:
-    file = Path(__file__).with_name("fork_server.py")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(file.parents[1]),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",  # equal to the last bit is a promise for one machine and one kind of processor
-        "ACCELERATE_USE_CPU": "true",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    command, pipe = [sys.executable, str(file)], subprocess.PIPE
-    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as server:
-        yield server
-        server.stdin.close()
+FORK_SERVER = pytest.StashKey[tuple[int, TextIO, TextIO]]()  # its number, what it reads, what it answers
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Fork the server off what was imported for the tests: it need not import torch once more.
+
+    Before the first test: once gradients were computed in a process, torch computes none in its forks.
+    """
+    if any("start_recipe" in getattr(item, "fixturenames", ()) for item in session.items):
+        session.config.stash[FORK_SERVER] = _fork_off_server()
+
+
+def _fork_off_server() -> tuple[int, TextIO, TextIO]:
+    (asked, ask), (answers, answer) = os.pipe(), os.pipe()
+    if process := os.fork():
+        os.close(asked)
+        os.close(answer)
+        return process, os.fdopen(ask, "w"), os.fdopen(answers)
+    try:
+        for number, end in enumerate((asked, answer)):
+            os.dup2(end, number)
+        for end in (asked, ask, answers, answer):
+            os.close(end)
+        sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")  # not those of pytest
+        file = Path(__file__).with_name("fork_server.py")
+        os.environ |= {
+            "PYTHONPATH": str(file.parents[1]),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",  # equal to the last bit is a promise for one machine and one kind of processor
+            "ACCELERATE_USE_CPU": "true",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        sys.path.insert(0, str(file.parent))
+        if sys.stdin.buffer.peek(1):  # what is still to import takes its time only where a recipe is started
+            runpy.run_path(str(file), run_name="__main__")
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
 
 
 @pytest.fixture(scope="session")
-def start_recipe(_fork_server: subprocess.Popen, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Started]:
+def _ask_fork_server(pytestconfig: pytest.Config) -> Iterator[Callable[[dict], int | None]]:
+    process, questions, answers = pytestconfig.stash[FORK_SERVER]
+
+    def ask(request: dict) -> int | None:
+        questions.write(json.dumps(request) + "\n")
+        questions.flush()
+        return json.loads(answers.readline())
+
+    yield ask
+    questions.close()
+    os.waitpid(process, 0)
+
+
+@pytest.fixture(scope="session")
+def start_recipe(
+    _ask_fork_server: Callable[[dict], int | None], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Started]:
     """Start `python recipes/<name> words` in a folder, one thread a process, without the seconds of importing.
 
     With processes > 1 they find each other as those of torch.distributed.run do.
     """
     root, logs, number = Path(__file__).resolve().parents[1], tmp_path_factory.mktemp("started"), itertools.count()
-
-    def ask(request: dict) -> int | None:
-        _fork_server.stdin.write(json.dumps(request) + "\n")
-        _fork_server.stdin.flush()
-        return json.loads(_fork_server.stdout.readline())
 
     def start(
         name: str, words: str, folder: Path, processes: int = 1, environment: dict[str, str] | None = None
@@ -457,6 +494,6 @@ def start_recipe(_fork_server: subprocess.Popen, tmp_path_factory: pytest.TempPa
                     "environment": {**(environment or {}), **meeting, **(place | size if meeting else {})},
                 }
             )
-        return Started(ask, requests)
+        return Started(_ask_fork_server, requests)
 
     return start
