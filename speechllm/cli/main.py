@@ -24,11 +24,12 @@ from speechllm.cli.scores import FORMATS, compare_files, score_files
 from speechllm.cli.serve import loaded, page, serve
 from speechllm.runs.config import find_config, shipped, spell_unprintable
 from speechllm.runs.launch import find_recipe, recipe_command, recipe_environment
-from tokenizer.settings import Count, Positive, argument
+from speechllm.runs.signals import end_with_parent, interruptible, say_interrupted
+from tokenizer.errors import InputError
+from tokenizer.settings import Count, Positive, argument, layer_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
-from speechllm.runs.signals import end_with_parent, interruptible, say_interrupted
 
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
 BASE = "another place of the language model under an adapter than the recorded one"
@@ -136,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--codec", required=True, help="folder or hub name of a speech codec")
     command.add_argument(
         "--layers",
-        type=_numbers,
+        type=_layers,
         metavar="1,2,4",
         help="numbers of codebooks to decode from; 1, 2, 4, ... and all of them by default",
     )
@@ -151,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", required=True, help=f"audio file to write; {NEW}")
     command.add_argument(
         "--layers",
-        type=_numbers,
+        type=_layers,
         default=[1],
         metavar="1,2,3",
         help="codes to take from the target, the first layer is 0; 1, the default, is the paper's",
@@ -253,37 +254,40 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     texts: list[str] = []
     done = 0
     while some := [*itertools.islice(found, CHUNK)]:  # print the texts before more is read
-        waveforms = [waveform for _, waveform in some]
-        heard = transcribe(waveforms, speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True)
-        for (ends, _), text in zip(some, heard, strict=True):
-            texts.append(text)
+        waveforms = [waveform for _, waveform in some if waveform is not None]
+        heard = iter(transcribe(waveforms, speech_llm, arguments.batch_size, beams=arguments.beams, fallback=True))
+        for ends, waveform in some:
+            if waveform is None:
+                texts = []
+                continue
+            texts.append(next(heard))
             if ends is not None:
-                print(
-                    f"{str(ends).translate(ONE_LINE)}\t{' '.join(filter(None, texts)).translate(ONE_LINE)}", flush=True
-                )
+                print(f"{ends.translate(ONE_LINE)}\t{' '.join(filter(None, texts)).translate(ONE_LINE)}", flush=True)
                 texts, done = [], done + 1
     return int(done < len(arguments.files))
 
 
-def _pieces(files: Iterable[str], sample_rate: int, max_duration_s: float) -> "Iterator[tuple[str | None, Tensor]]":
+def _pieces(
+    files: Iterable[str], sample_rate: int, max_duration_s: float
+) -> "Iterator[tuple[str | None, Tensor | None]]":
     """The waveforms float [N] of all files in pieces; with the last one of a file comes its name.
 
-    Files that cannot be used are named on stderr and skipped.
+    Files that cannot be used are named on stderr and skipped. A waveform None says that what came of a file is void.
     """
     from speechllm.pieces import pieces
     from tokenizer.audio import AudioError
 
     for file in files:
-        parts, ahead = pieces(file, sample_rate, max_duration_s=max_duration_s), None
+        ahead = None
         try:
-            ahead = next(parts)
+            for piece in pieces(file, sample_rate, max_duration_s=max_duration_s):
+                if ahead is not None:
+                    yield None, ahead
+                ahead = piece.waveform
+            yield file, ahead
         except AudioError as error:
             print(f"skipped: {error}", file=sys.stderr)
-            continue
-        for piece in parts:
-            yield None, ahead.waveform
-            ahead = piece
-        yield file, ahead.waveform
+            yield None, None
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -299,11 +303,11 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _numbers(text: str) -> list[int]:
+def _layers(text: str) -> list[int]:
     try:
-        return [int(word) for word in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected numbers like 1,2,4, got {text!r}") from error
+        return layer_numbers(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from tokenizer.errors import InputError
 from tokenizer.interface import Codec, Codes, DiscreteTokenizer
 from tokenizer.metrics.conversion import convert_voice
 from tokenizer.metrics.quality import layer_counts, reconstruct
+from tokenizer.settings import layer_numbers
 
 T = TypeVar("T")
 TRANSCRIPTIONS, LIVE = "/v1/audio/transcriptions", "/v1/audio/live"
@@ -46,7 +47,7 @@ class CodesOfRecording(BaseModel):
     """Codes [layers][frames] of the server's codec and the number of samples that they were made from."""
 
     codes: list[list[Annotated[int, Field(ge=0, lt=2**31)]]] = Field(min_length=1)
-    samples: int | None = Field(None, ge=1)
+    samples: int | None = Field(None, ge=1, lt=2**48)
     codec: str | None = None  # the fingerprint of the codec that made them, if it is to be checked
 
 
@@ -271,11 +272,9 @@ def add_codec(app: FastAPI, service: Service) -> None:
         frames = len(body.codes[0])
         if frames > WHOLE_S * codec.frame_rate:
             raise Refused(400, f"codes: {frames} frames, at most {WHOLE_S:g} s are allowed", "codes")
-        if body.samples is not None and body.samples > (frames + 1) * codec.sample_rate / codec.frame_rate:
-            raise Refused(400, f"samples: {body.samples} are more than {frames} frames hold", "samples")
         ids, samples = torch.tensor(body.codes)[None], None if body.samples is None else torch.tensor([body.samples])
         codes = Codes(ids, torch.tensor([ids.shape[2]]), samples)
-        codes.require(codec.num_codebooks, codec.codebook_size)
+        codes.require(codec.num_codebooks, codec.codebook_size, codec.sample_rate / codec.frame_rate)
         return _sound(await service.call(lambda: codec.decode(codes)[0].cpu()), codec.sample_rate)
 
     @app.post("/v1/codec/reconstruct", response_class=Response)
@@ -294,7 +293,7 @@ def add_codec(app: FastAPI, service: Service) -> None:
         matching: Annotated[Literal["position", "content"], Form()] = "position",
     ) -> Response:
         """What the source says in the voice of the target, by taking the codes of `layers` from it, as a WAV file."""
-        codec, taken = service.decoder(), _numbers(layers)
+        codec, taken = service.decoder(), layer_numbers(layers)
         waveforms = await service.waveform(source), await service.waveform(target)
         converted = await service.call(convert_voice, codec, *waveforms, taken, matching)
         return _sound(converted, codec.sample_rate)
@@ -310,13 +309,6 @@ def add_watching(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError as error:
-        raise Refused(400, f"layers: expected numbers like 1,2,4, got {text!r}", "layers") from error
 
 
 def _sound(waveform: Tensor, sample_rate: int) -> Response:
