@@ -52,10 +52,10 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 		echo "$(PYTHON) has no venv module. On Debian or Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
 	@$(BIN)/python -c '' 2>/dev/null || { echo "making $(VENV) with $$("$(PYTHON)" --version)"; "$(PYTHON)" -m venv --clear $(VENV); }
 	@echo "installing speechllm and its dependencies into $(VENV): about 2 minutes and 6 GB when it is new"
-	@$(PIP_INSTALL) -e ".[eval,demo,align,page,serve,dev]" || { \
+	@$(PIP_INSTALL) -e ".[eval,demo,align,page,serve,vad,dev]" || { \
 		echo "That did not work; the usual reason is pesq or pyworld, which need a C compiler and the Python headers." \
 			"Trying without them: neither PESQ nor prosody will be measured." >&2; \
-		$(PIP_INSTALL) -e ".[demo,align,page,serve,dev]" pystoi whisper-normalizer; }
+		$(PIP_INSTALL) -e ".[demo,align,page,serve,vad,dev]" pystoi whisper-normalizer; }
 	@touch $(READY)
 
 clean: ## remove build results and caches (keeps .venv and runs)

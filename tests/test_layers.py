@@ -28,7 +28,7 @@ LAYERS = {
     "speechllm: encoding, vocabulary, prompt": (
         *("encoding", "speech", "vocabulary", "projector", "extension", "prompt", "small_model"),
     ),
-    "speechllm: model, decoding, export": ("model", "adapters", "decoding", "confidence", "pieces", "export"),
+    "speechllm: model, decoding, export": ("model", "adapters", "decoding", "confidence", "pauses", "pieces", "export"),
     "speechllm.data": ("data",),
     "speechllm.training": ("training",),
     "speechllm.runs": ("runs",),

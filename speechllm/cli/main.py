@@ -31,8 +31,11 @@ from tokenizer.settings import Count, Positive, argument, layer_numbers
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from speechllm.pauses import Cut
+
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
 BASE = "another place of the language model under an adapter than the recorded one"
+VAD = "cut where Silero VAD hears no speech: an ONNX file of it, or `silero` for the package's (extra `vad`)"
 ONE_LINE = dict.fromkeys(map(ord, "\t\r\n"), " ")  # a text must not look like a further line or column
 COUNT, SECONDS = argument(Count), argument(Positive)
 CHUNK = 64  # pieces of recordings in memory
@@ -84,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--beams", type=COUNT, default=1, help="1, the default, is greedy")
     longest = "seconds; longer recordings are skipped (default 7200); those of over 30 s are cut where it is quiet"
     command.add_argument("--max-duration", type=SECONDS, default=7200.0, help=longest)
+    command.add_argument("--vad", metavar="FILE", help=VAD)
     command.set_defaults(run=_transcribe)
 
     command = commands.add_parser(
@@ -104,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--max-requests", type=COUNT, default=64, help="at a time; more are told to wait (default 64)")
     command.add_argument("--max-megabytes", type=SECONDS, default=512.0, help="of an upload (default 512)")
     command.add_argument("--max-duration", type=SECONDS, default=7200.0, help="seconds of a recording (default 7200)")
+    command.add_argument("--vad", metavar="FILE", help=VAD)
     command.add_argument("--timeout", type=SECONDS, default=3600.0, help="seconds for an answer (default 3600)")
     command.set_defaults(run=serve)
 
@@ -247,10 +252,12 @@ def _run(arguments: argparse.Namespace) -> int:
 def _transcribe(arguments: argparse.Namespace) -> int:
     """Print `file<TAB>text` for every usable file; unusable ones are named on stderr and make the exit code 1."""
     from speechllm import transcribe
+    from speechllm.pauses import load_cut
 
+    cut = load_cut(arguments.vad)
     speech_llm = loaded(arguments.model, arguments.codec, arguments.base)
     assert speech_llm.codec is not None
-    found = _pieces(arguments.files, speech_llm.codec.sample_rate, arguments.max_duration)
+    found = _pieces(arguments.files, speech_llm.codec.sample_rate, arguments.max_duration, cut)
     texts: list[str] = []
     done = 0
     while some := [*itertools.islice(found, CHUNK)]:  # print the texts before more is read
@@ -268,7 +275,7 @@ def _transcribe(arguments: argparse.Namespace) -> int:
 
 
 def _pieces(
-    files: Iterable[str], sample_rate: int, max_duration_s: float
+    files: Iterable[str], sample_rate: int, max_duration_s: float, cut: "Cut"
 ) -> "Iterator[tuple[str | None, Tensor | None]]":
     """The waveforms float [N] of all files in pieces; with the last one of a file comes its name.
 
@@ -280,7 +287,7 @@ def _pieces(
     for file in files:
         ahead = None
         try:
-            for piece in pieces(file, sample_rate, max_duration_s=max_duration_s):
+            for piece in pieces(file, sample_rate, max_duration_s=max_duration_s, cut=cut):
                 if ahead is not None:
                     yield None, ahead
                 ahead = piece.waveform

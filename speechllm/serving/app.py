@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from torch import Tensor
 
 from speechllm.model import SpeechLLM
+from speechllm.pauses import Cut, quietest
 from speechllm.pieces import Piece, pieces
 from speechllm.serving import answers
 from speechllm.serving.answers import Segment
@@ -54,8 +55,8 @@ class CodesOfRecording(BaseModel):
 class Service:
     """A model, the thread that it works in, and what is done with an upload."""
 
-    def __init__(self, speech_llm: SpeechLLM, name: str, limits: Limits, batch_size: int):
-        self.name, self.limits, self.metrics = name, limits, Metrics()
+    def __init__(self, speech_llm: SpeechLLM, name: str, limits: Limits, batch_size: int, cut: Cut):
+        self.name, self.limits, self.cut, self.metrics = name, limits, cut, Metrics()
         self.engine = Engine(speech_llm, batch_size, self.metrics.batches.observe)
         self.codec = self.engine.codec
         self.fingerprint = self.codec.fingerprint  # of all weights: once
@@ -77,7 +78,7 @@ class Service:
     async def segments(self, path: Path) -> AsyncIterator[Segment]:
         """The texts of a recording's pieces as they come; no more of them than a batch are in memory."""
         rate, limit = self.codec.sample_rate, self.limits.duration_s
-        found: Iterator[Piece] = pieces(path, rate, max_duration_s=limit)
+        found: Iterator[Piece] = pieces(path, rate, max_duration_s=limit, cut=self.cut)
         while batch := await run_in_threadpool(lambda: [*itertools.islice(found, self.engine.batch_size)]):
             futures = [self.engine.transcribe(piece.waveform) for piece in batch]
             try:
@@ -136,10 +137,18 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 def make_app(
-    speech_llm: SpeechLLM, name: str, limits: Limits | None = None, key: str | None = None, batch_size: int = 16
+    speech_llm: SpeechLLM,
+    name: str,
+    limits: Limits | None = None,
+    key: str | None = None,
+    batch_size: int = 16,
+    cut: Cut = quietest,
 ) -> FastAPI:
-    """The application that `speechllm serve` runs. name: of the model, as callers see it; key: that they must show."""
-    service = Service(speech_llm, name, limits or Limits(), batch_size)
+    """The application that `speechllm serve` runs.
+
+    name: of the model, as callers see it; key: that they must show; cut: says where long recordings have pauses.
+    """
+    service = Service(speech_llm, name, limits or Limits(), batch_size, cut)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -226,7 +235,7 @@ def add_transcription(app: FastAPI, service: Service) -> None:
                 1008, f"rate: expected {RATES[0]} to {RATES[-1]} Hz" if model == service.name else "model"
             )
             return
-        await transcribe_live(socket, LiveSpeech(service.engine, rate), service.limits.duration_s)
+        await transcribe_live(socket, LiveSpeech(service.engine, rate, cut=service.cut), service.limits.duration_s)
 
 
 async def _events(service: Service, file: UploadFile) -> AsyncIterator[str]:

@@ -1,0 +1,91 @@
+"""Where to cut a long recording: where it is quiet, or where a model of speech (Silero VAD) hears none."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tokenizer.audio import resample
+from tokenizer.errors import InputError
+
+Cut = Callable[[Tensor, int], int]  # a waveform float [N] at a rate in Hz -> the sample to cut at, in its second half
+PAUSE_S = 0.3  # a cut lies in the middle of the span of this length that has the least
+SILERO = "silero"  # the model in the package of this name
+RATE = 16_000  # Hz; of what Silero VAD hears
+FRAME, BEFORE = 512, 64  # samples: of a frame, and of those before it that are heard again
+
+
+def quietest(waveform: Tensor, sample_rate: int) -> int:
+    """Where to cut a waveform float [N]: the sample in its second half around which `PAUSE_S` have the least energy."""
+    half = len(waveform) // 2
+    return half + _least(waveform[half:].square(), round(PAUSE_S * sample_rate))
+
+
+def _least(values: Tensor, span: int) -> int:
+    """The middle of the `span` of values float [N], all if there are fewer, that has the smallest sum."""
+    span = min(span, len(values))
+    sums = F.pad(values.double().cumsum(0), (1, 0))
+    return span // 2 + int((sums[span:] - sums[:-span]).argmin())
+
+
+def load_cut(vad: str | None) -> Cut:
+    """`quietest` for None; for "silero" or an ONNX file of Silero VAD where it hears no speech.
+
+    Raises InputError for a file that is none, ImportError where a package is missing.
+    """
+    if vad is None:
+        return quietest
+    try:
+        import onnxruntime
+
+        file = _packaged() if vad == SILERO else Path(vad)
+    except ImportError as error:
+        raise ImportError(f'{error.name} is needed for --vad: pip install "speechllm[vad]"') from error
+    if not file.is_file():
+        raise InputError(f"--vad {vad}: no such file; `--vad {SILERO}` takes the one in the package silero-vad")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # a frame is too short to share
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        silero = SileroCut(session.run)
+        silero(torch.zeros(4 * FRAME), RATE)
+    except Exception as error:  # those of onnxruntime have no base of their own
+        raise InputError(f"--vad {vad} is no Silero VAD of version 5 or later as ONNX: {str(error)[:200]}") from error
+    return silero
+
+
+def _packaged() -> Path:
+    """The file in silero-vad, whose import would change torch's number of threads."""
+    if (found := importlib.util.find_spec("silero_vad")) is None or found.origin is None:
+        raise ImportError("no silero-vad", name="silero-vad")
+    return Path(found.origin).with_name("data") / "silero_vad.onnx"
+
+
+class SileroCut:
+    """Cuts where Silero VAD hears the least speech; where it hears none for long, anywhere in there."""
+
+    def __init__(self, run: Callable[[None, dict[str, Any]], list[np.ndarray]]):
+        """run: of the model's session: a frame, a state and a rate -> the probability of speech, and the next state."""
+        self._run = run
+
+    def __call__(self, waveform: Tensor, sample_rate: int) -> int:
+        half = len(waveform) // 2
+        speech = self.probabilities(resample(waveform[half:], sample_rate, RATE))
+        cut = (_least(speech, round(PAUSE_S * RATE / FRAME)) + 0.5) * FRAME / RATE * sample_rate
+        return min(half + round(cut), len(waveform))
+
+    def probabilities(self, waveform: Tensor) -> Tensor:
+        """Of speech in each frame of a waveform float [N] at 16 kHz, float [ceil(N / 512)]."""
+        samples = F.pad(waveform, (BEFORE, -len(waveform) % FRAME)).numpy()
+        state, found = np.zeros((2, 1, 128), np.float32), []
+        for start in range(0, len(samples) - BEFORE, FRAME):
+            heard = samples[None, start : start + BEFORE + FRAME]
+            (probability, *_), state = self._run(None, {"input": heard, "state": state, "sr": np.array(RATE)})
+            found.append(float(probability.item()))
+        return torch.tensor(found)
