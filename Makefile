@@ -3,6 +3,7 @@
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 DATA ?=
+REAL ?=
 ARGS ?=
 
 VENV := .venv
@@ -17,12 +18,13 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  DATA=<folder>    run the demo on your own recordings:  make demo DATA=recordings"
+	@echo "  REAL=1           with published parts:                 make demo REAL=1 DATA=recordings"
 	@echo "  ARGS='...'       more arguments for demo or test:      make test ARGS='-k codec'"
 	@echo "  PYTHON=...       the Python to build .venv with:       make test PYTHON=python3.12"
 	@echo "  CONSTRAINTS=     newest versions, not the tested ones: make test CONSTRAINTS="
 
 demo: $(READY) ## speech -> tokens -> language model -> text, from nothing to a word error rate
-	$(BIN)/python recipes/demo.py $(if $(DATA),--config configs/demo_data.yaml data="$(DATA)",--config configs/demo.yaml) $(ARGS)
+	$(BIN)/python recipes/demo.py --config configs/demo$(if $(REAL),_real,$(if $(DATA),_data)).yaml $(if $(DATA),data="$(DATA)") $(ARGS)
 
 page: $(READY) ## speak to the demo's model in a browser
 	$(BIN)/speechllm page runs/demo/asr/model $(ARGS)

@@ -17,20 +17,21 @@ Cut = Callable[[Tensor, int], int]  # a waveform float [N] at a rate in Hz -> th
 PAUSE_S = 0.3  # a cut lies in the middle of the span of this length that has the least
 SILERO = "silero"  # the model in the package of this name
 RATE = 16_000  # Hz; of what Silero VAD hears
+NO_SPEECH = 0.25  # mean probability of speech in a pause, at most
 FRAME, BEFORE = 512, 64  # samples: of a frame, and of those before it that are heard again
 
 
 def quietest(waveform: Tensor, sample_rate: int) -> int:
     """Where to cut a waveform float [N]: the sample in its second half around which `PAUSE_S` have the least energy."""
     half = len(waveform) // 2
-    return half + _least(waveform[half:].square(), round(PAUSE_S * sample_rate))
+    span = min(round(PAUSE_S * sample_rate), half)
+    return half + span // 2 + int(_means(waveform[half:].square(), span).argmin())
 
 
-def _least(values: Tensor, span: int) -> int:
-    """The middle of the `span` of values float [N], all if there are fewer, that has the smallest sum."""
-    span = min(span, len(values))
+def _means(values: Tensor, span: int) -> Tensor:
+    """Of each `span` of values float [N], float64 [N - span + 1]."""
     sums = F.pad(values.double().cumsum(0), (1, 0))
-    return span // 2 + int((sums[span:] - sums[:-span]).argmin())
+    return (sums[span:] - sums[:-span]) / span
 
 
 def load_cut(vad: str | None) -> Cut:
@@ -68,7 +69,7 @@ def _packaged() -> Path:
 
 
 class SileroCut:
-    """Cuts where Silero VAD hears the least speech; where it hears none for long, anywhere in there."""
+    """Cuts at the quietest of the pauses in which Silero VAD hears no speech; without any, where it hears the least."""
 
     def __init__(self, run: Callable[[None, dict[str, Any]], list[np.ndarray]]):
         """run: of the model's session: a frame, a state and a rate -> the probability of speech, and the next state."""
@@ -76,9 +77,14 @@ class SileroCut:
 
     def __call__(self, waveform: Tensor, sample_rate: int) -> int:
         half = len(waveform) // 2
-        speech = self.probabilities(resample(waveform[half:], sample_rate, RATE))
-        cut = (_least(speech, round(PAUSE_S * RATE / FRAME)) + 0.5) * FRAME / RATE * sample_rate
-        return min(half + round(cut), len(waveform))
+        heard = resample(waveform[half:], sample_rate, RATE)
+        speech = self.probabilities(heard)
+        energy = F.pad(heard, (0, -len(heard) % FRAME)).view(-1, FRAME).square().mean(1)
+        span = min(round(PAUSE_S * RATE / FRAME), len(speech))
+        spoken = _means(speech, span)
+        pauses = torch.where(spoken < NO_SPEECH, _means(energy, span), torch.inf)
+        best = int((pauses if pauses.isfinite().any() else spoken).argmin())
+        return min(half + round((best + span / 2) * FRAME / RATE * sample_rate), len(waveform))
 
     def probabilities(self, waveform: Tensor) -> Tensor:
         """Of speech in each frame of a waveform float [N] at 16 kHz, float [ceil(N / 512)]."""

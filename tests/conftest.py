@@ -5,6 +5,7 @@ Torch is imported where it is used: the process that only hands out tests to oth
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -17,6 +18,7 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import types
@@ -341,17 +343,54 @@ def config_class(recipe: Callable[[str], types.ModuleType]) -> Callable[[str], t
     return lambda name: inspect.signature(recipe(name).main).parameters["config"].annotation
 
 
+@pytest.fixture
+def stages_here(
+    recipe: Callable[[str], types.ModuleType], config_class: Callable[[str], type], monkeypatch: pytest.MonkeyPatch
+) -> list[list[str]]:
+    """Stages run their recipes in this process, one at a time and without pictures; the commands so far."""
+    from speechllm.runs.config import load_config
+    from speechllm.runs.stages import Stages
+
+    ran: list[list[str]] = []
+    turn = threading.Lock()
+
+    def run(stages: Stages, commands: list[list[str]], processes: int = 1) -> None:
+        for command in commands:
+            script = next(word for word in command if word.endswith(".py"))
+            words, name = command[command.index(script) + 1 :], Path(script).name
+            with turn, _no_pictures():
+                ran.append([name, *words])
+                file = words.pop(0).removeprefix("--config=") if words[0].startswith("--config=") else None
+                recipe(name).main(load_config(config_class(name), file, words))
+
+    monkeypatch.setattr(Stages, "_run", run)
+    return ran
+
+
 def _save_nothing(figure: object, file: object, **_: object) -> None:
     if isinstance(file, str | Path):
         Path(file).touch()
 
 
-@pytest.fixture
-def without_pictures() -> Iterator[None]:
-    """Pages without what matplotlib draws, which takes two thirds of the time of a tiny training; others draw it."""
+@contextlib.contextmanager
+def _no_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo its patches
         patch.setattr("matplotlib.figure.Figure.savefig", _save_nothing)
         patch.setattr("speechllm.reports.plots._curve", lambda name, series: f"{name} by step")
+        yield
+
+
+@pytest.fixture
+def without_pictures() -> Iterator[None]:
+    """Pages without what matplotlib draws, which takes two thirds of the time of a tiny training; others draw it."""
+    with _no_pictures():
+        yield
+
+
+@pytest.fixture(scope="module")
+def module_without_pictures() -> Iterator[None]:
+    """The same for a file in which nobody looks at them, and for what its fixtures run."""
+    with _no_pictures():
         yield
 
 
