@@ -70,7 +70,7 @@ from speechllm.runs.run import read_log
 from speechllm.runs.stages import Stages, config_class
 from tokenizer.errors import InputError
 from tokenizer.files import read_json, read_jsonl, write_json, write_text
-from tokenizer.pretrained import find_file
+from tokenizer.pretrained import check_folder, find_file
 from tokenizer.utterances import corpus_folders, spell_corpora
 
 
@@ -85,11 +85,14 @@ def main(config: DemoConfig) -> None:
     corpus, tokenizer_run, codes, asr = (run / name for name in ("corpus", "tokenizer", "codes", "asr"))
     data, codec = f"data={corpus}", f"codec={config.audio_tokenizer or tokenizer_run / 'model'}"
     teachers = [f"semantic.teacher={semantic / 'model'}", f"acoustic.teacher={speaker / 'model'}"]
-    model = [f"model={config.language_model}"] if config.language_model else []
+    asr_words = [f"codes={codes}", codec, f"output={asr}"]
+    if config.language_model:
+        asr_words.append(f"model={config.language_model}")
     # made before anything is, so that a mistake in a configuration is found at once
-    asr_training = training("train_asr.py", config.asr, config, *model, f"codes={codes}", codec, f"output={asr}")
+    asr_training = training("train_asr.py", config.asr, config, *asr_words)
     if config.audio_tokenizer:
-        check_published(config)
+        asr_config = load_config(config_class(RECIPES / "train_asr.py"), config.asr, asr_words)
+        check_published(config.audio_tokenizer, asr_config.model)
     else:
         own = {
             "semantic": training("train_teacher.py", config.semantic_teacher, config, data, f"output={semantic}"),
@@ -141,13 +144,12 @@ def training(recipe: str, file: str, config: DemoConfig, *words: str) -> list[st
     return [recipe, f"--config={file}", *words]
 
 
-def check_published(config: DemoConfig) -> None:
+def check_published(audio_tokenizer: str, language_model: str | None) -> None:
     """Raise InputError for a published part that is no folder and cannot be fetched, before hours of encoding."""
-    kind, _, name = (config.audio_tokenizer or "").partition(":")
-    asr = load_config(config_class(RECIPES / "train_asr.py"), config.asr, ["codes=", "codec=", "output="])
-    parts = {"audio_tokenizer": name.partition("#")[0] if kind in ("features", "recognizer") else None}
-    for key, part in (parts | {"language_model": config.language_model or asr.model}).items():
-        if part and not find_file(os.path.expanduser(part), "config.json"):
+    kind, _, name = audio_tokenizer.partition(":")
+    heard_by = name.partition("#")[0] if kind in ("features", "recognizer") else None
+    for key, part in {"audio_tokenizer": heard_by, "language_model": language_model}.items():
+        if part and not find_file(check_folder(part, ["config.json"], "a published model"), "config.json"):
             raise InputError(f"{part} is no folder of a model and cannot be fetched: name another one with {key}=")
 
 

@@ -33,6 +33,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 import speechllm
 import tokenizer
 from speechllm.reports import plots
+from speechllm.runs import machine
 from speechllm.training import plan
 
 IMPORTED = accelerate, datasets, peft, scipy, sklearn, speechbrain, torch
@@ -44,6 +45,7 @@ for package in (speechllm, tokenizer):  # every file of them, which are imported
 # what is made when first used, and takes a second
 plots.curves([{"step": 1, "loss": 1.0}])  # matplotlib and its fonts
 get_checkpoint_conversion_mapping("")  # for whatever is loaded or saved
+machine.versions()
 
 
 def picture(figure: object, description: str, dpi: int) -> str:
