@@ -118,12 +118,13 @@ def main(config: DemoConfig) -> None:
         stages.launch("tokenizer", own["tokenizer"])
     stages.launch("encode", ["encode_speech.py", codec, data, f"output={codes}", "layers=null"])
     stages.launch("asr", asr_training)
-    splits = ["train_splits=[train]", "test_splits=[test]"]
     evaluations = [
-        ["eval_asr.py", f"model={asr / 'model'}", f"codes={codes}", f"output={run / 'evaluation'}", "splits=[test]"],
-        ["eval_tokenizer.py", f"codes={codes}", data, f"output={run / 'tokenizer_results.json'}", *splits],
+        ["eval_asr.py", f"model={asr / 'model'}", f"codes={codes}", f"output={run / 'evaluation'}", "splits=[test]"]
     ]
-    stages.stage("evaluate", *evaluations[: 1 if config.audio_tokenizer else 2])
+    if config.audio_tokenizer is None:
+        words = [f"codes={codes}", data, f"output={run / 'tokenizer_results.json'}"]
+        evaluations.append(["eval_tokenizer.py", *words, "train_splits=[train]", "test_splits=[test]"])
+    stages.stage("evaluate", *evaluations)
     results = collect(config, run, stages)
     write_json(run / "results.json", results)
     shutil.copy(run / "evaluation" / "predictions.jsonl", run / "predictions.jsonl")
@@ -168,7 +169,7 @@ def record_settings(run: Path, config: DemoConfig) -> None:
     file = run / "demo.json"
     held = read_json(file)
     held.pop("output", None)  # of earlier versions; the folder may have moved
-    if held and held != asked:
+    if held and dict.fromkeys(asked) | held != asked:  # what they did not know yet was not asked for
         raise SystemExit(f"{run} holds a demo with other settings: add --fresh to start over, or set output=FOLDER")
     write_json(file, asked)
 
