@@ -1,4 +1,4 @@
-"""Where to cut a long recording: where it is quiet, or where a model of speech (Silero VAD) hears none."""
+"""Where to cut a long recording: where it is quiet, or in a pause of speech that Silero VAD hears."""
 
 import importlib.util
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Cut = Callable[[Tensor, int], int]  # a waveform float [N] at a rate in Hz -> th
 PAUSE_S = 0.3  # a cut lies in the middle of the span of this length that has the least
 SILERO = "silero"  # the model in the package of this name
 RATE = 16_000  # Hz; of what Silero VAD hears
-NO_SPEECH = 0.25  # mean probability of speech in a pause, at most
+NO_SPEECH = 0.5  # mean probability of speech below which a span is a pause
 FRAME, BEFORE = 512, 64  # samples: of a frame, and of those before it that are heard again
 
 

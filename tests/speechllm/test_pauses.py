@@ -27,7 +27,7 @@ def test_cuts_lie_where_no_speech_is_heard_however_loud(rate: int) -> None:
     waveform = torch.full((4 * rate,), 0.5)
     waveform[round(2.6 * rate) : round(3.1 * rate)] = -0.9
     waveform[round(3.5 * rate) : round(3.6 * rate)] = 0
-    assert 2.6 < SileroCut(hears_tones)(waveform, rate) / rate < 3.1
+    assert 2.55 < SileroCut(hears_tones)(waveform, rate) / rate < 3.15
     assert quietest(waveform, rate) / rate == pytest.approx(3.55, abs=0.2)
 
 
