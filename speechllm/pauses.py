@@ -14,7 +14,7 @@ from tokenizer.audio import resample
 from tokenizer.errors import InputError
 
 Cut = Callable[[Tensor, int], int]  # a waveform float [N] at a rate in Hz -> the sample to cut at, in its second half
-PAUSE_S = 0.3  # a cut lies in the middle of the span of this length that has the least
+PAUSE_S = 0.3  # a cut lies in the middle of a span of this length
 SILERO = "silero"  # the model in the package of this name
 RATE = 16_000  # Hz; of what Silero VAD hears
 NO_SPEECH = 0.5  # mean probability of speech below which a span is a pause
@@ -57,7 +57,8 @@ def load_cut(vad: str | None) -> Cut:
         silero = SileroCut(session.run)
         silero(torch.zeros(4 * FRAME), RATE)
     except Exception as error:  # those of onnxruntime have no base of their own
-        raise InputError(f"--vad {vad} is no Silero VAD of version 5 or later as ONNX: {str(error)[:200]}") from error
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"--vad {vad} is no Silero VAD of version 5 or later as ONNX: {why}") from error
     return silero
 
 
