@@ -459,7 +459,10 @@ def test_a_demo_with_a_published_tokenizer_trains_the_language_model_alone(
     here("demo.py", f"{words} audio_tokenizer=tokenizer/model")
     assert [name for name, *_ in stages_here] == ["encode_speech.py", "train_asr.py", "eval_asr.py"]
     results = json.loads((tmp_path / "demo" / "results.json").read_text(encoding="utf-8"))
-    assert results["utterances"] == 6 and results["codec_fingerprint"] == work.json("codes/done.json")["fingerprint"]
+    assert (
+        results["utterances"] == 6
+        and results["codec_fingerprint"] == work.json("codes/done.json")["encoding"]["fingerprint"]
+    )
     assert not results["codebooks"] and (tmp_path / "demo" / "report.html").is_file()
 
 
