@@ -3,6 +3,7 @@
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 DATA ?=
+REAL ?=
 ARGS ?=
 
 VENV := .venv
@@ -17,12 +18,13 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  DATA=<folder>    run the demo on your own recordings:  make demo DATA=recordings"
+	@echo "  REAL=1           with published parts:                 make demo REAL=1 DATA=recordings"
 	@echo "  ARGS='...'       more arguments for demo or test:      make test ARGS='-k codec'"
 	@echo "  PYTHON=...       the Python to build .venv with:       make test PYTHON=python3.12"
 	@echo "  CONSTRAINTS=     newest versions, not the tested ones: make test CONSTRAINTS="
 
 demo: $(READY) ## speech -> tokens -> language model -> text, from nothing to a word error rate
-	$(BIN)/python recipes/demo.py $(if $(DATA),--config configs/demo_data.yaml data="$(DATA)",--config configs/demo.yaml) $(ARGS)
+	$(BIN)/python recipes/demo.py --config configs/demo$(if $(REAL),_real,$(if $(DATA),_data)).yaml $(if $(DATA),data="$(DATA)") $(ARGS)
 
 page: $(READY) ## speak to the demo's model in a browser
 	$(BIN)/speechllm page runs/demo/asr/model $(ARGS)
@@ -52,10 +54,10 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 		echo "$(PYTHON) has no venv module. On Debian or Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
 	@$(BIN)/python -c '' 2>/dev/null || { echo "making $(VENV) with $$("$(PYTHON)" --version)"; "$(PYTHON)" -m venv --clear $(VENV); }
 	@echo "installing speechllm and its dependencies into $(VENV): about 2 minutes and 6 GB when it is new"
-	@$(PIP_INSTALL) -e ".[eval,demo,align,page,serve,dev]" || { \
+	@$(PIP_INSTALL) -e ".[eval,demo,align,page,serve,vad,dev]" || { \
 		echo "That did not work; the usual reason is pesq or pyworld, which need a C compiler and the Python headers." \
 			"Trying without them: neither PESQ nor prosody will be measured." >&2; \
-		$(PIP_INSTALL) -e ".[demo,align,page,serve,dev]" pystoi whisper-normalizer; }
+		$(PIP_INSTALL) -e ".[demo,align,page,serve,vad,dev]" pystoi whisper-normalizer; }
 	@touch $(READY)
 
 clean: ## remove build results and caches (keeps .venv and runs)

@@ -30,6 +30,7 @@ from tokenizer.settings import Corpus, Count, Names, Natural, NonNegative, Setti
 TRANSCRIPTIONS = "/v1/audio/transcriptions"
 CHUNK_S = 0.1  # of live speech in a message
 RATE = 16_000
+PATIENCE_S = 86_400  # hours of recordings may take as long
 
 
 @dataclass
@@ -105,7 +106,7 @@ def main(config: ServeConfig) -> None:
 @contextmanager
 def served(model: str) -> Iterator[tuple[str, str, psutil.Process]]:
     """A server of the model in a process of its own: its address, the model's name, and the process."""
-    command = [sys.executable, "-m", "speechllm.cli.main", "serve", model, "--port", "0"]
+    command = [sys.executable, "-m", "speechllm.cli.main", "serve", model, "--port", "0", "--timeout", f"{PATIENCE_S}"]
     environment = os.environ | child_environment()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:

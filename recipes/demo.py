@@ -2,6 +2,7 @@
 
     python recipes/demo.py --config configs/demo.yaml                         a small synthetic corpus, made on the spot
     python recipes/demo.py --config configs/demo_data.yaml data=FOLDER        your own speech
+    python recipes/demo.py --config configs/demo_real.yaml data=FOLDER        your own speech, with published parts
     ... --fresh                                                               start over
 
 Every stage is one of the other recipes, run as a separate command (printed before it starts). Finished stages are
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +36,8 @@ WRITTEN = (  # in the run folder
 class DemoConfig(Settings):
     output: str = "runs/demo"  # run folder
     data: Corpus | None = None  # corpus folder, or several as [A, B]; null: synthetic speech
+    audio_tokenizer: str | None = None  # a published one, as `load_tokenizer` takes it; null: train teachers and codec
+    language_model: str | None = None  # folder or hub name, in place of the one that `asr` names
     fresh: bool = False  # delete what an earlier demo wrote there first
     processes: PowerOfTwo | None = None  # per training without a GPU; null: one per core, at most 8
     semantic_teacher: str = "configs/teacher/semantic_demo.yaml"  # configurations of the stages
@@ -45,6 +49,10 @@ class DemoConfig(Settings):
     synthetic_dev: Count = 100
     synthetic_test: Count = 200
     notes: list[str] | None = None  # shown in the report
+
+    def contradictions(self) -> Iterable[str]:
+        if self.audio_tokenizer and not self.data:
+            yield "audio_tokenizer: published parts are tried on real speech: name a folder of yours with data=FOLDER"
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -60,7 +68,9 @@ from speechllm.runs.machine import available_cpus, provenance
 from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.run import read_log
 from speechllm.runs.stages import Stages, config_class
+from tokenizer.errors import InputError
 from tokenizer.files import read_json, read_jsonl, write_json, write_text
+from tokenizer.pretrained import check_folder, find_file
 from tokenizer.utterances import corpus_folders, spell_corpora
 
 
@@ -72,17 +82,25 @@ def main(config: DemoConfig) -> None:
         if folder.resolve().is_relative_to(run.resolve()):
             raise CorpusError(f"{folder} is in the run folder {run}: choose output=FOLDER outside it")
     semantic, speaker = run / "semantic_teacher", run / "speaker_teacher"
-    corpus, codec, codes, asr = (run / name for name in ("corpus", "tokenizer", "codes", "asr"))
-    data = f"data={corpus}"
+    corpus, tokenizer_run, codes, asr = (run / name for name in ("corpus", "tokenizer", "codes", "asr"))
+    data, codec = f"data={corpus}", f"codec={config.audio_tokenizer or tokenizer_run / 'model'}"
     teachers = [f"semantic.teacher={semantic / 'model'}", f"acoustic.teacher={speaker / 'model'}"]
-    trainings = {  # made before anything is, so that a mistake in a configuration is found at once
-        "semantic": training("train_teacher.py", config.semantic_teacher, config, data, f"output={semantic}"),
-        "speaker": training("train_teacher.py", config.speaker_teacher, config, data, f"output={speaker}"),
-        "tokenizer": training("train_tokenizer.py", config.tokenizer_stage, config, data, f"output={codec}", *teachers),
-        "asr": training(
-            "train_asr.py", config.asr, config, f"codes={codes}", f"codec={codec / 'model'}", f"output={asr}"
-        ),
-    }
+    asr_words = [f"codes={codes}", codec, f"output={asr}"]
+    if config.language_model:
+        asr_words.append(f"model={config.language_model}")
+    # made before anything is, so that a mistake in a configuration is found at once
+    asr_training = training("train_asr.py", config.asr, config, *asr_words)
+    if config.audio_tokenizer:
+        asr_config = load_config(config_class(RECIPES / "train_asr.py"), config.asr, asr_words)
+        check_published(config.audio_tokenizer, asr_config.model)
+    else:
+        own = {
+            "semantic": training("train_teacher.py", config.semantic_teacher, config, data, f"output={semantic}"),
+            "speaker": training("train_teacher.py", config.speaker_teacher, config, data, f"output={speaker}"),
+            "tokenizer": training(
+                "train_tokenizer.py", config.tokenizer_stage, config, data, f"output={tokenizer_run}", *teachers
+            ),
+        }
     claim_output(run, config)
     if config.fresh:
         delete(run)
@@ -95,21 +113,25 @@ def main(config: DemoConfig) -> None:
         stages.stage("corpus", ["synthesize_speech.py", str(corpus), *counts, f"--jobs={available_cpus()}"])
     else:
         stages.call("corpus", lambda: gather(config.data, corpus))
-    stages.stage("teachers", trainings["semantic"], trainings["speaker"])
-    stages.launch("tokenizer", trainings["tokenizer"])
-    encode = [f"codec={codec / 'model'}", data, f"output={codes}", "layers=null"]
-    stages.launch("encode", ["encode_speech.py", *encode])
-    stages.launch("asr", trainings["asr"])
-    splits = ["train_splits=[train]", "test_splits=[test]"]
-    stages.stage(
-        "evaluate",
-        ["eval_asr.py", f"model={asr / 'model'}", f"codes={codes}", f"output={run / 'evaluation'}", "splits=[test]"],
-        ["eval_tokenizer.py", f"codes={codes}", data, f"output={run / 'tokenizer_results.json'}", *splits],
-    )
+    if config.audio_tokenizer is None:
+        stages.stage("teachers", own["semantic"], own["speaker"])
+        stages.launch("tokenizer", own["tokenizer"])
+    stages.launch("encode", ["encode_speech.py", codec, data, f"output={codes}", "layers=null"])
+    stages.launch("asr", asr_training)
+    evaluations = [
+        ["eval_asr.py", f"model={asr / 'model'}", f"codes={codes}", f"output={run / 'evaluation'}", "splits=[test]"]
+    ]
+    if config.audio_tokenizer is None:
+        words = [f"codes={codes}", data, f"output={run / 'tokenizer_results.json'}"]
+        evaluations.append(["eval_tokenizer.py", *words, "train_splits=[train]", "test_splits=[test]"])
+    stages.stage("evaluate", *evaluations)
     results = collect(config, run, stages)
     write_json(run / "results.json", results)
     shutil.copy(run / "evaluation" / "predictions.jsonl", run / "predictions.jsonl")
-    report(run, results)
+    if config.audio_tokenizer is None:
+        report(run, results)
+    else:  # there is nothing else to show
+        shutil.copy(run / "evaluation" / "report.html", run / "report.html")
     print(summary(run, results))
 
 
@@ -121,6 +143,15 @@ def training(recipe: str, file: str, config: DemoConfig, *words: str) -> list[st
         words = (f"steps={steps}", *words)
     load_config(recipe_config, file, words)
     return [recipe, f"--config={file}", *words]
+
+
+def check_published(audio_tokenizer: str, language_model: str | None) -> None:
+    """Raise InputError for a published part that is no folder and cannot be fetched, before hours of encoding."""
+    kind, _, name = audio_tokenizer.partition(":")
+    heard_by = name.partition("#")[0] if kind in ("features", "recognizer") else None
+    for key, part in {"audio_tokenizer": heard_by, "language_model": language_model}.items():
+        if part and not find_file(check_folder(part, ["config.json"], "a published model"), "config.json"):
+            raise InputError(f"{part} is no folder of a model and cannot be fetched: name another one with {key}=")
 
 
 def delete(run: Path) -> None:
@@ -138,7 +169,7 @@ def record_settings(run: Path, config: DemoConfig) -> None:
     file = run / "demo.json"
     held = read_json(file)
     held.pop("output", None)  # of earlier versions; the folder may have moved
-    if held and held != asked:
+    if held and dict.fromkeys(asked) | held != asked:  # what they did not know yet was not asked for
         raise SystemExit(f"{run} holds a demo with other settings: add --fresh to start over, or set output=FOLDER")
     write_json(file, asked)
 
@@ -182,9 +213,8 @@ def split_by_speaker(utterances: list[Utterance]) -> dict[str, str]:
 def collect(config: DemoConfig, run: Path, stages: Stages) -> dict[str, object]:
     """The content of results.json."""
     evaluation = read_json(run / "evaluation" / "results.json")
-    codec = read_json(run / "tokenizer_results.json")
+    codec = read_json(run / "tokenizer_results.json")  # of our own, that is: empty with a published one
     encoded = read_json(run / "codes" / "done.json")
-    teachers = {name: read_json(run / f"{name}_teacher" / "done.json") for name in ("semantic", "speaker")}
     return {
         "wer": evaluation["wer"],
         "wer_ci95": evaluation["ci95"],
@@ -199,9 +229,9 @@ def collect(config: DemoConfig, run: Path, stages: Stages) -> dict[str, object]:
         "hours": encoded["hours"],
         "skipped": encoded["skipped"],
         "content": codec.get("content", {}),
-        "speaker": codec["speaker"],
-        "codebooks": [{name: u[name] for name in ("used", "dead", "perplexity")} for u in codec["usage"]],
-        "teachers": teachers,
+        "speaker": codec.get("speaker"),
+        "codebooks": [{name: u[name] for name in ("used", "dead", "perplexity")} for u in codec.get("usage", [])],
+        "teachers": {name: read_json(run / f"{name}_teacher" / "done.json") for name in ("semantic", "speaker")},
         "seconds_by_stage": stages.seconds,
         "codec_fingerprint": evaluation["codec_fingerprint"],
         **provenance(config, sum(stages.seconds.values())),
@@ -227,6 +257,12 @@ def report(run: Path, results: dict[str, object]) -> None:
 def plan(config: DemoConfig) -> str:
     """The stages, as printed at the start."""
     speech = "synthetic speech" if config.data is None else spell_corpora(config.data)
+    if config.audio_tokenizer:
+        return (
+            f"Demo in {config.output} on {available_cpus()} cores: {speech} -> {config.audio_tokenizer} -> "
+            f"{config.language_model or 'the language model'} of {config.asr} -> WER -> report.\n"
+            "Published parts that are not folders are fetched by their hub names. Finished stages are not repeated."
+        )
     return (
         f"Demo in {config.output} on {available_cpus()} cores: {speech} -> two small teachers -> codec (content "
         "distilled into layer 0, voice into layer 1) -> codes -> small Qwen2 with the codes as new tokens -> WER -> "

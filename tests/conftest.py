@@ -5,6 +5,7 @@ Torch is imported where it is used: the process that only hands out tests to oth
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -13,15 +14,17 @@ import inspect
 import itertools
 import json
 import os
+import runpy
 import signal
 import socket
-import subprocess
 import sys
+import threading
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub library is imported: a wrong name fails at once, not after retries
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: tiny models lose more by sharing work than they gain
@@ -66,7 +69,7 @@ def _seeded() -> None:
     """What a test draws from the global generator does not depend on the tests before it."""
     import torch
 
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # of the processor; `torch.manual_seed` takes a millisecond without a GPU
 
 
 def _noise(samples: int, batch: int = 1, seed: int = 0) -> Tensor:
@@ -340,17 +343,54 @@ def config_class(recipe: Callable[[str], types.ModuleType]) -> Callable[[str], t
     return lambda name: inspect.signature(recipe(name).main).parameters["config"].annotation
 
 
+@pytest.fixture
+def stages_here(
+    recipe: Callable[[str], types.ModuleType], config_class: Callable[[str], type], monkeypatch: pytest.MonkeyPatch
+) -> list[list[str]]:
+    """Stages run their recipes in this process, one at a time and without pictures; the commands so far."""
+    from speechllm.runs.config import load_config
+    from speechllm.runs.stages import Stages
+
+    ran: list[list[str]] = []
+    turn = threading.Lock()
+
+    def run(stages: Stages, commands: list[list[str]], processes: int = 1) -> None:
+        for command in commands:
+            script = next(word for word in command if word.endswith(".py"))
+            words, name = command[command.index(script) + 1 :], Path(script).name
+            with turn, _no_pictures():
+                ran.append([name, *words])
+                file = words.pop(0).removeprefix("--config=") if words[0].startswith("--config=") else None
+                recipe(name).main(load_config(config_class(name), file, words))
+
+    monkeypatch.setattr(Stages, "_run", run)
+    return ran
+
+
 def _save_nothing(figure: object, file: object, **_: object) -> None:
     if isinstance(file, str | Path):
         Path(file).touch()
 
 
-@pytest.fixture
-def without_pictures() -> Iterator[None]:
-    """Pages without what matplotlib draws, which takes two thirds of the time of a tiny training; others draw it."""
+@contextlib.contextmanager
+def _no_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo its patches
         patch.setattr("matplotlib.figure.Figure.savefig", _save_nothing)
         patch.setattr("speechllm.reports.plots._curve", lambda name, series: f"{name} by step")
+        yield
+
+
+@pytest.fixture
+def without_pictures() -> Iterator[None]:
+    """Pages without what matplotlib draws, which takes two thirds of the time of a tiny training; others draw it."""
+    with _no_pictures():
+        yield
+
+
+@pytest.fixture(scope="module")
+def module_without_pictures() -> Iterator[None]:
+    """The same for a file in which nobody looks at them, and for what its fixtures run."""
+    with _no_pictures():
         yield
 
 
@@ -409,36 +449,71 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
-def _fork_server() -> Iterator[subprocess.Popen]:
-    file = Path(__file__).with_name("fork_server.py")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(file.parents[1]),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",  # equal to the last bit is a promise for one machine and one kind of processor
-        "ACCELERATE_USE_CPU": "true",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    command, pipe = [sys.executable, str(file)], subprocess.PIPE
-    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as server:
-        yield server
-        server.stdin.close()
+FORK_SERVER = pytest.StashKey[tuple[int, TextIO, TextIO]]()  # its number, what it reads, what it answers
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Fork the server off what was imported for the tests: it need not import torch once more.
+
+    Before the first test: once gradients were computed in a process, torch computes none in its forks.
+    """
+    if any("start_recipe" in getattr(item, "fixturenames", ()) for item in session.items):
+        session.config.stash[FORK_SERVER] = _fork_off_server()
+
+
+def _fork_off_server() -> tuple[int, TextIO, TextIO]:
+    (asked, ask), (answers, answer) = os.pipe(), os.pipe()
+    if process := os.fork():
+        os.close(asked)
+        os.close(answer)
+        return process, os.fdopen(ask, "w"), os.fdopen(answers)
+    try:
+        for number, end in enumerate((asked, answer)):
+            os.dup2(end, number)
+        for end in (asked, ask, answers, answer):
+            os.close(end)
+        sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")  # not those of pytest
+        file = Path(__file__).with_name("fork_server.py")
+        os.environ |= {
+            "PYTHONPATH": str(file.parents[1]),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",  # equal to the last bit is a promise for one machine and one kind of processor
+            "ACCELERATE_USE_CPU": "true",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        sys.path.insert(0, str(file.parent))
+        if sys.stdin.buffer.peek(1):  # what is still to import takes its time only where a recipe is started
+            runpy.run_path(str(file), run_name="__main__")
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
 
 
 @pytest.fixture(scope="session")
-def start_recipe(_fork_server: subprocess.Popen, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Started]:
+def _ask_fork_server(pytestconfig: pytest.Config) -> Iterator[Callable[[dict], int | None]]:
+    process, questions, answers = pytestconfig.stash[FORK_SERVER]
+
+    def ask(request: dict) -> int | None:
+        questions.write(json.dumps(request) + "\n")
+        questions.flush()
+        return json.loads(answers.readline())
+
+    yield ask
+    questions.close()
+    os.waitpid(process, 0)
+
+
+@pytest.fixture(scope="session")
+def start_recipe(
+    _ask_fork_server: Callable[[dict], int | None], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Started]:
     """Start `python recipes/<name> words` in a folder, one thread a process, without the seconds of importing.
 
     With processes > 1 they find each other as those of torch.distributed.run do.
     """
     root, logs, number = Path(__file__).resolve().parents[1], tmp_path_factory.mktemp("started"), itertools.count()
-
-    def ask(request: dict) -> int | None:
-        _fork_server.stdin.write(json.dumps(request) + "\n")
-        _fork_server.stdin.flush()
-        return json.loads(_fork_server.stdout.readline())
 
     def start(
         name: str, words: str, folder: Path, processes: int = 1, environment: dict[str, str] | None = None
@@ -457,6 +532,6 @@ def start_recipe(_fork_server: subprocess.Popen, tmp_path_factory: pytest.TempPa
                     "environment": {**(environment or {}), **meeting, **(place | size if meeting else {})},
                 }
             )
-        return Started(ask, requests)
+        return Started(_ask_fork_server, requests)
 
     return start

@@ -33,16 +33,19 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 import speechllm
 import tokenizer
 from speechllm.reports import plots
+from speechllm.runs import machine
 from speechllm.training import plan
 
 IMPORTED = accelerate, datasets, peft, scipy, sklearn, speechbrain, torch
 IMPORTED += transformers.Qwen2ForCausalLM, transformers.HubertForCTC, transformers.Wav2Vec2FeatureExtractor
 for package in (speechllm, tokenizer):  # every file of them, which are imported when first used
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        importlib.import_module(module.name)
+        if module.name != "speechllm.serving.page":  # Gradio takes seconds, and no recipe needs it
+            importlib.import_module(module.name)
 # what is made when first used, and takes a second
 plots.curves([{"step": 1, "loss": 1.0}])  # matplotlib and its fonts
 get_checkpoint_conversion_mapping("")  # for whatever is loaded or saved
+machine.versions()
 
 
 def picture(figure: object, description: str, dpi: int) -> str:

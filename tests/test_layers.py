@@ -28,7 +28,7 @@ LAYERS = {
     "speechllm: encoding, vocabulary, prompt": (
         *("encoding", "speech", "vocabulary", "projector", "extension", "messages", "prompt", "small_model"),
     ),
-    "speechllm: model": ("model", "adapters", "confidence", "pieces"),
+    "speechllm: model": ("model", "adapters", "confidence", "pauses", "pieces"),
     "speechllm.data": ("data",),
     "speechllm: decoding, export": ("decoding", "greedy", "export"),
     "speechllm.training": ("training",),

@@ -35,8 +35,11 @@ class Codes:
         """The codes of the first `layers` codebooks only."""
         return Codes(self.ids[:, :layers], self.lengths, self.samples)
 
-    def require(self, num_codebooks: int, codebook_size: int) -> None:
-        """Raise InputError unless a codec with so many codebooks can have made these codes."""
+    def require(self, num_codebooks: int, codebook_size: int, hop: float | None = None) -> None:
+        """Raise InputError unless a codec with so many codebooks can have made these codes.
+
+        hop: samples a frame, for a codec whose frames hold all samples but for a part of one more.
+        """
         if self.ids.ndim != 3 or self.ids.is_floating_point() or not 1 <= self.ids.shape[1] <= num_codebooks:
             raise InputError(
                 f"expected codes long [B, 1..{num_codebooks}, T], got {self.ids.dtype} {list(self.ids.shape)}"
@@ -53,6 +56,10 @@ class Codes:
             raise InputError(f"the lengths {self.lengths.tolist()} are not those of codes {list(self.ids.shape)}")
         if self.samples is not None and (len(self.samples) != len(self) or int(self.samples.min()) < 0):
             raise InputError(f"expected the numbers of samples of {len(self)} utterances, got {self.samples.tolist()}")
+        if self.samples is not None and hop is not None:
+            for samples, frames in zip(self.samples.tolist(), self.lengths.tolist(), strict=True):
+                if samples > (frames + 1) * hop:
+                    raise InputError(f"{samples} samples are more than {frames} frames of codes hold")
 
     @staticmethod
     def from_utterances(utterances: Sequence[Tensor], samples: Tensor | None = None) -> "Codes":

@@ -76,6 +76,14 @@ def argument(hint: Any) -> Callable[[str], Any]:
     return read
 
 
+def layer_numbers(text: str) -> list[int]:
+    """Layers as people write them, 1,2,4. Raises InputError."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"expected layers like 1,2,4, got {text!r}") from error
+
+
 def _broken(value: Any, hint: Any, key: str) -> Iterator[str]:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:

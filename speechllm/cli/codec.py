@@ -35,20 +35,19 @@ def decode_file(arguments: argparse.Namespace) -> int:
 
     from speechllm import Codes, DataError, load_codec, save_audio
     from tokenizer.claims import claim_folder
+    from tokenizer.errors import InputError
 
     rows, codec = [], load_codec(arguments.codec)
     for place, row in read_codes(arguments.codes):
         ids, samples, fingerprint = torch.tensor(row["codes"]), torch.tensor([row["samples"]]), row["codec"]
         if fingerprint != codec.fingerprint:
             raise DataError(f"{place} holds codes of codec {fingerprint}, {arguments.codec} is {codec.fingerprint}")
-        if len(ids) > codec.num_codebooks or ids.max() >= codec.codebook_size:
-            found = f"{len(ids)} layers of codes up to {ids.max()}"
-            held = f"{codec.num_codebooks} layers of codes below {codec.codebook_size}"
-            raise DataError(f"{place}: {found}, but {arguments.codec} has {held}: encode the recording again")
-        if row["samples"] > (ids.shape[1] + 1) * codec.sample_rate / codec.frame_rate:
-            raise DataError(f"{place}: {row['samples']} samples are more than {ids.shape[1]} frames of codes hold")
-        name = Path(row["file"]).with_suffix(".wav").name
-        rows.append((name, Codes(ids[None], torch.tensor([ids.shape[1]]), samples)))
+        codes = Codes(ids[None], torch.tensor([ids.shape[1]]), samples)
+        try:
+            codes.require(codec.num_codebooks, codec.codebook_size, codec.sample_rate / codec.frame_rate)
+        except InputError as error:
+            raise DataError(f"{place}: {error}: encode the recording again") from error
+        rows.append((Path(row["file"]).with_suffix(".wav").name, codes))
     refuse_repeated(name for name, _ in rows)
     output = claim_folder(arguments.output, "decode")
     for name, codes in rows:

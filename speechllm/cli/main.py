@@ -24,14 +24,18 @@ from speechllm.cli.scores import FORMATS, compare_files, score_files
 from speechllm.cli.serve import loaded, page, serve
 from speechllm.runs.config import find_config, shipped, spell_unprintable
 from speechllm.runs.launch import find_recipe, recipe_command, recipe_environment
-from tokenizer.settings import Count, Positive, argument
+from speechllm.runs.signals import end_with_parent, interruptible, say_interrupted
+from tokenizer.errors import InputError
+from tokenizer.settings import Count, Positive, argument, layer_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
-from speechllm.runs.signals import end_with_parent, interruptible, say_interrupted
+
+    from speechllm.pauses import Cut
 
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
 BASE = "another place of the language model under an adapter than the recorded one"
+VAD = "cut where Silero VAD hears no speech: an ONNX file of it, or `silero` for the package's (extra `vad`)"
 ONE_LINE = dict.fromkeys(map(ord, "\t\r\n"), " ")  # a text must not look like a further line or column
 COUNT, SECONDS = argument(Count), argument(Positive)
 CHUNK = 64  # pieces of recordings in memory
@@ -89,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--beams", type=COUNT, default=1, help="1, the default, is greedy")
     longest = "seconds; longer recordings are skipped (default 7200); those of over 30 s are cut where it is quiet"
     command.add_argument("--max-duration", type=SECONDS, default=7200.0, help=longest)
+    command.add_argument("--vad", metavar="FILE", help=VAD)
     command.set_defaults(run=_transcribe)
 
     command = commands.add_parser(
@@ -109,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--max-requests", type=COUNT, default=64, help="at a time; more are told to wait (default 64)")
     command.add_argument("--max-megabytes", type=SECONDS, default=512.0, help="of an upload (default 512)")
     command.add_argument("--max-duration", type=SECONDS, default=7200.0, help="seconds of a recording (default 7200)")
+    command.add_argument("--vad", metavar="FILE", help=VAD)
     command.add_argument("--timeout", type=SECONDS, default=3600.0, help="seconds for an answer (default 3600)")
     command.set_defaults(run=serve)
 
@@ -142,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--codec", required=True, help="folder or hub name of a speech codec")
     command.add_argument(
         "--layers",
-        type=_numbers,
+        type=_layers,
         metavar="1,2,4",
         help="numbers of codebooks to decode from; 1, 2, 4, ... and all of them by default",
     )
@@ -157,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", required=True, help=f"audio file to write; {NEW}")
     command.add_argument(
         "--layers",
-        type=_numbers,
+        type=_layers,
         default=[1],
         metavar="1,2,3",
         help="codes to take from the target, the first layer is 0; 1, the default, is the paper's",
@@ -252,44 +258,49 @@ def _run(arguments: argparse.Namespace) -> int:
 def _transcribe(arguments: argparse.Namespace) -> int:
     """Print `file<TAB>text` for every usable file; unusable ones are named on stderr and make the exit code 1."""
     from speechllm import transcribe
+    from speechllm.pauses import load_cut
 
+    cut = load_cut(arguments.vad)
     speech_llm = loaded(arguments.model, arguments.codec, arguments.base)
     assert speech_llm.codec is not None
-    found = _pieces(arguments.files, speech_llm.codec.sample_rate, arguments.max_duration)
+    found = _pieces(arguments.files, speech_llm.codec.sample_rate, arguments.max_duration, cut)
     texts: list[str] = []
     done = 0
     while some := [*itertools.islice(found, CHUNK)]:  # print the texts before more is read
-        waveforms = [waveform for _, waveform in some]
-        heard = transcribe(waveforms, speech_llm, arguments.batch_tokens, beams=arguments.beams, fallback=True)
-        for (ends, _), text in zip(some, heard, strict=True):
-            texts.append(text)
+        waveforms = [waveform for _, waveform in some if waveform is not None]
+        heard = iter(transcribe(waveforms, speech_llm, arguments.batch_tokens, beams=arguments.beams, fallback=True))
+        for ends, waveform in some:
+            if waveform is None:
+                texts = []
+                continue
+            texts.append(next(heard))
             if ends is not None:
-                print(
-                    f"{str(ends).translate(ONE_LINE)}\t{' '.join(filter(None, texts)).translate(ONE_LINE)}", flush=True
-                )
+                print(f"{ends.translate(ONE_LINE)}\t{' '.join(filter(None, texts)).translate(ONE_LINE)}", flush=True)
                 texts, done = [], done + 1
     return int(done < len(arguments.files))
 
 
-def _pieces(files: Iterable[str], sample_rate: int, max_duration_s: float) -> "Iterator[tuple[str | None, Tensor]]":
+def _pieces(
+    files: Iterable[str], sample_rate: int, max_duration_s: float, cut: "Cut"
+) -> "Iterator[tuple[str | None, Tensor | None]]":
     """The waveforms float [N] of all files in pieces; with the last one of a file comes its name.
 
-    Files that cannot be used are named on stderr and skipped.
+    Files that cannot be used are named on stderr and skipped. A waveform None says that what came of a file is void.
     """
     from speechllm.pieces import pieces
     from tokenizer.audio import AudioError
 
     for file in files:
-        parts, ahead = pieces(file, sample_rate, max_duration_s=max_duration_s), None
+        ahead = None
         try:
-            ahead = next(parts)
+            for piece in pieces(file, sample_rate, max_duration_s=max_duration_s, cut=cut):
+                if ahead is not None:
+                    yield None, ahead
+                ahead = piece.waveform
+            yield file, ahead
         except AudioError as error:
             print(f"skipped: {error}", file=sys.stderr)
-            continue
-        for piece in parts:
-            yield None, ahead.waveform
-            ahead = piece
-        yield file, ahead.waveform
+            yield None, None
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -305,11 +316,11 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _numbers(text: str) -> list[int]:
+def _layers(text: str) -> list[int]:
     try:
-        return [int(word) for word in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected numbers like 1,2,4, got {text!r}") from error
+        return layer_numbers(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 if __name__ == "__main__":

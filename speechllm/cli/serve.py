@@ -23,6 +23,7 @@ def serve(arguments: argparse.Namespace) -> int:
     try:
         import uvicorn
 
+        from speechllm.pauses import load_cut
         from speechllm.serving.app import make_app
         from speechllm.serving.door import Limits
         from speechllm.serving.live import MOST_BYTES
@@ -30,10 +31,11 @@ def serve(arguments: argparse.Namespace) -> int:
         raise ImportError(f'{error.name} is needed to serve: pip install "speechllm[serve]"') from error
     family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
     listening = socket.create_server((arguments.host, arguments.port), family=family)  # before the model is loaded
+    cut = load_cut(arguments.vad)
     speech_llm = loaded(arguments.model, arguments.codec, arguments.base)
     limits = Limits(arguments.max_requests, arguments.max_megabytes, arguments.max_duration, arguments.timeout)
     name = arguments.name or named(arguments.model)
-    app = make_app(speech_llm, name, limits, key, arguments.batch_size)
+    app = make_app(speech_llm, name, limits, key, arguments.batch_size, cut)
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30, ws_max_size=MOST_BYTES)
     )

@@ -1,6 +1,6 @@
 """The machine and how a result was made: processors, accelerators, package versions, command."""
 
-import contextlib
+import functools
 import os
 import platform
 import shlex
@@ -49,11 +49,16 @@ def provenance(config: Any, seconds: float, *packages: str) -> dict[str, Any]:
 
 def versions(*packages: str) -> dict[str, str]:
     """Versions of Python, of the packages that results depend on, and of further `packages`, if installed."""
-    found = {"python": platform.python_version()}
-    for package in (*PACKAGES, *packages):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    found = {package: _version(package) for package in (*PACKAGES, *packages)}
+    return {"python": platform.python_version()} | {package: number for package, number in found.items() if number}
+
+
+@functools.cache  # reading the description of a package takes more than a millisecond
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def available_cpus() -> int:

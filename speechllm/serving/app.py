@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from torch import Tensor
 
 from speechllm.model import SpeechLLM
+from speechllm.pauses import Cut, quietest
 from speechllm.pieces import Piece, pieces
 from speechllm.serving import answers
 from speechllm.serving.answers import Segment
@@ -33,6 +34,7 @@ from tokenizer.errors import InputError
 from tokenizer.interface import Codec, Codes, DiscreteTokenizer
 from tokenizer.metrics.conversion import convert_voice
 from tokenizer.metrics.quality import layer_counts, reconstruct
+from tokenizer.settings import layer_numbers
 
 T = TypeVar("T")
 TRANSCRIPTIONS, LIVE = "/v1/audio/transcriptions", "/v1/audio/live"
@@ -46,15 +48,15 @@ class CodesOfRecording(BaseModel):
     """Codes [layers][frames] of the server's codec and the number of samples that they were made from."""
 
     codes: list[list[Annotated[int, Field(ge=0, lt=2**31)]]] = Field(min_length=1)
-    samples: int | None = Field(None, ge=1)
+    samples: int | None = Field(None, ge=1, lt=2**48)
     codec: str | None = None  # the fingerprint of the codec that made them, if it is to be checked
 
 
 class Service:
     """A model, the thread that it works in, and what is done with an upload."""
 
-    def __init__(self, speech_llm: SpeechLLM, name: str, limits: Limits, batch_size: int):
-        self.name, self.limits, self.metrics = name, limits, Metrics()
+    def __init__(self, speech_llm: SpeechLLM, name: str, limits: Limits, batch_size: int, cut: Cut):
+        self.name, self.limits, self.cut, self.metrics = name, limits, cut, Metrics()
         self.engine = Engine(speech_llm, batch_size, self.metrics.batches.observe)
         self.codec = self.engine.codec
         self.fingerprint = self.codec.fingerprint  # of all weights: once
@@ -76,7 +78,7 @@ class Service:
     async def segments(self, path: Path) -> AsyncIterator[Segment]:
         """The texts of a recording's pieces as they come; no more of them than a batch are in memory."""
         rate, limit = self.codec.sample_rate, self.limits.duration_s
-        found: Iterator[Piece] = pieces(path, rate, max_duration_s=limit)
+        found: Iterator[Piece] = pieces(path, rate, max_duration_s=limit, cut=self.cut)
         while batch := await run_in_threadpool(lambda: [*itertools.islice(found, self.engine.batch_size)]):
             futures = [self.engine.transcribe(piece.waveform) for piece in batch]
             try:
@@ -135,10 +137,18 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 def make_app(
-    speech_llm: SpeechLLM, name: str, limits: Limits | None = None, key: str | None = None, batch_size: int = 16
+    speech_llm: SpeechLLM,
+    name: str,
+    limits: Limits | None = None,
+    key: str | None = None,
+    batch_size: int = 16,
+    cut: Cut = quietest,
 ) -> FastAPI:
-    """The application that `speechllm serve` runs. name: of the model, as callers see it; key: that they must show."""
-    service = Service(speech_llm, name, limits or Limits(), batch_size)
+    """The application that `speechllm serve` runs.
+
+    name: of the model, as callers see it; key: that they must show; cut: says where long recordings have pauses.
+    """
+    service = Service(speech_llm, name, limits or Limits(), batch_size, cut)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -225,7 +235,7 @@ def add_transcription(app: FastAPI, service: Service) -> None:
                 1008, f"rate: expected {RATES[0]} to {RATES[-1]} Hz" if model == service.name else "model"
             )
             return
-        await transcribe_live(socket, LiveSpeech(service.engine, rate), service.limits.duration_s)
+        await transcribe_live(socket, LiveSpeech(service.engine, rate, cut=service.cut), service.limits.duration_s)
 
 
 async def _events(service: Service, file: UploadFile) -> AsyncIterator[str]:
@@ -271,11 +281,9 @@ def add_codec(app: FastAPI, service: Service) -> None:
         frames = len(body.codes[0])
         if frames > WHOLE_S * codec.frame_rate:
             raise Refused(400, f"codes: {frames} frames, at most {WHOLE_S:g} s are allowed", "codes")
-        if body.samples is not None and body.samples > (frames + 1) * codec.sample_rate / codec.frame_rate:
-            raise Refused(400, f"samples: {body.samples} are more than {frames} frames hold", "samples")
         ids, samples = torch.tensor(body.codes)[None], None if body.samples is None else torch.tensor([body.samples])
         codes = Codes(ids, torch.tensor([ids.shape[2]]), samples)
-        codes.require(codec.num_codebooks, codec.codebook_size)
+        codes.require(codec.num_codebooks, codec.codebook_size, codec.sample_rate / codec.frame_rate)
         return _sound(await service.call(lambda: codec.decode(codes)[0].cpu()), codec.sample_rate)
 
     @app.post("/v1/codec/reconstruct", response_class=Response)
@@ -294,7 +302,7 @@ def add_codec(app: FastAPI, service: Service) -> None:
         matching: Annotated[Literal["position", "content"], Form()] = "position",
     ) -> Response:
         """What the source says in the voice of the target, by taking the codes of `layers` from it, as a WAV file."""
-        codec, taken = service.decoder(), _numbers(layers)
+        codec, taken = service.decoder(), layer_numbers(layers)
         waveforms = await service.waveform(source), await service.waveform(target)
         converted = await service.call(convert_voice, codec, *waveforms, taken, matching)
         return _sound(converted, codec.sample_rate)
@@ -310,13 +318,6 @@ def add_watching(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError as error:
-        raise Refused(400, f"layers: expected numbers like 1,2,4, got {text!r}", "layers") from error
 
 
 def _sound(waveform: Tensor, sample_rate: int) -> Response:

@@ -11,7 +11,8 @@ import torch
 from fastapi import WebSocket, WebSocketDisconnect
 from torch import Tensor
 
-from speechllm.pieces import LONGEST_S, quietest
+from speechllm.pauses import Cut, quietest
+from speechllm.pieces import LONGEST_S
 from speechllm.serving.engine import Engine
 from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.codec.streaming import StreamingEncoder
@@ -29,13 +30,20 @@ class LiveSpeech:
     """One speaker's speech, transcribed again whenever enough is new.
 
     A causal codec encodes every sample once (`StreamingEncoder`); other tokenizers encode what is not settled again.
-    What is older than `longest_s` is settled: cut off where it is quiet, and not transcribed again.
+    What is older than `longest_s` is settled: cut off in a pause, and not transcribed again.
     """
 
-    def __init__(self, engine: Engine, sample_rate: int, longest_s: float = LONGEST_S, interval_s: float = INTERVAL_S):
-        """sample_rate: in Hz, of the samples that come in."""
+    def __init__(
+        self,
+        engine: Engine,
+        sample_rate: int,
+        longest_s: float = LONGEST_S,
+        interval_s: float = INTERVAL_S,
+        cut: Cut = quietest,
+    ):
+        """sample_rate: in Hz, of the samples that come in; cut: says where in the settled speech there is a pause."""
         self.engine, self.rate, self.sample_rate = engine, engine.codec.sample_rate, sample_rate
-        self.longest_s, self.interval_s = longest_s, interval_s
+        self.longest_s, self.interval_s, self.cut = longest_s, interval_s, cut
         self.encoder = _streaming_encoder(engine)
         self.resampler = soxr.ResampleStream(sample_rate, self.rate, 1, "float32") if sample_rate != self.rate else None
         self.waveform, self.codes = torch.zeros(0), torch.zeros(engine.speech_llm.vocabulary.encoding.layers, 0).long()
@@ -57,7 +65,7 @@ class LiveSpeech:
         self.waveform = torch.cat([self.waveform, samples])
         self.new_s += len(samples) / self.rate
         while len(self.waveform) > self.longest_s * self.rate:
-            cut = quietest(self.waveform[: round(self.longest_s * self.rate)], self.rate)
+            cut = self.cut(self.waveform[: round(self.longest_s * self.rate)], self.rate)
             yield await self._settle(cut // self.hop * self.hop)
         if last:
             if len(self.waveform):

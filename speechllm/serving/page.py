@@ -19,6 +19,7 @@ from tokenizer.errors import InputError
 from tokenizer.interface import Codec
 from tokenizer.metrics.conversion import MATCHINGS, convert_voice
 from tokenizer.metrics.quality import layer_counts, reconstruct
+from tokenizer.settings import layer_numbers
 
 SHOWN_S = 30.0  # of a recording, as tokens and as sound
 GOLDEN_ANGLE = 137.508  # degrees between the hues of neighbouring codes
@@ -151,10 +152,10 @@ def _converted(engine: Engine) -> Any:
         if source is None or target is None:
             raise gr.Error("give two recordings: what is said, and the voice")
         try:
-            taken = [int(number) for number in layers.split(",")]
+            taken = layer_numbers(layers)
             said, voice = (load_audio(path, codec.sample_rate, max_duration_s=SHOWN_S) for path in (source, target))
             sound = engine.call(lambda: convert_voice(codec, said, voice, taken, matching)).result()
-        except (InputError, ValueError) as error:
+        except InputError as error:
             raise gr.Error(str(error).replace(source, "what is said").replace(target, "the voice")) from error
         return codec.sample_rate, (sound.clamp(-1, 1) * torch.iinfo(torch.int16).max).short().numpy()
 

@@ -10,7 +10,11 @@ def seed_step(seed: int, step: int, process: int = 0) -> None:
 
     Since every step is seeded by its number, a resumed run draws the same numbers as an uninterrupted one.
     """
-    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + process)
+    number = (seed * 1_000_003 + step) * 1_009 + process
+    if torch.accelerator.is_available():
+        torch.manual_seed(number)
+    else:  # where torch would note the place in the code as well, for an accelerator to come: it takes a millisecond
+        torch.default_generator.manual_seed(number)
 
 
 def warmup_cosine(step: int, steps: int, warmup: int, joined: int = 0) -> float:

@@ -1,7 +1,6 @@
 """The comparison: its plan, refused settings, a complete one on tiny models, and its page."""
 
 import json
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -308,36 +307,26 @@ def corpus(tmp_path: Path) -> Path:
 def test_a_comparison_runs_only_what_is_missing(
     compare: ModuleType,
     config_of: Callable[..., object],
-    config_class: Callable[[str], type],
-    recipe: Callable[[str], ModuleType],
     codec_folder: Path,
     corpus: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    stages_here: list[list[str]],
 ) -> None:
-    ran: list[str] = []
-    turn = threading.Lock()
+    def ran() -> list[str]:
+        """The recipes since it was last asked."""
+        found = [name for name, *_ in stages_here]
+        stages_here.clear()
+        return found
 
-    def run_here(stages: Stages, commands: list[list[str]], processes: int = 1) -> None:
-        for command in commands:
-            script = next(word for word in command if word.endswith(".py"))
-            words, name = command[command.index(script) + 1 :], Path(script).name
-            file = words.pop(0).removeprefix("--config=") if words[0].startswith("--config=") else None
-            with turn:
-                ran.append(name)
-                recipe(name).main(load_config(config_class(name), file, words))
-
-    monkeypatch.setattr(Stages, "_run", run_here)
     (corpus / "asr.yaml").write_text(yaml.safe_dump(ASR))
     systems = [{"name": "one", "tokenizer": str(codec_folder)}, {"name": "two", "like": "one", "asr": ["layers=2"]}]
     keys = {"data": str(corpus), "tasks": ["content", "asr"], "asr": str(corpus / "asr.yaml"), "probe_steps": 1}
 
     compare.main(config_of(systems=systems[:1], seeds=[0, 1], **keys))
-    assert ran == ["encode_speech.py", "eval_tokenizer.py", *["train_asr.py"] * 2, *["eval_asr.py"] * 2]
-    ran.clear()
+    assert ran() == ["encode_speech.py", "eval_tokenizer.py", *["train_asr.py"] * 2, *["eval_asr.py"] * 2]
     compare.main(config_of(systems=systems[:1], seeds=[0, 1], **keys))
-    assert ran == []
+    assert ran() == []
     compare.main(config_of(systems=systems, seeds=[0, 1], **keys))
-    assert ran == [*["train_asr.py"] * 2, *["eval_asr.py"] * 2]
+    assert ran() == [*["train_asr.py"] * 2, *["eval_asr.py"] * 2]
 
     results = json.loads((corpus / "run" / "results.json").read_text())["systems"]
     assert results.keys() == {"one", "two"} and results["two"]["like"] == "one"

@@ -19,6 +19,7 @@ from tokenizer.schemes.units import UnitTokenizer
 from tokenizer.training.small_teachers import small_hubert
 from tokenizer.training.teachers import SemanticTeacher
 
+pytestmark = pytest.mark.usefixtures("module_without_pictures")
 RATE, SAMPLES = 16_000, 8_000
 STRIDES = {100.0: (2, 4, 5, 4), 50.0: (2, 4, 5, 8), 12.5: (4, 5, 8, 8)}  # frames/s of a codec
 
@@ -37,12 +38,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, noise: Callable[..., Tensor
     return folder
 
 
-@pytest.fixture
-def evaluate(recipe: Callable[[str], types.ModuleType], corpus: Path, tmp_path: Path) -> Callable[..., dict]:
+@pytest.fixture(scope="module")
+def evaluate(
+    recipe: Callable[[str], types.ModuleType], corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict]:
     """Encode the corpus (its first recordings only, where given) and run the recipe; its results."""
 
     def run(codec: AudioTokenizer, first: int | None = None, **settings: object) -> dict:
-        codes, output = tmp_path / codec.fingerprint, tmp_path / "results.json"
+        folder = tmp_path_factory.mktemp("evaluation")
+        codes, output = folder / "codes", folder / "results.json"
         list(encode_shards(read_corpus(corpus)[:first], codec, codes))
         module = recipe("eval_tokenizer.py")
         module.main(module.EvalTokenizerConfig(str(codes), str(corpus), str(output), **settings))
@@ -51,18 +55,20 @@ def evaluate(recipe: Callable[[str], types.ModuleType], corpus: Path, tmp_path: 
     return run
 
 
+@pytest.fixture(scope="module")
+def evaluated(evaluate: Callable[..., dict], make_codec: Callable[..., SpeechCodec]) -> dict[float, dict]:
+    """The results of codecs of every frame rate."""
+    return {rate: evaluate(make_codec(strides=strides)) for rate, strides in STRIDES.items()}
+
+
 @pytest.mark.parametrize("rate", STRIDES)
 def test_frames_of_every_rate_are_labelled_with_the_phone_at_their_time(
-    evaluate: Callable[..., dict],
-    make_codec: Callable[..., SpeechCodec],
-    corpus: Path,
-    tmp_path: Path,
-    rate: float,
+    evaluated: dict[float, dict], corpus: Path, rate: float
 ) -> None:
-    codec = make_codec(strides=STRIDES[rate])
-    found = evaluate(codec)["content"]
-    assert codec.frame_rate == rate and found["label"] == "phone" and found["utterances"] == 9
-    rows, encoding = load_codes(tmp_path / codec.fingerprint)
+    found = evaluated[rate]["content"]
+    assert found["label"] == "phone" and found["utterances"] == 9
+    rows, encoding = load_codes(evaluated[rate]["config"]["codes"])
+    assert encoding.frame_rate == rate
     ids, phones = [], []
     for row, utterance in zip(rows, read_corpus(corpus), strict=True):
         codes = speech_of(row, encoding)[0].tolist()
@@ -74,11 +80,9 @@ def test_frames_of_every_rate_are_labelled_with_the_phone_at_their_time(
     assert 0 < found["log_mel_kmeans"]["pnmi"] < 1
 
 
-def test_the_baseline_has_50_frames_per_second_for_every_codec(
-    evaluate: Callable[..., dict], make_codec: Callable[..., SpeechCodec]
-) -> None:
-    found = [evaluate(make_codec(strides=strides))["content"]["log_mel_kmeans"] for strides in STRIDES.values()]
-    assert found[0] == found[1] == found[2]
+def test_the_baseline_has_50_frames_per_second_for_every_codec(evaluated: dict[float, dict]) -> None:
+    first, second, third = (results["content"]["log_mel_kmeans"] for results in evaluated.values())
+    assert first == second == third
 
 
 def test_merged_repeats_have_no_labels_which_is_reported(

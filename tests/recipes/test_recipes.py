@@ -445,6 +445,27 @@ def test_the_steps_of_a_stage_of_the_demo_are_scaled(tmp_path: Path, recipe: Cal
         assert found == ["train_teacher.py", f"--config={file}", *steps, *words]
 
 
+def test_a_demo_with_a_published_tokenizer_trains_the_language_model_alone(
+    work: Work, here: Callable, stages_here: list[list[str]], without_pictures: None, tmp_path: Path
+) -> None:
+    small = "{text_tokens: 300, text_steps: 1, hidden_size: 16, intermediate_size: 32, num_attention_heads: 2}"
+    (tmp_path / "asr.yaml").write_text(f"model: null\nsteps: 2\nwarmup: 1\nprecision: 'no'\nsmall: {small}\n")
+    words = f"output={tmp_path / 'demo'} data=corpus asr={tmp_path / 'asr.yaml'}"
+    with pytest.raises(SystemExit, match="x/y is no folder of a model and cannot be fetched: .* with audio_tokenizer="):
+        here("demo.py", f"{words} audio_tokenizer=recognizer:x/y")
+    with pytest.raises(SystemExit, match="x/y is no folder of a model and cannot be fetched: .* with language_model="):
+        here("demo.py", f"{words} audio_tokenizer=tokenizer/model language_model=x/y")
+    assert not (tmp_path / "demo").exists()
+    here("demo.py", f"{words} audio_tokenizer=tokenizer/model")
+    assert [name for name, *_ in stages_here] == ["encode_speech.py", "train_asr.py", "eval_asr.py"]
+    results = json.loads((tmp_path / "demo" / "results.json").read_text(encoding="utf-8"))
+    assert (
+        results["utterances"] == 6
+        and results["codec_fingerprint"] == work.json("codes/done.json")["encoding"]["fingerprint"]
+    )
+    assert not results["codebooks"] and (tmp_path / "demo" / "report.html").is_file()
+
+
 def test_the_demo_recognises_splits_by_name(work: Work, tmp_path: Path, recipe: Callable[[str], ModuleType]) -> None:
     names = {"train": "train-clean-100", "dev": "dev-clean", "test": "test-other"}
     rows = [json.loads(line) for line in (work.folder / "corpus" / "manifest.jsonl").read_text().splitlines()]

@@ -225,8 +225,9 @@ def test_a_killed_adapter_training_resumes_bit_for_bit(lora: Work) -> None:
 
 
 def test_only_the_new_rows_are_trained_in_the_first_steps(work: Work, here: Callable[[str], None]) -> None:
-    here(f"{BASE} model=base steps=3 row_steps=3 row_learning_rate=1e-2 output=row_steps")
-    here(f"{BASE} model=base steps=3 train=rows learning_rate=1e-2 output=rows")
+    base = f"{BASE} model=base dev_splits=null"
+    here(f"{base} steps=3 row_steps=3 row_learning_rate=1e-2 output=row_steps")
+    here(f"{base} steps=3 train=rows learning_rate=1e-2 output=rows")
     before, found = load_file(work.folder / "base" / "model.safetensors"), work.weights("row_steps")
     texts = before["model.embed_tokens.weight"].shape[0]
     for name, value in before.items():
@@ -237,12 +238,13 @@ def test_only_the_new_rows_are_trained_in_the_first_steps(work: Work, here: Call
 
 
 def test_an_extended_model_is_trained_further_with_its_rows(work: Work, here: Callable[[str], None]) -> None:
-    here(f"{BASE} model=base steps=1 train=full output=first")
-    here(f"{BASE} model=first/model steps=1 learning_rate=1e-9 warmup=1 output=second")
+    blind = f"{BASE} dev_splits=null"
+    here(f"{blind} model=base steps=1 train=full output=first")
+    here(f"{blind} model=first/model steps=1 learning_rate=1e-9 warmup=1 output=second")
     first, second = load_speech_llm("first/model"), load_speech_llm("second/model")
     assert second.vocabulary == first.vocabulary and len(second.text_tokenizer) == len(first.text_tokenizer)
     assert_close(work.weights("second"), work.weights("first"), atol=1e-6)
-    here(f"{BASE} model=first/model steps=1 train=lora lora.rank=2 output=third")  # an adapter on it
+    here(f"{blind} model=first/model steps=1 train=lora lora.rank=2 output=third")  # an adapter on it
     load_speech_llm("third/model")
     for number, (words, message) in enumerate(
         (
@@ -268,13 +270,13 @@ def test_steps_with_a_non_finite_gradient_are_skipped_and_many_end_the_training(
 
     monkeypatch.setattr(torch.Tensor, "backward", broken)
     broken.steps, skipped = 0, [4]
-    here(f"{BASE} model=base output=skipped")
+    here(f"{BASE} model=base dev_splits=null output=skipped")
     assert work.done("skipped")["non_finite"] == 1 and list(work.log("skipped", "non_finite")) == [5]
     assert all(math.isfinite(loss) for loss in work.log("skipped", "loss").values())
     assert all(value.isfinite().all() for value in work.weights("skipped").values())
     broken.steps, skipped = 0, range(4, 12)
     with pytest.raises(SystemExit, match=r"in 8 steps in a row, up to step 12; the last checkpoint is kept: .* u\d\d"):
-        here(f"{BASE} model=base output=broken")
+        here(f"{BASE} model=base dev_splits=null output=broken")
     (*_, last) = sorted((work.folder / "broken" / "checkpoints").glob("step_*.pt"))
     state = torch.load(last)
     assert state["step"] == 4 and all(value.isfinite().all() for value in state["model"].values())

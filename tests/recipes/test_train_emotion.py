@@ -19,6 +19,7 @@ from speechllm.runs.config import load_config
 from speechllm.training.emotion import EMOTIONS, EmotionClassifier, actor_folds, emotional_speech, small_bert
 from tokenizer.ravdess import parse_ravdess
 
+pytestmark = pytest.mark.usefixtures("module_without_pictures")
 RECIPE = "train_emotion.py"
 NUMBERS = {"neutral": 1, "happy": 3, "sad": 4, "angry": 5, "calm": 2}
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -233,10 +234,10 @@ def test_a_killed_run_keeps_finished_folds_and_gives_the_same_result(
     train: Callable[..., dict],
     recipe: Callable[[str], ModuleType],
     codes: Path,
-    finished: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    train(codes, tmp_path / "whole", "epochs=2")
     run_fold, answered = recipe(RECIPE).run_fold, []
 
     def killed_at(folds: int) -> Callable[..., dict]:
@@ -250,13 +251,13 @@ def test_a_killed_run_keeps_finished_folds_and_gives_the_same_result(
 
     monkeypatch.setattr(recipe(RECIPE), "run_fold", killed_at(1))
     with pytest.raises(KeyboardInterrupt):
-        train(codes, tmp_path / "run")
+        train(codes, tmp_path / "run", "epochs=2")
     assert not (tmp_path / "run" / "results.json").exists()
     monkeypatch.setattr(recipe(RECIPE), "run_fold", killed_at(3))
-    train(codes, tmp_path / "run")
+    train(codes, tmp_path / "run", "epochs=2")
     assert answered == ["0", "1", "shuffled labels"]
     for name in ("results.json", "predictions.jsonl", "folds/1.json"):
-        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_pretrained_bert_and_two_layers(train: Callable[..., dict], codes: Path, tmp_path: Path) -> None:

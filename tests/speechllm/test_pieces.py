@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from speechllm import AudioError, load_audio, save_audio
-from speechllm.pieces import pieces, quietest
+from speechllm.pauses import quietest
+from speechllm.pieces import pieces
 
 RATE = 8_000
 

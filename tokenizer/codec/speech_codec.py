@@ -139,7 +139,7 @@ class SpeechCodec(
         N is the largest of `codes.samples`, or of frames times the hop; shorter ones are zero-padded.
         Each utterance is decoded separately. Raises InputError for codes that this codec cannot have made.
         """
-        codes.require(self.num_codebooks, self.codebook_size)
+        codes.require(self.num_codebooks, self.codebook_size, self.hop_length)
         samples = codes.samples if codes.samples is not None else codes.lengths * self.hop_length
         waveform = self.codebooks.new_zeros(len(codes), int(samples.max()))
         for index, length in enumerate(samples.tolist()):

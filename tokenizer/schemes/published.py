@@ -94,7 +94,7 @@ class PublishedCodec(nn.Module):
         Returns as many samples as were encoded; DAC decodes slightly fewer, followed by zeros. Raises InputError for
         codes that this codec cannot have made.
         """
-        codes.require(self.num_codebooks, self.codebook_size)
+        codes.require(self.num_codebooks, self.codebook_size, self.hop_length)
         samples = codes.samples if codes.samples is not None else codes.lengths * self.hop_length
         waveforms = []
         for index, size in enumerate(samples.tolist()):

@@ -170,7 +170,7 @@ def _same(response: object, waveform: Tensor) -> bool:
         ({"codes": [[10**6]]}, "codes must be 0.."),
         ({"codes": [[-1]]}, "codes.0.0: "),
         ({"codes": [[1]] * 99}, "expected codes long"),
-        ({"codes": [[1]], "samples": 10**9}, "samples: 1000000000 are more than 1 frames hold"),
+        ({"codes": [[1]], "samples": 10**9}, "1000000000 samples are more than 1 frames of codes hold"),
         ({"codes": [[1]], "samples": 10**30}, "samples: "),
         ({"codes": [[1] * 9001]}, "codes: 9001 frames, at most 180 s are allowed"),
         ({"codes": [[1]], "codec": "another"}, "codec: these codes are of codec another"),
