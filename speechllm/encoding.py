@@ -32,7 +32,10 @@ class Encoding:
     kind: Literal["codes", "features", "text"] = "codes"
     width: int = 0  # C, dimensions of a feature
     deduplicated: bool = False  # repeats are merged: frames have no time, and frame_rate is an upper bound
-    labels: int = 0  # the last dimensions of a feature are probabilities of so many labels (`CtcCompressor`)
+    labels: Sequence[str] = ()  # of whose texts the last dimensions of a feature are probabilities (`CtcCompressor`)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", tuple(self.labels))  # a list, if read from JSON
 
     @staticmethod
     def of(codec: AudioTokenizer, layers: int | None = None) -> "Encoding":
@@ -53,7 +56,7 @@ class Encoding:
                     kind="features",
                     width=codec.width,
                     deduplicated=getattr(codec, "deduplicate", False),
-                    labels=len(getattr(codec, "labels", ())),
+                    labels=getattr(codec, "labels", ()),
                 )
             return Encoding(
                 fingerprint=codec.fingerprint,

@@ -52,7 +52,8 @@ def add_projector(
     if vocabulary.encoding.kind == "features":
         rows = model.get_input_embeddings().weight
         width = vocabulary.encoding.width * vocabulary.stack
-        labels = vocabulary.encoding.labels if vocabulary.stack == 1 else 0  # stacked, labels are not the last features
+        # stacked, the last features are those of one label of several
+        labels = len(vocabulary.encoding.labels) if vocabulary.stack == 1 else 0
         projector = SpeechProjector(width, rows.shape[1], float(rows.detach().float().std()), labels)
         for label, ids in enumerate(label_ids[:labels]):
             if projector.rows is not None and ids:

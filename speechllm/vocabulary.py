@@ -52,27 +52,36 @@ class AudioVocabulary:
         """Ids of one utterance between the start and end markers.
 
         speech: codes long [Q, T] (or `Codes` of a single utterance) -> long [Q * T + 2], in `order`; features float
-        [T, C] -> long [ceil(T / stack) + 2]; a text, with the text tokenizer -> its tokens between the markers.
+        [T, C] -> long [ceil(T / stack) + 2]; a text, with the text tokenizer -> its tokens between the markers. Behind
+        features with labels stands, as text, what they spell: a language model corrects letters before it hears.
         Raises VocabularyError for codes outside the codebooks, and for another kind of speech than the vocabulary's.
         """
         if isinstance(speech, Codes):
             if len(speech) != 1:
                 raise VocabularyError(f"expected one utterance, got {len(speech)}: use codes.utterance(i)")
             speech = speech.utterance(0)
+        spelled: list[int] = []
         match self.encoding.kind, speech:
             case "text", str() if text_tokenizer is not None:
                 ids = torch.tensor(text_token_ids(text_tokenizer, [speech])[0], dtype=torch.long)
             case "features", Tensor() if speech.is_floating_point():
                 ids = torch.full((math.ceil(len(speech) / self.stack),), self.offset)
+                if self.encoding.labels and text_tokenizer is not None:
+                    spelled = text_token_ids(text_tokenizer, [self._spelled(speech)])[0]
             case "codes", Tensor() if not speech.is_floating_point():
                 ids = self._code_ids(speech)
             case kind, _:
                 needed = "text and the text tokenizer" if kind == "text" else kind
                 raise VocabularyError(f"this vocabulary needs {needed}, got {_describe(speech)}")
-        return torch.cat([ids.new_tensor([self.start_id]), ids, ids.new_tensor([self.end_id])])
+        return torch.cat([ids.new_tensor([self.start_id]), ids, ids.new_tensor([self.end_id, *spelled])])
+
+    def _spelled(self, features: Tensor) -> str:
+        """The likeliest label of each feature, float [T, C]."""
+        labels = self.encoding.labels
+        return "".join(labels[label] for label in features[:, -len(labels) :].argmax(1).tolist()).strip()
 
     def token_count(self, frames: int) -> int:
-        """Number of `token_ids` of an utterance of so many frames: codes or features, not texts."""
+        """Number of `token_ids` of an utterance of so many frames: codes or features without labels, not texts."""
         return 2 + (
             math.ceil(frames / self.stack) if self.encoding.kind == "features" else frames * self.encoding.layers
         )

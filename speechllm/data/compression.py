@@ -25,7 +25,9 @@ def compress_shards(source: str | Path, compressor: CtcCompressor, folder: str |
     """
     folder, encoding = Path(folder), Encoding.of(compressor)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / REQUEST, read_json(Path(source) / REQUEST) | asdict(encoding))
+    request = read_json(Path(source) / REQUEST) | asdict(encoding)
+    del request["labels"]  # as in `encode_shards`
+    write_json(folder / REQUEST, request)
     for file in shard_files(source):
         if not (folder / file.name).exists():
             write_table(folder / file.name, _compressed(open_shard(file), compressor, encoding))

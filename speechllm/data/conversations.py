@@ -82,7 +82,8 @@ class Conversations:
         """
         self.rows, self.speech, self.writer = rows, speech, writer
         self.learn_speech, self.weights = learn_speech, weights
-        self._frames = None if speech is None or speech.encoding.kind == "text" else speech.frames
+        spelled = speech is not None and (speech.encoding.kind == "text" or speech.encoding.labels)
+        self._frames = None if speech is None or spelled else speech.frames
         self._sizes = np.zeros((len(rows), 2), np.int64)  # tokens and text labels; no tokens: not counted yet
 
     def __len__(self) -> int:

@@ -73,6 +73,7 @@ def encode_shards(
         raise DataError(f"utterance ids must be unique, but {repeated[0]} occurs more than once")
     settings = {**asdict(encoding), "max_duration_s": max_duration_s}
     settings |= {"utterances": len(utterances), "speech": identity(utterances)}
+    del settings["labels"]  # for which the fingerprint stands
     if process == 0:
         claim_codes(folder)
     held = read_json(folder / REQUEST) or settings

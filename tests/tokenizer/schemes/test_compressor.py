@@ -1,6 +1,8 @@
 """The compressor: runs of letters by an independent computation, save/load, and what a language model begins with."""
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
@@ -8,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from speechllm import Encoding, InputError, SpeechCodec, extend_vocabulary, load_tokenizer
+from speechllm import Encoding, InputError, SpeechCodec, extend_vocabulary, load_tokenizer, transcription_example
+from speechllm.vocabulary import text_token_ids
 from tokenizer.interface import Features, FeatureTokenizer
 from tokenizer.schemes.compressor import CtcCompressor, CtcNetwork, base_frames, compress
 
@@ -44,7 +47,8 @@ def test_speech_without_letters_is_one_vector() -> None:
 def test_it_is_a_tokenizer_of_features_that_have_no_time(compressor: CtcCompressor, noise: Noise) -> None:
     assert isinstance(compressor, FeatureTokenizer)
     encoding = Encoding.of(compressor)
-    assert (encoding.kind, encoding.width, encoding.labels, encoding.deduplicated) == ("features", 68, 4, True)
+    assert (encoding.kind, encoding.width, encoding.deduplicated) == ("features", 68, True)
+    assert encoding.labels == tuple(LABELS) and Encoding(**json.loads(json.dumps(asdict(encoding)))) == encoding
     vectors = encoding.encode(compressor, noise(16_000)[0])
     assert vectors.shape[1] == 68 and 1 < len(vectors) <= 25
     torch.testing.assert_close(vectors[:, -4:].sum(1), torch.ones(len(vectors)))
@@ -122,13 +126,23 @@ def test_a_language_model_first_reads_the_letters_themselves(
 ) -> None:
     model = make_qwen2(text_tokenizer)
     rows = model.get_input_embeddings().weight.detach().clone()
-    extend_vocabulary(model, text_tokenizer, compressor)
+    vocabulary = extend_vocabulary(model, text_tokenizer, compressor)
     features = torch.randn(3, 68)
     features[:, -4:] = torch.tensor([[0.0, 0, 1, 0], [0, 0.5, 0, 0.5], [1, 0, 0, 0]])
     space, a, b = (rows[text_tokenizer(text, add_special_tokens=False)["input_ids"]].mean(0) for text in LABELS[1:])
     with torch.no_grad():
         found = model.speech_projector(features)
     torch.testing.assert_close(found, torch.stack([a, (space + b) / 2, torch.zeros_like(a)]))
+
+    features[1, -3] = 0.6  # the space is the likeliest now
+    spelled = text_token_ids(text_tokenizer, ["A"])[0]  # the blank spells nothing, and the space at the end is cut
+    placeholders = [vocabulary.offset] * 3
+    expected = [vocabulary.start_id, *placeholders, vocabulary.end_id, *spelled]
+    assert vocabulary.token_ids(features, text_tokenizer).tolist() == expected
+    example = transcription_example(features, "a b", vocabulary, text_tokenizer)
+    answer = [*text_token_ids(text_tokenizer, ["a b"])[0], text_tokenizer.eos_token_id]
+    assert example.labels[example.labels != -100].tolist() == answer  # what is spelled is no label
+    assert example.input_ids[-len(answer) - len(expected) : -len(answer)].tolist() == expected
 
 
 def test_the_network_counts_its_outputs() -> None:
