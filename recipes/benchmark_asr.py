@@ -99,7 +99,7 @@ def main(config: BenchmarkConfig) -> None:
 
     def packed(batch: Sequence[Example]) -> None:
         labels = label_counts(batch, vocabulary)[0].item()
-        for part in micro_batches(list(map(len, batch)), config.micro_batch_tokens):
+        for part in filter(None, micro_batches(list(map(len, batch)), config.micro_batch_tokens)):
             with autocast:
                 loss = loss_of([batch[i] for i in part])[0] / labels
             loss.backward()

@@ -47,6 +47,7 @@ class RehearsalConfig(Settings):
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
     CONFIG = parse_config(RehearsalConfig)
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn, optim
@@ -80,10 +81,12 @@ from speechllm.runs.rehearsal import (
     WAITING,
     count_flops,
     device_name,
+    flops_and_tokens,
     load_recipe,
     measure_steps,
     memory_gb,
     noise_corpus,
+    random_speech,
     timed,
     try_stage,
 )
@@ -92,7 +95,6 @@ from speechllm.small_model import QWEN2_SHAPES, small_qwen2, small_text_tokenize
 from speechllm.training.checkpoints import TrainingState
 from speechllm.training.kernels import compile_layers, require_liger, use_liger
 from speechllm.training.optimization import make_optimizer
-from speechllm.training.plan import training_flops
 from tokenizer.corpus import load_each, spread
 from tokenizer.files import write_json
 from tokenizer.training.crops import Crops, StepSampler
@@ -274,31 +276,34 @@ def fine_tune(rehearsal: Rehearsal) -> Row:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     learn_speech = config.speech_loss > 0
+    speech = random_speech(vocabulary.encoding, rehearsal.utterances)
     examples = [
         transcription_example(codes, one.text or "", vocabulary, speech_llm.text_tokenizer, learn_speech)
-        for one, codes in zip(rehearsal.utterances, random_speech(rehearsal, speech_llm), strict=True)
+        for one, codes in zip(rehearsal.utterances, speech, strict=True)
     ]
     loss_of = LabelledLoss(model.to(device), vocabulary, config.packing)
     optimizer = make_optimizer(model, vocabulary, config.learning_rate, config.weight_decay, config.row_learning_rate)
     training = TrainingState(rehearsal.accelerator, model, optimizer, config.weight_average)
     if config.compile:
         compile_layers(model)
-    order = token_batches([*map(len, examples)], config.batch_tokens, config.seed)
+    lengths = np.array([*map(len, examples)])
+    order = token_batches(len(examples), lengths.take, config.batch_tokens, config.seed)
     model.train()
     sizes = []
 
     def learn(batch: list[Any]) -> None:
-        counts = label_counts(batch, vocabulary).clamp(min=1).to(device)
+        counts = label_counts(batch, vocabulary)
+        sizes.append(flops_and_tokens(model, batch, int(counts[0]), frozen=config.train != "full"))
+        counts = counts.clamp(min=1).to(device)
         weights = torch.tensor([1.0, config.speech_loss], device=device) / counts
         optimizer.zero_grad()
-        for part in micro_batches(batch, config.micro_batch_tokens):
+        for part in filter(None, micro_batches([*map(len, batch)], config.micro_batch_tokens)):
             with rehearsal.autocast(config.precision):
-                losses = loss_of(part)
+                losses = loss_of([batch[i] for i in part])
             (weights * losses).sum().backward()
         nn.utils.clip_grad_norm_(loss_of.parameters(), config.clip).item()
         optimizer.step()
         training.follow()
-        sizes.append((training_flops(model, batch, config.train != "full"), sum(map(len, batch))))
 
     found = rehearsal.measure(lambda: [examples[i] for i in next(order)], learn)
     flops, tokens = (median(each) for each in zip(*sizes, strict=True))
@@ -326,7 +331,8 @@ def decode(rehearsal: Rehearsal) -> Row:
     for parameter in speech_llm.model.parameters():  # not the rotary frequencies
         parameter.data = parameter.data.to(torch.bfloat16) if half else parameter.data
     model, text_tokenizer = speech_llm.model.to(device).eval(), speech_llm.text_tokenizer
-    vocabulary, speech = speech_llm.vocabulary, random_speech(rehearsal, speech_llm)
+    vocabulary = speech_llm.vocabulary
+    speech = random_speech(vocabulary.encoding, rehearsal.utterances)
     prompts = [transcription_prompt(codes, vocabulary, text_tokenizer) for codes in speech]
     bounds = [max(1, len(text_tokenizer(one.text or "")["input_ids"])) for one in rehearsal.utterances]
     forbidden = forbidden_ids(speech_llm).to(device)
@@ -345,9 +351,10 @@ def decode(rehearsal: Rehearsal) -> Row:
     passes = rehearsal.config.test_hours / hours
     texts = [one.text or "" for one in rehearsal.utterances]
     examples = [transcription_example(*pair, vocabulary, text_tokenizer) for pair in zip(speech, texts, strict=True)]
+    flops, _ = flops_and_tokens(model, examples, int(label_counts(examples, vocabulary)[0]), frozen=False)
     return {
         **found,
-        "flops": training_flops(model, examples, frozen=False) / 3,  # of the three passes only the first
+        "flops": flops / 3,  # of the three passes only the first
         "precision": "bf16" if half else "no",
         "steps": passes,
         "hours": passes * found["step_s"] / 3600,
@@ -371,13 +378,6 @@ def language_model(rehearsal: Rehearsal) -> SpeechLLM:
     shape = QWEN2_SHAPES["1.5b"] if config.model else small
     model = small_qwen2(text_tokenizer, **shape, name_or_path="random weights")
     return SpeechLLM(model, text_tokenizer, extend_vocabulary(model, text_tokenizer, codec, **extension), codec)
-
-
-def random_speech(rehearsal: Rehearsal, speech_llm: SpeechLLM) -> list[torch.Tensor]:
-    """Codes long [layers, T] of the lengths of the recordings."""
-    encoding = speech_llm.vocabulary.encoding
-    frames = [max(1, round(encoding.frame_rate * one.duration_s)) for one in rehearsal.utterances]
-    return [torch.randint(encoding.codebook_size, (encoding.layers, count)) for count in frames]
 
 
 def table(results: Row) -> Table:

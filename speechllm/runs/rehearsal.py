@@ -6,7 +6,7 @@ import importlib.util
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from speechllm.encoding import Encoding
+from speechllm.prompt import Example
 from speechllm.runs.launch import find_recipe
-from speechllm.training.plan import product_speed
+from speechllm.training.plan import product_speed, training_flops
 from tokenizer.audio import save_audio
 from tokenizer.utterances import Utterance
 
@@ -50,6 +53,18 @@ def noise_corpus(folder: Path, count: int, sample_rate: int) -> list[Utterance]:
         text = " ".join(["word"] * max(1, round(WORDS_PER_SECOND * seconds)))
         utterances.append(Utterance(path.stem, str(path), float(seconds), "train", text, "s"))
     return utterances
+
+
+def random_speech(encoding: Encoding, utterances: Sequence[Utterance]) -> list[Tensor]:
+    """Codes long [layers, T] of the lengths of the recordings."""
+    frames = [max(1, round(encoding.frame_rate * one.duration_s)) for one in utterances]
+    return [torch.randint(encoding.codebook_size, (encoding.layers, count)) for count in frames]
+
+
+def flops_and_tokens(model: nn.Module, examples: Sequence[Example], labels: int, frozen: bool) -> tuple[float, int]:
+    """Operations of a training pass over examples with so many labels (`training_flops`), and the examples' tokens."""
+    lengths = [*map(len, examples)]
+    return training_flops(model, lengths, labels, frozen), sum(lengths)
 
 
 def try_stage(stage: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
