@@ -63,7 +63,7 @@ def launch(how: int | Path, file: str, words: Sequence[str]) -> int:
 
     from speechllm.runs.machine import available_cpus
 
-    gpus = torch.cuda.device_count()
+    gpus, own = torch.cuda.device_count(), dict(os.environ)
     if isinstance(how, int):
         if 0 < gpus < how:
             raise InputError(f"{how} processes need one GPU each, but there are {gpus}: use --processes {gpus}")
@@ -91,6 +91,9 @@ def launch(how: int | Path, file: str, words: Sequence[str]) -> int:
         return abs(error.returncode)
     except SignalException as ended:
         return say_interrupted(Interrupted(ended.sigval))
+    finally:  # what was set for the processes is not for this one
+        os.environ.clear()
+        os.environ.update(own)
     return 0
 
 

@@ -82,7 +82,7 @@ class CtcCompressor(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the network, the labels and, in a subfolder, the tokenizer whose frames it takes."""
-        (Path(folder) / BASE).mkdir(exist_ok=True)
+        (Path(folder) / BASE).mkdir(parents=True, exist_ok=True)
         self.base.save_pretrained(Path(folder) / BASE)
         weights = {name: weight.cpu().contiguous() for name, weight in self.network.state_dict().items()}
         save_file(weights, Path(folder) / WEIGHTS_FILE)

@@ -156,11 +156,15 @@ def test_on_gpus_accelerate_starts_them_and_each_needs_one(monkeypatch: pytest.M
 def test_a_configuration_of_accelerate_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     from speechllm.runs import launch
 
-    asked = []
-    monkeypatch.setattr("accelerate.commands.launch.launch_command", asked.append)
+    asked, before = [], dict(os.environ)
+    monkeypatch.setattr(
+        "accelerate.commands.launch.launch_command", lambda words: asked.append((words, os.environ["SPEECHLLM_PARENT"]))
+    )
     monkeypatch.setattr("logging.disable", lambda level: None)
     assert launch.launch(Path("fsdp2.yaml"), "job.py", ["steps=1"]) == 0
-    (arguments,) = asked
+    ((arguments, parent),) = asked
+    assert parent == str(os.getpid())
+    assert dict(os.environ) == before  # a process that goes on is not taken for one that was started
     assert arguments.config_file == "fsdp2.yaml" and arguments.num_processes is None
     assert arguments.training_script == "job.py" and arguments.training_script_args == ["steps=1"]
 

@@ -88,14 +88,14 @@ def test_codes_are_their_vectors_side_by_side(compressor: CtcCompressor, small_c
 
 
 def test_saved_and_loaded_it_is_the_same(compressor: CtcCompressor, noise: Noise, tmp_path: Path) -> None:
-    compressor.save_pretrained(tmp_path)
-    loaded = load_tokenizer(tmp_path)
+    compressor.save_pretrained(folder := tmp_path / "new" / "codec")
+    loaded = load_tokenizer(folder)
     assert isinstance(loaded, CtcCompressor) and not loaded.training
     assert loaded.fingerprint == compressor.fingerprint and loaded.labels == tuple(LABELS)
     assert torch.equal(loaded.encode(noise(16_000)).values, compressor.encode(noise(16_000)).values)
-    (tmp_path / "compressor.safetensors").write_bytes(b"cut")
+    (folder / "compressor.safetensors").write_bytes(b"cut")
     with pytest.raises(InputError, match="compressor.safetensors"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(folder)
 
 
 class Own(nn.Module):
