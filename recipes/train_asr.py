@@ -118,23 +118,19 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import DistributedType, set_seed
 
 from speechllm import (
     DataError,
-    Encoding,
     LabelledLoss,
     RunError,
     SpeechLLM,
-    character_error_rate,
     describe_rows,
     extend_vocabulary,
     load_codes,
     load_language_model,
     load_tokenizer,
     prepare_adapter,
-    speech_of,
-    word_error_rate,
 )
 from speechllm.data.augmentation import Augmentation
 from speechllm.data.conversations import (
@@ -147,7 +143,7 @@ from speechllm.data.conversations import (
 )
 from speechllm.data.encoded import require_texts, transcribed
 from speechllm.data.rows import mixed, read_rows
-from speechllm.decoding import answer_bound, recognize
+from speechllm.decoding import answer_bound
 from speechllm.evaluation.scripts import primary_rate
 from speechllm.extension import Extension
 from speechllm.messages import ConversationWriter
@@ -165,6 +161,7 @@ from speechllm.training.optimization import keep_row_gradients, make_optimizer
 from speechllm.training.perplexity import read_texts, text_perplexity
 from speechllm.training.plan import training_plan
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
+from speechllm.training.validation import dev_rates, recognize_together
 from tokenizer.corpus import spread
 from tokenizer.files import atomic_folder
 
@@ -318,7 +315,7 @@ def main(config: AsrConfig) -> None:
             # compiled layers are for training: when decoding every word has another shape
             stance = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
             with training.evaluation_weights(), stance:
-                texts = recognized(dev, encoding, speech_llm, accelerator, training.evaluators)
+                texts = recognize_together(dev, encoding, speech_llm, accelerator, training.evaluators)
                 if run.main:
                     rates = dev_rates([row["text"] for row in dev], texts, config.normalizer)
                     run.log(loop.done, **rates)
@@ -389,30 +386,6 @@ def perplexity_before(texts: list[str], speech_llm: SpeechLLM, training: Trainin
             held = [text_perplexity(texts, speech_llm).perplexity]
             run.log(0, text_perplexity=held[0])
     return held[0] if held else math.nan
-
-
-def recognized(
-    dev: list[dict[str, object]], encoding: Encoding, speech_llm: SpeechLLM, accelerator: Accelerator, processes: int
-) -> list[str]:
-    """What is heard of the dev utterances in the training's precision, by the first `processes` processes together.
-
-    Every process must call it.
-    """
-    place = accelerator.process_index
-    mine = range(place, len(dev), processes) if place < processes else range(0)
-    speech, durations_s = [speech_of(dev[i], encoding) for i in mine], [dev[i]["duration_s"] for i in mine]
-    with accelerator.autocast():
-        found = recognize(speech, speech_llm, durations_s=durations_s)
-    texts = [(i, transcription.text) for i, transcription in zip(mine, found, strict=True)]
-    return [text for _, text in sorted(gather_object(texts))]
-
-
-def dev_rates(references: list[str], hypotheses: list[str], normalizer: str) -> dict[str, float]:
-    """WER on the dev utterances, and CER if it steers."""
-    rates = {"dev_wer": word_error_rate(references, hypotheses, normalizer).wer}
-    if primary_rate(references) == "cer":
-        rates["dev_cer"] = character_error_rate(references, hypotheses, normalizer)
-    return rates
 
 
 if __name__ == "__main__":

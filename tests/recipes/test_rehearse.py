@@ -37,9 +37,9 @@ def rehearse(recipe: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(plan.SIZES, "cpu", 64)
     module = recipe("rehearse.py")
 
-    def run(tokenizer: dict | None, asr: dict | None, **settings: object) -> dict:
+    def run(codec: dict | None, asr: dict | None, **settings: object) -> dict:
         files = {}
-        for name, base, changes in (("tokenizer", TOKENIZER, tokenizer), ("asr", ASR, asr)):
+        for name, base, changes in (("tokenizer", TOKENIZER, codec), ("asr", ASR, asr)):
             files[name] = None if changes is None else str(tmp_path / f"{name}.yaml")
             if changes is not None:
                 Path(files[name]).write_text(yaml.safe_dump(base | changes))

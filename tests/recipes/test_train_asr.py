@@ -39,7 +39,9 @@ from speechllm.decoding import recognize
 from speechllm.evaluation.normalizers import NORMALIZERS
 from speechllm.runs.run import read_log
 from speechllm.small_model import small_qwen2, small_text_tokenizer
+from speechllm.training import validation
 from speechllm.training.plan import SIZES as SIZES_OF_PRODUCTS
+from speechllm.training.validation import dev_rates
 from tokenizer.files import read_jsonl, write_jsonl
 from tokenizer.training.small_teachers import FrameClassifier, save_recognizer, small_hubert
 
@@ -546,30 +548,28 @@ def test_two_processes_train_the_same_adapter_as_one(work: Work) -> None:
     ],
 )
 def test_the_dev_rates_are_by_the_normalizer_of_the_training(
-    recipe: Callable, text: str, heard: str, normalizer: str, rates: dict
+    text: str, heard: str, normalizer: str, rates: dict
 ) -> None:
     if normalizer == "whisper_english":
         pytest.importorskip("whisper_normalizer", reason="needs the eval extra")
-    assert recipe("train_asr.py").dev_rates([NORMALIZERS[normalizer](text)], [heard], normalizer) == rates
+    assert dev_rates([NORMALIZERS[normalizer](text)], [heard], normalizer) == rates
 
 
-def test_processes_share_the_validation_in_the_precision_of_the_training(
-    recipe: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train_asr, precisions, gathered = recipe("train_asr.py"), [], []
+def test_processes_share_the_validation_in_the_precision_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    precisions, gathered = [], []
     encoding = Encoding("f" * 16, 16_000, 50.0, 1, 4)
 
     def recognize(speech: list[torch.Tensor], *_: object, durations_s: list[float]) -> list[SimpleNamespace]:
         precisions.append(torch.is_autocast_enabled("cpu"))
         return [SimpleNamespace(text=f"{len(codes[0])} {s:g}") for codes, s in zip(speech, durations_s, strict=True)]
 
-    monkeypatch.setattr(train_asr, "recognize", recognize)
-    monkeypatch.setattr(train_asr, "gather_object", lambda texts: gathered.extend(texts) or gathered)
+    monkeypatch.setattr(validation, "recognize", recognize)
+    monkeypatch.setattr(validation, "gather_object", lambda texts: gathered.extend(texts) or gathered)
     dev = [{"codes": [1] * count, "duration_s": count / 50} for count in range(1, 6)]
     for place in (1, 0, 2):
         autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
         process = SimpleNamespace(process_index=place, autocast=autocast)
-        texts = train_asr.recognized(dev, encoding, None, process, 2)  # of three
+        texts = validation.recognize_together(dev, encoding, None, process, 2)  # of three
     assert texts == ["1 0.02", "2 0.04", "3 0.06", "4 0.08", "5 0.1"] and precisions == [True] * 3
 
 

@@ -368,7 +368,7 @@ def test_eval_asr_scores_the_texts_as_they_were_given_split_by_split(
     )
 
     monkeypatch.setattr(eval_asr, "summarize_shards", lambda folder: {})
-    monkeypatch.setattr("speechllm.data.shards._stored_normalizers", lambda files: ["librispeech"])
+    monkeypatch.setattr("speechllm.data.encoded.stored_normalizers", lambda files: ["librispeech"])
     with pytest.raises(DataError, match="of which whisper_english cannot be made: choose normalizer=librispeech"):
         eval_asr.main(eval_asr.EvalAsrConfig("nowhere", *places[1:], normalizer="whisper_english"))
 
