@@ -11,8 +11,6 @@ tokens, of which an hour takes 276 MB of disk with a width of 768.
 
 import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -45,6 +43,7 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 
 import numpy as np
 import pyarrow as pa
+import torch
 from transformers import AutoTokenizer
 
 from speechllm import AudioVocabulary, Encoding, load_codes
@@ -55,10 +54,13 @@ from speechllm.messages import ConversationWriter
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import claim_output, run_recipe
+from speechllm.runs.rehearsal import peak_memory_gb
 from speechllm.small_model import small_text_tokenizer
 from tokenizer.corpus import spread
 from tokenizer.files import write_json
 from tokenizer.pretrained import check_folder, load_part
+
+CPU = torch.device("cpu")
 
 
 def main(config: StartupConfig) -> None:
@@ -130,7 +132,7 @@ def excerpt(whole: Any, size: int, random: np.random.Generator) -> Any:
 
 def measured(folder: Path, config: StartupConfig, text_tokenizer: Any) -> dict[str, float]:
     """Processor seconds and memory of what train_asr does with encoded speech before and in its steps."""
-    before, started = peak_memory_gb(), time.process_time()
+    before, started = peak_memory_gb(CPU), time.process_time()
     speech, encoding = load_codes(folder)
     speech = transcribed(speech, normalizer="librispeech")
     first = len(text_tokenizer)
@@ -144,13 +146,7 @@ def measured(folder: Path, config: StartupConfig, text_tokenizer: Any) -> dict[s
     for _ in range(config.steps):
         next(steps)
     step_s = (time.process_time() - started - startup_s) / config.steps
-    return {"startup_cpu_s": startup_s, "step_cpu_s": step_s, "peak_memory_gb": peak_memory_gb() - before}
-
-
-def peak_memory_gb() -> float:
-    """The most memory that this process has held."""
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes, or KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return {"startup_cpu_s": startup_s, "step_cpu_s": step_s, "peak_memory_gb": peak_memory_gb(CPU) - before}
 
 
 if __name__ == "__main__":
