@@ -158,6 +158,7 @@ def base_frames(base: AudioTokenizer, speech: Tensor) -> Tensor:
     """
     if not isinstance(base, DiscreteTokenizer):
         return speech
-    codebooks = base.codebooks.cpu()
-    vectors = torch.cat([codebook[codes] for codebook, codes in zip(codebooks, speech.cpu(), strict=False)], 1)
+    codebooks = base.codebooks  # not moved: an utterance is smaller than they are
+    codes = speech.to(codebooks.device)
+    vectors = torch.cat([codebook[layer] for codebook, layer in zip(codebooks, codes, strict=False)], 1)
     return F.pad(vectors, (0, base_width(base) - vectors.shape[1]))
