@@ -12,12 +12,10 @@ if it had not been interrupted.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 from speechllm.runs.config import parse_config
-from tokenizer.settings import Count, Names, Natural, Positive, Rule, Seed, Settings, Share
-
-Width = Annotated[int, Rule("a multiple of 64", lambda n: n > 0 and n % 64 == 0)]  # heads of the attention
+from tokenizer.settings import Count, Names, Natural, Positive, Seed, Settings, Share
 
 
 @dataclass
@@ -28,8 +26,8 @@ class CompressorConfig(Settings):
     splits: Names | None = None  # training splits, all when null
     dev_splits: Names | None = None  # for the WER of its letters, none when null
     normalizer: Literal["librispeech", "whisper_english", "none"] = "librispeech"  # of the transcripts
-    width: Width = 256  # of the Conformer
-    depth: Count = 3  # layers
+    width: Count = 256
+    depth: Count = 2  # convolutions
     dropout: Share = 0.1
     mask_s: Natural = 1  # seconds at most that are masked in each utterance, in two spans
     steps: Count = 4000
@@ -67,10 +65,9 @@ from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import MAY_CHANGE, Run
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from tokenizer.files import atomic_folder
-from tokenizer.frames import frame_count
 from tokenizer.prefetch import prefetch
 from tokenizer.progress import progress_bar
-from tokenizer.schemes.compressor import BLANK, STRIDE, CtcCompressor, base_frames
+from tokenizer.schemes.compressor import BLANK, CtcCompressor, base_frames
 from tokenizer.training.step import remember_statistics
 
 READ_AHEAD = 4  # batches
@@ -116,7 +113,7 @@ def main(config: CompressorConfig) -> None:
         seed=config.seed,
         save_every=config.save_every,
     )
-    loss_of = accelerator.prepare(CtcLoss(network, config.mask_s))
+    loss_of = accelerator.prepare(CtcLoss(network, round(config.mask_s * base.frame_rate)))
     batches = read_batches(train, encoding, compressor, config, loop.done, accelerator)
     loss_of.train()
     for step in loop:
@@ -155,21 +152,21 @@ class CtcLoss(nn.Module):
     """The CTC loss of a batch per letter; in training two spans of every utterance are masked, as in SpecAugment.
 
     Several processes average the means over their own letters, which is nearly the mean over all.
+    mask: frames of a span at most.
     """
 
-    def __init__(self, network: nn.Module, mask_s: int):
+    def __init__(self, network: nn.Module, mask: int):
         super().__init__()
         self.network = network
-        self.mask = TimeMasking(25 * mask_s, iid_masks=True) if mask_s else nn.Identity()
+        self.mask = TimeMasking(mask, iid_masks=True) if mask else nn.Identity()
 
     def forward(self, frames: Tensor, lengths: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
         """frames: float [B, T, C] with lengths long [B]; labels: long [B, S] with sizes long [B]."""
         if self.training:
             frames = self.mask(self.mask(frames[:, None].transpose(2, 3)))[:, 0].transpose(1, 2)
         _, scores = self.network(frames, lengths)
-        outputs = frame_count(lengths, STRIDE)
         losses = F.ctc_loss(
-            scores.transpose(0, 1), labels, outputs, sizes, blank=BLANK, reduction="sum", zero_infinity=True
+            scores.transpose(0, 1), labels, lengths, sizes, blank=BLANK, reduction="sum", zero_infinity=True
         )
         return losses / sizes.sum()
 

@@ -142,7 +142,7 @@ REFUSED = {
     "make_rows": "answer=[] weight=0 weight=-1",
     "fit_units": "clusters=1 clusters=70000 max_frames=0 max_frames=10 max_duration_s=0 layer=last",
     "import_speech": "splits=[]",
-    "train_compressor": "width=32 width=0 depth=0 dropout=1 mask_s=-1 batch_size=0 steps=0 max_duration_s=0",
+    "train_compressor": "width=0 depth=0 dropout=1 mask_s=-1 batch_size=0 steps=0 max_duration_s=0",
     "rehearse": "minutes=0 train_hours=0 test_hours=-1 recordings=0 weights=none seed=-1",
     "train_asr": "learning_rate=0 learning_rate=inf row_learning_rate=-1 clip=0 layers=0 stack=0 batch_tokens=0 "
     "small.hidden_size=17 small.num_attention_heads=0 small.num_attention_heads=3 small.num_key_value_heads=3 "

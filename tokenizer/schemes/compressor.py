@@ -5,6 +5,7 @@ A language model that reads 50 frames a second has to find words in them first. 
 (CTC compression: Gaido et al., arXiv 2102.01578; Wu et al., arXiv 2307.03917).
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self, cast
@@ -13,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torchaudio.models import Conformer
 
 from tokenizer.errors import InputError
-from tokenizer.frames import frame_count, split_utterances
+from tokenizer.frames import frame_mask, split_utterances
 from tokenizer.interface import AudioTokenizer, Codes, DiscreteTokenizer, Features, FeatureTokenizer
 from tokenizer.pretrained import (
     SETTINGS_FILE,
@@ -30,27 +30,34 @@ from tokenizer.reading import reading
 
 WEIGHTS_FILE = "compressor.safetensors"
 BASE = "base"  # subfolder of the tokenizer whose frames are compressed
-STRIDE = 2  # frames per label
-KERNEL = 15  # labels that a convolution of the Conformer sees
+KERNEL = 5  # frames
 BLANK = 0
 
 
 class CtcNetwork(nn.Module):
-    """Frames float [B, T, C] -> states float [B, T', W] and log probabilities float [B, T', V], T' = ceil(T / 2)."""
+    """Frames float [B, T, C] -> states float [B, T, W] and log probabilities float [B, T, V].
+
+    A few convolutions, because a pretrained encoder's frames say enough: a Conformer at half the rate learnt the same
+    letters more slowly (recipes/RESULTS.md).
+    """
 
     def __init__(self, inputs: int, outputs: int, width: int, depth: int, dropout: float):
         super().__init__()
         self.norm = nn.LayerNorm(inputs)
+        widths = [inputs, *[width] * depth]
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(before, after, KERNEL, padding=KERNEL // 2) for before, after in itertools.pairwise(widths)
+        )
         self.dropout = nn.Dropout(dropout)
-        self.reduce = nn.Conv1d(inputs, width, 3, stride=STRIDE, padding=1)
-        self.body = Conformer(width, max(1, width // 64), 2 * width, depth, KERNEL, dropout)
         self.output = nn.Linear(width, outputs)
 
     def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """lengths: long [B] in frames; what follows them is padding."""
-        inside = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]
-        x = self.dropout(self.norm(frames)) * inside[..., None]
-        states, _ = self.body(F.gelu(self.reduce(x.transpose(1, 2))).transpose(1, 2), frame_count(lengths, STRIDE))
+        inside = frame_mask(lengths, frames.shape[1], hop_length=1)[:, None]
+        x = self.dropout(self.norm(frames)).transpose(1, 2)
+        for convolution in self.convolutions:
+            x = self.dropout(F.gelu(convolution(x * inside)))
+        states = x.transpose(1, 2)
         return states, self.output(states).log_softmax(-1)
 
 
@@ -99,7 +106,7 @@ class CtcCompressor(nn.Module):
 
     @property
     def frame_rate(self) -> float:
-        return self.base.frame_rate / STRIDE
+        return self.base.frame_rate
 
     @property
     def width(self) -> int:
@@ -125,13 +132,13 @@ class CtcCompressor(nn.Module):
         return Features(nn.utils.rnn.pad_sequence(vectors, batch_first=True), torch.tensor([len(v) for v in vectors]))
 
     def label(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames float [T, C] of one utterance -> states float [T', W] and log probabilities float [T', V]."""
+        """Frames float [T, C] of one utterance -> states float [T, W] and log probabilities float [T, V]."""
         frames = frames.to(self.device)
         states, scores = self.network(frames[None], torch.tensor([len(frames)], device=self.device))
         return states[0], scores[0]
 
     def text(self, scores: Tensor) -> str:
-        """What the labels spell (greedy CTC decoding): log probabilities float [T', V] -> text."""
+        """What the labels spell (greedy CTC decoding): log probabilities float [T, V] -> text."""
         return "".join(self.labels[label] for label in scores.argmax(1).unique_consecutive().tolist())
 
 
