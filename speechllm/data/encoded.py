@@ -174,11 +174,11 @@ def codes_of(row: dict[str, Any], encoding: Encoding) -> Tensor:
 
 
 def speech_of(row: dict[str, Any], encoding: Encoding) -> Speech:
-    """The speech of one row: codes long [layers, frames], features float [frames, width], or a text."""
+    """The speech of one row: codes long [layers, frames], features float16 [frames, width] as stored, or a text."""
     match encoding.kind:
         case "codes":
             return codes_of(row, encoding)
         case "features":
-            return torch.from_numpy(np.array(row["features"], dtype=np.float32)).view(-1, encoding.width)
+            return torch.from_numpy(np.array(row["features"], dtype=np.float16)).view(-1, encoding.width)
         case "text":
             return row["recognized"]

@@ -159,12 +159,12 @@ def base_width(base: AudioTokenizer) -> int:
 
 
 def base_frames(base: AudioTokenizer, speech: Tensor) -> Tensor:
-    """One utterance of a tokenizer, features float [T, C] or codes long [Q, T], as frames float [T, C].
+    """One utterance of a tokenizer, features [T, C] of any precision or codes long [Q, T], as frames float32 [T, C].
 
     Codes are replaced by their vectors, those of several layers side by side; layers that are missing are zeros.
     """
     if not isinstance(base, DiscreteTokenizer):
-        return speech
+        return speech.float()
     codebooks = base.codebooks  # not moved: an utterance is smaller than they are
     codes = speech.to(codebooks.device)
     vectors = torch.cat([codebook[layer] for codebook, layer in zip(codebooks, codes, strict=False)], 1)

@@ -260,7 +260,7 @@ def test_encoded_speech_comes_back_from_disk(codec: nn.Module, tmp_path: Path, n
         if isinstance(found, str):
             assert found == direct
         else:
-            torch.testing.assert_close(found, direct, rtol=1e-3, atol=1e-6)  # stored in half precision
+            assert torch.equal(found, direct.half())  # stored in half precision, and left so until a model reads them
     summary = summarize_shards(tmp_path / "codes")
     assert summary["encoding"]["kind"] == encoding.kind and summary["real_time_factor"] > 0
     json.dumps(summary)
