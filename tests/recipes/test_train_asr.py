@@ -573,7 +573,9 @@ def test_processes_share_the_validation_in_the_precision_of_the_training(monkeyp
     assert texts == ["1 0.02", "2 0.04", "3 0.06", "4 0.08", "5 0.1"] and precisions == [True] * 3
 
 
-@pytest.mark.parametrize("name, kind", [("fsdp2", "FSDP"), ("deepspeed_zero2", "DEEPSPEED")])
+@pytest.mark.parametrize(
+    "name, kind", [("fsdp2", "FSDP"), ("deepspeed_zero2", "DEEPSPEED"), ("two_machines", "MULTI_GPU")]
+)
 def test_accelerate_accepts_the_multi_gpu_configurations(name: str, kind: str) -> None:
     file = ROOT / "configs" / "accelerate" / f"{name}.yaml"
     config = load_config_from_file(str(file))
