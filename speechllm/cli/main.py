@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--host", default="127.0.0.1", help="address to listen at, of this machine only")
     command.add_argument("--port", type=int, help="the first free one from 7860 on by default")
+    command.add_argument("--vad", metavar="FILE", help=VAD)
     command.set_defaults(run=page)
 
     command = commands.add_parser("encode", help="recordings to codes, one JSON line each")

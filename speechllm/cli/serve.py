@@ -52,15 +52,17 @@ def page(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--host {arguments.host} can be reached by others, and a page asks for no key")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
+        from speechllm.pauses import load_cut
         from speechllm.serving.engine import Engine
         from speechllm.serving.page import launch, make_page
     except ImportError as error:
         raise ImportError(f'{error.name} is needed for the page: pip install "speechllm[page]"') from error
+    cut = load_cut(arguments.vad)
     engines: dict[str, Engine] = {}
     for model in arguments.models:
         name = named(model) if named(model) not in engines else f"{named(model)} {len(engines) + 1}"
         engines[name] = Engine(loaded(model))
-    launch(make_page(engines), arguments.host, arguments.port)
+    launch(make_page(engines, cut), arguments.host, arguments.port)
     return 0
 
 

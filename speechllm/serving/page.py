@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from speechllm.confidence import word_confidences
+from speechllm.pauses import Cut, quietest
 from speechllm.pieces import pieces
 from speechllm.reports.sounds import Reconstruction, spectrograms_and_players
 from speechllm.serving.engine import Engine
@@ -29,12 +30,15 @@ STYLE = """
 """
 
 
-def make_page(engines: dict[str, Engine]) -> gr.Blocks:
-    """The page of one or several models by name; their answers to the same recording stand beside each other."""
+def make_page(engines: dict[str, Engine], cut: Cut = quietest) -> gr.Blocks:
+    """The page of one or several models by name; their answers to the same recording stand beside each other.
+
+    cut: says where long recordings have pauses.
+    """
     with gr.Blocks(title="speechllm", analytics_enabled=False) as page:
         gr.Markdown(f"# {' and '.join(engines)}\nSpeak, or drop a recording. Everything stays on this machine.")
         with gr.Tab("Transcribe"):
-            _transcribe_tab(engines)
+            _transcribe_tab(engines, cut)
         decoders = {name: engine for name, engine in engines.items() if isinstance(engine.codec, Codec)}
         if decoders:
             with gr.Tab("Change the voice"):
@@ -54,7 +58,7 @@ def _recording(label: str) -> gr.Audio:
     return gr.Audio(label=label, sources=["microphone", "upload"], type="filepath")
 
 
-def _transcribe_tab(engines: dict[str, Engine]) -> None:
+def _transcribe_tab(engines: dict[str, Engine], cut: Cut) -> None:
     sound = _recording("Recording")
     start = gr.Button("Transcribe", variant="primary")
     for name, engine in engines.items():
@@ -64,29 +68,29 @@ def _transcribe_tab(engines: dict[str, Engine]) -> None:
             text = gr.Textbox(label="Text", lines=2)
             words, codes, sounds = gr.HTML(label="Words"), gr.HTML(label="Tokens"), gr.HTML(label="Reconstruction")
         outputs = [text, words, codes, sounds]
-        gr.on([start.click, sound.input], _answer(engine), [sound], outputs, api_name=f"transcribe_{name}")
+        gr.on([start.click, sound.input], _answer(engine, cut), [sound], outputs, api_name=f"transcribe_{name}")
 
 
-def _answer(engine: Engine) -> Any:
+def _answer(engine: Engine, cut: Cut) -> Any:
     def answer(path: str | None) -> Iterator[tuple[str, str, str, str]]:
         """Text so far, its words by confidence, tokens, and reconstruction, as each of them comes."""
         if path is None:  # taken away
             yield "", "", "", ""
             return
         try:
-            yield from heard(engine, path)
+            yield from heard(engine, path, cut)
         except InputError as error:
             raise gr.Error(str(error).replace(path, "the recording")) from error
 
     return answer
 
 
-def heard(engine: Engine, path: str) -> Iterator[tuple[str, str, str, str]]:
+def heard(engine: Engine, path: str, cut: Cut) -> Iterator[tuple[str, str, str, str]]:
     """Text, words, tokens and reconstruction of a recording, again and again with more of it."""
     texts: list[str] = []
     words, tokens, encoding = "", "", engine.speech_llm.vocabulary.encoding
     beginning: Tensor | None = None
-    for piece in pieces(path, engine.codec.sample_rate, SHOWN_S):
+    for piece in pieces(path, engine.codec.sample_rate, SHOWN_S, cut=cut):
         speech = engine.call(partial(encoding.encode, engine.codec, piece.waveform)).result()
         if beginning is None:
             beginning = piece.waveform

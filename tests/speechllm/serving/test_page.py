@@ -13,6 +13,7 @@ from torch import Tensor
 
 from speechllm import SpeechLLM, convert_voice, load_audio, save_audio, transcribe
 from speechllm.cli.main import main
+from speechllm.pauses import quietest
 from speechllm.serving.engine import Engine
 
 RATE = 16_000
@@ -28,7 +29,7 @@ def page() -> ModuleType:
 def test_a_recording_becomes_tokens_then_text_then_sounds(
     page: ModuleType, engine: Engine, recording: Path, speech_llm: SpeechLLM
 ) -> None:
-    first, second, last = page.heard(engine, str(recording))
+    first, second, last = page.heard(engine, str(recording), quietest)
     (text,) = transcribe([recording], speech_llm)
     assert first[0] == "" and first[2].count("<span") == 50 and "Layer 0: 50 tokens, 50 a second" in first[2]
     assert second[0] == text and second[1].count("<span") == len(text.split())
@@ -39,7 +40,10 @@ def test_a_long_recording_comes_piece_by_piece(
     page: ModuleType, engine: Engine, recording: Path, speech_llm: SpeechLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page, "SHOWN_S", 0.7)
-    texts = [text for text, *_ in page.heard(engine, str(recording))]
+    asked = []
+    cut = lambda waveform, rate: asked.append(rate) or quietest(waveform, rate)  # noqa: E731
+    texts = [text for text, *_ in page.heard(engine, str(recording), cut)]
+    assert asked == [RATE]
     assert len(texts) == 4 and texts[2].startswith(texts[1]) and texts[2] != texts[1]
 
 
@@ -53,7 +57,7 @@ def test_codes_and_words_tell_what_they_are(page: ModuleType) -> None:
 
 def test_faults_are_told_without_the_place_of_the_file(page: ModuleType, engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "no.wav").write_bytes(b"no sound")
-    answer = page._answer(engine)
+    answer = page._answer(engine, quietest)
     with pytest.raises(page.gr.Error, match="^'the recording: not a readable audio file"):
         next(answer(str(tmp_path / "no.wav")))
     assert list(answer(None)) == [("", "", "", "")]  # taken away
@@ -103,7 +107,7 @@ def test_a_browser_shows_what_becomes_of_a_recording(
     browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
         browser.get(address)
-        wait = WebDriverWait(browser, 60)
+        wait = WebDriverWait(browser, 180)
         wait.until(lambda it: it.find_elements(By.CSS_SELECTOR, "button[aria-label*=pload]"))[0].click()
         wait.until(lambda it: it.find_elements(By.CSS_SELECTOR, "input[type=file]"))[0].send_keys(str(recording))
         wait.until(lambda it: len(it.find_elements(By.CSS_SELECTOR, ".codes span")) == 50)
