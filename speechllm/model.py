@@ -115,7 +115,7 @@ def load_language_model(
     """
     name = check_folder(name, [], "a language model")
     if (Path(name) / "adapter_config.json").is_file():
-        raise DataError(f"{name} is an adapter: merge it with `speechllm export` and train the result further")
+        raise DataError(f"{name} is an adapter: merge it with `speechllm merge` and train the result further")
     model = load_causal(name)
     text_tokenizer = load_part(AutoTokenizer, name, "the text tokenizer of a language model")
     if not (Path(name) / VOCABULARY_FILE).is_file():

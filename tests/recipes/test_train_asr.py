@@ -254,7 +254,7 @@ def test_an_extended_model_is_trained_further_with_its_rows(work: Work, here: Ca
                 "layers=1",
                 r"first/model reads \(layers, order, stack\) \(2, 'frame', 1\), but \(1, 'frame', 1\) was asked",
             ),
-            ("model=third/model", "third/model is an adapter: merge it with `speechllm exp"),
+            ("model=third/model", "third/model is an adapter: merge it with `speechllm mer"),
         )
     ):
         with pytest.raises(SystemExit, match=message):

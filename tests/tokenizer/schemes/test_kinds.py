@@ -25,6 +25,7 @@ from speechllm import (
     export_model,
     extend_vocabulary,
     load_codes,
+    load_language_model,
     load_speech_llm,
     merge,
     prepare_adapter,
@@ -39,6 +40,7 @@ from speechllm.decoding import recognize
 from speechllm.messages import ConversationWriter
 from speechllm.prompt import conversation_example, sentence
 from speechllm.training.optimization import keep_row_gradients, make_optimizer
+from tokenizer.errors import InputError
 
 RATE, HOP, WIDTH, STACK = 16_000, 320, 4, 3
 
@@ -208,6 +210,9 @@ def test_an_adapter_trains_and_keeps_the_projector(
     assert recognize(features, loaded) == expected
     merged = merge(loaded)
     assert recognize(features, merged) == expected
+    merged.save(tmp_path / "merged")  # as `speechllm merge` does
+    further = load_language_model(tmp_path / "merged", Loudness(), stack=speech_llm.vocabulary.stack)
+    assert recognize(features, further) == expected
     if form == "rows":
         assert torch.equal(merged.model.model.layers[0].mlp.gate_proj.weight, frozen)
 
@@ -273,6 +278,6 @@ def test_only_codes_have_layers() -> None:
 
 
 def test_a_model_of_features_cannot_be_exported(make: Callable[..., SpeechLLM], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="through a projector"):
+    with pytest.raises(InputError, match="through a projector"):
         export_model(make(Loudness()), tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
