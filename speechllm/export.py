@@ -50,13 +50,19 @@ def export_model(speech_llm: SpeechLLM, output: str | Path) -> None:
     The prompt is text: "Transcribe this speech<|audio_start|><|audio_17|>...<|audio_end|>", or the same as the content
     of a user's message in a chat. `generate` of transformers, 4.57 and 5, gives the same answers as `transcribe`; with
     other engines, set the temperature to 0. Merges as `merge` does; the weights keep their precision.
-    Raises OutputError unless the output is new or empty, InputError for a model that reads continuous features.
+    Raises OutputError unless the output is new or empty, InputError for a model that reads continuous features or in
+    which audio attends in both directions.
     """
     new_folder(output)
     if speech_llm.vocabulary.encoding.kind == "features":
         raise InputError(
             "this model reads continuous features through a projector, which other engines do not support; to train an "
             "adapter of it further, use `speechllm merge`"
+        )
+    if speech_llm.vocabulary.prefix_attention:
+        raise InputError(
+            "in this model audio attends in both directions (prefix_attention), but in other engines only backwards: "
+            "they would answer something else"
         )
     merged = merge(speech_llm)
     if merged.vocabulary.template == "plain":

@@ -130,7 +130,10 @@ def load_language_model(
         except VocabularyError as error:
             raise VocabularyError(f"{name}: {error}") from error
         return SpeechLLM(model, text_tokenizer, vocabulary, codec)
-    vocabulary = replace(AudioVocabulary.load(name), template=extension.get("template", "plain"))
+    saved, both_ways = AudioVocabulary.load(name), extension.get("prefix_attention", False)
+    if saved.prefix_attention and not both_ways:
+        raise VocabularyError(f"{name} was trained with prefix_attention: set prefix_attention=true")
+    vocabulary = replace(saved, template=extension.get("template", "plain"), prefix_attention=both_ways)
     encoding = Encoding.of(codec, extension.get("layers", 1))
     encoding.require(vocabulary.encoding.fingerprint, str(name))
     stack = extension.get("stack", 1) if encoding.kind == "features" else 1
