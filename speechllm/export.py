@@ -99,7 +99,7 @@ def _older_config(config: dict[str, Any]) -> dict[str, Any]:
     if "text_config" in config:
         older["text_config"] = _older_config(config["text_config"])
     rope = config.get("rope_parameters") or {}
-    if "full_attention" in rope:  # Gemma-3's two kinds of layers
+    if {"full_attention", "sliding_attention"} <= rope.keys():  # Gemma-3's two kinds of layers
         older["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
     older |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
