@@ -68,6 +68,7 @@ class AsrConfig(Settings):
     layers: Count = 1  # codebooks the model reads; 1 is 50 tokens/s
     order: Literal["frame", "layer", "delay", "semantic"] = "frame"  # of the codes of several codebooks
     stack: Count = 2  # continuous features per token
+    prefix_attention: bool = False  # the tokens of an audio attend to each other in both directions
     init: Literal["codebook", "mean", "random"] = "codebook"  # of the new rows
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     speech_loss: NonNegative = 0.0  # weight of the loss of predicting codes, with label smoothing; 0: text only
@@ -104,6 +105,8 @@ class AsrConfig(Settings):
             yield "train: lora or rows and row_steps need a pretrained language model, but model is null"
         if self.model is None and self.template == "chat":
             yield "template: chat needs a pretrained language model with a chat template, but model is null"
+        if self.prefix_attention and self.speech_loss > 0:
+            yield "speech_loss predicts codes that prefix_attention shows already: set one of them"
         if self.transcription_weight == 0 and not self.rows:
             yield "transcription_weight=0 leaves nothing to train on without rows"
         if self.model is None and self.small.text_steps >= self.steps:
@@ -209,6 +212,7 @@ def main(config: AsrConfig) -> None:
         order=config.order,
         stack=config.stack,
         template=config.template,
+        prefix_attention=config.prefix_attention,
     )
     texts = train["text"] + [answer for task, _ in tasks for row in task for answer in row.answers]
     if config.model is None:

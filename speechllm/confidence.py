@@ -4,6 +4,7 @@ import re
 
 import torch
 
+from speechllm.data.packing import pad, require_attention
 from speechllm.encoding import Speech
 from speechllm.model import SpeechLLM
 from speechllm.projector import model_inputs
@@ -21,10 +22,11 @@ def word_confidences(speech: Speech, text: str, speech_llm: SpeechLLM) -> list[t
     """
     model, text_tokenizer = speech_llm.model, speech_llm.text_tokenizer
     example = transcription_example(speech, text, speech_llm.vocabulary, text_tokenizer)
-    ids, labels = example.input_ids[None].to(model.device), example.labels.to(model.device)
-    inputs = model_inputs(model, speech_llm.vocabulary, ids, example.features)
+    require_attention(model, speech_llm.vocabulary)
+    batch, labels = pad([example], model.device, speech_llm.vocabulary), example.labels.to(model.device)
+    inputs = model_inputs(model, speech_llm.vocabulary, batch.input_ids, batch.features)
     learnt = labels[1:] != IGNORED
-    log_probabilities = model(**inputs).logits[0, :-1][learnt].float().log_softmax(-1)
+    log_probabilities = model(**inputs, **batch.arguments).logits[0, :-1][learnt].float().log_softmax(-1)
     chosen = log_probabilities.gather(1, labels[1:][learnt, None])[:-1, 0].tolist()  # without the end token
     offsets = text_tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
     spans = offsets["offset_mapping"]

@@ -3,20 +3,25 @@
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
+from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
 
+from speechllm.data.packing import PADDING, require_attention
 from speechllm.encoding import Speech
 from speechllm.greedy import greedy_answers, reads_packed
 from speechllm.model import SpeechLLM
 from speechllm.projector import model_inputs
 from speechllm.prompt import Example, collate_prompts, join_features, transcription_prompt
+from speechllm.vocabulary import AudioVocabulary
 from tokenizer.audio import load_audio
 
 TOKENS_PER_SECOND = 12  # upper bound of an answer's length; fast English speech has about 6 text tokens per second
@@ -183,6 +188,7 @@ def _decode(
     model.eval()
     forbidden, end_id = forbidden_ids(speech_llm).to(model.device), text_tokenizer.eos_token_id
     packed = bool(prompts) and beams == 1 and not ngram and reads_packed(model)
+    require_attention(model, vocabulary)
     found = [Transcription("")] * len(prompts)
     batches = answer_batches([*map(len, prompts)], bounds, batch_tokens // beams)
     for batch in tqdm(batches, "decode again" if ngram else "transcribe", disable=not (progress and batches)):
@@ -222,22 +228,51 @@ def _generate(
     end_id, pad_id = text_tokenizer.eos_token_id, text_tokenizer.pad_token_id
     pad_id = end_id if pad_id is None else pad_id  # Llama and GPT-2 have none
     inputs = {name: tensor.to(model.device) for name, tensor in collate_prompts(prompts, pad_id).items()}
+    both_ways = _both_ways(model, vocabulary, **inputs, beams=beams)
     inputs |= model_inputs(model, vocabulary, inputs["input_ids"], join_features(prompts))
     prompt_size = inputs["input_ids"].shape[1]
     rules = LogitsProcessorList([_BoundedText(forbidden, prompt_size, bounds, end_id)])
     if ngram:
         rules.append(_NoRepeats(ngram, prompt_size))
-    answers = model.generate(
-        **inputs,
-        logits_processor=rules,
-        max_new_tokens=max(bounds) + 1,  # including the end token
-        do_sample=False,
-        num_beams=beams,
-        eos_token_id=end_id,
-        pad_token_id=pad_id,
-    )[:, prompt_size:]
+    with both_ways:
+        answers = model.generate(
+            **inputs,
+            logits_processor=rules,
+            max_new_tokens=max(bounds) + 1,  # including the end token
+            do_sample=False,
+            num_beams=beams,
+            eos_token_id=end_id,
+            pad_token_id=pad_id,
+        )[:, prompt_size:]
     # behind the end token comes padding
     return [row[~forbidden[row] & (row != end_id)].tolist() for row in answers]
+
+
+@contextmanager
+def _both_ways(
+    model: PreTrainedModel | PeftModel,
+    vocabulary: AudioVocabulary,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    beams: int,
+) -> Iterator[None]:
+    """While active, `generate` reads these padded prompts with the audio in them attending as the vocabulary says."""
+    if not vocabulary.prefix_attention:
+        yield
+        return
+    audio = torch.stack([vocabulary.audio_parts(ids) for ids in input_ids]).masked_fill(attention_mask == 0, PADDING)
+    audio = audio.repeat_interleave(beams, 0)[:, None, None]  # the beams of an utterance lie side by side
+
+    def replace_mask(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        growing = named["past_key_values"].get_seq_length() > 0  # an answer, in which a token sees all before it
+        return inputs, named if growing else named | {"attention_mask": audio}
+
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    hook = base.register_forward_pre_hook(replace_mask, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class _NoRepeats(NoRepeatNGramLogitsProcessor):

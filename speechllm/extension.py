@@ -24,6 +24,7 @@ class Extension(TypedDict, total=False):
     order: Order
     stack: int
     template: Template
+    prefix_attention: bool
 
 
 def extend_vocabulary(
@@ -36,6 +37,7 @@ def extend_vocabulary(
     order: Order = "frame",
     stack: int = 1,
     template: Template = "plain",
+    prefix_attention: bool = False,
 ) -> AudioVocabulary:
     """Add one token per code of the codec's first `layers` codebooks. Changes model and text tokenizer in place.
 
@@ -48,6 +50,7 @@ def extend_vocabulary(
     mean and spread without that structure; "mean" sets all rows to the mean text row.
     order: of the codes of several layers. stack: number of continuous features per token; their projector becomes the
     model's submodule `speech_projector`. template: how conversations are written, see `ConversationWriter`.
+    prefix_attention: the tokens of an audio attend to each other in both directions (`require_attention`).
     Raises VocabularyError for a vocabulary that is already extended, DataError for layers that the codec lacks.
     """
     encoding = Encoding.of(codec, layers)
@@ -97,7 +100,8 @@ def extend_vocabulary(
             rows_new = new_rows(matrix[:texts], vectors, len(names), init, generator)
             matrix[ids[0] : ids[0] + len(names)] = rows_new.to(matrix)
     stack = stack if encoding.kind == "features" else 1
-    vocabulary = AudioVocabulary(encoding, ids[0], ids[count], ids[count + 1], rows, order, stack, template)
+    ends = ids[0], ids[count], ids[count + 1], rows
+    vocabulary = AudioVocabulary(encoding, *ends, order, stack, template, prefix_attention)
     add_projector(model, vocabulary, text_token_ids(text_tokenizer, getattr(codec, "labels", ())))
     setattr(model.config, MARK, encoding.fingerprint)
     return vocabulary

@@ -36,7 +36,7 @@ def greedy_answers(
     bounds: largest number of tokens of each answer; forbidden: bool [rows], the tokens in none. For a model that
     `reads_packed`. An answer that has ended costs nothing more, however long the others become.
     """
-    batch = pack(prompts, model.device)
+    batch = pack(prompts, model.device, vocabulary)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     inputs = model_inputs(model, vocabulary, batch.input_ids, batch.features)
     cache = DynamicCache()

@@ -115,7 +115,7 @@ def load_language_model(
     """
     name = check_folder(name, [], "a language model")
     if (Path(name) / "adapter_config.json").is_file():
-        raise DataError(f"{name} is an adapter: merge it with `speechllm export` and train the result further")
+        raise DataError(f"{name} is an adapter: merge it with `speechllm merge` and train the result further")
     model = load_causal(name)
     text_tokenizer = load_part(AutoTokenizer, name, "the text tokenizer of a language model")
     if not (Path(name) / VOCABULARY_FILE).is_file():
@@ -130,7 +130,10 @@ def load_language_model(
         except VocabularyError as error:
             raise VocabularyError(f"{name}: {error}") from error
         return SpeechLLM(model, text_tokenizer, vocabulary, codec)
-    vocabulary = replace(AudioVocabulary.load(name), template=extension.get("template", "plain"))
+    saved, both_ways = AudioVocabulary.load(name), extension.get("prefix_attention", False)
+    if saved.prefix_attention and not both_ways:
+        raise VocabularyError(f"{name} was trained with prefix_attention: set prefix_attention=true")
+    vocabulary = replace(saved, template=extension.get("template", "plain"), prefix_attention=both_ways)
     encoding = Encoding.of(codec, extension.get("layers", 1))
     encoding.require(vocabulary.encoding.fingerprint, str(name))
     stack = extension.get("stack", 1) if encoding.kind == "features" else 1

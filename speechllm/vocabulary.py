@@ -47,6 +47,7 @@ class AudioVocabulary:
     order: Order = "frame"  # of the codes of several layers, see `arrangement`
     stack: int = 1  # features per placeholder
     template: Template = "plain"  # of conversations, see `ConversationWriter`
+    prefix_attention: bool = False  # the tokens of an audio attend to each other in both directions
 
     def token_ids(self, speech: Codes | Speech, text_tokenizer: PreTrainedTokenizerBase | None = None) -> Tensor:
         """Ids of one utterance between the start and end markers.
@@ -123,6 +124,12 @@ class AudioVocabulary:
     def is_code(self, ids: Tensor) -> Tensor:
         """bool, like ids: whether each is an audio code or a placeholder (not a marker, not text)."""
         return (ids >= self.offset) & (ids < self.start_id)
+
+    def audio_parts(self, ids: Tensor) -> Tensor:
+        """long, like ids [S]: 1 within the first audio, markers included, 2 within the second, ...; 0 outside."""
+        opened, closed = (ids == self.start_id).cumsum(0), (ids == self.end_id).cumsum(0)
+        inside = (opened > closed) | (ids == self.end_id)
+        return opened.where(inside, 0)
 
     @property
     def new_ids(self) -> Tensor:

@@ -28,9 +28,9 @@ LAYERS = {
     "speechllm: encoding, vocabulary, prompt": (
         *("encoding", "speech", "vocabulary", "projector", "extension", "messages", "prompt", "small_model"),
     ),
-    "speechllm: model": ("model", "adapters", "confidence", "pauses", "pieces"),
+    "speechllm: model": ("model", "adapters", "pauses", "pieces"),
     "speechllm.data": ("data",),
-    "speechllm: decoding, export": ("decoding", "greedy", "export"),
+    "speechllm: decoding, export": ("decoding", "greedy", "confidence", "export"),
     "speechllm.training": ("training",),
     "speechllm.runs": ("runs",),
     "speechllm.reports": ("reports",),

@@ -31,6 +31,7 @@ from tokenizer.settings import Count, Positive, argument, layer_numbers
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from speechllm.model import SpeechLLM
     from speechllm.pauses import Cut
 
 DESCRIPTION = "Let a language model hear: transcribe recordings, encode and decode speech, score transcripts."
@@ -216,7 +217,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("model", help="folder that recipes/train_asr.py wrote")
     command.add_argument("output", help="new or empty folder")
     command.add_argument("--base", help=BASE)
+    command.add_argument("--precision", choices=["bf16"], help="of the weights; by default as they are stored")
     command.set_defaults(run=_export)
+
+    command = commands.add_parser("merge", help="an adapter and its language model as one model, to train further")
+    command.add_argument("model", help="folder that recipes/train_asr.py wrote with train=lora or rows")
+    command.add_argument("output", help="new or empty folder")
+    command.add_argument("--base", help=BASE)
+    command.set_defaults(run=_merge, precision=None)
     return parser
 
 
@@ -305,16 +313,36 @@ def _pieces(
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from speechllm import export_model, load_speech_llm
+    from speechllm import export_model
+
+    export_model(_loaded_for_output(arguments), arguments.output)
+    print(arguments.output)
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from speechllm import merge
+    from tokenizer.files import atomic_folder
+
+    merged = merge(_loaded_for_output(arguments))
+    with atomic_folder(arguments.output) as folder:
+        merged.save(folder)
+    print(arguments.output)
+    return 0
+
+
+def _loaded_for_output(arguments: argparse.Namespace) -> "SpeechLLM":
+    """The model, once it is known that the output can be written; its codec only if it is beside it."""
+    import torch
+
+    from speechllm import load_speech_llm
     from tokenizer.claims import new_folder
     from tokenizer.pretrained import check_folder
 
     model = Path(check_folder(arguments.model, [], "a speech language model"))
-    new_folder(arguments.output, model)  # before the model is loaded
-    codec_too = (model / "codec").is_dir()  # what it exports needs none
-    export_model(load_speech_llm(model, base=arguments.base, with_codec=codec_too), arguments.output)
-    print(arguments.output)
-    return 0
+    new_folder(arguments.output, model)
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else None
+    return load_speech_llm(model, dtype=dtype, base=arguments.base, with_codec=(model / "codec").is_dir())
 
 
 def _layers(text: str) -> list[int]:

@@ -17,9 +17,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from speechllm.prompt import IGNORED, Example, join_features
+from speechllm.vocabulary import AudioVocabulary
 from tokenizer.errors import InputError
 
 PACKED = "packed_sdpa"  # name under which transformers knows the attention below
+PADDING = -1  # in place of the number of an audio
 
 
 class PackingError(InputError):
@@ -40,28 +42,51 @@ class Batch:
     arguments: dict[str, Any]
 
 
-def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
-    """Concatenate examples on `device`, B = 1, for a model that `can_pack` made ready."""
+def pack(
+    examples: Sequence[Example], device: torch.device | str = "cpu", vocabulary: AudioVocabulary | None = None
+) -> Batch:
+    """Concatenate examples on `device`, B = 1, for a model that `can_pack` made ready.
+
+    vocabulary: tells which tokens attend to each other in both directions; by default none do.
+    """
     lengths = [len(example) for example in examples]
     borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     input_ids = torch.cat([example.input_ids for example in examples])[None].to(device)
+    parts = _audio_parts(examples, vocabulary, device)
     arguments = {
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device),
-        "attention_mask": input_ids.new_empty(1, 1, 1, 1),  # a four-dimensional mask is used as it is
+        # a four-dimensional mask is used as it is
+        "attention_mask": input_ids.new_empty(1, 1, 1, 1) if parts is None else torch.cat(parts)[None, None, None],
         **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders),
         **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)),
     }
     return Batch(input_ids, torch.cat(_targets(examples)).to(device), join_features(examples), arguments)
 
 
-def pad(examples: Sequence[Example], device: torch.device | str = "cpu") -> Batch:
-    """Examples in a row each, B of them, padded on the right: what is before it does not depend on it in any model."""
+def pad(
+    examples: Sequence[Example], device: torch.device | str = "cpu", vocabulary: AudioVocabulary | None = None
+) -> Batch:
+    """Examples in a row each, B of them, padded on the right: what is before it does not depend on it in any model.
+
+    vocabulary: as in `pack`.
+    """
     ids = pad_sequence([example.input_ids for example in examples], batch_first=True)
     targets = pad_sequence(_targets(examples), batch_first=True, padding_value=IGNORED)
     lengths = torch.tensor([len(example) for example in examples])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    arguments = {"attention_mask": mask.to(device)}
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
+    if parts := _audio_parts(examples, vocabulary, device):
+        mask = pad_sequence(parts, batch_first=True, padding_value=PADDING)[:, None, None]
+    arguments = {"attention_mask": mask}
     return Batch(ids.to(device), targets.flatten().to(device), join_features(examples), arguments)
+
+
+def _audio_parts(
+    examples: Sequence[Example], vocabulary: AudioVocabulary | None, device: torch.device | str
+) -> list[Tensor] | None:
+    """Of each example the numbers of the audio that its tokens are in, where they attend in both directions."""
+    if vocabulary is None or not vocabulary.prefix_attention:
+        return None
+    return [vocabulary.audio_parts(example.input_ids).to(device) for example in examples]
 
 
 def _targets(examples: Sequence[Example]) -> list[Tensor]:
@@ -82,6 +107,18 @@ def can_pack(model: PreTrainedModel | PeftModel) -> bool:
     return config._attn_implementation == PACKED  # transformers refuses it to some models
 
 
+def require_attention(model: PreTrainedModel | PeftModel, vocabulary: AudioVocabulary) -> None:
+    """Give a language model in which audio attends in both directions the attention that does it.
+
+    Raises PackingError for a model that cannot have it (`can_pack`). Does nothing for other vocabularies.
+    """
+    if vocabulary.prefix_attention and not can_pack(model):
+        raise PackingError(
+            f"{model.config.model_type}: its layers or its attention cannot be told that audio attends in both "
+            "directions; set prefix_attention=false"
+        )
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -98,28 +135,44 @@ def packed_attention(
     the last one; max_length_q: tokens of the longest. On a GPU in half precision this is one call of PyTorch's
     variable-length attention, otherwise one call per example. transformers can also use an S x S mask, which is exact,
     too, but computes and stores the whole square.
+    attention_mask: long [B, 1, 1, S], the numbers of the audio that tokens are in (`AudioVocabulary.audio_parts`), in
+    which tokens also see later ones; then there is one call per example with a square of its own, on a GPU, too.
     Raises PackingError where a model has not passed the borders on.
     """
-    if cu_seq_lens_q is None and attention_mask is not None and attention_mask.dtype == torch.long:  # that of `pack`
+    # of `pack` or `pad`, not made by transformers
+    given = attention_mask if attention_mask is not None and attention_mask.dtype == torch.long else None
+    audio = given if given is not None and given.shape[3] == key.shape[2] > 1 else None
+    if cu_seq_lens_q is None and given is not None and audio is None:
         raise PackingError(f"{type(module).__name__} is not told where packed examples end; set packing=false")
+    window = kwargs.get("sliding_window") or key.shape[2]  # tokens that one attends to, itself included
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    window = kwargs.get("sliding_window") or max_length_q  # tokens that one attends to, itself included
+        mask = attention_mask if audio is None else _mask(audio, window)
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     ampere = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)  # oldest GPU of the kernel
-    if ampere and dtype != torch.float32 and not kwargs.get("dropout"):
+    if audio is None and ampere and dtype != torch.float32 and not kwargs.get("dropout"):
         longest, scale = max_length_q, kwargs.get("scaling")
         return _attend_at_once(query, key, value, longest, cu_seq_lens_q, scale, dtype, window), None
     lengths = cu_seq_lens_q.diff().tolist()
-    masks = [_window_mask(length, window, query.device) if length > window else None for length in lengths]
+    outside = torch.zeros(1, 1, 1, query.shape[2], dtype=torch.long, device=query.device)
+    audios = (outside if audio is None else audio).split(lengths, 3)
+    masks = [None if audio is None and part.shape[3] <= window else _mask(part, window) for part in audios]
     parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), masks, strict=True)
     return torch.cat([sdpa_attention_forward(module, *part, **kwargs)[0] for part in parts], 1), None
 
 
-def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """bool [1, 1, length, length]: which tokens (last axis) each one attends to."""
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return causal.triu(1 - window)[None, None]
+def _mask(audio: Tensor, window: int) -> Tensor:
+    """bool [B, 1, S, S]: which tokens (last axis) each one attends to; audio: long [B, 1, 1, S], as above.
+
+    Within an audio the window does not count, as for the pictures of Gemma 3. Padding sees what is before it.
+    """
+    size = audio.shape[3]
+    causal = torch.ones(size, size, dtype=torch.bool, device=audio.device).tril()
+    other = audio.transpose(2, 3)
+    heard = (audio == other) & (audio > 0)
+    # on the left, padding is seen by nobody but itself, since every token must see one
+    real = (audio != PADDING) | torch.eye(size, dtype=torch.bool, device=audio.device)
+    return (causal.triu(1 - window) | heard) & real
 
 
 def _attend_at_once(

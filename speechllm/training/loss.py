@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from speechllm.data.packing import PackingError, can_pack, pack, pad
+from speechllm.data.packing import PackingError, can_pack, pack, pad, require_attention
 from speechllm.projector import model_inputs
 from speechllm.prompt import IGNORED, Example
 from speechllm.vocabulary import AudioVocabulary
@@ -42,6 +42,7 @@ class LabelledLoss(nn.Module):
         super().__init__()
         self.model = model
         self.vocabulary = vocabulary
+        require_attention(model, vocabulary)
         self.packing = packing and can_pack(model)
         kinds = {type(module).__name__ for module in model.modules()}
         self._no_split_modules = sorted(kinds & set(model._no_split_modules or ()))  # what Accelerate's FSDP cuts
@@ -52,7 +53,7 @@ class LabelledLoss(nn.Module):
         The cross entropy of speech is over codes only, with label smoothing: up to constants this is the sum of cross
         entropy and Kullback-Leibler divergence (Chen et al. 2023, arXiv 2311.04534).
         """
-        batch = (pack if self.packing else pad)(examples, self.model.device)
+        batch = (pack if self.packing else pad)(examples, self.model.device, self.vocabulary)
         text, speech, codes = self._learnt(batch.targets)
         inputs = model_inputs(self.model, self.vocabulary, batch.input_ids, batch.features)
         with labelled_logits(self.model, text, speech, codes):
@@ -64,10 +65,10 @@ class LabelledLoss(nn.Module):
 
     def alone(self, example: Example) -> Tensor:
         """The same of one example through the plain model, with logits at all positions."""
-        batch = pad([example], self.model.device)
+        batch = pad([example], self.model.device, self.vocabulary)
         text, speech, codes = self._learnt(batch.targets)
         inputs = model_inputs(self.model, self.vocabulary, batch.input_ids, batch.features)
-        logits = self.model(**inputs, use_cache=False).logits[0]
+        logits = self.model(**inputs, **batch.arguments, use_cache=False).logits[0]
         return summed_loss(
             logits[text], batch.targets[text], logits[speech][:, codes], batch.targets[speech] - codes.start
         )

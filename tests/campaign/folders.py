@@ -258,6 +258,7 @@ CASES = (
         writes=("new*", "mine/*"),
     ),
     Case("export onto its model", "speechllm export asr/model asr/model", refused("asr/model|" + OWNED), "asr"),
+    Case("merge onto its model", "speechllm merge asr/model asr/model", refused("asr/model|" + OWNED), "asr"),
     owned("export beside files of the user's", "speechllm export asr/model mine", "asr", "mine/config.json"),
     owned(
         "codebooks onto numbers of the user's",

@@ -449,7 +449,8 @@ def test_a_demo_with_a_published_tokenizer_trains_the_language_model_alone(
     work: Work, here: Callable, stages_here: list[list[str]], without_pictures: None, tmp_path: Path
 ) -> None:
     small = "{text_tokens: 300, text_steps: 1, hidden_size: 16, intermediate_size: 32, num_attention_heads: 2}"
-    (tmp_path / "asr.yaml").write_text(f"model: null\nsteps: 2\nbatch_tokens: 200\nwarmup: 1\nprecision: 'no'\nsmall: {small}\n")
+    steps = "steps: 2\nbatch_tokens: 200\nwarmup: 1"
+    (tmp_path / "asr.yaml").write_text(f"model: null\n{steps}\nprecision: 'no'\nsmall: {small}\n")
     words = f"output={tmp_path / 'demo'} data=corpus asr={tmp_path / 'asr.yaml'}"
     with pytest.raises(SystemExit, match="x/y is no folder of a model and cannot be fetched: .* with audio_tokenizer="):
         here("demo.py", f"{words} audio_tokenizer=recognizer:x/y")

@@ -246,15 +246,15 @@ def test_an_extended_model_is_trained_further_with_its_rows(work: Work, here: Ca
     first, second = load_speech_llm("first/model"), load_speech_llm("second/model")
     assert second.vocabulary == first.vocabulary and len(second.text_tokenizer) == len(first.text_tokenizer)
     assert_close(work.weights("second"), work.weights("first"), atol=1e-6)
-    here(f"{blind} model=first/model steps=1 train=lora lora.rank=2 output=third")  # an adapter on it
-    load_speech_llm("third/model")
+    here(f"{blind} model=first/model steps=1 train=lora lora.rank=2 prefix_attention=true output=third")
+    assert load_speech_llm("third/model").vocabulary.prefix_attention  # an adapter on it
     for number, (words, message) in enumerate(
         (
             (
                 "layers=1",
                 r"first/model reads \(layers, order, stack\) \(2, 'frame', 1\), but \(1, 'frame', 1\) was asked",
             ),
-            ("model=third/model", "third/model is an adapter: merge it with `speechllm exp"),
+            ("model=third/model", "third/model is an adapter: merge it with `speechllm mer"),
         )
     ):
         with pytest.raises(SystemExit, match=message):
@@ -449,6 +449,7 @@ def test_the_plan_is_printed_first(work: Work, here: Callable, capsys: pytest.Ca
         ),
         ("row_steps=13", "row_steps must be at most steps = 12, got 13"),
         ("model=null row_steps=1", "row_steps need a pretrained language model, but model is null"),
+        ("prefix_attention=true speech_loss=1", "speech_loss predicts codes that prefix_attention shows"),
     ],
 )
 def test_impossible_settings_are_reported_together(

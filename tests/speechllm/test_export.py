@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from jinja2 import TemplateError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaTokenizer
 
 from speechllm import (
     LabelledLoss,
@@ -25,6 +26,8 @@ from speechllm import (
     transcription_prompt,
 )
 from speechllm.decoding import answer_bound
+from speechllm.messages import ConversationWriter, Message
+from speechllm.prompt import conversation_example
 from tokenizer.locks import OutputError
 
 PLAIN = """
@@ -131,6 +134,7 @@ def test_the_folder_has_the_settings_that_engines_use(tmp_path: Path, make_train
     assert config["architectures"] == ["Qwen2ForCausalLM"]
     assert config["eos_token_id"] == end
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1_000_000.0
+    assert config["torch_dtype"] == config["dtype"] == "float32"
     weights = load_file(tmp_path / "served" / "model.safetensors")
     rows = len(weights["model.embed_tokens.weight"])
     assert rows == config["vocab_size"] == speech_llm.vocabulary.size
@@ -138,8 +142,105 @@ def test_the_folder_has_the_settings_that_engines_use(tmp_path: Path, make_train
     assert not any("lora" in name or "trainable" in name for name in weights)
     assert {path.name for path in (tmp_path / "served").iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "audio_vocabulary.json", "codec"),
-        *("tokenizer.json", "tokenizer_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
+
+
+SCALED = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 16}
+SCALED |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LINEAR, LOCAL = {"rope_type": "linear", "factor": 8.0}, {"rope_type": "default", "rope_theta": 3e3}
+POSITIONS = {  # of a family: its settings in transformers 5, and what transformers 4 reads
+    "Mistral": ({"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),
+    "Llama": (SCALED | {"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_scaling": SCALED}),
+    "Phi": (
+        {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.25},
+        {"rope_theta": 2e4, "partial_rotary_factor": 0.25},
+    ),
+    "Gemma3Text": (
+        {"full_attention": LINEAR | {"rope_theta": 1e6}, "sliding_attention": LOCAL},
+        {"rope_theta": 1e6, "rope_scaling": LINEAR, "rope_local_base_freq": 3e3},
+    ),
+}
+OLDER = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
+
+
+@pytest.fixture
+def untrained(small_codec: SpeechCodec) -> Callable[..., SpeechLLM]:
+    def make(model: object, text_tokenizer: object, **extension) -> SpeechLLM:
+        vocabulary = extend_vocabulary(model, text_tokenizer, small_codec, 2, **extension)
+        return SpeechLLM(model, text_tokenizer, vocabulary)
+
+    return make
+
+
+@pytest.mark.parametrize("family", POSITIONS)
+def test_both_majors_of_transformers_find_the_positions(
+    tmp_path: Path, family: str, make_language_model: Callable, text_tokenizer: object, untrained: Callable
+) -> None:
+    newer, older = POSITIONS[family]
+    config = make_language_model(family, text_tokenizer).config
+    config.rope_parameters = newer
+    model = AutoModelForCausalLM.from_config(config).eval()
+    export_model(untrained(model, text_tokenizer), tmp_path / "served")
+    config = json.loads((tmp_path / "served" / "config.json").read_text())
+    assert {key: config[key] for key in OLDER if key in config} == older
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "served")
+    assert loaded.config.rope_parameters == model.config.rope_parameters == newer
+    ids = torch.arange(40)[None]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def llama_2() -> object:
+    """Its <s> opens a text, and a first space is written before it."""
+    words = ["<unk>", "<s>", "</s>", "\u2581", *map(chr, range(33, 127))]
+    return LlamaTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], add_bos_token=True)
+
+
+def chat_of(text_tokenizer: object, content: object) -> list[int]:
+    messages = [{"role": "user", "content": content}]
+    return text_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "Llama-2", "template=chat"])
+def test_in_a_chat_the_prompt_is_that_of_training(
+    tmp_path: Path, kind: str, make_language_model: Callable, text_tokenizer: object, untrained: Callable
+) -> None:
+    chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    text_tokenizer.chat_template = chatml + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    text_tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]})
+    used = llama_2() if kind == "Llama-2" else text_tokenizer
+    template = "chat" if kind == "template=chat" else "plain"
+    speech_llm = untrained(make_language_model("Llama", used), used, template=template)
+    (codes,) = random_codes(5)
+    prompt = transcription_prompt(codes, speech_llm.vocabulary, used).input_ids.tolist()
+    before = used.chat_template
+    export_model(speech_llm, tmp_path / "served")
+    assert used.chat_template == before  # the caller's stays
+    served = AutoTokenizer.from_pretrained(tmp_path / "served")
+    text = as_text(codes, speech_llm)
+    assert chat_of(served, text) == prompt
+    assert served.all_special_ids == used.all_special_ids
+    settings = json.loads((tmp_path / "served" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # the other major lacks TokenizersBackend
+    assert "extra_special_tokens" not in settings  # a dictionary in the other major
+    if template == "chat":
+        return
+    assert served(text)["input_ids"] == prompt
+    start = text.index("<|audio_start|>")
+    assert chat_of(served, [{"type": "text", "text": part} for part in (text[:start], text[start:])]) == prompt
+    with pytest.raises(TemplateError, match="only text is understood"):
+        chat_of(served, [{"type": "input_audio", "input_audio": {}}])
+
+
+def test_answers_in_a_chat_end_as_in_training(tmp_path: Path, make_trained: MakeTrained) -> None:
+    speech_llm = make_trained(form=None)
+    export_model(speech_llm, tmp_path / "served")
+    served = AutoTokenizer.from_pretrained(tmp_path / "served")
+    turns = [Message("user", ("TURN",)), Message("assistant", ("ON",)), Message("user", ("CALL",))]
+    writer = ConversationWriter(speech_llm.vocabulary, speech_llm.text_tokenizer)
+    messages = [{"role": turn.role, "content": turn.parts[0]} for turn in turns]
+    found = served.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert found == conversation_example(turns, writer, answering=True).input_ids.tolist()
 
 
 def test_generation_settings_of_a_chat_model_are_replaced(tmp_path: Path, make_trained: MakeTrained) -> None:

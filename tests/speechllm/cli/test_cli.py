@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import speechllm
@@ -17,7 +18,10 @@ from speechllm import (
     SpeechCodec,
     codebook_usage,
     load_audio,
+    load_language_model,
+    merge,
     paired_bootstrap,
+    prepare_adapter,
     reconstruct,
     save_audio,
     transcribe,
@@ -421,6 +425,34 @@ def test_export_writes_the_model_into_a_new_folder(make_speech_llm: Callable, tm
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["suppress_tokens"]
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out")]) == 1
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_export_rounds_the_weights_when_asked(make_speech_llm: Callable, tmp_path: Path) -> None:
+    speech_llm = make_speech_llm()
+    speech_llm.save(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--precision", "bf16"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    expected = {name: weight.bfloat16() for name, weight in speech_llm.model.state_dict().items()}
+    assert all(weight.dtype == torch.bfloat16 and torch.equal(weight, expected[name]) for name, weight in found.items())
+
+
+def test_merge_makes_of_an_adapter_a_model_to_train_further(
+    make_speech_llm: Callable, tmp_path: Path, capsys: Capture
+) -> None:
+    speech_llm = make_speech_llm()
+    speech_llm.model.save_pretrained(tmp_path / "base")
+    speech_llm.model.name_or_path = str(tmp_path / "base")
+    speech_llm.model = prepare_adapter(speech_llm.model, speech_llm.vocabulary, rank=2, alpha=4)
+    speech_llm.save(tmp_path / "adapter")
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out")
+    further = load_language_model(tmp_path / "out", speech_llm.codec)
+    assert further.vocabulary == speech_llm.vocabulary
+    ids = torch.arange(20)[None]
+    assert torch.equal(further.model(ids).logits, merge(speech_llm).model(ids).logits)
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")]) == 1
     assert "already exists" in capsys.readouterr().err
 
 

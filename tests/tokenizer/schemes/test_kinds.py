@@ -25,6 +25,7 @@ from speechllm import (
     export_model,
     extend_vocabulary,
     load_codes,
+    load_language_model,
     load_speech_llm,
     merge,
     prepare_adapter,
@@ -39,6 +40,7 @@ from speechllm.decoding import recognize
 from speechllm.messages import ConversationWriter
 from speechllm.prompt import conversation_example, sentence
 from speechllm.training.optimization import keep_row_gradients, make_optimizer
+from tokenizer.errors import InputError
 
 RATE, HOP, WIDTH, STACK = 16_000, 320, 4, 3
 
@@ -83,12 +85,12 @@ def _known(monkeypatch: pytest.MonkeyPatch) -> None:
 def make(make_qwen2: Callable, make_text_tokenizer: Callable, tmp_path: Path) -> Callable[..., SpeechLLM]:
     """A tiny SpeechLLM of one of the two, whose language model was loaded from a folder."""
 
-    def build(codec: nn.Module, stack: int = STACK, tied: bool = True) -> SpeechLLM:
+    def build(codec: nn.Module, stack: int = STACK, tied: bool = True, **extension: bool) -> SpeechLLM:
         text_tokenizer = make_text_tokenizer()
         make_qwen2(text_tokenizer, tied).save_pretrained(tmp_path / f"base_{tied}")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / f"base_{tied}").eval()
         torch.manual_seed(0)
-        vocabulary = extend_vocabulary(model, text_tokenizer, codec, stack=stack)
+        vocabulary = extend_vocabulary(model, text_tokenizer, codec, stack=stack, **extension)
         if vocabulary.encoding.kind == "features":
             nn.init.normal_(model.speech_projector.outer.weight)  # confident scores
         return SpeechLLM(model, text_tokenizer, vocabulary, codec)
@@ -169,11 +171,11 @@ def test_sentences_without_audio_leave_no_parameter_without_a_gradient(make: Cal
     torch.testing.assert_close(loss, LabelledLoss(speech_llm.model, as_large)(text))
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("settings", [{"tied": True}, {"tied": False}, {"prefix_attention": True}], ids=str)
 def test_features_saved_and_loaded_answer_the_same(
-    make: Callable[..., SpeechLLM], features: list[Tensor], tmp_path: Path, tied: bool
+    make: Callable[..., SpeechLLM], features: list[Tensor], tmp_path: Path, settings: dict[str, bool]
 ) -> None:
-    speech_llm = make(Loudness(), tied=tied)
+    speech_llm = make(Loudness(), **settings)
     expected = recognize(features, speech_llm)
     assert len({found.text for found in expected}) > 1
     assert [recognize([one], speech_llm)[0] for one in features] == expected  # alone as in a batch
@@ -181,7 +183,9 @@ def test_features_saved_and_loaded_answer_the_same(
     loaded = load_speech_llm(tmp_path / "saved")
     assert loaded.vocabulary == speech_llm.vocabulary
     assert recognize(features, loaded) == expected
-    assert recognize(features, loaded, beams=2) == recognize(features, speech_llm, beams=2)
+    by_beams = recognize(features, loaded, beams=2)
+    assert by_beams == recognize(features, speech_llm, beams=2)
+    assert [recognize([one], speech_llm, beams=2)[0] for one in features] == by_beams
 
 
 @pytest.mark.parametrize("form", ["lora", "rows"])
@@ -208,6 +212,9 @@ def test_an_adapter_trains_and_keeps_the_projector(
     assert recognize(features, loaded) == expected
     merged = merge(loaded)
     assert recognize(features, merged) == expected
+    merged.save(tmp_path / "merged")  # as `speechllm merge` does
+    further = load_language_model(tmp_path / "merged", Loudness(), stack=speech_llm.vocabulary.stack)
+    assert recognize(features, further) == expected
     if form == "rows":
         assert torch.equal(merged.model.model.layers[0].mlp.gate_proj.weight, frozen)
 
@@ -273,6 +280,6 @@ def test_only_codes_have_layers() -> None:
 
 
 def test_a_model_of_features_cannot_be_exported(make: Callable[..., SpeechLLM], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="through a projector"):
+    with pytest.raises(InputError, match="through a projector"):
         export_model(make(Loudness()), tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
