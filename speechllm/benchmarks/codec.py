@@ -38,7 +38,7 @@ BANDWIDTH = 4.0  # kbit/s: 8 codebooks of 1024 at 50 frames/s
 MIXED_S = [2.9, 3.5, 4.3, 5.4, 6.5, 7.9, 9.5, 15.0]  # of recordings in a batch, about the eighths of LibriSpeech
 CASES_S: dict[str, dict[str, list[float]]] = {
     "EncodecModel": {f"{s:g} s": [s] for s in (2.0, 5.0, 10.0, 20.0, 30.0)} | {"8 mixed": MIXED_S},
-    "SpeechTokenizer": {"5 s": [5.0], "4 mixed": MIXED_S[::2]},
+    "SpeechTokenizer": {"5 s": [5.0], "3 mixed": MIXED_S[::3]},
 }
 ENCODEC: dict[Size, dict[str, Any]] = {
     "small": {"num_filters": 4, "hidden_size": 16},

@@ -44,15 +44,16 @@ WIDTH = 768  # numbers in a feature: an hour takes 276 MB of disk
 STEPS = 20
 ONE_BY_ONE = """
 import sys, numpy, soundfile, torch
+from pathlib import Path
 from transformers import EncodecModel
 folder, output, paths = sys.argv[1:]
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = EncodecModel.from_pretrained(folder).eval().to(device)
-for number, path in enumerate(open(paths).read().splitlines()):
+for number, path in enumerate(Path(paths).read_text().splitlines()):
     waveform, _ = soundfile.read(path, dtype="float32")
     with torch.no_grad():
         inputs = torch.from_numpy(waveform)[None, None].to(device)
-        codes = model.encode(inputs, bandwidth=0.5).audio_codes[0, 0]
+        codes = model.encode(inputs, bandwidth=0.5).audio_codes[0, 0, 0]
     numpy.save(f"{output}/{number}.npy", codes.cpu().numpy().astype("uint16"))
 """
 

@@ -69,7 +69,7 @@ def compare(
             if repeat >= 0:
                 found.seconds[name].append(seconds)
                 if before is not None:
-                    found.memory_gb.setdefault(name, []).append(peak_gb(device) - before)
+                    found.memory_gb.setdefault(name, []).append(max(0.0, peak_gb(device) - before))
         expected = items(results.pop(names[0]))
         for name, result in results.items():
             _judge(found, name, items(result), expected)
