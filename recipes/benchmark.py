@@ -105,7 +105,7 @@ def measure(config: SpeedConfig, folder: Path, device: torch.device) -> Measured
             return decoding(size, precision, repeats, device)
         case "encoding":
             assert config.data is not None
-            return encoding(config.data, size, config.utterances, repeats)
+            return encoding(config.data, size, config.utterances, repeats, device)
         case "startup":
             batch_tokens = config.batch_tokens
             return startup(folder, config.utterances, config.kind, config.model, batch_tokens, config.seed)

@@ -18,32 +18,27 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import EncodecConfig, EncodecModel
 
-from speechllm.benchmarks.timing import Comparison, Measured, compare, measured
+from speechllm.benchmarks.timing import Comparison, Measured, Size, Way, compare, measured
 from tokenizer.codec.config import SpeechCodecConfig
 from tokenizer.codec.converters import convert_encodec, convert_speechtokenizer
 from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.interface import Codes
-from tokenizer.training.discriminators import (
-    Adversary,
-    adversarial_loss,
-    discriminator_loss,
-    make_discriminators,
-)
+from tokenizer.training.discriminators import Adversary, adversarial_loss, discriminator_loss, make_discriminators
 from tokenizer.training.losses import MultiScaleMelLoss, ReconstructionLoss
 from tokenizer.training.step import CodecLoss
 
-Size = Literal["small", "full"]
 Batch = dict[str, Tensor]
+Items = Callable[[Tensor], list[Any]]
 BANDWIDTH = 4.0  # kbit/s: 8 codebooks of 1024 at 50 frames/s
 MIXED_S = [2.9, 3.5, 4.3, 5.4, 6.5, 7.9, 9.5, 15.0]  # of recordings in a batch, about the eighths of LibriSpeech
 CASES_S: dict[str, dict[str, list[float]]] = {
     "EncodecModel": {f"{s:g} s": [s] for s in (2.0, 5.0, 10.0, 20.0, 30.0)} | {"8 mixed": MIXED_S},
     "SpeechTokenizer": {"5 s": [5.0], "3 mixed": MIXED_S[::3]},
 }
-ENCODEC: dict[Size, dict[str, Any]] = {
+ENCODEC: dict[Size, dict[str, Any]] = {  # full: encodec_24khz, here at 16 kHz
     "small": {"num_filters": 4, "hidden_size": 16},
     "full": {},
-}  # full: encodec_24khz, at 16 kHz
+}
 SPEECHTOKENIZER: dict[Size, dict[str, Any]] = {
     "small": {"n_filters": 4, "dimension": 16, "semantic_dimension": 16},
     "full": {"n_filters": 64, "dimension": 1024, "semantic_dimension": 768},
@@ -92,7 +87,7 @@ def coding(row: Literal["encode", "decode"], size: Size, repeats: int, device: t
     return measured({"encode": "Encoding", "decode": "Decoding to speech"}[row], found, note)
 
 
-def encoding_ways(peer: Peer, waveforms: Sequence[Tensor], device: torch.device) -> tuple[dict, Callable]:
+def encoding_ways(peer: Peer, waveforms: Sequence[Tensor], device: torch.device) -> tuple[dict[str, Way], Items]:
     """Both ways to encode these waveforms, and the frames of what they return."""
     lengths = torch.tensor([*map(len, waveforms)])
     padded = pad_sequence(list(waveforms), batch_first=True).to(device)
@@ -110,7 +105,7 @@ def encoding_ways(peer: Peer, waveforms: Sequence[Tensor], device: torch.device)
     return ways, items
 
 
-def decoding_ways(peer: Peer, ids: Sequence[Tensor], device: torch.device) -> tuple[dict, Callable]:
+def decoding_ways(peer: Peer, ids: Sequence[Tensor], device: torch.device) -> tuple[dict[str, Way], Items]:
     """Both ways to decode these codes long [Q, T], and the recordings in what they return."""
     lengths = torch.tensor([part.shape[1] for part in ids])
     padded = pad_sequence([part.T for part in ids], batch_first=True).transpose(1, 2).contiguous().to(device)
@@ -206,7 +201,7 @@ def codec_step(size: Size, repeats: int, device: torch.device) -> Measured:
     batch = {"waveform": 0.1 * torch.randn(count, samples, device=device)}
     batch["length"] = torch.full((count,), samples, device=device)
 
-    def way(losses_of: Callable[[CodecLoss, Batch], dict[str, Tensor]]) -> Callable[[int], list[Tensor]]:
+    def way(losses_of: Callable[[CodecLoss, Batch], dict[str, Tensor]]) -> Way:
         own = copy.deepcopy(loss_of)
         optimizer = torch.optim.AdamW(own.codec.parameters(), 0.0, fused=True)
 

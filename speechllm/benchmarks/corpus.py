@@ -16,8 +16,8 @@ import pyarrow as pa
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from speechllm.benchmarks.codec import Size, random_encodec
-from speechllm.benchmarks.timing import Measured, compare, measured
+from speechllm.benchmarks.codec import random_encodec
+from speechllm.benchmarks.timing import Measured, Size, compare, measured
 from speechllm.data.conversations import Conversations, step_examples, transcription_rows
 from speechllm.data.encoded import load_codes, transcribed
 from speechllm.data.shards import SCHEMA, SHARD_SIZE, SPEECH, write_table
@@ -29,11 +29,12 @@ from speechllm.runs.rehearsal import peak_memory_gb
 from speechllm.runs.signals import child_environment
 from speechllm.small_model import small_text_tokenizer
 from speechllm.vocabulary import AudioVocabulary
+from tokenizer.audio import save_audio
 from tokenizer.codec.converters import convert_encodec
-from tokenizer.corpus import read_corpus, spread
+from tokenizer.corpus import load_usable, read_corpus, spread
 from tokenizer.files import write_jsonl
 from tokenizer.pretrained import check_folder, load_part
-from tokenizer.utterances import Corpora
+from tokenizer.utterances import Corpora, Utterance
 
 Kind = Literal["codes", "features"]
 CPU = torch.device("cpu")
@@ -43,81 +44,84 @@ SHARD_VALUES = 20_000_000  # codes or numbers of a shard, so that making speech 
 WIDTH = 768  # numbers in a feature: an hour takes 276 MB of disk
 STEPS = 20
 ONE_BY_ONE = """
-import sys, numpy, soundfile, torch
-from pathlib import Path
+import json, sys, numpy, soundfile, torch
 from transformers import EncodecModel
-folder, output, paths = sys.argv[1:]
+folder, corpus, output = sys.argv[1:]
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = EncodecModel.from_pretrained(folder).eval().to(device)
-for number, path in enumerate(Path(paths).read_text().splitlines()):
-    waveform, _ = soundfile.read(path, dtype="float32")
+with open(f"{corpus}/manifest.jsonl") as manifest:
+    rows = [json.loads(line) for line in manifest]
+for row in rows:
+    waveform, _ = soundfile.read(f"{corpus}/{row['path']}", dtype="float32")
     with torch.no_grad():
         inputs = torch.from_numpy(waveform)[None, None].to(device)
         codes = model.encode(inputs, bandwidth=0.5).audio_codes[0, 0, 0]
-    numpy.save(f"{output}/{number}.npy", codes.cpu().numpy().astype("uint16"))
+    numpy.save(f"{output}/{row['id']}.npy", codes.cpu().numpy().astype("uint16"))
 """
 
 
-def encoding(data: Corpora, size: Size, utterances: int, repeats: int) -> Measured:
+def encoding(data: Corpora, size: Size, utterances: int, repeats: int, device: torch.device) -> Measured:
     """encode_speech in one and in two processes against a plain program that encodes one recording after the other.
 
-    The program is what one writes with transformers' EncodecModel, whose weights our codec has; all start anew. At most
-    so many of the recordings are taken, evenly chosen; a process encodes shards of 500.
+    The program is what one writes with transformers' EncodecModel, whose weights our codec has; all start anew. They
+    read copies at 16 kHz, in FLAC, of at most so many usable recordings, evenly chosen. A process encodes shards of
+    500.
     """
-    chosen = spread(read_corpus(data), utterances)
-    names = [f"{number:06d}" for number in range(len(chosen))]
-    paths = [str(Path(one.path).resolve()) for one in chosen]
     waited: dict[str, list[float]] = {}
     with TemporaryDirectory() as place:
         folder = Path(place)
         random_encodec(folder / "encodec", size)
         convert_encodec(folder / "encodec").save_pretrained(folder / "codec")
-        (folder / "paths").write_text("\n".join(paths), encoding="utf-8")
-        manifest = [
-            {"id": name, "path": path, "duration_s": one.duration_s}
-            for name, path, one in zip(names, paths, chosen, strict=True)
-        ]
-        (folder / "corpus").mkdir()
-        write_jsonl(folder / "corpus" / "manifest.jsonl", manifest)
+        rows = copy_corpus(spread(read_corpus(data), utterances), folder / "corpus")
 
-        def start(name: str, words: Sequence[str], output: Path) -> Path:
+        def start(name: str, output: str, words: Sequence[str | Path]) -> Path:
             started = time.perf_counter()
             environment = recipe_environment() | child_environment()
-            subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL, env=environment)
+            subprocess.run([sys.executable, *map(str, words)], check=True, stdout=subprocess.DEVNULL, env=environment)
             waited.setdefault(name, []).append(time.perf_counter() - started)
-            return output
+            return folder / output
 
-        def ours(processes: int) -> Path:
-            output = folder / f"codes_{len(waited)}_{sum(map(len, waited.values()))}"
-            words = [f"codec={folder / 'codec'}", f"data={folder / 'corpus'}", f"output={output}"]
-            command = recipe_command(find_recipe("encode_speech"), words, processes)
-            return start(f"{processes} process{'es' * (processes > 1)}", command, output)
+        def ours(processes: int, repeat: int) -> Path:
+            name = f"{processes} process" + "es" * (processes > 1)
+            output = f"{name} {repeat}"
+            words = [f"codec={folder / 'codec'}", f"data={folder / 'corpus'}", f"output={folder / output}"]
+            return start(name, output, recipe_command(find_recipe("encode_speech"), words, processes))
 
-        def plain_program() -> Path:
-            output = folder / "plain"
-            output.mkdir(exist_ok=True)
-            words = ["-c", ONE_BY_ONE, str(folder / "encodec"), str(output), str(folder / "paths")]
-            return start("one by one", words, output)
+        def plain_program(repeat: int) -> Path:
+            output = f"plain {repeat}"
+            (folder / output).mkdir()
+            words = ["-c", ONE_BY_ONE, folder / "encodec", folder / "corpus", folder / output]
+            return start("one by one", output, words)
 
-        def items(output: Path) -> list[list[int]]:
+        def items(output: Path) -> list[int]:
             """The frames of all recordings."""
-            if output.name == "plain":
-                return [frame for name in range(len(names)) for frame in np.load(output / f"{name}.npy").tolist()]
-            rows = {row["id"]: row for row in load_codes(output)[0]}
-            return [frame for name in names for frame in rows[name]["codes"]]
+            if output.name.startswith("plain"):
+                return [frame for row in rows for frame in np.load(output / f"{row['id']}.npy").tolist()]
+            encoded = {row["id"]: row["codes"] for row in load_codes(output)[0]}
+            return [frame for row in rows for frame in encoded[row["id"]]]
 
         ways = {
-            "1 process": lambda _: ours(1),
-            "2 processes": lambda _: ours(2),
-            "one by one": lambda _: plain_program(),
+            "1 process": lambda repeat: ours(1, repeat),
+            "2 processes": lambda repeat: ours(2, repeat),
+            "one by one": plain_program,
         }
-        found = compare(ways, repeats, CPU, items, warm_ups=0)
-    hours = sum(one.duration_s for one in chosen) / 3600
-    case = f"{len(chosen):,} recordings"
-    rows = [[name, f"{min(seconds):.1f}"] for name, seconds in waited.items()]
-    result = measured("Encoding a corpus", {case: found}, hours=hours, waited_s=waited)
-    waiting = Table("By the clock", ["way", "seconds"], rows, "The clock counts what else the machine does.")
+        found = compare(ways, repeats, device, items, warm_ups=0)
+    hours = sum(row["duration_s"] for row in rows) / 3600
+    result = measured("Encoding a corpus", {f"{len(rows):,} recordings": found}, hours=hours, waited_s=waited)
+    cells = [[name, f"{min(seconds):.1f}"] for name, seconds in waited.items()]
+    waiting = Table("By the clock", ["way", "seconds"], cells, "The clock counts what else the machine does.")
     return Measured(result.results, [*result.tables, waiting])
+
+
+def copy_corpus(utterances: Sequence[Utterance], folder: Path) -> list[dict[str, Any]]:
+    """Copies of the usable recordings that every program can read; returns the rows of the manifest."""
+    folder.mkdir()
+    rows: list[dict[str, Any]] = []
+    for number, (_, waveform) in enumerate(load_usable(utterances)):
+        save_audio(folder / f"{number}.flac", waveform)
+        rows.append({"id": f"{number}", "path": f"{number}.flac", "duration_s": len(waveform) / 16_000})
+    write_jsonl(folder / "manifest.jsonl", rows)
+    return rows
 
 
 def startup(

@@ -1,12 +1,12 @@
 """Greedy answers of a language model: read packed, rows leaving as they end, against `generate` of transformers."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from speechllm.benchmarks.language_model import SHAPES
-from speechllm.benchmarks.timing import Comparison, Measured, compare, measured
+from speechllm.benchmarks.timing import Comparison, Measured, Precision, Size, compare, measured
 from speechllm.extension import extend_vocabulary
 from speechllm.greedy import greedy_answers, reads_packed
 from speechllm.prompt import Example, collate_prompts, transcription_prompt
@@ -24,9 +24,7 @@ PADDED = 16  # prompts in a padded batch
 
 
 @torch.no_grad()
-def decoding(
-    size: Literal["small", "full"], precision: Literal["no", "bf16"], repeats: int, device: torch.device
-) -> Measured:
+def decoding(size: Size, precision: Precision, repeats: int, device: torch.device) -> Measured:
     """Answers to speech prompts, by a model with random weights; they have the lengths of English."""
     text_tokenizer = small_text_tokenizer(["turn on the red lamp"], 400)
     shape: dict[str, Any] = {**SHAPES[size], "initializer_range": 0.05}

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speechllm.adapters import load_causal, prepare_adapter
-from speechllm.benchmarks.timing import Measured, Way, compare, measured
+from speechllm.benchmarks.timing import Measured, Precision, Size, Way, compare, measured
 from speechllm.data.batches import token_batches
 from speechllm.data.encoded import codes_of, load_codes, transcribed
 from speechllm.data.packing import micro_batches, pack
@@ -34,7 +34,6 @@ SHAPES = {"small": QWEN2_SHAPES["small"], "full": QWEN2_SHAPES["1.5b"]}
 LABELLED = 15  # tokens for each one with a label, as in transcription
 LENGTH = 640  # tokens of an utterance of 12 s with its text
 
-Precision = Literal["no", "bf16"]
 Parts = list[list[Example]]
 
 
@@ -51,7 +50,7 @@ class Steps:
 def lm_step(
     codes: str,
     model_name: str | None,
-    size: Literal["small", "full"],
+    size: Size,
     precision: Precision,
     steps: Steps,
     repeats: int,
@@ -194,9 +193,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     }
 
 
-def loss(
-    size: Literal["small", "full"], precision: Precision, tokens: int, repeats: int, device: torch.device
-) -> Measured:
+def loss(size: Size, precision: Precision, tokens: int, repeats: int, device: torch.device) -> Measured:
     """The head and its loss, forward and backward, with logits at labels only and with all of them.
 
     The language model has no layers in between: only embeddings, head and loss are left of it. About `tokens` tokens in

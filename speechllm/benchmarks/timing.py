@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from speechllm.evaluation.tables import DASH, Table, plain
 
+Size = Literal["small", "full"]  # of models with random weights: quick to try, or as published
+Precision = Literal["no", "bf16"]  # of language models
 Way = Callable[[int], Any]  # the work, given the number of the repeat
 RESET = Path("/proc/self/clear_refs")  # Linux: 5 makes the memory that is held now the peak so far
 
