@@ -74,7 +74,7 @@ def encoding(data: Corpora, size: Size, utterances: int, repeats: int, device: t
         convert_encodec(folder / "encodec").save_pretrained(folder / "codec")
         rows = copy_corpus(spread(read_corpus(data), utterances), folder / "corpus")
 
-        def start(name: str, output: str, words: Sequence[str | Path]) -> Path:
+        def start(name: str, output: str, words: Sequence[Any]) -> Path:
             started = time.perf_counter()
             environment = recipe_environment() | child_environment()
             subprocess.run([sys.executable, *map(str, words)], check=True, stdout=subprocess.DEVNULL, env=environment)
