@@ -17,15 +17,14 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from speechllm.benchmarks.codec import random_encodec
-from speechllm.benchmarks.timing import Measured, Size, compare, measured
+from speechllm.benchmarks.timing import Measured, Size, compare, measured, peak_gb, reset_peak
 from speechllm.data.conversations import Conversations, step_examples, transcription_rows
 from speechllm.data.encoded import load_codes, transcribed
 from speechllm.data.shards import SCHEMA, SHARD_SIZE, SPEECH, write_table
 from speechllm.encoding import Encoding
-from speechllm.evaluation.tables import Table
+from speechllm.evaluation.tables import Table, plain
 from speechllm.messages import ConversationWriter
 from speechllm.runs.launch import find_recipe, recipe_command, recipe_environment
-from speechllm.runs.rehearsal import peak_memory_gb
 from speechllm.runs.signals import child_environment
 from speechllm.small_model import small_text_tokenizer
 from speechllm.vocabulary import AudioVocabulary
@@ -131,7 +130,8 @@ def startup(
 
     Makes encoded speech with LibriSpeech's lengths and random content in a temporary folder within `folder`, and does
     with it what train_asr does: reads it, normalises texts, plans batches, and makes the examples of 20 steps. Found
-    are processor seconds until the first step and for each further one, and the growth of the process's peak memory.
+    are processor seconds until the first step and for each further one, and the process's peak memory above what it
+    held before.
     model_name: whose text tokenizer counts; None: a small new one.
     """
     random = np.random.default_rng(seed)
@@ -148,8 +148,8 @@ def startup(
         found = start_training(codes, text_tokenizer, batch_tokens)
     head = ["utterances", "hours", "on disk (GB)", "CPU until the first step (s)", "CPU per further step (ms)"]
     cells = [f"{utterances:,}", f"{hours:.0f}", f"{size_gb:.2f}", f"{found['startup_cpu_s']:.1f}"]
-    cells += [f"{1000 * found['step_cpu_s']:.0f}", f"{found['peak_memory_gb']:.2f}"]
-    shown = Table("Start-up", [*head, "peak memory above imports (GB)"], [cells])
+    cells += [f"{1000 * found['step_cpu_s']:.0f}", plain(found["peak_memory_gb"], ".2f")]
+    shown = Table("Start-up", [*head, "peak memory above that before (GB)"], [cells])
     return Measured({"utterances": utterances, "hours": hours, "disk_gb": size_gb, **found}, [shown])
 
 
@@ -191,16 +191,15 @@ def excerpt(whole: Any, size: int, random: np.random.Generator) -> Any:
     return whole[start : start + size]
 
 
-def start_training(folder: Path, text_tokenizer: PreTrainedTokenizerBase, batch_tokens: int) -> dict[str, float]:
+def start_training(folder: Path, text_tokenizer: PreTrainedTokenizerBase, batch_tokens: int) -> dict[str, Any]:
     """Processor seconds and memory of what train_asr does with encoded speech before and in its steps."""
-    before, started = peak_memory_gb(CPU), time.process_time()
+    before, started = reset_peak(CPU), time.process_time()
     speech, encoding = load_codes(folder)
     speech = transcribed(speech, normalizer="librispeech")
     first = len(text_tokenizer)
     last = first + encoding.layers * encoding.codebook_size
-    vocabulary = AudioVocabulary(
-        encoding, first, last, last + 1, last + 2, stack=2 if encoding.kind == "features" else 1
-    )
+    stack = 2 if encoding.kind == "features" else 1
+    vocabulary = AudioVocabulary(encoding, first, last, last + 1, last + 2, stack=stack)
     conversations = Conversations(transcription_rows(speech), speech, ConversationWriter(vocabulary, text_tokenizer))
     conversations.sizes(spread(range(len(conversations)), 2000))  # from which the plan is computed
     steps = step_examples(conversations, batch_tokens, batch_tokens, 0)
@@ -209,4 +208,5 @@ def start_training(folder: Path, text_tokenizer: PreTrainedTokenizerBase, batch_
     for _ in range(STEPS):
         next(steps)
     step_s = (time.process_time() - started - startup_s) / STEPS
-    return {"startup_cpu_s": startup_s, "step_cpu_s": step_s, "peak_memory_gb": peak_memory_gb(CPU) - before}
+    grown_gb = None if before is None else max(0.0, peak_gb(CPU) - before)
+    return {"startup_cpu_s": startup_s, "step_cpu_s": step_s, "peak_memory_gb": grown_gb}
