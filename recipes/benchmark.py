@@ -25,14 +25,13 @@ from typing import Literal
 from speechllm.runs.config import parse_config
 from tokenizer.settings import Corpus, Count, Positive, Seed, Settings
 
+Row = Literal["encode", "decode", "codec_step", "lm_step", "loss", "decoding", "encoding", "startup", "import"]
 NEEDS = {"lm_step": "codes", "encoding": "data"}
 
 
 @dataclass
 class SpeedConfig(Settings):
-    row: Literal[
-        "encode", "decode", "codec_step", "lm_step", "loss", "decoding", "encoding", "startup", "import"
-    ]  # what is measured, see above
+    row: Row  # what is measured, see above
     output: str  # folder for results.json and report.html
     size: Literal["small", "full"] = "small"  # full: EnCodec's, SpeechTokenizer's, Qwen2-1.5B's
     precision: Literal["no", "bf16"] = "no"  # of language models

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import checkpoints
 import folders
+import models
 import paths
 import recordings
 import scores
@@ -36,7 +37,6 @@ from kills import JOBS, quotas, run_job
 from parts import make_parts
 from start import ROOT, Lane
 
-import models
 from tokenizer.files import read_json, write_json, write_text
 
 SECTIONS: dict[str, tuple[Case, ...]] = {
