@@ -1,38 +1,56 @@
-"""Speed against the usual way, side by side in one process, with equal results.
+"""Speed against the usual way, side by side in one run, with equal results: one command per row.
 
-    python recipes/benchmark.py output=RESULTS
+    python recipes/benchmark.py row=decode output=RESULTS size=full
 
-decoding: greedy answers to speech prompts, read without padding in rows that leave when their answer ends, as
-`recognize` writes them, against `generate` of transformers one by one and in padded batches. The language model has
-random weights; the answers have the lengths of English. On a CPU the time is the processor's, which other programs on
-the machine disturb less than the clock. Prints a Markdown table and writes RESULTS/results.json and report.html; each
-ratio is the median over the repeats, in which the ways follow each other.
+encode, decode: our codec against transformers' EncodecModel and the package speechtokenizer, with the same weights.
+codec_step: a training step with discriminators, against the order of operations in SpeechTokenizer's trainer.
+lm_step: training steps on encoded speech, `codes`: packed, against padded and flattened batches with all logits.
+loss: the head with its loss, with logits at labels only, against all logits.
+decoding: greedy answers to speech prompts, read packed, against `generate` of transformers one by one and padded.
+encoding: encode_speech on recordings, `data`, against a plain program that encodes one after the other.
+startup: what the data of train_asr costs each process; there is no other way to compare it with.
+import: starting Python for our package and its commands, against `import torch, transformers`.
+
+Weights are random, in the shapes that `size` says. On a CPU the time is the processor's, which other programs on the
+machine disturb less than the clock. Each ratio is the median over the repeats, in which the ways follow each other.
+Prints Markdown tables and writes RESULTS/results.json and report.html.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import median
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 from speechllm.runs.config import parse_config
-from tokenizer.settings import Count, Seed, Settings
+from tokenizer.settings import Corpus, Count, Positive, Seed, Settings
 
-WORDS_PER_SECOND = 3.6  # text tokens of English speech, with the vocabulary of Qwen2
-LENGTHS_S = {  # of the recordings in each set
-    "12 mixed": [1.5, 2, 3, 3.5, 4, 5, 6, 8, 10, 13, 16, 24],
-    "16 of similar length": [7 + i / 5 for i in range(16)],
-}
-PADDED = 16  # prompts in a padded batch
+Row = Literal["encode", "decode", "codec_step", "lm_step", "loss", "decoding", "encoding", "startup", "import"]
+NEEDS = {"lm_step": "codes", "encoding": "data"}
 
 
 @dataclass
 class SpeedConfig(Settings):
+    row: Row  # what is measured, see above
     output: str  # folder for results.json and report.html
-    shape: Literal["1.5b", "small"] = "small"  # of a Qwen2 with random weights
-    precision: Literal["no", "bf16"] = "no"
-    repeats: Count = 3  # after one for warm-up
+    size: Literal["small", "full"] = "small"  # full: EnCodec's, SpeechTokenizer's, Qwen2-1.5B's
+    precision: Literal["no", "bf16"] = "no"  # of language models
+    repeats: Count = 3  # of each way
+    data: Corpus | None = None  # recordings of encoding: a corpus folder, or several as [A, B]
+    codes: str | None = None  # folder of encode_speech, for lm_step
+    model: str | None = None  # language model of lm_step, whose text tokenizer startup takes; null: random or small
+    train: Literal["full", "lora"] = "full"  # of lm_step
+    utterances: Count = 10_000  # that startup makes (train-other-500 has 148,688), or encoding takes at most
+    kind: Literal["codes", "features"] = "codes"  # of encoded speech that startup makes
+    batch_tokens: Count = 24_576  # per step of lm_step and startup
+    micro_batch_tokens: Count = 8192  # computed at once by lm_step, in padded batches including padding, and by loss
+    peak_tflops: Positive | None = None  # the GPU's specification, such as 989 of an H200 in bfloat16, for lm_step
     seed: Seed = 0
+
+    def contradictions(self) -> Iterable[str]:
+        key = NEEDS.get(self.row)
+        if key and getattr(self, key) is None:
+            yield f"row={self.row} needs {key}="
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -40,105 +58,58 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 
 import torch
 
-from speechllm import Example, SpeechCodec, SpeechCodecConfig, extend_vocabulary
-from speechllm.evaluation.tables import Table, plain
-from speechllm.greedy import greedy_answers, reads_packed
-from speechllm.prompt import collate_prompts, transcription_prompt
+from speechllm.benchmarks.codec import codec_step, coding
+from speechllm.benchmarks.corpus import encoding, startup
+from speechllm.benchmarks.decoding import decoding
+from speechllm.benchmarks.imports import imports
+from speechllm.benchmarks.language_model import Steps, lm_step, loss
+from speechllm.benchmarks.timing import Measured
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import claim_output, run_recipe
-from speechllm.small_model import QWEN2_SHAPES, small_qwen2, small_text_tokenizer
 from tokenizer.files import write_json
-
-Answers = list[list[int]]
 
 
 def main(config: SpeedConfig) -> None:
     started = time.perf_counter()
     folder = claim_output(config.output, config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    measured = decoding(config, device)
+    torch.manual_seed(config.seed)
+    found = measure(config, folder, device)
     results = {
+        "row": config.row,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
-        "decoding": measured,
-        **provenance(config, time.perf_counter() - started),
+        **found.results,
+        **provenance(config, time.perf_counter() - started, "speechtokenizer"),
     }
     write_json(folder / "results.json", results)
-    write_results_report(folder / "report.html", "Speed", results, [table(measured)])
-    print(table(measured).markdown())
+    write_results_report(folder / "report.html", f"Speed: {config.row}", results, found.tables)
+    print(*(table.markdown() for table in found.tables), sep="\n")
 
 
-@torch.no_grad()
-def decoding(config: SpeedConfig, device: torch.device) -> dict[str, dict[str, Any]]:
-    """Seconds of each way on each set of recordings, and whether all write the same."""
-    torch.manual_seed(config.seed)
-    text_tokenizer = small_text_tokenizer(["turn on the red lamp"], 400)
-    model = small_qwen2(text_tokenizer, **QWEN2_SHAPES[config.shape], initializer_range=0.05).eval()
-    codec = SpeechCodec(SpeechCodecConfig(n_filters=4, dimension=8, num_codebooks=1))
-    vocabulary = extend_vocabulary(model, text_tokenizer, codec, init="random")
-    model.to(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    assert reads_packed(model)
-    nothing = torch.zeros(vocabulary.size, dtype=torch.bool, device=device)  # is forbidden, as in plain generate
-    end_id = text_tokenizer.eos_token_id
-
-    def generate(prompts: Sequence[Example], bounds: Sequence[int], at_once: int) -> Answers:
-        answers: Answers = []
-        for first in range(0, len(prompts), at_once):
-            part, limits = prompts[first : first + at_once], bounds[first : first + at_once]
-            inputs = {name: x.to(device) for name, x in collate_prompts(part, end_id).items()}
-            ids = model.generate(
-                **inputs, max_new_tokens=max(limits), do_sample=False, eos_token_id=end_id, pad_token_id=end_id
-            )
-            rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
-            cut = [row[:limit] for row, limit in zip(rows, limits, strict=True)]
-            answers += [row[: row.index(end_id)] if end_id in row else row for row in cut]
-        return answers
-
-    measured = {}
-    for name, lengths_s in LENGTHS_S.items():
-        codes = [torch.randint(codec.codebook_size, (1, round(50 * s))) for s in lengths_s]
-        prompts = [transcription_prompt(each, vocabulary, text_tokenizer) for each in codes]
-        bounds = [max(1, round(WORDS_PER_SECOND * s)) for s in lengths_s]
-        ways: dict[str, Callable[[], Answers]] = {
-            "packed": lambda p=prompts, b=bounds: greedy_answers(p, b, model, vocabulary, nothing, end_id),
-            "one by one": lambda p=prompts, b=bounds: generate(p, b, 1),
-            "padded": lambda p=prompts, b=bounds: generate(p, b, PADDED),
-        }
-        measured[name] = compare(ways, config.repeats, device)
-    return measured
-
-
-def compare(ways: dict[str, Callable[[], Answers]], repeats: int, device: torch.device) -> dict[str, Any]:
-    """Seconds of each way in each repeat, how many times as long as the first one they take, and equal answers."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter  # answers are on the host at the end
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    answers: dict[str, Answers] = {}
-    for repeat in range(repeats + 1):
-        for name, way in ways.items():
-            started = clock()
-            answers[name] = way()
-            if repeat:
-                seconds[name].append(clock() - started)
-    first, *others = ways
-    pairs = {name: [a / b for a, b in zip(seconds[name], seconds[first], strict=True)] for name in others}
-    return {
-        "seconds": seconds,
-        "ratios": {name: median(pair) for name, pair in pairs.items()},
-        "equal": {name: sum(a == b for a, b in zip(answers[name], answers[first], strict=True)) for name in others},
-        "answers": len(answers[first]),
-        "words": sum(map(len, answers[first])),
-    }
-
-
-def table(measured: dict[str, dict[str, Any]]) -> Table:
-    """One row per set of recordings and way."""
-    rows = []
-    for name, found in measured.items():
-        for way, seconds in found["seconds"].items():
-            ratio, equal = found["ratios"].get(way), found["equal"].get(way)
-            same = "" if equal is None else f"{equal} of {found['answers']}"
-            rows.append([f"{name}: {way}", f"{median(seconds):.3g}", plain(ratio, ".2f"), same])
-    return Table("Decoding", ["recordings", "seconds", "times as long as packed", "equal answers"], rows)
+def measure(config: SpeedConfig, folder: Path, device: torch.device) -> Measured:
+    size, repeats, precision = config.size, config.repeats, config.precision
+    match config.row:
+        case "encode" | "decode":
+            return coding(config.row, size, repeats, device)
+        case "codec_step":
+            return codec_step(size, repeats, device)
+        case "lm_step":
+            assert config.codes is not None
+            steps = Steps(config.train, config.batch_tokens, config.micro_batch_tokens, config.peak_tflops)
+            return lm_step(config.codes, config.model, size, precision, steps, repeats, device)
+        case "loss":
+            return loss(size, precision, config.micro_batch_tokens, repeats, device)
+        case "decoding":
+            return decoding(size, precision, repeats, device)
+        case "encoding":
+            assert config.data is not None
+            return encoding(config.data, size, config.utterances, repeats, device)
+        case "startup":
+            batch_tokens = config.batch_tokens
+            return startup(folder, config.utterances, config.kind, config.model, batch_tokens, config.seed)
+        case "import":
+            return imports(repeats)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ LAYERS = {
     "speechllm.training": ("training",),
     "speechllm.runs": ("runs",),
     "speechllm.reports": ("reports",),
+    "speechllm.benchmarks": ("benchmarks",),
     "speechllm.serving": ("serving",),
     "speechllm.cli": ("cli",),
 }

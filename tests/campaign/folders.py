@@ -144,9 +144,9 @@ CASES = (
     owned("eval_asr into a training's folder", f"{EVAL_ASR} output=tokenizer", "asr codes tokenizer"),
     owned("another teacher into a teacher's folder", f"{ALIGNMENT} output=speaker", "corpus speaker"),
     owned(
-        "benchmark_asr into a training's folder",
-        "benchmark_asr.py codes=codes codec=tokenizer/model shape=small steps=1 precision=no output=asr",
-        "codes tokenizer asr",
+        "a benchmark into a training's folder",
+        "benchmark.py row=lm_step codes=codes repeats=1 output=asr",
+        "codes asr",
     ),
     owned("train_asr into the folder of its base model", f"{ASR} model=text/model output=text", "codes tokenizer text"),
     owned("a demo into its corpus", "demo.py data=corpus output=corpus", "corpus"),

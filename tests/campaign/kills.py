@@ -147,19 +147,9 @@ JOBS = (  # the long ones first
         2,
         loose=("*.json",),  # of seconds
     ),
-    Job(
-        "benchmark_startup",
-        "benchmark_startup.py utterances=40 steps=2",
-        2,
-        loose=("*.json",),  # of seconds
-    ),
-    Job(
-        "benchmark_asr",
-        "benchmark_asr.py codes=codes codec=tokenizer/model shape=small steps=2 precision=no",
-        2,
-        loose=("*.json",),  # of seconds
-    ),
-    Job("benchmark", "benchmark.py repeats=1", 2, loose=("*.json",)),  # of seconds
+    Job("benchmark", "benchmark.py row=decoding repeats=1", 2, loose=("*.json",)),  # of seconds
+    Job("benchmark startup", "benchmark.py row=startup utterances=40", 2, loose=("*.json",)),
+    Job("benchmark lm_step", "benchmark.py row=lm_step codes=codes repeats=2", 2, loose=("*.json",)),
     Job(
         "rehearse",
         "rehearse.py tokenizer=null asr=configs/asr/demo.yaml recordings=4 minutes=0.01",

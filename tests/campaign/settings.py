@@ -20,7 +20,7 @@ COMMANDS = {
     "eval_codec": ("eval_codec.py codec=tokenizer/model data=corpus", "corpus tokenizer"),
     "eval_conversion": ("eval_conversion.py codec=tokenizer/model data=corpus", "corpus tokenizer"),
     "eval_tokenizer": ("eval_tokenizer.py codes=codes data=corpus", "codes corpus"),
-    "benchmark_asr": ("benchmark_asr.py codes=codes codec=tokenizer/model shape=small", "codes tokenizer"),
+    "benchmark": ("benchmark.py row=lm_step codes=codes", "codes"),
     "demo": ("demo.py data=corpus", "corpus"),
 }
 WORDS = {
@@ -58,7 +58,7 @@ WORDS = {
     "eval_codec": "layers=[0] layers=[9] layers=[] layers=[-1] max_utterances=0 max_utterances=-1 seed=-1",
     "eval_conversion": "pairs=0 pairs=-1 layers=[] layers=[[]] layers=[[9]] layers=[[-1]] seed=-1",
     "eval_tokenizer": "probe_steps=-1 kmeans_utterances=0 kmeans_utterances=-1 seed=-1",
-    "benchmark_asr": "steps=0 steps=-1 batch_tokens=0 micro_batch_tokens=0 peak_tflops=0 peak_tflops=-1",
+    "benchmark": "repeats=0 repeats=-1 batch_tokens=0 micro_batch_tokens=0 peak_tflops=0 peak_tflops=-1",
     "demo": "scale=0 scale=-1 scale=.nan processes=0 processes=-2 nowhere=nowhere.yaml",
 }
 

@@ -101,10 +101,8 @@ def test_every_config_is_named_somewhere() -> None:
 # What every configuration needs, and settings that cannot work.
 NEEDED = {
     "align_speech": "data=d output=o",
-    "benchmark": "output=o",
-    "benchmark_asr": "codes=c codec=t output=o",
+    "benchmark": "row=startup output=o",
     "benchmark_serve": "model=m data=d output=o",
-    "benchmark_startup": "output=o",
     "compare": 'data=d output=o systems=[{"name":"a","units":[]}] tasks=content',
     "demo": "",
     "draw_pipeline": "model=m audio=a output=o",
@@ -127,9 +125,8 @@ NEEDED = {
 }
 REFUSED = {
     "align_speech": "splits=[]",
-    "benchmark": "repeats=0 shape=2b seed=-1",
-    "benchmark_asr": "steps=0 batch_tokens=0 micro_batch_tokens=-1 peak_tflops=0 seed=-1",
-    "benchmark_startup": "utterances=0 kind=text width=0 batch_tokens=0 steps=0 seed=-1",
+    "benchmark": "row=x row=lm_step row=encoding repeats=0 size=2b precision=x train=x utterances=0 kind=text "
+    "batch_tokens=0 micro_batch_tokens=-1 peak_tflops=0 seed=-1",
     "benchmark_serve": "recordings=0 requests=-1 clients=0 bad=-1 live=-1 minutes=-1",
     "compare": "seeds=[] seeds=1,1 seeds=-1 tasks=[] test_splits=[] quality_layers=0 conversion_pairs=0 probe_steps=-1",
     "demo": "audio_tokenizer=t scale=0 scale=nan scale=-1 processes=0 processes=3 synthetic_dev=0",

@@ -333,7 +333,7 @@ RECIPES = {
     "eval_asr.py": ("model=asr/model codes=codes output=new normaliser=none", "did you mean normalizer?"),
     "demo.py": ("output=new fresch=true", "did you mean fresh?"),
     "fit_units.py": ("model=alignment/model data=corpus output=new cluster=3", "did you mean clusters?"),
-    "benchmark_asr.py": ("codes=codes codec=tokenizer/model output=new shap=small", "did you mean shape?"),
+    "benchmark.py": ("row=lm_step codes=codes output=new repeat=1", "did you mean repeats?"),
 }
 
 
