@@ -9,6 +9,7 @@ loss: the head with its loss, with logits at labels only, against all logits.
 decoding: greedy answers to speech prompts, read packed, against `generate` of transformers one by one and padded.
 encoding: encode_speech on recordings, `data`, against a plain program that encodes one after the other.
 startup: what the data of train_asr costs each process; there is no other way to compare it with.
+cost: how the time of encoding and of this start grows with the amount of speech, also as a plot in RESULTS/cost.svg.
 import: starting Python for our package and its commands, against `import torch, transformers`.
 
 Weights are random, in the shapes that `size` says. On a CPU the time is the processor's, which other programs on the
@@ -25,7 +26,7 @@ from typing import Literal
 from speechllm.runs.config import parse_config
 from tokenizer.settings import Corpus, Count, Positive, Seed, Settings
 
-Row = Literal["encode", "decode", "codec_step", "lm_step", "loss", "decoding", "encoding", "startup", "import"]
+Row = Literal["encode", "decode", "codec_step", "lm_step", "loss", "decoding", "encoding", "startup", "cost", "import"]
 NEEDS = {"lm_step": "codes", "encoding": "data"}
 
 
@@ -40,9 +41,9 @@ class SpeedConfig(Settings):
     codes: str | None = None  # folder of encode_speech, for lm_step
     model: str | None = None  # language model of lm_step, whose text tokenizer startup takes; null: random or small
     train: Literal["full", "lora"] = "full"  # of lm_step
-    utterances: Count = 10_000  # that startup makes (train-other-500 has 148,688), or encoding takes at most
+    utterances: Count = 10_000  # that startup and cost make (train-other-500: 148,688), or encoding takes at most
     kind: Literal["codes", "features"] = "codes"  # of encoded speech that startup makes
-    batch_tokens: Count = 24_576  # per step of lm_step and startup
+    batch_tokens: Count = 24_576  # per step of lm_step, startup and cost
     micro_batch_tokens: Count = 8192  # computed at once by lm_step, in padded batches including padding, and by loss
     peak_tflops: Positive | None = None  # the GPU's specification, such as 989 of an H200 in bfloat16, for lm_step
     seed: Seed = 0
@@ -60,6 +61,7 @@ import torch
 
 from speechllm.benchmarks.codec import codec_step, coding
 from speechllm.benchmarks.corpus import encoding, startup
+from speechllm.benchmarks.cost import cost
 from speechllm.benchmarks.decoding import decoding
 from speechllm.benchmarks.imports import imports
 from speechllm.benchmarks.language_model import Steps, lm_step, loss
@@ -108,6 +110,8 @@ def measure(config: SpeedConfig, folder: Path, device: torch.device) -> Measured
         case "startup":
             batch_tokens = config.batch_tokens
             return startup(folder, config.utterances, config.kind, config.model, batch_tokens, config.seed)
+        case "cost":
+            return cost(folder, size, config.utterances, config.batch_tokens, config.seed, repeats, device)
         case "import":
             return imports(repeats)
 

@@ -163,6 +163,19 @@ def spectrogram_figure(sounds: Mapping[str, np.ndarray], sample_rate: int) -> An
     return figure
 
 
+def cost_figure(lines: Mapping[str, np.ndarray]) -> Any:
+    """Time against the amount of speech: float [points, 2] of seconds by name; dotted: in proportion to the last."""
+    figure, (axis,) = _panels(1, 1, 3.6, 6.5)
+    for name, points in lines.items():
+        speech_s, took_s = points.T
+        (line,) = axis.loglog(speech_s, took_s, "o-", markersize=4, label=name)
+        axis.loglog(speech_s, took_s[-1] * speech_s / speech_s[-1], ":", lw=1, color=line.get_color())
+    axis.set(xlabel="speech (s)", ylabel="time (s)")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
 def save_figure(figure: Any, path: str | Path) -> None:
     """Write a figure atomically as PNG, PDF or SVG, depending on the file's suffix."""
     kind = figure_format(path)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from speechllm import Example, SpeechCodec, Utterance, encode_shards, save_audio
-from speechllm.benchmarks import codec, corpus, decoding, imports, language_model, timing
+from speechllm.benchmarks import codec, corpus, cost, decoding, imports, language_model, timing
 from speechllm.benchmarks.timing import compare
 from speechllm.runs.config import load_config
 from speechllm.training.plan import training_flops
@@ -182,6 +182,20 @@ def test_what_the_data_costs_is_measured_on_speech_that_is_deleted(
     assert 30 * 1.3 < 3600 * results["hours"] < 30 * 16.8
     assert results["disk_gb"] * 1e9 > bytes_of_frame * 50 * 3600 * results["hours"] * 0.99
     assert not list((tmp_path / "out").glob(".codes*"))
+
+
+def test_costs_are_measured_by_the_amount_of_speech_and_plotted(
+    measure: Measure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cost, "LENGTHS_S", (0.5, 1.0))
+    monkeypatch.setattr(cost, "PARTS", (3, 1))
+    monkeypatch.setattr(corpus, "STEPS", 1)
+    lines = measure("cost", utterances=30, batch_tokens=2000)["cost"]
+    assert [speech_s for speech_s, _ in lines["encode a recording"]] == [0.5, 1.0]
+    (third_s, _), (whole_s, _) = lines["start a training"]
+    assert 10 * 1.3 < third_s < 10 * 16.8 and 30 * 1.3 < whole_s < 30 * 16.8
+    assert all(took_s > 0 for line in lines.values() for _, took_s in line)
+    assert (tmp_path / "out" / "cost.svg").exists()
 
 
 def test_imports_are_measured_in_processes_of_their_own(measure: Measure, monkeypatch: pytest.MonkeyPatch) -> None:
