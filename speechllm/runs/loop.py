@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from speechllm.runs.run import Run, RunError
@@ -34,7 +36,9 @@ class Parts(dict[str, Any]):
     """Several `Stateful` things by name, as one."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self.items()}
+        """Copies on the CPU: it is written while the next steps change the parts."""
+        state = {name: part.state_dict() for name, part in self.items()}
+        return tree_map_only(Tensor, lambda x: x.detach().to("cpu", copy=True), state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, part in self.items():
@@ -115,20 +119,25 @@ class TrainingLoop:
     """`for step in loop` runs the steps of a training that are not done yet.
 
     On creation the newest checkpoint of the run is loaded into `state`. Every step is seeded by its number. After
-    every `save_every` steps there is a checkpoint (none with None), also after the step in which SIGTERM, SIGUSR1 or
-    Ctrl-C arrives, which then ends the training with Interrupted. In several processes all iterate, and call `skips` in
-    every step.
+    every `save_every` steps there is a checkpoint (none with None), which is written beside the next steps, also after
+    the step in which SIGTERM, SIGUSR1 or Ctrl-C arrives, which then ends the training with Interrupted. In several
+    processes all iterate, and call `skips` in every step.
 
     done: finished steps, including the present one. figures: what was logged last, also of a resumed run.
     """
 
     def __init__(self, run: Run, state: Stateful, name: str, *, steps: int, seed: int, save_every: int | None):
-        """name: shown in front of the progress bar. Raises RunError for a checkpoint that does not fit `state`."""
+        """name: shown in front of the progress bar. state: its `state_dict` returns copies, as that of `Parts` does.
+
+        Raises RunError for a checkpoint that does not fit `state`.
+        """
         self.run, self.state, self.name = run, state, name
         self.steps, self.seed, self.save_every = steps, seed, save_every
         self.guard = StepGuard(run, steps)
         self.done = 0
         self.figures: dict[str, float] = {}
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
         if held := run.resume():
             self._load(held)
 
@@ -154,6 +163,7 @@ class TrainingLoop:
                 self.done = step + 1
                 yield step
                 self._end_step()
+        self._finish_writing()
 
     def due(self, every: int) -> bool:
         """Whether something that is done every so many steps, and after the last one, is to be done now."""
@@ -174,6 +184,7 @@ class TrainingLoop:
             if not self.save_every:
                 raise Interrupted(number, "this kind of training has no checkpoints, the same command starts it anew")
             self._save()
+            self._finish_writing()
             raise Interrupted(number, f"step {self.done} is saved, and the same command goes on from there")
         # what precedes steps without finite numbers may be their cause, and must not replace an older checkpoint
         due = self.save_every and self.done % self.save_every == 0
@@ -181,6 +192,18 @@ class TrainingLoop:
             self._save()
 
     def _save(self) -> None:
-        self.run.save(self.done, {"figures": self.figures, **self.state.state_dict()})
+        """Write a checkpoint in a thread. Raises RunError if the one before could not be written."""
+        self._wait_for_writing()
+        state = {"figures": self.figures, **self.state.state_dict()}
+        if self.run.main:
+            self._writing = self._writer.submit(self.run.save, self.done, state)
+
+    def _finish_writing(self) -> None:
+        self._wait_for_writing()
         if self.run.accelerator is not None:
             self.run.accelerator.wait_for_everyone()  # no process may end while the main one writes
+
+    def _wait_for_writing(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None

@@ -88,12 +88,12 @@ class TrainingState:
             load_weights(self.evaluated, self.best.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """For `torch.save` in the main process. Every process must call it."""
+        """Copies, for `torch.save` in the main process. Every process must call it."""
         return {
             "model": trained_weights(self.model, self.main),
             "optimizer": _unsharded(self.optimizer.state_dict(), self.main),
             "average": _unsharded(self.average, self.main),
-            "best": vars(self.best),
+            "best": dict(vars(self.best)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,10 +1,13 @@
 """The loop of all trainings: what is resumed, skipped, saved and said, on a model of one layer."""
 
+import io
 import json
 import math
 import os
 import resource
 import signal
+import sys
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -140,6 +143,33 @@ def test_processes_leave_their_group_after_main_and_not_after_an_error(tmp_path:
         distributed.destroy_process_group()
 
 
+def test_a_checkpoint_is_written_beside_the_next_steps_and_is_that_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later, save = threading.Event(), Run.save
+
+    def slow(run: Run, *state: object) -> None:
+        assert later.wait(60)
+        save(run, *state)
+
+    def at(step: int) -> None:
+        if step == 5:
+            later.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "save", slow)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "beside", at=at)
+    monkeypatch.undo()
+    with pytest.raises(Interrupted):
+        train(tmp_path / "alone", at=send(signal.SIGTERM, 3))
+    assert checkpoints(tmp_path / "beside") == ["step_00000004.pt", "step_00000006.pt"]
+    one, other = (torch.load(tmp_path / run / "checkpoints" / "step_00000004.pt") for run in ("beside", "alone"))
+    assert same(one["model"], other["model"]) and one["figures"] == other["figures"]
+    for number, moments in other["optimizer"]["state"].items():
+        assert same(one["optimizer"]["state"][number], moments)
+
+
 # ---- numbers that are none
 
 
@@ -263,6 +293,7 @@ def test_without_any_usable_checkpoint_nothing_starts_anew(tmp_path: Path) -> No
 
 def fill_disk() -> None:
     """From now on this process can make no file larger; the system names both errors differently."""
+    sys.stderr = io.StringIO()  # or the progress bar would fill the file in which pytest catches it
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
 
