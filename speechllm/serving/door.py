@@ -1,6 +1,7 @@
 """What stands before every request: the key, limits on size and number, and the counting of what was answered."""
 
 import asyncio
+import contextlib
 import hmac
 import json
 import time
@@ -15,6 +16,7 @@ from speechllm.serving.hosts import is_loopback
 
 OPEN = ("/health",)  # asked by what watches over a server, which has no key
 RETRY_S = 1  # after which a caller may try again
+LINGER_S = 1.0  # for the body of a refused request
 MEGABYTE = 10**6
 MOST_MEGABYTES_OF_JSON = 4  # 180 s of codes are one
 
@@ -63,7 +65,7 @@ def error_content(status: int, message: str, code: str | None = None) -> dict[st
 
 
 class Door:
-    """ASGI middleware that refuses before anything is read: without the key, or when too much is asked for at once.
+    """ASGI middleware that refuses before anything is worked on: without the key, or when too much is asked for at once.
 
     A body is refused when it turns out to be too long, also where no length was stated.
     """
@@ -94,6 +96,10 @@ class Door:
         self.metrics.in_flight.set(self.working)
         try:
             if refused := self._refused(scope):
+                self.working -= works
+                works = False  # what is refused takes nobody's place
+                if scope["type"] == "http":
+                    await _read_on(receive)
                 await _refuse(refused, scope, observed)
             else:
                 async with asyncio.timeout(None if scope["type"] == "websocket" else self.limits.time_s):
@@ -146,6 +152,19 @@ class Door:
     def _too_large(self, scope: Scope) -> Refused:
         most = self._most_bytes(scope) / MEGABYTE
         return Refused(413, f"at most {most:g} MB are taken: split the recording", "too_large")
+
+
+async def _read_on(receive: Receive) -> None:
+    """Read the body of a refused request, unless it is long or slow.
+
+    A connection that is closed on bytes that nobody has read is reset, and the caller may never see the answer.
+    """
+    size, more = 0, True
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while more and size < MEGABYTE:
+                message = await receive()
+                size, more = size + len(message.get("body", b"")), message.get("more_body", False)
 
 
 async def _refuse(refused: Refused, scope: Scope, send: Send) -> None:

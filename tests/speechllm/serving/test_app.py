@@ -27,6 +27,7 @@ from speechllm import SpeechLLM, convert_voice, load_audio, reconstruct, save_au
 from speechllm.cli.main import main
 from speechllm.pieces import pieces
 from speechllm.serving import app as app_module
+from speechllm.serving import door
 from speechllm.serving.app import TRANSCRIPTIONS, make_app, while_connected
 from speechllm.serving.door import Limits, Refused
 from speechllm.serving.hosts import is_loopback
@@ -389,6 +390,29 @@ def test_many_at_once_are_all_answered_rightly_or_told_to_wait(
     with ThreadPoolExecutor(24) as pool:
         statuses = list(pool.map(status_of, range(48)))
     assert set(statuses) == {(200, None), (429, "1")} and statuses.count((200, None)) >= 8
+
+
+@pytest.mark.parametrize("chunk, chunks, read", [(1000, 5, 5), (300_000, 100, 4), (None, 1, 1)])
+def test_what_is_refused_is_read_before_the_answer_unless_it_is_long_or_slow(
+    chunk: int | None, chunks: int, read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "LINGER_S", 0.05)
+    entrance = door.Door(None, Limits(), door.Metrics(), frozenset(), key="key")
+    happened: list[object] = []
+
+    async def receive() -> dict[str, object]:
+        happened.append("read")
+        if chunk is None:
+            await asyncio.sleep(60)
+        return {"type": "http.request", "body": bytes(chunk), "more_body": happened.count("read") < chunks}
+
+    async def send(message: dict[str, object]) -> None:
+        happened.append(message.get("status"))
+        assert entrance.working == 0  # it takes nobody's place
+
+    scope = {"type": "http", "method": "POST", "path": TRANSCRIPTIONS, "headers": []}
+    asyncio.run(entrance(scope, receive, send))
+    assert happened == [*["read"] * read, 401, None] and entrance.working == 0
 
 
 def test_the_metrics_count_what_was_answered(client: TestClient, recording: Path) -> None:
