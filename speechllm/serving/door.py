@@ -65,7 +65,7 @@ def error_content(status: int, message: str, code: str | None = None) -> dict[st
 
 
 class Door:
-    """ASGI middleware that refuses before anything is worked on: without the key, or when too much is asked for at once.
+    """ASGI middleware that refuses before anything is worked on: without the key, or when too much is asked at once.
 
     A body is refused when it turns out to be too long, also where no length was stated.
     """
