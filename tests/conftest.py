@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 
 
 def pytest_configure() -> None:
-    """In the background of a shell script Ctrl-C is ignored, and by all that is started here; tests send it."""
+    """Settings of this process, and of those that it forks."""
+    # in the background of a shell script Ctrl-C is ignored, and by all that is started here; tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.set_threshold(50_000, 20, 50)  # imports and tests make many objects and little garbage
 
 
 def pytest_collection_finish() -> None:
