@@ -10,15 +10,11 @@ from speechllm.training.kernels import compile_layers, require_liger
 from tokenizer.errors import InputError
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_compiled_layers_lose_what_the_plain_ones_lose(
-    make_speech_llm: Callable[..., SpeechLLM], adapter: bool
-) -> None:
+def test_compiled_layers_lose_what_the_plain_ones_lose(make_speech_llm: Callable[..., SpeechLLM]) -> None:
     speech_llm = make_speech_llm()
     model, parts = speech_llm.model, (speech_llm.vocabulary, speech_llm.text_tokenizer)
-    if adapter:
-        model.name_or_path = "base"
-        model = prepare_adapter(model, speech_llm.vocabulary, rank=2, alpha=4)
+    model.name_or_path = "base"
+    model = prepare_adapter(model, speech_llm.vocabulary, rank=2, alpha=4)
     codes = torch.randint(16, (1, 40), generator=torch.Generator().manual_seed(0))
     batches = [
         [transcription_example(codes[:, :n], "RED LAMP", *parts) for n in lengths] for lengths in ((40, 7), (3,))
@@ -37,6 +33,14 @@ def test_compiled_layers_lose_what_the_plain_ones_lose(
     for found, wanted in zip(learn(), expected, strict=True):
         torch.testing.assert_close(found, wanted)
     assert compiled and list(model.state_dict()) == names
+
+
+def test_without_an_adapter_the_layers_and_nothing_else_are_compiled(
+    make_qwen2: Callable, text_tokenizer: object
+) -> None:
+    compile_layers(model := make_qwen2(text_tokenizer))
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    assert compiled == list(model.model.layers) and len(compiled) == 2
 
 
 @pytest.mark.parametrize("gpu, lacking", [(False, "no such GPU"), (True, "no such package")])
