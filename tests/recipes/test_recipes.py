@@ -263,9 +263,10 @@ def test_two_processes_train_the_same_tokenizer_as_one(work: Work) -> None:
     trained = [key for key in one if not key.startswith("quantizer")]
     difference = torch.cat([(one[key] - two[key]).abs().flatten() for key in trained]).mean()
     assert len(trained) > 50 and difference < 0.01 * way
-    # rounding may send a vector that lies between two codes to the other one: so here, too, the mean counts
+    # rounding may send a vector that lies between two codes to the other one, and each that does moves the mean of
+    # the few counts by half a percent; a process that counted only its own half of the batches would have half of them
     for key in set(one) - set(trained):
-        assert (one[key] - two[key]).abs().mean() < 5e-3 * one[key].abs().mean(), key
+        assert (one[key] - two[key]).abs().mean() < 0.03 * one[key].abs().mean(), key
 
 
 def test_two_processes_train_the_same_teacher_as_one(work: Work) -> None:
