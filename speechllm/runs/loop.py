@@ -157,13 +157,16 @@ class TrainingLoop:
 
     def __iter__(self) -> Iterator[int]:
         process = self.run.accelerator.process_index if self.run.accelerator else 0
-        with self.run.steps(self.done, self.steps, self.name) as self._bar, self.guard.catching():
-            for step in self._bar:
-                seed_step(self.seed, step, process)
-                self.done = step + 1
-                yield step
-                self._end_step()
-        self._finish_writing()
+        try:
+            with self.run.steps(self.done, self.steps, self.name) as self._bar, self.guard.catching():
+                for step in self._bar:
+                    seed_step(self.seed, step, process)
+                    self.done = step + 1
+                    yield step
+                    self._end_step()
+            self._finish_writing()
+        finally:  # a training may stop early, and its checkpoints are deleted when it is finished
+            self._writer.shutdown()
 
     def due(self, every: int) -> bool:
         """Whether something that is done every so many steps, and after the last one, is to be done now."""

@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -168,6 +169,26 @@ def test_a_checkpoint_is_written_beside_the_next_steps_and_is_that_of_its_own(
     assert same(one["model"], other["model"]) and one["figures"] == other["figures"]
     for number, moments in other["optimizer"]["state"].items():
         assert same(one["optimizer"]["state"][number], moments)
+
+
+def test_a_training_that_stops_early_leaves_nothing_to_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, save = [], Run.save
+
+    def slow(run: Run, step: int, state: object) -> None:
+        time.sleep(0.2)
+        save(run, step, state)
+        written.append(step)
+
+    monkeypatch.setattr(Run, "save", slow)
+    run = Run(tmp_path, Job())
+    for step in TrainingLoop(run, Parts(), "test", steps=12, seed=0, save_every=4):
+        if step == 4:
+            break
+    assert written == [4]
+    run.finish({})
+    assert not (tmp_path / "checkpoints").exists()
 
 
 # ---- numbers that are none
