@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -18,11 +18,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from speechllm.benchmarks.codec import random_encodec
+from speechllm.benchmarks.language_model import CODES
 from speechllm.benchmarks.timing import Measured, Size, compare, measured
 from speechllm.data.conversations import Conversations, step_examples, transcription_rows
 from speechllm.data.encoded import load_codes, transcribed
 from speechllm.data.shards import SCHEMA, SHARD_SIZE, SPEECH, write_table
-from speechllm.encoding import Encoding
 from speechllm.evaluation.tables import Table
 from speechllm.messages import ConversationWriter
 from speechllm.runs.launch import find_recipe, recipe_command, recipe_environment
@@ -37,7 +37,6 @@ from tokenizer.pretrained import check_folder, load_part
 from tokenizer.utterances import Corpora, Utterance
 
 Kind = Literal["codes", "features"]
-FRAME_RATE = 50.0  # Hz
 WORDS_PER_SECOND = 2.75  # of LibriSpeech
 SHARD_VALUES = 20_000_000  # codes or numbers of a shard, so that making speech takes less memory than reading may
 WIDTH = 768  # numbers in a feature: an hour takes 276 MB of disk
@@ -163,9 +162,9 @@ def made_words(random: np.random.Generator) -> list[str]:
 def make_speech(folder: Path, count: int, kind: Kind, words: Sequence[str], random: np.random.Generator) -> float:
     """Encoded speech as encode_speech writes it; returns its hours. Durations are 1.3 to 16.8 s, 12.3 s on average."""
     if kind == "codes":
-        encoding = Encoding("0" * 16, 16_000, FRAME_RATE, 1, 1024)
+        encoding = CODES
     else:
-        encoding = Encoding("0" * 16, 16_000, FRAME_RATE, 1, 1, "features", WIDTH)
+        encoding = replace(CODES, codebook_size=1, kind="features", width=WIDTH)
     schema = SCHEMA.append(SPEECH[kind])
     schema = schema.with_metadata({"encoding": json.dumps(asdict(encoding)), "skipped": "[]", "seconds": "0"})
     each = max(1, min(SHARD_SIZE, SHARD_VALUES // (750 * max(1, encoding.width))))  # utterances of a shard
@@ -177,7 +176,7 @@ def make_speech(folder: Path, count: int, kind: Kind, words: Sequence[str], rand
     for number, first in enumerate(range(0, count, each)):
         rows = []
         for place, duration_s in enumerate(durations_s[first : first + each].tolist(), first):
-            size = round(duration_s * FRAME_RATE) * max(1, encoding.width)
+            size = round(duration_s * CODES.frame_rate) * max(1, encoding.width)
             row = {"id": f"u{place}", "split": "train", "speaker": f"s{place % 1000}", "duration_s": duration_s}
             row["text"] = " ".join(excerpt(said, round(duration_s * WORDS_PER_SECOND), random)).upper()
             row[SPEECH[kind].name] = excerpt(heard, size, random)

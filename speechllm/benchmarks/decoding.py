@@ -5,14 +5,11 @@ from typing import Any
 
 import torch
 
-from speechllm.benchmarks.language_model import SHAPES
+from speechllm.benchmarks.language_model import CODES, SHAPES, extend_for
 from speechllm.benchmarks.timing import Comparison, Measured, Precision, Size, compare, measured
-from speechllm.extension import extend_vocabulary
 from speechllm.greedy import greedy_answers, reads_packed
 from speechllm.prompt import Example, collate_prompts, transcription_prompt
 from speechllm.small_model import small_qwen2, small_text_tokenizer
-from tokenizer.codec.config import SpeechCodecConfig
-from tokenizer.codec.speech_codec import SpeechCodec
 
 Answers = list[list[int]]
 WORDS_PER_SECOND = 3.6  # text tokens of English speech, with the vocabulary of Qwen2
@@ -29,8 +26,7 @@ def decoding(size: Size, precision: Precision, repeats: int, device: torch.devic
     text_tokenizer = small_text_tokenizer(["turn on the red lamp"], 400)
     shape: dict[str, Any] = {**SHAPES[size], "initializer_range": 0.05}
     model = small_qwen2(text_tokenizer, **shape).eval()
-    codec = SpeechCodec(SpeechCodecConfig(n_filters=4, dimension=8, num_codebooks=1))
-    vocabulary = extend_vocabulary(model, text_tokenizer, codec, init="random")
+    vocabulary = extend_for(model, text_tokenizer, CODES)
     model.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     assert reads_packed(model)
     nothing = torch.zeros(vocabulary.size, dtype=torch.bool, device=device)  # is forbidden, as in plain generate
@@ -51,7 +47,7 @@ def decoding(size: Size, precision: Precision, repeats: int, device: torch.devic
 
     found: dict[str, Comparison] = {}
     for name, lengths_s in LENGTHS_S.items():
-        codes = [torch.randint(codec.codebook_size, (1, round(50 * s))) for s in lengths_s]
+        codes = [torch.randint(CODES.codebook_size, (1, round(CODES.frame_rate * s))) for s in lengths_s]
         prompts = [transcription_prompt(each, vocabulary, text_tokenizer) for each in codes]
         bounds = [max(1, round(WORDS_PER_SECOND * s)) for s in lengths_s]
         ways = {

@@ -31,6 +31,7 @@ from tokenizer.errors import InputError
 from tokenizer.pretrained import check_folder, load_part
 
 SHAPES = {"small": QWEN2_SHAPES["small"], "full": QWEN2_SHAPES["1.5b"]}
+CODES = Encoding("0" * 16, 16_000, 50.0, 1, 1024)  # of no codec
 LABELLED = 15  # tokens for each one with a label, as in transcription
 LENGTH = 640  # tokens of an utterance of 12 s with its text
 
@@ -202,8 +203,7 @@ def loss(size: Size, precision: Precision, tokens: int, repeats: int, device: to
     text_tokenizer = small_text_tokenizer(["turn on the red lamp"], 400)
     model = small_qwen2(text_tokenizer, **{**SHAPES[size], "num_hidden_layers": 0})
     texts = len(text_tokenizer)
-    encoding = Encoding("0" * 16, 16_000, 50.0, 1, 1024)
-    vocabulary = extend_for(model, text_tokenizer, encoding)
+    vocabulary = extend_for(model, text_tokenizer, CODES)
     model.to(device).train()
     loss_of = LabelledLoss(model, vocabulary)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
