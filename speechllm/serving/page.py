@@ -68,7 +68,14 @@ def _transcribe_tab(engines: dict[str, Engine], cut: Cut) -> None:
             text = gr.Textbox(label="Text", lines=2)
             words, codes, sounds = gr.HTML(label="Words"), gr.HTML(label="Tokens"), gr.HTML(label="Reconstruction")
         outputs = [text, words, codes, sounds]
-        gr.on([start.click, sound.input], _answer(engine, cut), [sound], outputs, api_name=f"transcribe_{name}")
+        gr.on(
+            [start.click, sound.input],
+            _answer(engine, cut),
+            [sound],
+            outputs,
+            api_name=f"transcribe_{name}",
+            trigger_mode="always_last",  # not Gradio's "once": a recording that comes during an answer is answered next
+        )
 
 
 def _answer(engine: Engine, cut: Cut) -> Any:

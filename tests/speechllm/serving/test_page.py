@@ -2,9 +2,11 @@
 
 import importlib
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,8 +94,20 @@ def test_a_page_is_for_this_machine_only(capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs Chromium and its driver")
 def test_a_browser_shows_what_becomes_of_a_recording(
-    page: ModuleType, engine: Engine, recording: Path, tmp_path: Path
+    page: ModuleType, engine: Engine, recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # choosing where recordings come from is an event, too, without one yet: what comes meanwhile must not be lost
+    answer_of = page._answer
+
+    def slowly_without(*settings: Any) -> Callable[[str | None], Iterator[tuple[str, str, str, str]]]:
+        def answer(path: str | None) -> Iterator[tuple[str, str, str, str]]:
+            if path is None:
+                time.sleep(2)
+            yield from answer_of(*settings)(path)
+
+        return answer
+
+    monkeypatch.setattr(page, "_answer", slowly_without)
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
@@ -107,7 +121,7 @@ def test_a_browser_shows_what_becomes_of_a_recording(
     browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
         browser.get(address)
-        wait = WebDriverWait(browser, 180)
+        wait = WebDriverWait(browser, 60)
         wait.until(lambda it: it.find_elements(By.CSS_SELECTOR, "button[aria-label*=pload]"))[0].click()
         wait.until(lambda it: it.find_elements(By.CSS_SELECTOR, "input[type=file]"))[0].send_keys(str(recording))
         wait.until(lambda it: len(it.find_elements(By.CSS_SELECTOR, ".codes span")) == 50)
