@@ -96,6 +96,11 @@ def logits(speech_llm: SpeechLLM) -> Tensor:
         return speech_llm.model(examples_of(speech_llm)[0].input_ids[None]).logits
 
 
+def assert_equal_but_for_rounding(found: Tensor, expected: Tensor) -> None:
+    """A merged product sums in another order than its parts; what that changes goes with the largest values."""
+    assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
 def matrices(model: torch.nn.Module) -> list[Tensor]:
     return [model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data]
 
@@ -158,7 +163,7 @@ def test_the_loss_of_training_is_the_one_of_the_merged_model(make_adapter: MakeA
     with torch.no_grad():
         loss = LabelledLoss(speech_llm.model, speech_llm.vocabulary)(examples)
         merged = LabelledLoss(merge(speech_llm).model, speech_llm.vocabulary)(examples)
-    torch.testing.assert_close(merged, loss)
+    assert_close(merged, loss)
 
 
 def test_rows_and_lora_are_float32_also_where_the_model_is_not(make_adapter: MakeAdapter) -> None:
@@ -209,7 +214,7 @@ def test_a_saved_adapter_is_loaded_and_merged_equal(tmp_path: Path, make_adapter
     merged, merged_loaded = merge(speech_llm), merge(loaded)
     assert type(merged_loaded.model).__name__ == "Qwen2ForCausalLM"
     assert torch.equal(logits(merged), logits(merged_loaded))
-    torch.testing.assert_close(logits(merged), adapted, rtol=1e-4, atol=1e-4)
+    assert_equal_but_for_rounding(logits(merged), adapted)
     first, second = merged.model.get_input_embeddings().weight, merged.model.get_output_embeddings().weight
     assert (first is second) is kind["tied"]
 
@@ -257,7 +262,7 @@ def test_an_adapter_is_loaded_on_its_language_model_in_any_precision(tmp_path: P
     speech_llm.save(tmp_path / "adapter")
     loaded = load_speech_llm(tmp_path / "adapter")
     assert torch.equal(logits(loaded), logits(speech_llm))
-    assert_close(logits(merge(loaded)), logits(speech_llm), rtol=0, atol=1e-4)
+    assert_equal_but_for_rounding(logits(merge(loaded)), logits(speech_llm))
 
 
 def test_the_language_model_may_be_moved(tmp_path: Path, make_adapter: MakeAdapter) -> None:
