@@ -38,13 +38,11 @@ SPLITS = ("splits", "dev_splits", "train_splits", "test_splits")  # keys of the 
 class Stages:
     """Runs each stage once; RUN/stages.json records which are finished and how many seconds they took.
 
-    run: folder of the job; recipes: folder of the recipes; processes: per training without a GPU; when None the largest
-    power of two up to the number of cores, at most 8 (processes share a batch equally).
+    run: folder of the job; recipes: folder of the recipes.
     """
 
-    def __init__(self, run: Path, recipes: Path, processes: int | None = None):
+    def __init__(self, run: Path, recipes: Path):
         self.recipes = recipes
-        self.processes = processes or 2 ** min(3, available_cpus().bit_length() - 1)
         self.file = run / "stages.json"
         self.lock = threading.Lock()  # of the file, and of the next two
         self.running: list[subprocess.Popen[bytes]] = []
@@ -140,13 +138,14 @@ class Stages:
                 self._end(list(self.running))
                 raise
 
-    def launch(self, name: str, command: list[str]) -> None:
+    def launch(self, name: str, command: list[str], processes: int | None = None) -> None:
         """Run one recipe on all GPUs, or in several processes if there is none.
 
-        On a CPU several processes are faster than one with several threads, which mostly wait for each other in small
-        models, and much faster when other programs use the cores too.
+        processes: without a GPU; when None the largest power of two up to the number of cores, at most 8 (processes
+        share a batch equally). With large batches they are faster than one with several threads, which mostly wait for
+        each other in small models; with small ones they wait for each other's gradients.
         """
-        processes = torch.cuda.device_count() or self.processes
+        processes = torch.cuda.device_count() or processes or 2 ** min(3, available_cpus().bit_length() - 1)
         words = ["python", *recipe_command(f"{self.recipes}/{command[0]}", command[1:], processes)]
         self.call(name, lambda: self._run([words], processes), [command])
 

@@ -129,7 +129,7 @@ REFUSED = {
     "batch_tokens=0 micro_batch_tokens=-1 peak_tflops=0 seed=-1",
     "benchmark_serve": "recordings=0 requests=-1 clients=0 bad=-1 live=-1 minutes=-1",
     "compare": "seeds=[] seeds=1,1 seeds=-1 tasks=[] test_splits=[] quality_layers=0 conversion_pairs=0 probe_steps=-1",
-    "demo": "audio_tokenizer=t scale=0 scale=nan scale=-1 processes=0 processes=3 synthetic_dev=0",
+    "demo": "audio_tokenizer=t scale=0 scale=nan scale=-1 processes=0 processes=3 synthetic_dev=0 seed=-1",
     "encode_speech": "layers=0 layers=-1 max_duration_s=0 max_duration_s=-1 max_duration_s=.nan splits=[] normalizer=x",
     "eval_asr": "beams=0 batch_tokens=-1 shuffled_utterances=1 seed=4294967296 splits=[]",
     "eval_codec": "layers=0 layers=[] layers=[-1] max_utterances=0 seed=-1",

@@ -437,13 +437,17 @@ def test_the_demo_checks_the_configurations_of_its_stages_first(tmp_path: Path, 
     assert not (tmp_path / "new").exists()
 
 
-def test_the_steps_of_a_stage_of_the_demo_are_scaled(tmp_path: Path, recipe: Callable[[str], ModuleType]) -> None:
+def test_the_steps_of_a_stage_of_the_demo_take_scale_and_seed(
+    tmp_path: Path, recipe: Callable[[str], ModuleType]
+) -> None:
     demo, file = recipe("demo.py"), tmp_path / "a #1.yaml"
     file.write_text("kind: speaker\nsteps: 10\n")
     words = [f"data={tmp_path}/x #2", "output=12:30"]
     for scale, steps in ((1.0, []), (0.26, ["steps=3"]), (1e-9, ["steps=1"])):
         found = demo.training("train_teacher.py", str(file), demo.DemoConfig(scale=scale), *words)
         assert found == ["train_teacher.py", f"--config={file}", *steps, *words]
+    found = demo.training("train_teacher.py", str(file), demo.DemoConfig(seed=2), *words)
+    assert found == ["train_teacher.py", f"--config={file}", "seed=2", *words]
 
 
 def test_a_demo_with_a_published_tokenizer_trains_the_language_model_alone(
