@@ -19,7 +19,7 @@ from typing import Literal
 from speechllm.data.config import AugmentationConfig
 from speechllm.runs.config import parse_config
 from speechllm.small_model import SmallShape, TextTokens
-from tokenizer.settings import Count, Decay, Names, Natural, NonNegative, Positive, Seed, Settings, Share
+from tokenizer.settings import Corpus, Count, Decay, Names, Natural, NonNegative, Positive, Seed, Settings, Share
 
 SAMPLE = 2000  # rows from which the plan is computed
 FREE = "micro_batch_tokens gradient_checkpointing compile liger".split()  # may also change while a run is interrupted
@@ -50,7 +50,7 @@ class RowsConfig(Settings):
 
 @dataclass
 class AsrConfig(Settings):
-    codes: str  # folder of encode_speech
+    codes: Corpus  # folder of encode_speech, or several as [A, B]
     codec: str  # the audio tokenizer that made them, as `load_tokenizer` takes it
     output: str  # run folder; the model goes to its subfolder `model`
     model: str | None = "Qwen/Qwen2-1.5B"  # folder or hub name, or RUN/model to train further; null: a small new one
@@ -167,6 +167,7 @@ from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from speechllm.training.validation import dev_rates, recognize_together
 from tokenizer.corpus import spread
 from tokenizer.files import atomic_folder
+from tokenizer.utterances import spell_corpora
 
 
 def main(config: AsrConfig) -> None:
@@ -192,7 +193,7 @@ def main(config: AsrConfig) -> None:
         dev = [*transcribed(held_out, config.dev_utterances, config.normalizer)]
     if not len(rows) or (config.dev_splits and not dev):
         purpose = "validation" if len(rows) else "training"
-        raise DataError(f"{config.codes}: no utterance for {purpose} has a transcript")
+        raise DataError(f"{spell_corpora(config.codes)}: no utterance for {purpose} has a transcript")
     primary = primary_rate(row["text"] for row in dev)  # steers: the best checkpoint and early stopping follow it
     if without_words and config.transcription_weight:
         accelerator.print(f"left out: {without_words} utterances whose transcript holds no words ({config.normalizer})")

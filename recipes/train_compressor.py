@@ -6,21 +6,22 @@
 CODES is what recipes/encode_speech.py wrote with TOKENIZER: features of an encoder, units, or codes of a codec. The
 network learns the letters of the transcripts; RUN/model is an audio tokenizer of its own, with TOKENIZER inside, whose
 vectors a language model reads like any features (train_asr.py with stack=1). RUN/codes is CODES, all splits of it,
-encoded by RUN/model. A killed run, started again with the same command, resumes from its newest checkpoint and ends as
-if it had not been interrupted.
+encoded by RUN/model; of several folders, "codes=[A, B]", they are RUN/codes/A and RUN/codes/B. A killed run, started
+again with the same command, resumes from its newest checkpoint and ends as if it had not been interrupted.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from speechllm.runs.config import parse_config
-from tokenizer.settings import Count, Names, Natural, Positive, Seed, Settings, Share
+from tokenizer.settings import Corpus, Count, Names, Natural, Positive, Seed, Settings, Share
 
 
 @dataclass
 class CompressorConfig(Settings):
-    codes: str  # folder of encode_speech
+    codes: Corpus  # folder of encode_speech, or several as [A, B]
     codec: str  # the audio tokenizer that made them, as `load_tokenizer` takes it
     output: str  # run folder; the compressor goes to its subfolder `model`
     splits: Names | None = None  # training splits, all when null
@@ -69,6 +70,7 @@ from tokenizer.prefetch import prefetch
 from tokenizer.progress import progress_bar
 from tokenizer.schemes.compressor import BLANK, CtcCompressor, base_frames
 from tokenizer.training.step import remember_statistics
+from tokenizer.utterances import corpus_folders, short_names, spell_corpora
 
 READ_AHEAD = 4  # batches
 Batch = tuple[Tensor, ...]  # what `CtcLoss` takes
@@ -83,7 +85,8 @@ def main(config: CompressorConfig) -> None:
     train = transcribed(train, normalizer=config.normalizer)
     train = train.select([i for i, s in enumerate(train["duration_s"]) if s <= config.max_duration_s])
     if not len(train):
-        raise DataError(f"{config.codes}: no utterance of up to {config.max_duration_s:g} s has a transcript")
+        source = spell_corpora(config.codes)
+        raise DataError(f"{source}: no utterance of up to {config.max_duration_s:g} s has a transcript")
     dev = load_codes(config.codes, config.dev_splits)[0] if config.dev_splits else None
     dev = transcribed(dev, config.dev_utterances, config.normalizer) if dev is not None else []
     base = load_tokenizer(config.codec)
@@ -140,8 +143,9 @@ def main(config: CompressorConfig) -> None:
         with atomic_folder(run.folder / "model") as folder:
             compressor.save_pretrained(folder)
         with torch.no_grad(), progress_bar(None, "compress", unit="utt") as bar:
-            for count in compress_shards(config.codes, compressor, run.folder / "codes"):
-                bar.update(count)
+            for source, folder in compressed_folders(config.codes, run.folder / "codes").items():
+                for count in compress_shards(source, compressor, folder):
+                    bar.update(count)
         scores = {"dev_wer": letters_wer(compressor, dev, encoding, config.normalizer)} if len(dev) else {}
         finish_training(run, {"steps": config.steps, **loop.figures, **scores, "fingerprint": compressor.fingerprint})
         print(f"compressor saved in {run.folder / 'model'} {scores}")
@@ -194,6 +198,13 @@ def read_batches(
         return chosen, (padded[0], sizes[0], padded[1], sizes[1])
 
     yield from prefetch(read, (order.tolist() for order in orders), READ_AHEAD)
+
+
+def compressed_folders(codes: str | list[str], output: Path) -> dict[Path, Path]:
+    """The folder for the vectors of each folder of frames: `output` itself, or of several one in it for each."""
+    sources = corpus_folders(codes)
+    names = short_names(sources) if len(sources) > 1 else [""]
+    return {source: output / name for source, name in zip(sources, names, strict=True)}
 
 
 @torch.no_grad()

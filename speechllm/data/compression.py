@@ -11,7 +11,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from speechllm.data.encoded import speech_of
-from speechllm.data.shards import REQUEST, SCHEMA, SPEECH, open_shard, shard_files, write_table
+from speechllm.data.shards import REQUEST, SCHEMA, SPEECH, open_shard, shard_encoding, shard_files, write_table
 from speechllm.encoding import Encoding
 from tokenizer.files import read_json, write_json
 from tokenizer.schemes.compressor import CtcCompressor, base_frames, compress
@@ -30,13 +30,13 @@ def compress_shards(source: str | Path, compressor: CtcCompressor, folder: str |
     write_json(folder / REQUEST, request)
     for file in shard_files(source):
         if not (folder / file.name).exists():
-            write_table(folder / file.name, _compressed(open_shard(file), compressor, encoding))
+            vectors = _compressed(open_shard(file), shard_encoding(file), compressor, encoding)
+            write_table(folder / file.name, vectors)
         yield len(open_shard(folder / file.name))
 
 
-def _compressed(table: pa.Table, compressor: CtcCompressor, encoding: Encoding) -> pa.Table:
+def _compressed(table: pa.Table, base: Encoding, compressor: CtcCompressor, encoding: Encoding) -> pa.Table:
     notes, column = table.schema.metadata, SPEECH["features"]
-    base = Encoding(**json.loads(notes[b"encoding"]))
 
     def vectors(row: dict[str, Any]) -> np.ndarray:
         frames = base_frames(compressor.base, cast(Tensor, speech_of(row, base)))

@@ -1,6 +1,7 @@
 """Reading encoded speech: what is known of the utterances is in memory, their speech stays on disk."""
 
-import json
+import itertools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -15,8 +16,8 @@ from speechllm.data.shards import (
     SCHEMA,
     SPEECH,
     open_shard,
+    shard_encoding,
     shard_files,
-    shard_notes,
     skipped_of_shards,
     stored_normalizers,
 )
@@ -24,7 +25,7 @@ from speechllm.encoding import DataError, Encoding, Speech
 from speechllm.evaluation.normalizers import find_normalizer
 from tokenizer.corpus import spread
 from tokenizer.files import read_json
-from tokenizer.reading import reading
+from tokenizer.utterances import Corpora, MissingSplitError, corpus_folders, keep_apart, short_names, spell_corpora
 
 
 class EncodedSpeech(Sequence[dict[str, Any]]):
@@ -75,10 +76,11 @@ class EncodedSpeech(Sequence[dict[str, Any]]):
         chosen = np.asarray(places, dtype=np.int64)
         return EncodedSpeech(self.known.take(pa.array(chosen)), self.stored, self.places[chosen], self.encoding)
 
-    def with_texts(self, texts: Sequence[str]) -> "EncodedSpeech":
-        """The same utterances with other texts."""
-        column = SCHEMA.names.index("text")
-        known = self.known.set_column(column, "text", pa.array(texts, pa.string()))
+    def replaced(self, **columns: Sequence[str | None]) -> "EncodedSpeech":
+        """The same utterances with other texts, ids or speakers."""
+        known = self.known
+        for name, values in columns.items():
+            known = known.set_column(SCHEMA.names.index(name), name, pa.array(values, pa.string()))
         return EncodedSpeech(known, self.stored, self.places, self.encoding)
 
     def _stored(self, place: int) -> np.ndarray | str:
@@ -86,21 +88,36 @@ class EncodedSpeech(Sequence[dict[str, Any]]):
         return value.as_py() if self.encoding.kind == "text" else value.values.to_numpy()
 
 
-def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple[EncodedSpeech, Encoding]:
+def load_codes(data: Corpora, splits: Sequence[str] | None = None) -> tuple[EncodedSpeech, Encoding]:
     """Encoded utterances of the named splits (all when None) and their encoding; the speech itself stays on disk.
 
-    Raises DataError if shards are missing or come from several codecs, or if a named split does not exist.
+    data: a folder of `encode_shards`, or several, all of one codec. Of several, splits of one name are joined, and ids
+    and speakers that two of them share are called FOLDER/NAME, as `read_corpus` does.
+    Raises DataError if shards are missing or come from several codecs, or if no folder has a named split.
     """
+    folders = corpus_folders(data)
+    parts = [_load_folder(folder) for folder in folders]
+    speech = parts[0] if len(parts) == 1 else _joined(folders, parts)
+    if splits is not None:
+        found = speech.known["split"].unique().to_pylist()
+        if absent := [split for split in splits if split not in found]:
+            raise DataError(str(MissingSplitError(data, absent, found)))
+        chosen = pa.compute.is_in(speech.known["split"], pa.array(splits))
+        speech = speech.select(np.flatnonzero(chosen.to_numpy()))
+    return speech, speech.encoding
+
+
+def _load_folder(folder: Path) -> EncodedSpeech:
+    """All that `encode_shards` wrote into a folder."""
     files = shard_files(folder)
-    encodings = {shard_notes(file)[b"encoding"] for file in files}
-    with reading(files[0], "a shard of encoded speech", "encode the speech again", DataError):
-        encoding = Encoding(**json.loads(encodings.pop()))
+    encodings = {shard_encoding(file) for file in files}
+    encoding = encodings.pop()
     if encodings:
         raise DataError(f"{folder} mixes codes of {len(encodings) + 1} codecs: encode into an empty folder")
     for file in files:  # each mapping ends here, so that looking at all codes takes no memory
         _check_shard(file, open_shard(file), encoding)
     shards = [open_shard(file) for file in files]
-    if asked := read_json(Path(folder) / REQUEST).get("utterances"):
+    if asked := read_json(folder / REQUEST).get("utterances"):
         there = sum(map(len, shards)) + len(skipped_of_shards(folder))
         if there < asked:
             raise DataError(f"{folder} holds {there} of {asked} utterances: run encode_speech again to finish it")
@@ -111,13 +128,24 @@ def load_codes(folder: str | Path, splits: Sequence[str] | None = None) -> tuple
             )
     table = pa.concat_tables(shard.replace_schema_metadata(None) for shard in shards)
     known = table.select(SCHEMA.names)
-    speech = EncodedSpeech(known, table[SPEECH[encoding.kind].name], np.arange(len(known)), encoding)
-    if splits is not None:
-        found = known["split"].unique().to_pylist()
-        if absent := [split for split in splits if split not in found]:
-            raise DataError(f"{folder} has no split {', '.join(absent)}; it has {', '.join(found)}")
-        speech = speech.select(np.flatnonzero(pa.compute.is_in(known["split"], pa.array(splits)).to_numpy()))
-    return speech, encoding
+    return EncodedSpeech(known, table[SPEECH[encoding.kind].name], np.arange(len(known)), encoding)
+
+
+def _joined(folders: Sequence[Path], parts: Sequence[EncodedSpeech]) -> EncodedSpeech:
+    """The utterances of whole folders, one after the other, with ids and speakers that no other one has."""
+    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+        raise DataError(f"{spell_corpora(folders)}: a folder is given twice, expected each once")
+    for folder, part in zip(folders[1:], parts[1:], strict=True):
+        if part.encoding != parts[0].encoding:
+            raise DataError(
+                f"{folders[0]} and {folder} were encoded by different codecs or with different settings: encode the "
+                "speech of one again, as that of the other was"
+            )
+    columns = {key: keep_apart([part[key] for part in parts], short_names(folders)) for key in ("id", "speaker")}
+    known = pa.concat_tables(part.known for part in parts)
+    stored = pa.chunked_array(itertools.chain(*(part.stored.chunks for part in parts)), parts[0].stored.type)
+    both = EncodedSpeech(known, stored, np.arange(len(known)), parts[0].encoding)
+    return both.replaced(**{key: [*itertools.chain(*names)] for key, names in columns.items()})
 
 
 def _check_shard(file: Path, table: pa.Table, encoding: Encoding) -> None:
@@ -147,13 +175,14 @@ def _check_shard(file: Path, table: pa.Table, encoding: Encoding) -> None:
             )
 
 
-def require_texts(folder: str | Path, normalizer: str) -> None:
-    """Raise DataError if the folder's texts were stored normalised, as earlier versions did, by another normaliser."""
-    if other := [name for name in stored_normalizers(shard_files(folder)) if name not in ("none", normalizer)]:
-        raise DataError(
-            f"{folder} holds texts that an earlier version normalised by {other[0]}, of which {normalizer} cannot be "
-            f"made: choose normalizer={other[0]}, or run encode_speech again into another folder"
-        )
+def require_texts(data: Corpora, normalizer: str) -> None:
+    """Raise DataError if a folder's texts were stored normalised, as earlier versions did, by another normaliser."""
+    for folder in corpus_folders(data):
+        if other := [name for name in stored_normalizers(shard_files(folder)) if name not in ("none", normalizer)]:
+            raise DataError(
+                f"{folder} holds texts that an earlier version normalised by {other[0]}, of which {normalizer} cannot "
+                f"be made: choose normalizer={other[0]}, or run encode_speech again into another folder"
+            )
 
 
 def transcribed(speech: EncodedSpeech, limit: int | None = None, normalizer: str = "none") -> EncodedSpeech:
@@ -161,7 +190,7 @@ def transcribed(speech: EncodedSpeech, limit: int | None = None, normalizer: str
     normalize = find_normalizer(normalizer)
     texts = [normalize(text or "") for text in speech["text"]]
     kept = [place for place, text in enumerate(texts) if text.strip()]
-    return speech.with_texts(texts).select(spread(kept, limit))
+    return speech.replaced(text=texts).select(spread(kept, limit))
 
 
 def codes_of(row: dict[str, Any], encoding: Encoding) -> Tensor:

@@ -24,6 +24,7 @@ from tokenizer.claims import claim_folder
 from tokenizer.corpus import Utterance, load_each, skipped_row
 from tokenizer.files import atomic_file, read_json, write_json
 from tokenizer.interface import AudioTokenizer
+from tokenizer.reading import reading
 
 REQUEST = "request.json"  # what the shards of a folder are made of
 SHARD_SIZE = 500  # utterances per file
@@ -306,6 +307,12 @@ def shard_notes(file: Path) -> dict[bytes, bytes]:
     if b"encoding" not in notes:
         raise DataError(f"{file} is no shard of encode_speech, it does not say how it was encoded: take it away")
     return notes
+
+
+def shard_encoding(file: Path) -> Encoding:
+    """How a shard was encoded. Raises DataError for a file that is no whole shard."""
+    with reading(file, "a shard of encoded speech", "encode the speech again", DataError):
+        return Encoding(**json.loads(shard_notes(file)[b"encoding"]))
 
 
 def identity(utterances: Sequence[Utterance]) -> str:

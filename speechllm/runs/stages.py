@@ -71,7 +71,7 @@ class Stages:
             except ConfigError as error:
                 problems[f"{recipe}: {error}"].append(stage)
                 continue
-            encoded = encoding.get(getattr(config, "codes", ""))
+            encoded = encoding.get(str(getattr(config, "codes", "")))  # of several folders, none is encoded here
             source = config if hasattr(config, "data") else encoded
             if source is None:
                 continue

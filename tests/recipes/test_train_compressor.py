@@ -49,9 +49,8 @@ def train(recipe: Callable[[str], ModuleType], work: Path, without_pictures: Non
     def train(name: str, **settings: object) -> Path:
         words = {"splits": ["train"], "dev_splits": ["dev"], "width": 64, "depth": 1, "steps": 6, "batch_size": 4}
         words |= {"warmup": 1, "validate_every": 3, "save_every": 2, "log_every": 1}
-        module.main(
-            module.CompressorConfig(str(work / "codes"), str(work / "codec"), str(work / name), **(words | settings))
-        )
+        words |= {"codes": str(work / "codes"), "codec": str(work / "codec"), "output": str(work / name)}
+        module.main(module.CompressorConfig(**(words | settings)))
         return work / name
 
     train.module = module
@@ -90,6 +89,22 @@ def test_a_killed_training_ends_as_if_it_had_not_been(
         assert {**row, "features": None} == {**other, "features": None}
     requests = [(folder / "request.json").read_text() for folder in (work / "vectors", whole / "codes")]
     assert json.loads(requests[0]) == json.loads(requests[1])
+
+
+def test_frames_of_several_folders_train_one_compressor(
+    train: Callable[..., Path], work: Path, small_codec: SpeechCodec
+) -> None:
+    utterances = torch.load(work / "utterances.pt", weights_only=False)
+    folders = [work / "first", work / "second"]
+    for folder, some in zip(folders, (utterances[:3], utterances[3:]), strict=True):
+        list(encode_shards(some, small_codec, folder, layers=2))
+    whole, both = train("one"), train("both", codes=[*map(str, folders)])
+    weights = [(run / "model" / "compressor.safetensors").read_bytes() for run in (whole, both)]
+    assert weights[0] == weights[1]
+    vectors = [load_codes(data)[0] for data in (whole / "codes", [both / "codes" / folder.name for folder in folders])]
+    for row, other in zip(*vectors, strict=True):
+        assert row["id"] == other["id"] and row["features"].tolist() == other["features"].tolist()
+    assert not list((both / "codes").glob("*.arrow"))
 
 
 def test_a_training_without_words_is_refused(train: Callable[..., Path]) -> None:

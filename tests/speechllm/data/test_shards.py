@@ -239,6 +239,45 @@ def test_a_run_stopped_after_one_shard_continues_with_the_next(
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
 
 
+def test_shards_of_a_version_that_said_less_of_a_codec_belong_to_the_same_codes(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
+) -> None:
+    encode(speech, small_codec, tmp_path)
+    table = open_shard(tmp_path / SHARDS[0])
+    encoding = json.loads(table.schema.metadata[b"encoding"])
+    assert encoding.pop("labels") == []
+    notes = {**table.schema.metadata, "encoding": json.dumps(encoding)}
+    write_table(tmp_path / SHARDS[0], table.replace_schema_metadata(notes))
+    rows, found = load_codes(tmp_path)
+    assert len(rows) == 10 and found == Encoding.of(small_codec)
+
+
+def test_several_folders_are_read_as_one(tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec) -> None:
+    more = [replace(one, id=f"v{one.id}", speaker="t", split="dev") for one in speech[:4]]
+    encode(speech, small_codec, tmp_path / "a")
+    encode([*more, speech[0]], small_codec, tmp_path / "b")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    (a, _), (b, _), (both, encoding) = map(load_codes, (*folders, folders))
+    assert encoding == Encoding.of(small_codec)
+    assert both["id"] == ["a/u0", *a["id"][1:], *b["id"][:4], "b/u0"]  # the ids and speakers that both have
+    assert both["speaker"] == ["a/s0", "s1"] + ["a/s0", "s1"] * 4 + ["t"] * 4 + ["b/s0"]
+    for row, part in zip(both, [*a, *b], strict=True):
+        assert torch.equal(speech_of(row, encoding), speech_of(part, encoding)) and row["text"] == part["text"]
+    assert list(both.frames) == [*a.frames, *b.frames]
+    train, _ = load_codes(folders, ["train", "dev"])
+    assert train["id"] == [id for id, split in zip(both["id"], both["split"], strict=True) if split != "test"]
+    assert torch.equal(train.speech(7), both.speech(10))
+    require_texts(folders, "none")
+
+    with pytest.raises(DataError, match="a, .*b have no split eval; they have train, test, dev"):
+        load_codes(folders, ["eval"])
+    with pytest.raises(DataError, match="a folder is given twice"):
+        load_codes([tmp_path / "a", f"{tmp_path}/b/../a"])
+    encode(speech, small_codec, tmp_path / "c", 1)
+    with pytest.raises(DataError, match="a and .*c were encoded by different codecs or with different settings"):
+        load_codes([*folders, tmp_path / "c"])
+
+
 @pytest.mark.parametrize("processes", [2, 3, 5])
 def test_the_shards_of_several_processes_are_those_of_one(
     tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec, processes: int
