@@ -13,13 +13,14 @@ from tokenizer.schemes.compressor import BASE, CtcCompressor
 from tokenizer.schemes.features import FeatureEncoder
 from tokenizer.schemes.published import PUBLISHED, PublishedCodec
 from tokenizer.schemes.recognizer import Recognizer
+from tokenizer.schemes.soundstream import ENCODER, SoundStream
 from tokenizer.schemes.units import UnitTokenizer
 
 SPELLINGS = (
     "an audio tokenizer is FOLDER_OR_HUB_NAME (a codec of this package, EnCodec, Mimi or DAC of transformers, "
-    "a downloaded SpeechTokenizer, units of recipes/fit_units.py), features:FOLDER_OR_HUB_NAME#LAYER (HuBERT, WavLM, "
-    "wav2vec 2.0 or Whisper), recognizer:FOLDER_OR_HUB_NAME (a speech recogniser of transformers) or FILE.py:CLASS "
-    "(your own)"
+    "a downloaded SpeechTokenizer or SoundStream, units of recipes/fit_units.py), features:FOLDER_OR_HUB_NAME#LAYER "
+    "(HuBERT, WavLM, wav2vec 2.0 or Whisper), recognizer:FOLDER_OR_HUB_NAME (a speech recogniser of transformers) or "
+    "FILE.py:CLASS (your own)"
 )
 
 
@@ -98,6 +99,8 @@ def _by_files(name: str) -> AudioTokenizer:
             return Recognizer.from_pretrained(name)
         case "compressor":
             return CtcCompressor.from_pretrained(name, load_tokenizer(Path(name) / BASE))
+    if (Path(name) / ENCODER).is_file():
+        return SoundStream.from_pretrained(name)
     config = read_pretrained_json(name, "config.json")
     if not config and not Path(name).is_dir():
         raise FileNotFoundError(f"{name}: no such folder, and no hub model that can be reached; {SPELLINGS}")
