@@ -5,7 +5,7 @@
 
 CODES is what recipes/encode_speech.py wrote with TOKENIZER: features of an encoder, units, or codes of a codec. The
 network learns the letters of the transcripts; RUN/model is an audio tokenizer of its own, with TOKENIZER inside, whose
-vectors a language model reads like any features (train_asr.py with stack=1). RUN/codes is CODES, all splits of it,
+vectors a language model reads like any features, stack=N of them a token. RUN/codes is CODES, all splits of it,
 encoded by RUN/model; of several folders, "codes=[A, B]", they are RUN/codes/A and RUN/codes/B. A killed run, started
 again with the same command, resumes from its newest checkpoint and ends as if it had not been interrupted.
 """
