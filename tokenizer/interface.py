@@ -35,6 +35,13 @@ class Codes:
         """The codes of the first `layers` codebooks only."""
         return Codes(self.ids[:, :layers], self.lengths, self.samples)
 
+    def sizes(self, hop: int) -> Tensor:
+        """Samples of each utterance, long [B]: as many as were encoded, or, where that is not known, its frames hold.
+
+        hop: samples a frame.
+        """
+        return self.samples if self.samples is not None else self.lengths * hop
+
     def require(self, num_codebooks: int, codebook_size: int, hop: float | None = None) -> None:
         """Raise InputError unless a codec with so many codebooks can have made these codes.
 
@@ -69,6 +76,12 @@ class Codes:
         for row, codes in zip(ids, utterances, strict=True):
             row[:, : codes.shape[1]] = codes
         return Codes(ids, lengths, samples)
+
+
+def require_layers(layers: int | None, num_codebooks: int) -> None:
+    """Raise InputError for more `layers` than a codec with so many codebooks has, or none; None means all."""
+    if layers is not None and not 1 <= layers <= num_codebooks:
+        raise InputError(f"layers must be 1..{num_codebooks}, got {layers}")
 
 
 @dataclass(frozen=True)

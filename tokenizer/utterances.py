@@ -64,25 +64,40 @@ def keep_apart(names: Sequence[Sequence[str | None]], corpora: Sequence[str]) ->
     ]
 
 
+def tell_apart(
+    folders: Sequence[Path],
+    ids: Sequence[Sequence[str | None]],
+    speakers: Sequence[Sequence[str | None]],
+    what: str = "a corpus",
+    error: type[InputError] = CorpusError,
+) -> tuple[list[list[str | None]], list[list[str | None]]]:
+    """The ids and speakers that each folder gives, as FOLDER/NAME where two folders have the same one.
+
+    Raises `error` for a folder, `what`, that is given twice, and for two ids that are the same even so.
+    """
+    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
+        raise error(f"{spell_corpora(folders)}: {what} is given twice, expected each once")
+    names = short_names(folders)
+    apart = keep_apart(ids, names), keep_apart(speakers, names)
+    if repeated := [name for name, times in Counter(itertools.chain(*apart[0])).items() if times > 1]:
+        raise error(f"{spell_corpora(folders)}: two utterances would be called {repeated[0]}: rename a folder")
+    return apart
+
+
 def join(folders: Sequence[Path], corpora: Sequence[Sequence[Utterance]]) -> list[list[Utterance]]:
     """The utterances of every corpus, with ids and speakers that no other one has.
 
     Raises CorpusError for a folder that is given twice and for a recording that two corpora have under one id.
     """
-    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
-        raise CorpusError(f"{spell_corpora(folders)}: a corpus is given twice, expected each once")
+    ids, speakers = tell_apart(
+        folders, [[one.id for one in own] for own in corpora], [[one.speaker for one in own] for own in corpora]
+    )
     first: dict[str, Utterance] = {}
     for one in itertools.chain(*corpora):
         other = first.setdefault(one.id, one)
         if other is not one and os.path.realpath(other.path) == os.path.realpath(one.path):
             both = f"two of them hold the recording {one.path} as {one.id}"
             raise CorpusError(f"{spell_corpora(folders)}: {both}, expected each recording once: leave one of them out")
-    ids, speakers = (
-        keep_apart([[getattr(one, key) for one in own] for own in corpora], short_names(folders))
-        for key in ("id", "speaker")
-    )
-    if repeated := [name for name, times in Counter(itertools.chain(*ids)).items() if times > 1]:
-        raise CorpusError(f"{spell_corpora(folders)}: two utterances would be called {repeated[0]}: rename a folder")
     return [
         [replace(one, id=str(id), speaker=speaker) for one, id, speaker in zip(*own, strict=True)]
         for own in zip(corpora, ids, speakers, strict=True)

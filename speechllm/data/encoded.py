@@ -1,7 +1,6 @@
 """Reading encoded speech: what is known of the utterances is in memory, their speech stays on disk."""
 
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -25,7 +24,7 @@ from speechllm.encoding import DataError, Encoding, Speech
 from speechllm.evaluation.normalizers import find_normalizer
 from tokenizer.corpus import spread
 from tokenizer.files import read_json
-from tokenizer.utterances import Corpora, MissingSplitError, corpus_folders, keep_apart, short_names, spell_corpora
+from tokenizer.utterances import Corpora, MissingSplitError, corpus_folders, tell_apart
 
 
 class EncodedSpeech(Sequence[dict[str, Any]]):
@@ -133,19 +132,19 @@ def _load_folder(folder: Path) -> EncodedSpeech:
 
 def _joined(folders: Sequence[Path], parts: Sequence[EncodedSpeech]) -> EncodedSpeech:
     """The utterances of whole folders, one after the other, with ids and speakers that no other one has."""
-    if len({os.path.realpath(folder) for folder in folders}) < len(folders):
-        raise DataError(f"{spell_corpora(folders)}: a folder is given twice, expected each once")
+    ids, speakers = tell_apart(
+        folders, [part["id"] for part in parts], [part["speaker"] for part in parts], "a folder", DataError
+    )
     for folder, part in zip(folders[1:], parts[1:], strict=True):
         if part.encoding != parts[0].encoding:
             raise DataError(
                 f"{folders[0]} and {folder} were encoded by different codecs or with different settings: encode the "
                 "speech of one again, as that of the other was"
             )
-    columns = {key: keep_apart([part[key] for part in parts], short_names(folders)) for key in ("id", "speaker")}
     known = pa.concat_tables(part.known for part in parts)
     stored = pa.chunked_array(itertools.chain(*(part.stored.chunks for part in parts)), parts[0].stored.type)
     both = EncodedSpeech(known, stored, np.arange(len(known)), parts[0].encoding)
-    return both.replaced(**{key: [*itertools.chain(*names)] for key, names in columns.items()})
+    return both.replaced(id=[*itertools.chain(*ids)], speaker=[*itertools.chain(*speakers)])
 
 
 def _check_shard(file: Path, table: pa.Table, encoding: Encoding) -> None:

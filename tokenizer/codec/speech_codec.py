@@ -19,7 +19,7 @@ from tokenizer.codec.seanet import ConvStyle, SEANetDecoder, SEANetEncoder
 from tokenizer.codec.streaming import ChunkedDecoder, ChunkedEncoder, in_chunks
 from tokenizer.errors import InputError
 from tokenizer.frames import split_utterances
-from tokenizer.interface import Codes
+from tokenizer.interface import Codes, require_layers
 from tokenizer.pretrained import (
     check_folder,
     describe,
@@ -140,7 +140,7 @@ class SpeechCodec(
         Each utterance is decoded separately. Raises InputError for codes that this codec cannot have made.
         """
         codes.require(self.num_codebooks, self.codebook_size, self.hop_length)
-        samples = codes.samples if codes.samples is not None else codes.lengths * self.hop_length
+        samples = codes.sizes(self.hop_length)
         waveform = self.codebooks.new_zeros(len(codes), int(samples.max()))
         for index, length in enumerate(samples.tolist()):
             waveform[index, :length] = self._decode(codes.utterance(index))[:length]
@@ -173,8 +173,7 @@ class SpeechCodec(
     def _check(self, layers: int | None) -> None:
         if self.training:
             raise ValueError("the codec is in training mode: call codec.eval() before encoding")
-        if layers is not None and not 1 <= layers <= self.num_codebooks:
-            raise InputError(f"layers must be 1..{self.num_codebooks}, got {layers}")
+        require_layers(layers, self.num_codebooks)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The README.md that `save_pretrained` and `push_to_hub` write if there is none yet."""

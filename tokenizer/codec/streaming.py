@@ -18,7 +18,7 @@ from tokenizer.codec.quantizer import ResidualVectorQuantizer
 from tokenizer.codec.seanet import LSTM, RESIDUAL_KERNEL, Conv1d, ConvTranspose1d, ResidualUnit
 from tokenizer.errors import InputError
 from tokenizer.frames import frame_count
-from tokenizer.interface import Codes
+from tokenizer.interface import Codes, require_layers
 from tokenizer.rates import HOP_LENGTH
 
 Stage = Callable[[Tensor, bool], Tensor]  # new inputs [1, C, n], whether they are the last ones -> new outputs
@@ -230,8 +230,7 @@ class StreamingEncoder(ChunkedEncoder):
 
     def __init__(self, codec: StreamableCodec, layers: int | None = None) -> None:
         _check(codec)
-        if layers is not None and not 1 <= layers <= codec.num_codebooks:
-            raise InputError(f"layers must be 1..{codec.num_codebooks}, got {layers}")
+        require_layers(layers, codec.num_codebooks)
         super().__init__(codec, layers)
 
     def push(self, samples: Tensor) -> Tensor:

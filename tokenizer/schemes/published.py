@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tokenizer.audio import pad_waveforms
 from tokenizer.errors import InputError
 from tokenizer.frames import split_utterances
-from tokenizer.interface import Codes
+from tokenizer.interface import Codes, require_layers
 from tokenizer.pretrained import check_folder, load_config, load_frozen, module_fingerprint
 
 PUBLISHED = ("encodec", "mimi", "dac")  # model types of transformers
@@ -81,8 +81,7 @@ class PublishedCodec(nn.Module):
     @torch.no_grad()
     def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
         """Waveforms float [B, N] -> codes, T = ceil(n / hop) frames for an utterance of n samples."""
-        if layers is not None and not 1 <= layers <= self.num_codebooks:
-            raise InputError(f"layers must be 1..{self.num_codebooks}, got {layers}")
+        require_layers(layers, self.num_codebooks)
         utterances = split_utterances(waveform, lengths)
         codes = [self._encode(samples[None, None])[0, :layers] for samples in utterances]
         return Codes.from_utterances(codes, samples=torch.tensor([len(samples) for samples in utterances]))
@@ -95,9 +94,8 @@ class PublishedCodec(nn.Module):
         codes that this codec cannot have made.
         """
         codes.require(self.num_codebooks, self.codebook_size, self.hop_length)
-        samples = codes.samples if codes.samples is not None else codes.lengths * self.hop_length
         waveforms = []
-        for index, size in enumerate(samples.tolist()):
+        for index, size in enumerate(codes.sizes(self.hop_length).tolist()):
             speech = self._decode(codes.utterance(index)[None].to(self.device)).flatten()[:size]
             waveforms.append(F.pad(speech, (0, size - len(speech))))
         return pad_waveforms(waveforms)[0]

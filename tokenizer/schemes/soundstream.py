@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.audio import pad_waveforms
-from tokenizer.errors import InputError
 from tokenizer.frames import frame_count, split_utterances
-from tokenizer.interface import Codes
+from tokenizer.interface import Codes, require_layers
 from tokenizer.pretrained import check_folder
 from tokenizer.rates import HOP_LENGTH, SAMPLE_RATE
 from tokenizer.reading import reading
@@ -71,9 +70,7 @@ class SoundStream:
 
     def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
         """Waveforms float [B, N] -> codes, T = ceil(n / 320) frames for an utterance of n samples."""
-        layers = self.num_codebooks if layers is None else layers
-        if not 1 <= layers <= self.num_codebooks:
-            raise InputError(f"layers must be 1..{self.num_codebooks}, got {layers}")
+        require_layers(layers, self.num_codebooks)
         utterances = split_utterances(waveform.cpu(), lengths)
         codes = [self._encode(samples, layers) for samples in utterances]
         return Codes.from_utterances(codes, samples=torch.tensor([len(samples) for samples in utterances]))
@@ -84,11 +81,10 @@ class SoundStream:
         Raises InputError for codes that this codec cannot have made.
         """
         codes.require(self.num_codebooks, self.codebook_size, HOP_LENGTH)
-        samples = codes.samples if codes.samples is not None else codes.lengths * HOP_LENGTH
-        speech = [self._decode(codes.utterance(index)) for index in range(len(codes))]
-        return pad_waveforms([one[:size] for one, size in zip(speech, samples.tolist(), strict=True)])[0]
+        sizes = enumerate(codes.sizes(HOP_LENGTH).tolist())
+        return pad_waveforms([self._decode(codes.utterance(index))[:size] for index, size in sizes])[0]
 
-    def _encode(self, samples: Tensor, layers: int) -> Tensor:
+    def _encode(self, samples: Tensor, layers: int | None) -> Tensor:
         """One utterance float [N] -> codes long [layers, T]."""
         frames = np.zeros((frame_count(len(samples)), 1, HOP_LENGTH), np.float32)
         frames.reshape(-1)[: len(samples)] = samples.numpy()

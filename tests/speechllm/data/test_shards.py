@@ -273,6 +273,9 @@ def test_several_folders_are_read_as_one(tmp_path: Path, speech: list[Utterance]
         load_codes(folders, ["eval"])
     with pytest.raises(DataError, match="a folder is given twice"):
         load_codes([tmp_path / "a", f"{tmp_path}/b/../a"])
+    encode([replace(speech[0], id="a/u0"), speech[0]], small_codec, tmp_path / "d")
+    with pytest.raises(DataError, match="two utterances would be called a/u0: rename a folder"):
+        load_codes([tmp_path / "a", tmp_path / "d"])
     encode(speech, small_codec, tmp_path / "c", 1)
     with pytest.raises(DataError, match="a and .*c were encoded by different codecs or with different settings"):
         load_codes([*folders, tmp_path / "c"])
