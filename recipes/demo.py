@@ -114,10 +114,12 @@ def main(config: DemoConfig) -> None:
         stages.stage("corpus", ["synthesize_speech.py", str(corpus), *counts, f"--jobs={available_cpus()}"])
     else:
         stages.call("corpus", lambda: gather(config.data, corpus))
+    encoding = ["encode_speech.py", codec, data, f"output={codes}", "layers=null"]
     if config.audio_tokenizer is None:
         stages.stage("teachers", own["semantic"], own["speaker"])
         stages.launch("tokenizer", own["tokenizer"], config.processes)
-    stages.launch("encode", ["encode_speech.py", codec, data, f"output={codes}", "layers=null", "batch_s=20"])
+        encoding.append("batch_s=20")  # so small a codec is faster by batches on a CPU, too
+    stages.launch("encode", encoding)
     stages.launch("asr", asr_training, config.processes)
     evaluations = [
         ["eval_asr.py", f"model={asr / 'model'}", f"codes={codes}", f"output={run / 'evaluation'}", "splits=[test]"]
