@@ -13,7 +13,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedModel
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedModel,
+    StaticCache,
+)
 
 from speechllm.data.packing import PADDING, require_attention
 from speechllm.encoding import Speech
@@ -23,6 +29,7 @@ from speechllm.projector import model_inputs
 from speechllm.prompt import Example, collate_prompts, join_features, transcription_prompt
 from speechllm.vocabulary import AudioVocabulary
 from tokenizer.audio import load_audio
+from tokenizer.errors import InputError
 
 TOKENS_PER_SECOND = 12  # upper bound of an answer's length; fast English speech has about 6 text tokens per second
 TOKENS_AT_LEAST = 16
@@ -30,6 +37,7 @@ COMPRESSION = 2.4  # ratio of zlib: speech stays below it, loops do not (Radford
 REFUSAL = re.compile(r"\b(as an ai|ai language model|ai assistant)\b", re.IGNORECASE)
 FALLBACK_BEAMS = 4
 BATCH_TOKENS = 32_768  # of prompts and answers at a time: 1 GB of keys and values in a model of 1.5 B in bfloat16
+CACHE_AT_LEAST = 256  # tokens of a static cache
 FALLBACK_NGRAM = 5  # tokens; a shorter one would forbid repeating a word that has many tokens
 
 
@@ -52,12 +60,13 @@ def transcribe(
     progress: bool = False,
     beams: int = 1,
     fallback: bool = False,
+    static_cache: bool = False,
 ) -> list[str]:
     """Texts of recordings, given as files or as waveforms float [N] at the codec's rate, in the order given.
 
     They are encoded one by one, so that an iterator need hold no more than one waveform in memory.
 
-    beams, fallback: as in `recognize`. Raises AudioError for an unusable file.
+    beams, fallback, static_cache: as in `recognize`. Raises AudioError for an unusable file.
     """
     codec = speech_llm.codec
     if codec is None:
@@ -67,7 +76,7 @@ def transcribe(
         waveform = item if isinstance(item, Tensor) else load_audio(item, codec.sample_rate)
         encoded.append(speech_llm.vocabulary.encoding.encode(codec, waveform))
         durations_s.append(len(waveform) / codec.sample_rate)
-    found = recognize(encoded, speech_llm, batch_tokens, progress, beams, fallback, durations_s)
+    found = recognize(encoded, speech_llm, batch_tokens, progress, beams, fallback, durations_s, static_cache)
     return [transcription.text for transcription in found]
 
 
@@ -78,9 +87,11 @@ def transcribe_codes(
     progress: bool = False,
     beams: int = 1,
     fallback: bool = False,
+    static_cache: bool = False,
 ) -> list[str]:
     """Texts of utterances given as codes long [Q, T], in the order given; the rest as in `recognize`."""
-    return [found.text for found in recognize(codes, speech_llm, batch_tokens, progress, beams, fallback)]
+    found = recognize(codes, speech_llm, batch_tokens, progress, beams, fallback, static_cache=static_cache)
+    return [transcription.text for transcription in found]
 
 
 def recognize(
@@ -91,6 +102,7 @@ def recognize(
     beams: int = 1,
     fallback: bool = False,
     durations_s: Sequence[float] | None = None,
+    static_cache: bool = False,
 ) -> list[Transcription]:
     """Transcriptions of encoded utterances (`speech_of`), in the order given.
 
@@ -100,6 +112,8 @@ def recognize(
     fallback: decode runaway answers again, by beam search without repeated 5-grams, and replace them if that helps.
     durations_s: of the utterances; may be None if the number of frames tells it (codes without merged repeats, and
     features).
+    static_cache: greedy decoding keeps keys and values in tensors that do not grow, so that on a GPU transformers
+    compiles its steps. Does nothing with beams. Raises InputError for a family that has no such cache.
     """
     text_tokenizer, encoding = speech_llm.text_tokenizer, speech_llm.vocabulary.encoding
     if durations_s is None:
@@ -110,7 +124,7 @@ def recognize(
         durations_s = [count / encoding.frame_rate for count in frames]
     prompts = [transcription_prompt(utterance, speech_llm.vocabulary, text_tokenizer) for utterance in speech]
     bounds = [answer_bound(duration_s) for duration_s in durations_s]
-    return answer(prompts, bounds, speech_llm, batch_tokens, progress, beams, fallback)
+    return answer(prompts, bounds, speech_llm, batch_tokens, progress, beams, fallback, static_cache)
 
 
 def answer(
@@ -121,9 +135,10 @@ def answer(
     progress: bool = False,
     beams: int = 1,
     fallback: bool = False,
+    static_cache: bool = False,
 ) -> list[Transcription]:
     """Answers to prompts, in the order given, of at most so many tokens each; the rest as in `recognize`."""
-    found = _decode(prompts, bounds, speech_llm, batch_tokens, progress, beams)
+    found = _decode(prompts, bounds, speech_llm, batch_tokens, progress, beams, static_cache=static_cache)
     runaways = [i for i, first in enumerate(found) if first.runaway] if fallback else []
     again = [prompts[i] for i in runaways], [bounds[i] for i in runaways]
     beams = max(beams, FALLBACK_BEAMS)
@@ -179,22 +194,38 @@ def _decode(
     progress: bool,
     beams: int,
     ngram: int = 0,
+    static_cache: bool = False,
 ) -> list[Transcription]:
     """One pass, in batches of similar length. ngram: no sequence of that many tokens is repeated; 0: no such rule."""
     if beams < 1:
         raise ValueError(f"beams must be at least 1, got {beams}")
     model, text_tokenizer, vocabulary = speech_llm.model, speech_llm.text_tokenizer, speech_llm.vocabulary
+    greedy = bool(prompts) and beams == 1 and not ngram
+    static = greedy and static_cache
+    family = model.config.model_type
+    if static and (not model._can_compile_fullgraph or "mamba" in family):  # Mamba has a cache of its own
+        raise InputError(f"{family}: transformers has no static cache for it; set static_cache=false")
     was_training = model.training
     model.eval()
     forbidden, end_id = forbidden_ids(speech_llm).to(model.device), text_tokenizer.eos_token_id
-    packed = bool(prompts) and beams == 1 and not ngram and reads_packed(model)
+    packed = greedy and not static and reads_packed(model)
     require_attention(model, vocabulary)
+    cache, size = None, 0
     found = [Transcription("")] * len(prompts)
-    batches = answer_batches([*map(len, prompts)], bounds, batch_tokens // beams)
+    batches = answer_batches([*map(len, prompts)], bounds, batch_tokens // beams, static)
     for batch in tqdm(batches, "decode again" if ngram else "transcribe", disable=not (progress and batches)):
         some, limits = [prompts[i] for i in batch], [bounds[i] for i in batch]
         if packed:
             answers = greedy_answers(some, limits, model, vocabulary, forbidden, end_id)
+        elif static:
+            needed = static_size(len(some[0]) + max(limits))
+            if cache is None or needed != size:
+                cache, size = StaticCache(model.config, max_cache_len=needed), needed
+            cache.reset()
+            # each shape is compiled: as many rows in all batches of a size, the missing ones of the last prompt
+            missing = max(1, min(batch_tokens // size, power_of_two(len(prompts)))) - len(batch)
+            filled = [*some, *some[-1:] * missing], [*limits, *limits[-1:] * missing]
+            answers = _generate(*filled, speech_llm, forbidden, beams, ngram, cache)[: len(batch)]
         else:
             answers = _generate(some, limits, speech_llm, forbidden, beams, ngram)
         texts = text_tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -204,15 +235,31 @@ def _decode(
     return found
 
 
-def answer_batches(lengths: Sequence[int], bounds: Sequence[int], tokens: int) -> list[list[int]]:
-    """Numbers of the prompts of each batch, the longest first: as many as fit with their answers, but at least one."""
+def answer_batches(
+    lengths: Sequence[int], bounds: Sequence[int], tokens: int, static_cache: bool = False
+) -> list[list[int]]:
+    """Numbers of the prompts of each batch, the longest first: as many as fit with their answers, but at least one.
+
+    static_cache: as many as fit in one, which is larger (`static_size`).
+    """
+    size_of = static_size if static_cache else int
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         both = [*(batches[-1] if batches else []), i]
-        if not batches or len(both) * (lengths[both[0]] + max(bounds[k] for k in both)) > tokens:
+        if not batches or len(both) * size_of(lengths[both[0]] + max(bounds[k] for k in both)) > tokens:
             batches.append([])
         batches[-1].append(i)
     return batches
+
+
+def static_size(tokens: int) -> int:
+    """Length of the static cache for a prompt and its answer: one of few, because each is compiled."""
+    return max(CACHE_AT_LEAST, power_of_two(tokens))
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below a positive number."""
+    return 1 << (number - 1).bit_length()
 
 
 def _generate(
@@ -222,6 +269,7 @@ def _generate(
     forbidden: Tensor,
     beams: int,
     ngram: int,
+    cache: StaticCache | None = None,
 ) -> list[list[int]]:
     """`greedy_answers` with beams and the rule against repetitions, of padded prompts: possible in any family."""
     model, text_tokenizer, vocabulary = speech_llm.model, speech_llm.text_tokenizer, speech_llm.vocabulary
@@ -243,6 +291,7 @@ def _generate(
             num_beams=beams,
             eos_token_id=end_id,
             pad_token_id=pad_id,
+            past_key_values=cache,
         )[:, prompt_size:]
     # behind the end token comes padding
     return [row[~forbidden[row] & (row != end_id)].tolist() for row in answers]
@@ -264,8 +313,8 @@ def _both_ways(
     audio = audio.repeat_interleave(beams, 0)[:, None, None]  # the beams of an utterance lie side by side
 
     def replace_mask(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        growing = named["past_key_values"].get_seq_length() > 0  # an answer, in which a token sees all before it
-        return inputs, named if growing else named | {"attention_mask": audio}
+        hook.remove()  # what follows is an answer, in which a token sees all before it
+        return inputs, named | {"attention_mask": audio}
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     hook = base.register_forward_pre_hook(replace_mask, with_kwargs=True)

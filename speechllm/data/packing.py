@@ -141,12 +141,14 @@ def packed_attention(
     """
     # of `pack` or `pad`, not made by transformers
     given = attention_mask if attention_mask is not None and attention_mask.dtype == torch.long else None
-    audio = given if given is not None and given.shape[3] == key.shape[2] > 1 else None
+    audio = given if given is not None and given.shape[3] == query.shape[2] > 1 else None
     if cu_seq_lens_q is None and given is not None and audio is None:
         raise PackingError(f"{type(module).__name__} is not told where packed examples end; set packing=false")
     window = kwargs.get("sliding_window") or key.shape[2]  # tokens that one attends to, itself included
     if cu_seq_lens_q is None:
-        mask = attention_mask if audio is None else _mask(audio, window)
+        mask = attention_mask
+        if audio is not None:  # in a static cache there is room behind the prompts
+            mask = F.pad(_mask(audio, window), (0, key.shape[2] - query.shape[2]))
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     ampere = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)  # oldest GPU of the kernel
