@@ -29,6 +29,7 @@ class EvalRowsConfig(Settings):
     beams: Count = 1  # 1: greedy
     precision: Literal["no", "bf16"] = "bf16"  # of the language model on a GPU
     batch_tokens: Count = 32_768  # of prompts and answers decoded at a time; a beam counts as an answer
+    static_cache: bool = False  # on a GPU, compile the steps of greedy decoding (beams=1); takes a while first
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -70,6 +71,7 @@ def main(config: EvalRowsConfig) -> None:
         config.batch_tokens,
         progress=True,
         beams=config.beams,
+        static_cache=config.static_cache,
     )
     predictions = [
         {"row": row.name, "task": row.task, "reference": (right := row.answers[-1]), "hypothesis": given.text}
