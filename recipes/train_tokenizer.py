@@ -97,6 +97,7 @@ class TokenizerConfig(Settings):
     losses: LossConfig = field(default_factory=LossConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     quantizer_dropout: Counts | None = None  # codebooks to decode from, drawn per utterance; all when null
+    linear_start: bool = False  # of body convnext: begin as the best linear code of the spectra
     codebook_decay: Share = 0.99  # of the codebooks' moving averages; 0.99 is too slow for a few hundred steps
     weight_average: Decay | None = None  # decay of a moving average of the weights, which is exported; null: none
     steps: Count = 200_000
@@ -123,6 +124,8 @@ class TokenizerConfig(Settings):
             yield f"decode_s must be at most crop_s = {self.crop_s}, got {self.decode_s}"
         if self.acoustic.teacher and self.codec.num_codebooks < 2:
             yield "acoustic distillation is on layer 1: codec.num_codebooks must be at least 2"
+        if self.linear_start and (self.codec.body != "convnext" or self.codec.norm == "batch_norm"):
+            yield "linear_start needs codec.body=convnext and codec.norm=weight_norm, which leaves latents as they are"
         if max(self.quantizer_dropout or [0]) > self.codec.num_codebooks:
             yield f"quantizer_dropout must be numbers from 1 to {self.codec.num_codebooks}"
         if self.patience is not None and not (self.dev_splits and self.best):
@@ -172,13 +175,13 @@ from tokenizer.training.crops import Crops, StepSampler
 from tokenizer.training.discriminators import Adversary, make_discriminators
 from tokenizer.training.distillation import AcousticDistillation, SemanticDistillation, SpeakerDistillation
 from tokenizer.training.feature_cache import FeatureCache
+from tokenizer.training.initialization import initialize_codec
 from tokenizer.training.losses import Balancer, MultiScaleMelLoss, ReconstructionLoss
 from tokenizer.training.step import (
     CodecLoss,
     DistillationLoss,
     average_weights,
     draw_layers,
-    initialize_codebooks,
     parameter_groups,
     remember_statistics,
 )
@@ -201,7 +204,7 @@ def main(config: TokenizerConfig) -> None:
     # 1. codec, distillation losses, reconstruction losses, and data
     codec = SpeechCodec(config.codec).to(device := accelerator.device)
     codec.quantizer.decay = config.codebook_decay
-    distillations = make_distillations(config, device)
+    distillations = make_distillations(config, codec.quantizer.dimension, device)
     criterion = make_criterion(config, distillations, device)
     adversary = criterion.adversary
     loss_of = CodecLoss(codec, criterion, [*distillations.values()]).to(device)
@@ -214,13 +217,13 @@ def main(config: TokenizerConfig) -> None:
     dev = {u.id: x for u, x in load_usable(held_out if run.main else [], config.codec.sample_rate, run.skipped)}
     accelerator.print(plan(config, codec, utterances))
 
-    # 2. resume a killed run, or initialise the codebooks with the encoder's latents
+    # 2. resume a killed run, or initialise the codebooks, and perhaps the body, from the first crops
     parts = Parts(loss=loss_of, optimizer=optimizer)
     optional = {"averaged": averaged, "adversary": adversary, "balancer": criterion.balancer, "best": best}
     parts |= {name: part for name, part in optional.items() if part is not None}
     loop = TrainingLoop(run, parts, "tokenizer", steps=config.steps, seed=config.seed, save_every=config.save_every)
     if not loop.done:
-        initialize_codebooks(codec, crops, config.batch_size, config.seed)
+        initialize_codec(codec, crops, config.batch_size, config.seed, config.linear_start)
 
     # 3. train. The discriminators have an optimizer of their own, and average their gradients themselves
     forward, optimizer = accelerator.prepare(loss_of, optimizer)
@@ -301,21 +304,24 @@ def named(numbers: Tensor, utterances: list[Utterance]) -> list[str]:
     return [utterances[number].path for number in numbers.tolist()]
 
 
-def make_distillations(config: TokenizerConfig, device: torch.device) -> Distillations:
-    """The configured distillation losses by name: "semantic" on layer 0 (eq. 4), "acoustic" on layer 1 (eq. 5)."""
+def make_distillations(config: TokenizerConfig, dimension: int, device: torch.device) -> Distillations:
+    """The configured distillation losses by name: "semantic" on layer 0 (eq. 4), "acoustic" on layer 1 (eq. 5).
+
+    dimension: of the layers.
+    """
     distillations = {}
     if (semantic := config.semantic).teacher:
         teacher = SemanticTeacher.from_pretrained(semantic.teacher, semantic.layer).to(device)
-        student = SemanticDistillation(config.codec.dimension, teacher.width, semantic.center, semantic.axis).to(device)
+        student = SemanticDistillation(dimension, teacher.width, semantic.center, semantic.axis).to(device)
         distillations["semantic"] = DistillationLoss(
             "semantic", 0, teacher, student, gradient_ratio=semantic.gradient_ratio, weight=semantic.weight
         )
     if (acoustic := config.acoustic).teacher:
         teacher = SpeakerTeacher.from_pretrained(acoustic.teacher).to(device)
         if acoustic.target == "frames":
-            student = AcousticDistillation(config.codec.dimension, teacher.width).to(device)
+            student = AcousticDistillation(dimension, teacher.width).to(device)
         else:
-            student = SpeakerDistillation(config.codec.dimension, teacher.embedding_size, teacher.pool).to(device)
+            student = SpeakerDistillation(dimension, teacher.embedding_size, teacher.pool).to(device)
         distillations["acoustic"] = DistillationLoss(
             "acoustic", 1, teacher, student, gradient_ratio=acoustic.gradient_ratio, weight=acoustic.weight
         )

@@ -35,7 +35,7 @@ WORDS = {
     "adversary.betas=[0.5] adversary.learning_rate=0 adversary.learning_rate=-1 adversary.start=-1 clip=0 clip=-1 "
     "weight_average=1 codebook_decay=1 codebook_decay=-1 quantizer_dropout=[0] quantizer_dropout=[9] num_workers=-1 "
     "weight_decay=-1 semantic.gradient_ratio=-1 acoustic.gradient_ratio=-1 semantic.weight=-1 batch_size=0 steps=0 "
-    "log_every=0 validate_every=0",
+    "log_every=0 validate_every=0 linear_start=true codec.phases=griffin_lim codec.phases=x",
     "train_asr": "learning_rate=0 learning_rate=-1 learning_rate=.nan row_learning_rate=-1 clip=0 seed=-1 layers=0 "
     "layers=-1 stack=0 batch_tokens=0 micro_batch_tokens=0 small.hidden_size=17 small.num_attention_heads=0 "
     "small.num_attention_heads=3 small.num_key_value_heads=3 small.text_tokens=0 small.text_tokens=-1 "

@@ -158,7 +158,8 @@ REFUSED = {
     "losses.mel_windows=[] losses.mel_windows=200000 losses.mel_bands=[1] losses.mel_weights=[-1,1,1,1] betas=2,2 "
     "betas=0.9 adversary.betas=0.5 adversary.learning_rate=0 adversary.scale_channels=8 adversary.start=-1 clip=0 "
     "weight_average=1 codebook_decay=1 quantizer_dropout=0 quantizer_dropout=9 quantizer_dropout=[] num_workers=-1 "
-    "semantic.gradient_ratio=-1 acoustic.weight=-1 log_every=0 validate_every=0 weight_decay=-1",
+    "semantic.gradient_ratio=-1 acoustic.weight=-1 log_every=0 validate_every=0 weight_decay=-1 linear_start=true "
+    "codec.phases=griffin_lim codec.phases=x",
 }
 ANY_NUMBER = ("layer",)  # keys without a rule: hidden states can be counted from the end
 

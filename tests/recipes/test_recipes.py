@@ -47,6 +47,7 @@ RANDOM = (
 # with nothing that depends on how a batch is cut: no windows, no batch statistics; and without centring, whose gradient
 # is infinite where one code fills a crop
 DIVISIBLE = f"{TOKENIZER} codec.norm=weight_norm semantic.center=false steps=4 warmup=1 learning_rate=1e-4 log_every=1"
+LINEAR = "convnext codec.width=16 codec.depth=1 codec.phases=griffin_lim linear_start=true"
 ASR = (
     "model=null codes=codes codec=tokenizer/model splits=[train] dev_splits=[dev] small.text_tokens=300 "
     "small.text_steps=5 small.hidden_size=16 small.intermediate_size=32 small.num_hidden_layers=2 "
@@ -253,16 +254,18 @@ def test_a_killed_tokenizer_training_resumes_bit_for_bit(work: Work) -> None:
 # ---- cut into processes and parts
 
 
-def test_two_processes_train_the_same_tokenizer_as_one(work: Work) -> None:
-    work.run("train_tokenizer.py", f"{DIVISIBLE} output=tokenizer_1")
-    work.run("train_tokenizer.py", f"{DIVISIBLE} output=tokenizer_2", processes=2)
-    one, two = work.weights("tokenizer_1"), work.weights("tokenizer_2")
+@pytest.mark.parametrize("body", ["seanet", LINEAR], ids=["seanet", "linear"])
+def test_two_processes_train_the_same_tokenizer_as_one(work: Work, body: str) -> None:
+    runs = [f"tokenizer_{body[:3]}{processes}" for processes in (1, 2)]
+    for processes, run in enumerate(runs, 1):
+        work.run("train_tokenizer.py", f"{DIVISIBLE} output={run} codec.body={body}", processes)
+    one, two = map(work.weights, runs)
     # Adam moves a weight whose gradient is nothing but rounding as far as any other: so not the largest difference
     # counts but the mean, against the way a weight has gone (the sum of the rates)
     way = 1e-4 * (1 + sum(0.5 * (1 + np.cos(np.pi * step / 3)) for step in range(3)))
     trained = [key for key in one if not key.startswith("quantizer")]
     difference = torch.cat([(one[key] - two[key]).abs().flatten() for key in trained]).mean()
-    assert len(trained) > 50 and difference < 0.01 * way
+    assert len(trained) > 20 and difference < 0.01 * way
     # rounding may send a vector that lies between two codes to the other one, and each that does moves the mean of
     # the few counts by half a percent; a process that counted only its own half of the batches would have half of them
     for key in set(one) - set(trained):

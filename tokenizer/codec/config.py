@@ -27,6 +27,7 @@ class SpeechCodecConfig(Settings):
     lstm: Literal["none", "forward", "bidirectional"] = "forward"  # of the encoder
     width: Count = 384  # of body convnext, which has no n_filters and no lstm
     depth: Count = 8  # of body convnext: blocks in the encoder, and in the decoder
+    phases: Literal["predicted", "griffin_lim"] = "predicted"  # of body convnext; griffin_lim: from its magnitudes
     causal: bool = False
     norm: Literal["weight_norm", "batch_norm"] = "weight_norm"  # batch_norm also standardises the latents
     pad_mode: Literal["reflect", "constant"] = "reflect"  # of body seanet
@@ -47,6 +48,10 @@ class SpeechCodecConfig(Settings):
             yield "front_end log_mel needs causal: false and strides with a product of 320"
         if self.quantizer == "split" and self.num_codebooks < 2:
             yield f"quantizer split needs at least 2 codebooks, got {self.num_codebooks}"
+        if self.quantizer == "split" and self.dimension % 2:
+            yield f"quantizer split needs an even dimension, got {self.dimension}"
+        if self.phases == "griffin_lim" and (self.body != "convnext" or self.causal):
+            yield "phases griffin_lim needs body: convnext and causal: false, as it looks most of a second ahead"
         if self.body == "convnext" and self.hop_length % 4:
             yield "body convnext needs strides with a product that is a multiple of 4"
         if self.body == "seanet" and self.causal and self.lstm == "bidirectional":

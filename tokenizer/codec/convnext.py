@@ -22,7 +22,10 @@ KERNEL = 7
 HEAD_WIDTH = 64  # channels of an attention head
 REACH = 25  # frames that attention sees on each side: half a second
 SUBFRAMES = 2  # spectra per frame that the decoder predicts
-LOUDEST = 100.0  # magnitude of a bin, above which the head does not go
+LOUDEST = 200.0  # magnitude of a bin, above which the head does not go
+QUIETEST = 1e-3  # magnitude that is added to those of a recording before their logarithm is taken
+GRIFFIN_LIM = 24  # iterations
+MOMENTUM = 0.5
 
 
 Layer = Callable[[Tensor], Tensor]
@@ -60,7 +63,7 @@ class LogMelSpectra(nn.Module):
         window = getattr(self, f"window_{i}")
         frames = F.pad(waveform.to(window), self._margins(size, count)).unfold(1, size, self.hop_length // count)
         power = torch.fft.rfft(frames * window, 2 * size).abs().square()
-        mel = torch.log(power @ getattr(self, f"filters_{i}").T + 1e-4)
+        mel = torch.log(power @ getattr(self, f"filters_{i}").T + 1e-4) / 4 + 1  # of speech mostly from -1 to 2
         return mel.unflatten(1, (-1, count)).flatten(2).transpose(1, 2)
 
 
@@ -145,27 +148,26 @@ def _initialize(module: nn.Module) -> None:
 
 
 class ConvNeXtEncoder(nn.Module):
-    """Waveform float [B, 1, N] -> latents float [B, D, ceil(N / hop)]."""
+    """Waveform float [B, 1, N] -> latents float [B, D, ceil(N / hop)].
+
+    Nothing but the blocks' own branches is not linear in the spectra, so that a training can begin with a good linear
+    code of them (`tokenizer.training.initialization`).
+    """
 
     def __init__(self, dimension: int, width: int, depth: int, sample_rate: int, hop_length: int, causal: bool):
         super().__init__()
         self.spectra = LogMelSpectra(sample_rate, hop_length, causal)
-        self.input_norm = nn.BatchNorm1d(self.spectra.channels)
         self.input = nn.Conv1d(self.spectra.channels, width, 1)
         self.blocks = frame_blocks(width, depth, causal)
-        self.norm = nn.LayerNorm(width)
-        self.output = nn.Linear(width, dimension)
+        self.output = nn.Conv1d(width, dimension, 1)
         self.apply(_initialize)
 
     @property
     def stages(self) -> list[Layer]:
-        return [self.spectra, self.input_norm, self.input, *self.blocks, self._latents]
+        return [self.spectra, self.input, *self.blocks, self.output]
 
     def forward(self, waveform: Tensor) -> Tensor:
         return _chain(self.stages, waveform)
-
-    def _latents(self, x: Tensor) -> Tensor:
-        return self.output(self.norm(x.transpose(1, 2))).transpose(1, 2)
 
 
 def _chain(layers: list[Layer], x: Tensor) -> Tensor:
@@ -174,29 +176,44 @@ def _chain(layers: list[Layer], x: Tensor) -> Tensor:
     return x
 
 
-class ConvNeXtDecoder(nn.Module):
-    """Latents float [B, D, T] -> waveform float [B, 1, T * hop]."""
+class Neighbours(nn.Conv1d):
+    """A convolution over a frame and those beside it, before it if causal: float [B, C, T] -> [B, C', T]."""
 
-    def __init__(self, dimension: int, width: int, depth: int, hop_length: int, causal: bool):
+    def __init__(self, channels: int, out_channels: int, causal: bool):
+        super().__init__(channels, out_channels, 3)
+        self.past, self.ahead = (2, 0) if causal else (1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (self.past, self.ahead)))
+
+    def windows(self, x: Tensor) -> Tensor:
+        """What the weights [C', C, 3] are for: x float [B, C, T] -> float [B, C, 3, T]."""
+        return F.pad(x, (self.past, self.ahead)).unfold(2, 3, 1).transpose(2, 3)
+
+
+class ConvNeXtDecoder(nn.Module):
+    """Latents float [B, D, T] -> waveform float [B, 1, T * hop]; linear up to the head, but for the blocks."""
+
+    def __init__(self, dimension: int, width: int, depth: int, hop_length: int, causal: bool, phases: str):
         super().__init__()
-        self.input = nn.Conv1d(dimension, width, 1)
+        self.input = Neighbours(dimension, width, causal)
         self.blocks = frame_blocks(width, depth, causal)
-        self.norm = nn.LayerNorm(width)
-        self.inverse = InverseSTFT(hop_length, causal)
-        self.output = nn.Linear(width, self.inverse.channels)
+        self.inverse = GriffinLim(hop_length) if phases == "griffin_lim" else InverseSTFT(hop_length, causal)
+        self.output = nn.Conv1d(width, self.inverse.channels, 1)
         self.apply(_initialize)
 
     @property
     def stages(self) -> list[Layer]:
-        return [self.input, *self.blocks, self._spectra, self.inverse]
+        return [self.input, *self.blocks, self.output, self.inverse]
 
-    def forward(self, z: Tensor) -> Tensor:
-        return _chain(self.stages, z)
+    def forward(self, z: Tensor, original: Tensor | None = None) -> Tensor:
+        """original: waveform float [B, N], if it is known, whose phases the magnitudes get if none are predicted.
 
-    def _spectra(self, x: Tensor) -> Tensor:
-        x = self.norm(x.transpose(1, 2))
-        with torch.autocast(x.device.type, enabled=False):
-            return self.output(x.to(self.output.weight)).transpose(1, 2)
+        So a loss of the waveform is one of the magnitudes, and need not pass through Griffin and Lim's iterations.
+        """
+        if original is None or not isinstance(self.inverse, GriffinLim):
+            return _chain(self.stages, z)
+        return self.inverse.with_phases_of(original, _chain(self.stages[:-1], z))
 
 
 class InverseSTFT(nn.Module):
@@ -213,7 +230,8 @@ class InverseSTFT(nn.Module):
     def __init__(self, hop_length: int, causal: bool):
         super().__init__()
         self.step = hop_length // SUBFRAMES
-        self.channels = SUBFRAMES * 2 * (2 * self.step + 1)
+        self.bins = 2 * self.step + 1
+        self.channels = SUBFRAMES * 2 * self.bins
         self.first = 0 if causal else 3 * self.step // 2  # sample of the first window at which the waveform begins
         self.past, self.ahead = (2, 0) if causal else (1, 1)  # frames
         rise, fall = (self.step, 3 * self.step) if causal else (2 * self.step, 2 * self.step)
@@ -221,9 +239,21 @@ class InverseSTFT(nn.Module):
         self.register_buffer("window", window, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        spectra = x.transpose(1, 2).unflatten(2, (SUBFRAMES, -1)).flatten(1, 2)  # [B, T * SUBFRAMES, 2 * bins]
-        level, phase = spectra.chunk(2, -1)
-        return self.overlap(torch.polar(level.exp().clamp(max=LOUDEST), phase))[:, None]
+        level, phase = self.of_windows(x).chunk(2, -1)
+        return self.overlap(torch.polar(_magnitudes(level), phase))[:, None]
+
+    def of_windows(self, x: Tensor) -> Tensor:
+        """Channels of frames float [B, SUBFRAMES * n, T] -> of windows float [B, M = T * SUBFRAMES, n]."""
+        return x.transpose(1, 2).unflatten(2, (SUBFRAMES, -1)).flatten(1, 2)
+
+    def spectra(self, waveform: Tensor) -> Tensor:
+        """Complex spectra [B, M, bins] of a waveform float [B, M * step], of which `overlap` gives it back."""
+        padded = F.pad(waveform, (self.first, len(self.window) - self.step - self.first))
+        return torch.fft.rfft(padded.unfold(1, len(self.window), self.step) * self.window)
+
+    def levels(self, waveform: Tensor) -> Tensor:
+        """What the levels in `forward` would have to be for a waveform float [B, T * hop]: float [B, M, bins]."""
+        return torch.log(self.spectra(waveform).abs() + QUIETEST)
 
     def overlap(self, spectra: Tensor) -> Tensor:
         """Overlapping windows of complex spectra [B, M, bins] -> samples float [B, M * step]."""
@@ -239,3 +269,36 @@ class InverseSTFT(nn.Module):
         count, size = frames.shape[1:]
         shape = {"output_size": (1, (count - 1) * self.step + size), "kernel_size": (1, size), "stride": (1, self.step)}
         return F.fold(frames.transpose(1, 2), **shape)[:, 0, 0]
+
+
+class GriffinLim(InverseSTFT):
+    """Levels float [B, C, T] of SUBFRAMES windows per frame -> waveform float [B, 1, T * hop].
+
+    The phases are those that fit the levels: from phases of zero, each iteration takes the phases of the waveform that
+    the last ones give (Griffin and Lim 1984), with momentum (Perraudin et al. 2013). Overlapping windows tell most of
+    them, and a network needs long to learn them. An iteration reaches three windows further.
+    """
+
+    def __init__(self, hop_length: int):
+        super().__init__(hop_length, causal=False)
+        self.channels = SUBFRAMES * self.bins
+        self.past = self.ahead = math.ceil(3 * (GRIFFIN_LIM + 1) / SUBFRAMES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        magnitudes = _magnitudes(self.of_windows(x))
+        spectra = torch.complex(magnitudes, torch.zeros_like(magnitudes))
+        previous = torch.zeros_like(spectra)
+        for _ in range(GRIFFIN_LIM):
+            found = self.spectra(self.overlap(spectra))
+            spectra = torch.polar(magnitudes, (found - MOMENTUM * previous).angle())
+            previous = found
+        return self.overlap(spectra)[:, None]
+
+    def with_phases_of(self, original: Tensor, x: Tensor) -> Tensor:
+        """As `forward`, with the phases of the waveform `original` float [B, N], N at most T * hop."""
+        phases = self.spectra(F.pad(original, (0, x.shape[2] * SUBFRAMES * self.step - original.shape[1]))).angle()
+        return self.overlap(torch.polar(_magnitudes(self.of_windows(x)), phases))[:, None]
+
+
+def _magnitudes(levels: Tensor) -> Tensor:
+    return levels.exp().clamp(max=LOUDEST)

@@ -13,7 +13,7 @@ Turns speech into {{ "%g" | format(codec.frame_rate) }} frames of discrete codes
 |---|---|
 | sample rate | {{ codec.sample_rate }} Hz, mono |
 | frame rate | {{ "%g" | format(codec.frame_rate) }} frames/s (hop of {{ codec.hop_length }} samples) |
-| codebooks | {{ codec.num_codebooks }} of {{ codec.codebook_size }} vectors, dimension {{ codec.config.dimension }} |
+| codebooks | {{ codec.num_codebooks }} of {{ codec.codebook_size }} vectors, dimension {{ codec.codebooks.shape[2] }} |
 | bit rate | {{ "%g" | format(bit_rate * codec.num_codebooks) }} bit/s, \
 {{ "%g" | format(bit_rate) }} bit/s with the first codebook alone |
 | parameters | {{ "{:,}".format(parameters) }}, and {{ "{:,}".format(codec.codebooks.numel()) }} in the codebooks |

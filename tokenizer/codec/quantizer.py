@@ -17,9 +17,9 @@ class Quantized:
     """Output of the quantiser for latents z [B, D, T].
 
     ids: long [B, Q, T].
-    layers: the quantised residual of each codebook, float [B, D, T]; straight-through, so z receives the gradient of
-        every layer unchanged.
-    output: the sum of the layers, float [B, D, T]; a single straight-through estimator, so z receives its gradient
+    layers: the quantised residual of each codebook, float [B, D, T] (D / 2 of split branches); straight-through, so z
+        receives the gradient of every layer unchanged.
+    output: what all layers stand for, float [B, D, T]; a single straight-through estimator, so z receives its gradient
         once and not once per layer.
     commitment: scalar, mean over layers of the squared distance between residual and what its code stands for.
     """
@@ -34,9 +34,10 @@ class ResidualVectorQuantizer(nn.Module):
     """A cascade of Q codebooks of K vectors; each quantises the residual of the ones before it.
 
     With `split`, the first codebook has a branch of its own beside the cascade of the others (as in Mimi): both
-    quantise the same latents, each behind its own projection, and what they give is projected back and added. So the
-    first code can be about content, without having to be the best first approximation of the sound, and a loss on one
-    branch reaches the other only through the encoder.
+    quantise the same latents, each behind its own projection to half of their dimensions, and what they give is
+    projected back and added. So the first code can be about content, without having to be the best first approximation
+    of the sound, and a loss on one branch reaches the other only through the encoder. The projections begin as the
+    first and the second half of the latents.
 
     With `codebook_dim`, each codebook searches in a space of its own: `reduce` projects the residual to that few
     dimensions and to length 1, where the codes lie as well, and `restore` projects the code back (the factorised,
@@ -64,15 +65,15 @@ class ResidualVectorQuantizer(nn.Module):
     ):
         super().__init__()
         self.branches = [range(1), range(1, num_codebooks)] if split else [range(num_codebooks)]  # layers of each
-        self.inward, self.outward = (
-            nn.ModuleList(_scaled_identity(dimension, scale) if split else nn.Identity() for _ in self.branches)
-            for scale in (1.0, 0.5)
-        )
-        factors = [_factors(dimension, codebook_dim) for _ in range(num_codebooks)]
+        self.dimension = dimension // len(self.branches)  # of the vectors that a branch quantises
+        parts = torch.eye(dimension).split(self.dimension)[: len(self.branches)]
+        self.inward = nn.ModuleList(_linear(part) if split else nn.Identity() for part in parts)
+        self.outward = nn.ModuleList(_linear(part.T) if split else nn.Identity() for part in parts)
+        factors = [_factors(self.dimension, codebook_dim) for _ in range(num_codebooks)]
         self.reduce, self.restore = (nn.ModuleList(side) for side in zip(*factors, strict=True))
         self.normalized = codebook_dim is not None
         self.decay = 0.99  # of the moving averages, per step; short training runs need a smaller one
-        codebooks = torch.randn(num_codebooks, codebook_size, codebook_dim or dimension)
+        codebooks = torch.randn(num_codebooks, codebook_size, codebook_dim or self.dimension)
         self.register_buffer("codebooks", self._placed(codebooks))
         self.register_buffer("usage", torch.ones(num_codebooks, codebook_size))
         self.register_buffer("sums", self.codebooks.clone())
@@ -196,7 +197,7 @@ class ResidualVectorQuantizer(nn.Module):
             # a branch without any codebook in use is silent: neither its bias nor its gradient
             here = (num_layers > own[0]).repeat_interleave(frames)[:, None]
             output = output + outward(_straight_through(decoded, flat)) * here
-        entries = (mask.sum(1) * num_layers).sum().clamp(min=1) * z.shape[1]
+        entries = (mask.sum(1) * num_layers).sum().clamp(min=1) * self.dimension
         return Quantized(
             torch.stack(ids, 1), layers, output.unflatten(0, (batch, frames)).transpose(1, 2), commitment / entries
         )
@@ -258,10 +259,10 @@ def _factors(dimension: int, codebook_dim: int | None) -> tuple[nn.Module, nn.Mo
     return nn.Sequential(reduce, _Normalize()), restore
 
 
-def _scaled_identity(dimension: int, scale: float) -> nn.Linear:
-    """A projection that begins as a multiple of the identity."""
-    projection = nn.Linear(dimension, dimension)
+def _linear(weight: Tensor) -> nn.Linear:
+    """A projection that begins with this matrix."""
+    projection = nn.Linear(weight.shape[1], weight.shape[0])
     with torch.no_grad():
-        projection.weight.copy_(scale * torch.eye(dimension))
+        projection.weight.copy_(weight)
         projection.bias.zero_()
     return projection

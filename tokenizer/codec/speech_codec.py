@@ -98,8 +98,10 @@ class SpeechCodec(
     def fingerprint(self) -> str:
         """Hash of the configuration and all weights: see `module_fingerprint`."""
         settings = asdict(self.config)
-        if self.config.codebook_dim is None:  # codecs from before there was this setting keep their fingerprint
-            del settings["codebook_dim"]
+        # codecs from before there were these settings keep their fingerprint
+        for name in ("codebook_dim", "phases"):
+            if settings[name] == getattr(SpeechCodecConfig, name):
+                del settings[name]
         return module_fingerprint(self, settings)
 
     @property
@@ -112,6 +114,14 @@ class SpeechCodec(
         """z0 of eq. 1: waveform float [B, N] -> float [B, D, T], T = ceil(N / hop)."""
         z = self.encoder(waveform[:, None])
         return z if self.latent_norm is None else self.latent_norm(z)
+
+    def reconstruct(self, latents: Tensor, original: Tensor) -> Tensor:
+        """Latents float [B, D, T] -> waveform float [B, T * hop], for a loss.
+
+        As the decoder gives it; one that predicts no phases takes those of the waveform `original` float [B, N].
+        """
+        known = (original,) if self.config.phases == "griffin_lim" else ()
+        return self.decoder(latents, *known)[:, 0]
 
     @torch.no_grad()
     def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
@@ -203,7 +213,8 @@ def _body(config: SpeechCodecConfig) -> tuple[Any, Any]:
     if config.body == "convnext":
         shape = dimension, config.width, config.depth
         rate, hop = config.sample_rate, config.hop_length
-        return ConvNeXtEncoder(*shape, rate, hop, config.causal), ConvNeXtDecoder(*shape, hop, config.causal)
+        inverse = ConvNeXtDecoder(*shape, hop, config.causal, config.phases)
+        return ConvNeXtEncoder(*shape, rate, hop, config.causal), inverse
     style = ConvStyle(config.norm, config.causal, config.pad_mode)
     lstm = "none" if config.lstm == "none" else "forward"
     decoder = SEANetDecoder(dimension, config.n_filters, config.strides, lstm, style)

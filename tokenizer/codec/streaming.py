@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.codec.config import SpeechCodecConfig
-from tokenizer.codec.convnext import SUBFRAMES, ConvNeXtBlock, InverseSTFT, Layer, LocalAttention, LogMelSpectra
+from tokenizer.codec.convnext import (
+    SUBFRAMES,
+    ConvNeXtBlock,
+    InverseSTFT,
+    Layer,
+    LocalAttention,
+    LogMelSpectra,
+    Neighbours,
+)
 from tokenizer.codec.log_mel import BANDS, MEL_HOP, LogMel, Residual
 from tokenizer.codec.quantizer import ResidualVectorQuantizer
 from tokenizer.codec.seanet import LSTM, RESIDUAL_KERNEL, Conv1d, ConvTranspose1d, ResidualUnit
@@ -157,6 +165,8 @@ def _stage(layer: Layer, causal: bool, reflect: bool) -> Stage:
             return _Windowed(layer, layer.past, layer.ahead, layer.channels, False, down=layer.hop_length)
         case ConvNeXtBlock() | LocalAttention():
             return _Windowed(layer, layer.past, layer.ahead, layer.channels, False)
+        case Neighbours():
+            return _Windowed(layer, layer.past, layer.ahead, layer.out_channels, False)
         case InverseSTFT():
             return _Windowed(layer, layer.past, layer.ahead, 1, False, up=SUBFRAMES * layer.step)
         case nn.Conv1d():  # of kernel 1, which takes no empty input

@@ -10,9 +10,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.frames import frame_mask
-from tokenizer.progress import progress_bar
-from tokenizer.training.crops import Crops
-from tokenizer.training.distributed import is_first_process
 from tokenizer.training.gradients import GradientCaps
 from tokenizer.training.losses import Balancer, ReconstructionLoss
 
@@ -74,10 +71,10 @@ class CodecLoss(nn.Module):
         window = frames if window is None else min(window, frames)
         starts = draw_starts(mask.sum(1), window)
         latents = cut(self.caps.reference(quantized.output), starts, window)
-        with torch.autocast(waveform.device.type, enabled=False):  # bfloat16 has a noise as large as the codec's
-            reconstruction = codec.decoder(latents)[:, 0]
         padded = F.pad(waveform, (0, frames * hop - waveform.shape[1]))
         original = cut(padded[:, None], starts * hop, window * hop)[:, 0]
+        with torch.autocast(waveform.device.type, enabled=False):  # bfloat16 has a noise as large as the codec's
+            reconstruction = codec.reconstruct(latents, original)
         # padding is nothing that a loss or a discriminator should see
         speech = lengths - starts * hop
         reconstruction, original = repeat_speech(reconstruction, speech), repeat_speech(original, speech)
@@ -139,35 +136,6 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     others = {id(p) for p in plain}
     decayed = [p for _, p in named if id(p) not in others]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
-@torch.no_grad()
-def initialize_codebooks(codec: SpeechCodec, crops: Crops, batch_size: int, seed: int = 0) -> None:
-    """Initialise the codebooks by k-means on the latents of as many crops as necessary; one process does it for all."""
-    codec.train()
-    if is_first_process():
-        codec.quantizer.initialize(_first_latents(codec, crops, batch_size), seed)
-    else:
-        codec.quantizer.initialize(None)
-
-
-def _first_latents(codec: SpeechCodec, crops: Crops, batch_size: int) -> Tensor:
-    """Latents float [M, D] of the first crops, 20 for every code."""
-    device = codec.codebooks.device
-    latents: list[Tensor] = []
-    first, wanted = 0, 20 * codec.codebook_size
-    bar = progress_bar(None, "latents for the codebooks", total=wanted, unit="frames")
-    while (found := sum(map(len, latents))) < wanted:
-        bar.update(found - bar.n)
-        items = [crops[first + i] for i in range(batch_size)]
-        first += batch_size
-        z = codec.latents(torch.stack([item["waveform"] for item in items]).to(device))
-        lengths = torch.tensor([item["length"] for item in items], device=device)
-        mask = frame_mask(lengths, z.shape[2], codec.hop_length)
-        latents.append(z.transpose(1, 2)[mask])
-    bar.update(wanted - bar.n)
-    bar.close()
-    return torch.cat(latents)
 
 
 @torch.no_grad()

@@ -454,7 +454,7 @@ def test_both_branches_quantise_the_latents_and_are_added(split: ResidualVectorQ
     torch.testing.assert_close(split.decode(found.ids), found.output)
     expected = torch.zeros(2, D, 9)
     for number, layers in enumerate((range(1), range(1, Q))):
-        left, chosen = split.inward[number](z.transpose(1, 2)), torch.zeros(2, 9, D)
+        left, chosen = split.inward[number](z.transpose(1, 2)), torch.zeros(2, 9, D // 2)
         for layer in layers:
             ids = torch.cdist(left, split.codebooks[layer].expand(2, -1, -1)).argmin(-1)
             assert torch.equal(ids, found.ids[:, layer])
@@ -465,6 +465,16 @@ def test_both_branches_quantise_the_latents_and_are_added(split: ResidualVectorQ
         fewer = split(z, num_layers=torch.tensor([count, Q]))
         torch.testing.assert_close(fewer.output[0], split.decode(found.ids[:, :count])[0])
         torch.testing.assert_close(fewer.output[1], found.output[1])
+
+
+def test_branches_begin_with_a_half_of_the_latents_each() -> None:
+    quantizer = ResidualVectorQuantizer(D, Q, K, split=True).eval()
+    z = latents()
+    for layer, half in enumerate(z.split(D // 2, 1)):
+        ids = torch.cdist(half.transpose(1, 2), quantizer.codebooks[layer].expand(2, -1, -1)).argmin(-1)
+        assert torch.equal(quantizer.encode(z)[:, layer], ids)
+    one = quantizer.decode(quantizer.encode(z, 1))
+    assert one[:, : D // 2].any() and not one[:, D // 2 :].any()
 
 
 def test_a_loss_on_one_branch_leaves_the_projection_of_the_other(split: ResidualVectorQuantizer) -> None:
@@ -547,17 +557,18 @@ def test_losses_reach_latents_once_and_projections_straight_through_the_code(
     before, (_, _, residuals) = copy.deepcopy(low), searched_by_hand(low, z)
     found = low.train(training)(z)
     at_start = {layer: number for number, layers in enumerate(branches(low)) for layer in layers}
+    part = weights[:, : low.dimension]
     for layer in range(Q):
         low.zero_grad()
-        (gradient,) = torch.autograd.grad((found.layers[layer] * weights).sum(), z, retain_graph=True)
+        (gradient,) = torch.autograd.grad((found.layers[layer] * part).sum(), z, retain_graph=True)
         inward = low.inward[at_start[layer]]
-        back = weights if isinstance(inward, torch.nn.Identity) else (weights.transpose(1, 2) @ inward.weight).mT
+        back = part if isinstance(inward, torch.nn.Identity) else (part.transpose(1, 2) @ inward.weight).mT
         torch.testing.assert_close(gradient, back)
-        (found.layers[layer] * weights).sum().backward(retain_graph=True)
+        (found.layers[layer] * part).sum().backward(retain_graph=True)
         # of the projections as if the code were the point that it stands for
         through = before.restore[layer](before.reduce[layer](residuals[layer].float())).transpose(1, 2)
         own = [*before.reduce[layer].parameters()]
-        expected = torch.autograd.grad((through * weights).sum(), own)
+        expected = torch.autograd.grad((through * part).sum(), own)
         for parameter, value in zip(low.reduce[layer].parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.grad, value)
         assert low.restore[layer].weight.grad.any()
@@ -606,7 +617,7 @@ def test_projections_and_codes_of_few_dimensions_learn_the_latents(low: Residual
     low.eval()
     with torch.no_grad():
         errors = [float((low.decode(low.encode(z, n)) - z).square().mean()) for n in range(1, Q + 1)]
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5  # a variance of 1
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.7  # a variance of 1
     assert all(len(ids.unique()) > 0.9 * K for ids in low.encode(z).transpose(0, 1))
 
 

@@ -1,0 +1,133 @@
+"""How a codec begins: codebooks by k-means, and a body at the frame rate as the best linear code of its spectra.
+
+From random weights, a codec spends most of a short training on learning that spectra of speech have few dimensions.
+That much is known without any step: principal components of the spectra are the latents, k-means finds their codebooks,
+and least squares give the levels that the decoder predicts from the codes. What follows learns what is not linear.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizer.codec.convnext import SUBFRAMES, ConvNeXtDecoder, ConvNeXtEncoder
+from tokenizer.codec.speech_codec import SpeechCodec
+from tokenizer.frames import frame_mask
+from tokenizer.progress import progress_bar
+from tokenizer.training.crops import Crops
+from tokenizer.training.distributed import is_first_process
+
+FRAMES_PER_CODE = 20  # that k-means needs
+LINEAR_FRAMES_PER_CODE = 60
+LEAST_VARIANCE = 1e-6  # of a component, relative to the largest
+
+Batch = tuple[Tensor, Tensor]  # waveforms float [B, N] and their lengths long [B] in samples
+
+
+@torch.no_grad()
+def initialize_codec(codec: SpeechCodec, crops: Crops, batch_size: int, seed: int = 0, linear: bool = False) -> None:
+    """Initialise the codebooks by k-means on the latents of as many crops as necessary; one process does it for all.
+
+    linear: first set the encoder, and then the decoder, to the linear code of the module's text; needs body convnext.
+    """
+    codec.train()
+    if is_first_process():
+        batches = _first_speech(codec, crops, batch_size, LINEAR_FRAMES_PER_CODE if linear else FRAMES_PER_CODE)
+        if linear:
+            _begin_encoder(codec, torch.cat([_spectra(codec, batch) for batch in batches]))
+        codec.quantizer.initialize(torch.cat([_latents(codec, batch) for batch in batches]), seed)
+        if linear:
+            _begin_decoder(codec, batches)
+    else:
+        codec.quantizer.initialize(None)
+    if linear and dist.is_initialized():
+        for parameter in codec.parameters():
+            dist.broadcast(parameter.data, src=0)
+
+
+def _first_speech(codec: SpeechCodec, crops: Crops, batch_size: int, frames_per_code: int) -> list[Batch]:
+    """The first crops, as many as have so many frames for every code."""
+    batches: list[Batch] = []
+    found, wanted = 0, frames_per_code * codec.codebook_size
+    bar = progress_bar(None, "speech for the codebooks", total=wanted, unit="frames")
+    while found < wanted:
+        items = [crops[len(batches) * batch_size + i] for i in range(batch_size)]
+        lengths = torch.tensor([item["length"] for item in items])
+        batches.append((torch.stack([item["waveform"] for item in items]), lengths))
+        found += int(lengths.sum()) // codec.hop_length
+        bar.update(min(found, wanted) - bar.n)
+    bar.close()
+    return batches
+
+
+def _of_speech(codec: SpeechCodec, batch: Batch, x: Tensor) -> Tensor:
+    """The frames of speech of x float [B, C, T], float [M, C]."""
+    return x.transpose(1, 2)[frame_mask(batch[1].to(x.device), x.shape[2], codec.hop_length)]
+
+
+def _latents(codec: SpeechCodec, batch: Batch) -> Tensor:
+    return _of_speech(codec, batch, codec.latents(batch[0].to(codec.device)))
+
+
+def _spectra(codec: SpeechCodec, batch: Batch) -> Tensor:
+    return _of_speech(codec, batch, codec.encoder.spectra(batch[0][:, None].to(codec.device)))
+
+
+def _begin_encoder(codec: SpeechCodec, spectra: Tensor) -> None:
+    """Latents become the principal components of spectra float [M, C], of a variance of 1 on average.
+
+    Between input and output the components all have a variance of 1, as the blocks like their inputs. Both branches of
+    a quantiser that has two begin with the same components.
+    """
+    encoder: ConvNeXtEncoder = codec.encoder
+    mean = spectra.mean(0).double()
+    variances, directions = torch.linalg.eigh(torch.cov(spectra.T.double()))
+    variances, directions = variances.flip(0), directions.flip(1)
+    deviations = variances.clamp(min=LEAST_VARIANCE * variances[0]).sqrt()
+    width = min(len(variances), encoder.input.out_channels)
+    white = (directions / deviations).T[:width]
+    _begin(encoder.input, slice(width), white[..., None], -white @ mean)
+    kept = min(width, codec.quantizer.dimension)
+    scales = (deviations / variances[:kept].mean().sqrt())[:kept].float()
+    encoder.output.weight.zero_()
+    for branch in encoder.output.weight[..., 0].split(codec.quantizer.dimension):
+        branch[:kept, :kept] = scales.diag()
+
+
+def _begin_decoder(codec: SpeechCodec, batches: list[Batch]) -> None:
+    """The decoder's levels become those that a linear map of the codes of neighbouring frames predicts best.
+
+    Of that map the `width` most important directions are kept (reduced-rank regression), again of variance 1.
+    """
+    decoder: ConvNeXtDecoder = codec.decoder
+    bins = decoder.inverse.bins
+    moments = torch.zeros(())
+    for batch in batches:
+        waveform = batch[0].to(codec.device)
+        latents = codec.quantizer.decode(codec.quantizer.encode(codec.latents(waveform)))
+        context = decoder.input.windows(latents).flatten(1, 2)  # [B, 3 D, T]
+        whole = F.pad(waveform, (0, latents.shape[2] * codec.hop_length - waveform.shape[1]))
+        levels = decoder.inverse.levels(whole).unflatten(1, (-1, SUBFRAMES)).flatten(2).transpose(1, 2)
+        rows = torch.cat([torch.ones_like(levels[:, :1]), context, levels], 1)
+        rows = _of_speech(codec, batch, rows).double()
+        moments = moments + rows.T @ rows
+    moments = moments / moments[0, 0]
+    means, covariance = moments[0], moments[1:, 1:] - moments[1:, :1] * moments[:1, 1:]
+    size = context.shape[1]
+    variances, directions = torch.linalg.eigh(covariance[:size, :size])
+    white = (directions / variances.clamp(min=LEAST_VARIANCE * variances[-1]).sqrt()).T
+    chosen, strengths, levels = torch.linalg.svd(white @ covariance[:size, size:], full_matrices=False)
+    width = min(len(strengths), decoder.input.out_channels)
+    inward = chosen.T[:width] @ white
+    windows = inward.unflatten(1, decoder.input.weight.shape[1:])
+    _begin(decoder.input, slice(width), windows, -inward @ means[1 : 1 + size])
+    rows = torch.arange(decoder.inverse.channels).view(SUBFRAMES, -1)[:, :bins].flatten()  # those that are levels
+    outward = F.pad((strengths[:, None] * levels)[:width].T, (0, decoder.output.in_channels - width))
+    _begin(decoder.output, rows, outward[..., None], means[1 + size :])
+
+
+def _begin(layer: nn.Conv1d, rows: Tensor | slice, weight: Tensor, bias: Tensor) -> None:
+    """Set the weights and the bias of these output channels."""
+    assert layer.bias is not None
+    layer.weight[rows] = weight.float()
+    layer.bias[rows] = bias.float()
