@@ -76,22 +76,28 @@ def _spectra(codec: SpeechCodec, batch: Batch) -> Tensor:
 def _begin_encoder(codec: SpeechCodec, spectra: Tensor) -> None:
     """Latents become the principal components of spectra float [M, C], of a variance of 1 on average.
 
-    Between input and output the components all have a variance of 1, as the blocks like their inputs. Both branches of
-    a quantiser that has two begin with the same components.
+    Between input and output the components all have a variance of 1, as the blocks like their inputs. The last branch
+    of the quantiser, which codes the sound, reads its own channels, to which the blocks add nothing yet: what they
+    learn for the content of the first branch would otherwise move what the codebooks were made for.
     """
     encoder: ConvNeXtEncoder = codec.encoder
     mean = spectra.mean(0).double()
     variances, directions = torch.linalg.eigh(torch.cov(spectra.T.double()))
     variances, directions = variances.flip(0), directions.flip(1)
     deviations = variances.clamp(min=LEAST_VARIANCE * variances[0]).sqrt()
-    width = min(len(variances), encoder.input.out_channels)
-    white = (directions / deviations).T[:width]
-    _begin(encoder.input, slice(width), white[..., None], -white @ mean)
-    kept = min(width, codec.quantizer.dimension)
+    kept = min(len(variances), codec.quantizer.dimension, encoder.input.out_channels)
+    white = (directions / deviations).T
+    white = torch.cat([white[:kept], white])[: encoder.input.out_channels]
+    _begin(encoder.input, slice(len(white)), white[..., None], -white @ mean)
     scales = (deviations / variances[:kept].mean().sqrt())[:kept].float()
     encoder.output.weight.zero_()
-    for branch in encoder.output.weight[..., 0].split(codec.quantizer.dimension):
-        branch[:kept, :kept] = scales.diag()
+    *others, last = encoder.output.weight[..., 0].split(codec.quantizer.dimension)
+    last[:kept, :kept] = scales.diag()
+    for other in others:
+        width = min(kept, len(white) - kept)
+        other[:width, kept : kept + width] = scales[:width].diag()
+    for block in encoder.blocks:
+        block.gain[:kept] = 0.0
 
 
 def _begin_decoder(codec: SpeechCodec, batches: list[Batch]) -> None:

@@ -17,13 +17,14 @@ pytestmark = pytest.mark.numeric
 K, BATCH, FRAMES = 8, 2, 30
 
 
-def make(**settings: object) -> SpeechCodec:
+def make(gain: float = 0.0, **settings: object) -> SpeechCodec:
+    """gain: of what the blocks add, which is the only part that is not linear."""
     torch.manual_seed(0)
     small = {"body": "convnext", "depth": 1, "num_codebooks": 3, "codebook_size": K}
     codec = SpeechCodec(SpeechCodecConfig(**small, **settings))
     for module in codec.modules():
         if isinstance(module, ConvNeXtBlock | LocalAttention):
-            nn.init.zeros_(module.gain)  # what the blocks add is the only part that is not linear
+            nn.init.constant_(module.gain, gain)
     return codec
 
 
@@ -52,10 +53,11 @@ def speech(codec: SpeechCodec, crops: list[dict], of: Callable[[Tensor], Tensor]
     return np.concatenate(rows)
 
 
+@pytest.mark.parametrize("gain", [0.0, 0.5])
 @pytest.mark.parametrize("quantizer", ["residual", "split"])
 @torch.no_grad()
-def test_latents_begin_as_principal_components(crops: list[dict], quantizer: str) -> None:
-    codec = make(width=40, dimension=12, quantizer=quantizer)
+def test_latents_begin_as_principal_components(crops: list[dict], quantizer: str, gain: float) -> None:
+    codec = make(gain, width=40, dimension=12, quantizer=quantizer)
     initialize_codec(codec, crops, BATCH, linear=True)
     codec.eval()
     kept = 6 if quantizer == "split" else 12
@@ -65,7 +67,8 @@ def test_latents_begin_as_principal_components(crops: list[dict], quantizer: str
     _, strengths, directions = np.linalg.svd(centred, full_matrices=False)
     components = centred @ directions[:kept].T
     components *= np.sqrt((kept * (len(components) - 1)) / (strengths[:kept] ** 2).sum())
-    for half in np.split(latents, 12 // kept, axis=1):  # both branches see the same; a sign is nobody's choice
+    *others, sound = np.split(latents, 12 // kept, axis=1)
+    for half in [*others, sound] if gain == 0 else [sound]:  # to the last, blocks add nothing; signs may differ
         np.testing.assert_allclose(np.abs(half), np.abs(components), atol=2e-2)
         assert np.mean(np.var(half, axis=0, ddof=1)) == pytest.approx(1, rel=1e-3)
 
