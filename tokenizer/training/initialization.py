@@ -96,8 +96,9 @@ def _begin_encoder(codec: SpeechCodec, spectra: Tensor) -> None:
     for other in others:
         width = min(kept, len(white) - kept)
         other[:width, kept : kept + width] = scales[:width].diag()
-    for block in encoder.blocks:
-        block.gain[:kept] = 0.0
+    for name, parameter in encoder.blocks.named_parameters():
+        if name.endswith("gain"):
+            parameter[:kept] = 0.0
 
 
 def _begin_decoder(codec: SpeechCodec, batches: list[Batch]) -> None:
