@@ -70,7 +70,7 @@ def _latents(codec: SpeechCodec, batch: Batch) -> Tensor:
 
 
 def _spectra(codec: SpeechCodec, batch: Batch) -> Tensor:
-    return _of_speech(codec, batch, codec.encoder.spectra(batch[0][:, None].to(codec.device)))
+    return _of_speech(codec, batch, codec.encoder.spectra(batch[0][:, None].to(codec.device))).cpu()
 
 
 def _begin_encoder(codec: SpeechCodec, spectra: Tensor) -> None:
@@ -81,15 +81,15 @@ def _begin_encoder(codec: SpeechCodec, spectra: Tensor) -> None:
     learn for the content of the first branch would otherwise move what the codebooks were made for.
     """
     encoder: ConvNeXtEncoder = codec.encoder
-    mean = spectra.mean(0).double()
-    variances, directions = torch.linalg.eigh(torch.cov(spectra.T.double()))
+    mean, covariance = _moments(spectra)
+    variances, directions = torch.linalg.eigh(covariance)
     variances, directions = variances.flip(0), directions.flip(1)
     deviations = variances.clamp(min=LEAST_VARIANCE * variances[0]).sqrt()
     kept = min(len(variances), codec.quantizer.dimension, encoder.input.out_channels)
     white = (directions / deviations).T
     white = torch.cat([white[:kept], white])[: encoder.input.out_channels]
     _begin(encoder.input, slice(len(white)), white[..., None], -white @ mean)
-    scales = (deviations / variances[:kept].mean().sqrt())[:kept].float()
+    scales = (deviations / variances[:kept].mean().sqrt())[:kept].to(encoder.output.weight)
     encoder.output.weight.zero_()
     *others, last = encoder.output.weight[..., 0].split(codec.quantizer.dimension)
     last[:kept, :kept] = scales.diag()
@@ -107,34 +107,39 @@ def _begin_decoder(codec: SpeechCodec, batches: list[Batch]) -> None:
     Of that map the `width` most important directions are kept (reduced-rank regression), again of variance 1.
     """
     decoder: ConvNeXtDecoder = codec.decoder
-    bins = decoder.inverse.bins
-    moments = torch.zeros(())
-    for batch in batches:
-        waveform = batch[0].to(codec.device)
-        latents = codec.quantizer.decode(codec.quantizer.encode(codec.latents(waveform)))
-        context = decoder.input.windows(latents).flatten(1, 2)  # [B, 3 D, T]
-        whole = F.pad(waveform, (0, latents.shape[2] * codec.hop_length - waveform.shape[1]))
-        levels = decoder.inverse.levels(whole).unflatten(1, (-1, SUBFRAMES)).flatten(2).transpose(1, 2)
-        rows = torch.cat([torch.ones_like(levels[:, :1]), context, levels], 1)
-        rows = _of_speech(codec, batch, rows).double()
-        moments = moments + rows.T @ rows
-    moments = moments / moments[0, 0]
-    means, covariance = moments[0], moments[1:, 1:] - moments[1:, :1] * moments[:1, 1:]
-    size = context.shape[1]
+    size = decoder.input.weight[0].numel()
+    means, covariance = _moments(torch.cat([_neighbours_and_levels(codec, batch) for batch in batches]))
     variances, directions = torch.linalg.eigh(covariance[:size, :size])
     white = (directions / variances.clamp(min=LEAST_VARIANCE * variances[-1]).sqrt()).T
     chosen, strengths, levels = torch.linalg.svd(white @ covariance[:size, size:], full_matrices=False)
     width = min(len(strengths), decoder.input.out_channels)
     inward = chosen.T[:width] @ white
     windows = inward.unflatten(1, decoder.input.weight.shape[1:])
-    _begin(decoder.input, slice(width), windows, -inward @ means[1 : 1 + size])
-    rows = torch.arange(decoder.inverse.channels).view(SUBFRAMES, -1)[:, :bins].flatten()  # those that are levels
+    _begin(decoder.input, slice(width), windows, -inward @ means[:size])
+    rows = torch.arange(decoder.inverse.channels).view(SUBFRAMES, -1)[:, : decoder.inverse.bins].flatten()  # levels
     outward = F.pad((strengths[:, None] * levels)[:width].T, (0, decoder.output.in_channels - width))
-    _begin(decoder.output, rows, outward[..., None], means[1 + size :])
+    _begin(decoder.output, rows, outward[..., None], means[size:])
+
+
+def _neighbours_and_levels(codec: SpeechCodec, batch: Batch) -> Tensor:
+    """Of each frame of speech what the codes of it and its neighbours stand for, and its levels: float [M, 3 D + L]."""
+    waveform = batch[0].to(codec.device)
+    latents = codec.quantizer.decode(codec.quantizer.encode(codec.latents(waveform)))
+    whole = F.pad(waveform, (0, latents.shape[2] * codec.hop_length - waveform.shape[1]))
+    levels = codec.decoder.inverse.levels(whole).unflatten(1, (-1, SUBFRAMES)).flatten(2).transpose(1, 2)
+    windows = codec.decoder.input.windows(latents).flatten(1, 2)
+    return _of_speech(codec, batch, torch.cat([windows, levels], 1)).cpu()
+
+
+def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Means [C] and covariance [C, C] in float64 of rows float [M, C], which need not fit into memory as float64."""
+    means = rows.mean(0, dtype=torch.float64)
+    products = ((part - means).T @ (part - means) for part in map(Tensor.double, rows.split(4096)))
+    return means, sum(products, torch.zeros(())) / (len(rows) - 1)
 
 
 def _begin(layer: nn.Conv1d, rows: Tensor | slice, weight: Tensor, bias: Tensor) -> None:
     """Set the weights and the bias of these output channels."""
     assert layer.bias is not None
-    layer.weight[rows] = weight.float()
-    layer.bias[rows] = bias.float()
+    layer.weight[rows] = weight.to(layer.weight)
+    layer.bias[rows] = bias.to(layer.bias)
