@@ -47,7 +47,7 @@ RANDOM = (
 # with nothing that depends on how a batch is cut: no windows, no batch statistics; and without centring, whose gradient
 # is infinite where one code fills a crop
 DIVISIBLE = f"{TOKENIZER} codec.norm=weight_norm semantic.center=false steps=4 warmup=1 learning_rate=1e-4 log_every=1"
-LINEAR = "convnext codec.width=16 codec.depth=1 codec.phases=griffin_lim linear_start=true"
+LINEAR = "convnext codec.width=16 codec.depth=1 codec.phases=griffin_lim linear_start=true steps=1"
 ASR = (
     "model=null codes=codes codec=tokenizer/model splits=[train] dev_splits=[dev] small.text_tokens=300 "
     "small.text_steps=5 small.hidden_size=16 small.intermediate_size=32 small.num_hidden_layers=2 "

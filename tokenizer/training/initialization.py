@@ -19,7 +19,7 @@ from tokenizer.training.distributed import is_first_process
 
 FRAMES_PER_CODE = 20  # that k-means needs
 LINEAR_FRAMES_PER_CODE = 60
-LEAST_VARIANCE = 1e-6  # of a component, relative to the largest
+LEAST_VARIANCE = 1e-4  # of a component, relative to the largest
 
 Batch = tuple[Tensor, Tensor]  # waveforms float [B, N] and their lengths long [B] in samples
 
