@@ -193,7 +193,7 @@ def train_codec(rehearsal: Rehearsal) -> Row:
         if part.teacher in PUBLISHED and rehearsal.config.weights == "random":
             write(folder := rehearsal.folder / write.__name__)
             part.teacher = str(folder)
-    distillations = recipe.make_distillations(config, device)
+    distillations = recipe.make_distillations(config, codec.quantizer.dimension, device)
     criterion = recipe.make_criterion(config, distillations, device)
     loss_of = CodecLoss(codec, criterion, [*distillations.values()]).to(device)
     groups = parameter_groups(loss_of, config.weight_decay)

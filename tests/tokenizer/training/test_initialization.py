@@ -96,7 +96,8 @@ def test_the_decoder_begins_with_the_levels_that_least_squares_predict(crops: li
     expected = known @ np.linalg.lstsq(known, wanted, rcond=None)[0]
     found = speech(codec, crops, predicted)
     assert np.square(wanted - expected).mean() < 0.9 * np.square(wanted - wanted.mean(0)).mean()
-    assert np.square(found - expected).mean() < 1e-3 * np.square(wanted - expected).mean()
+    # directions in which codes hardly vary are damped
+    assert np.square(found - expected).mean() < 1e-2 * np.square(wanted - expected).mean()
 
 
 @torch.no_grad()
