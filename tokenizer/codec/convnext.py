@@ -211,7 +211,7 @@ class ConvNeXtDecoder(nn.Module):
 
         So a loss of the waveform is one of the magnitudes, and need not pass through Griffin and Lim's iterations.
         """
-        if original is None or not isinstance(self.inverse, GriffinLim):
+        if original is None:
             return _chain(self.stages, z)
         return self.inverse.with_phases_of(original, _chain(self.stages[:-1], z))
 
@@ -246,14 +246,26 @@ class InverseSTFT(nn.Module):
         """Channels of frames float [B, SUBFRAMES * n, T] -> of windows float [B, M = T * SUBFRAMES, n]."""
         return x.transpose(1, 2).unflatten(2, (SUBFRAMES, -1)).flatten(1, 2)
 
+    def with_phases_of(self, original: Tensor, x: Tensor) -> Tensor:
+        """As `forward`; a head that predicts no phases takes those of the waveform `original` float [B, N]."""
+        return self(x)
+
+    @property
+    def level_channels(self) -> Tensor:
+        """Which of the channels are levels, long [SUBFRAMES * bins]."""
+        return torch.arange(self.channels).view(SUBFRAMES, -1)[:, : self.bins].flatten()
+
     def spectra(self, waveform: Tensor) -> Tensor:
-        """Complex spectra [B, M, bins] of a waveform float [B, M * step], of which `overlap` gives it back."""
-        padded = F.pad(waveform, (self.first, len(self.window) - self.step - self.first))
-        return torch.fft.rfft(padded.unfold(1, len(self.window), self.step) * self.window)
+        """Complex spectra [B, M, bins] of a waveform float [B, N], of which `overlap` gives its whole frames back."""
+        size = len(self.window)
+        rest = -waveform.shape[1] % (SUBFRAMES * self.step)  # of the last frame, zeros
+        padded = F.pad(waveform, (self.first, size - self.step - self.first + rest))
+        return torch.fft.rfft(padded.unfold(1, size, self.step) * self.window)
 
     def levels(self, waveform: Tensor) -> Tensor:
-        """What the levels in `forward` would have to be for a waveform float [B, T * hop]: float [B, M, bins]."""
-        return torch.log(self.spectra(waveform).abs() + QUIETEST)
+        """What `level_channels` would have to be for a waveform float [B, N]: float [B, SUBFRAMES * bins, T]."""
+        levels = torch.log(self.spectra(waveform).abs() + QUIETEST)
+        return levels.unflatten(1, (-1, SUBFRAMES)).flatten(2).transpose(1, 2)
 
     def overlap(self, spectra: Tensor) -> Tensor:
         """Overlapping windows of complex spectra [B, M, bins] -> samples float [B, M * step]."""
@@ -295,8 +307,7 @@ class GriffinLim(InverseSTFT):
         return self.overlap(spectra)[:, None]
 
     def with_phases_of(self, original: Tensor, x: Tensor) -> Tensor:
-        """As `forward`, with the phases of the waveform `original` float [B, N], N at most T * hop."""
-        phases = self.spectra(F.pad(original, (0, x.shape[2] * SUBFRAMES * self.step - original.shape[1]))).angle()
+        phases = self.spectra(original).angle()
         return self.overlap(torch.polar(_magnitudes(self.of_windows(x)), phases))[:, None]
 
 

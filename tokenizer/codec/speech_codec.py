@@ -120,7 +120,7 @@ class SpeechCodec(
 
         As the decoder gives it; one that predicts no phases takes those of the waveform `original` float [B, N].
         """
-        known = (original,) if self.config.phases == "griffin_lim" else ()
+        known = (original,) if self.config.body == "convnext" else ()
         return self.decoder(latents, *known)[:, 0]
 
     @torch.no_grad()

@@ -5,12 +5,14 @@ That much is known without any step: principal components of the spectra are the
 and least squares give the levels that the decoder predicts from the codes. What follows learns what is not linear.
 """
 
+import functools
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.codec.convnext import SUBFRAMES, ConvNeXtDecoder, ConvNeXtEncoder
+from tokenizer.codec.convnext import ConvNeXtDecoder, ConvNeXtEncoder
 from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.frames import frame_mask
 from tokenizer.progress import progress_bar
@@ -35,9 +37,10 @@ def initialize_codec(codec: SpeechCodec, crops: Crops, batch_size: int, seed: in
         batches = _first_speech(codec, crops, batch_size, LINEAR_FRAMES_PER_CODE if linear else FRAMES_PER_CODE)
         if linear:
             _begin_encoder(codec, torch.cat([_spectra(codec, batch) for batch in batches]))
-        codec.quantizer.initialize(torch.cat([_latents(codec, batch) for batch in batches]), seed)
+        latents = [codec.latents(waveform.to(codec.device)) for waveform, _ in batches]
+        codec.quantizer.initialize(torch.cat([*map(functools.partial(_of_speech, codec), batches, latents)]), seed)
         if linear:
-            _begin_decoder(codec, batches)
+            _begin_decoder(codec, batches, latents)
     else:
         codec.quantizer.initialize(None)
     if linear and dist.is_initialized():
@@ -63,10 +66,6 @@ def _first_speech(codec: SpeechCodec, crops: Crops, batch_size: int, frames_per_
 def _of_speech(codec: SpeechCodec, batch: Batch, x: Tensor) -> Tensor:
     """The frames of speech of x float [B, C, T], float [M, C]."""
     return x.transpose(1, 2)[frame_mask(batch[1].to(x.device), x.shape[2], codec.hop_length)]
-
-
-def _latents(codec: SpeechCodec, batch: Batch) -> Tensor:
-    return _of_speech(codec, batch, codec.latents(batch[0].to(codec.device)))
 
 
 def _spectra(codec: SpeechCodec, batch: Batch) -> Tensor:
@@ -101,14 +100,15 @@ def _begin_encoder(codec: SpeechCodec, spectra: Tensor) -> None:
             parameter[:kept] = 0.0
 
 
-def _begin_decoder(codec: SpeechCodec, batches: list[Batch]) -> None:
+def _begin_decoder(codec: SpeechCodec, batches: list[Batch], latents: list[Tensor]) -> None:
     """The decoder's levels become those that a linear map of the codes of neighbouring frames predicts best.
 
     Of that map the `width` most important directions are kept (reduced-rank regression), again of variance 1.
     """
     decoder: ConvNeXtDecoder = codec.decoder
     size = decoder.input.weight[0].numel()
-    means, covariance = _moments(torch.cat([_neighbours_and_levels(codec, batch) for batch in batches]))
+    rows = torch.cat([*map(functools.partial(_neighbours_and_levels, codec), batches, latents)])
+    means, covariance = _moments(rows)
     variances, directions = torch.linalg.eigh(covariance[:size, :size])
     white = (directions / variances.clamp(min=LEAST_VARIANCE * variances[-1]).sqrt()).T
     chosen, strengths, levels = torch.linalg.svd(white @ covariance[:size, size:], full_matrices=False)
@@ -116,18 +116,14 @@ def _begin_decoder(codec: SpeechCodec, batches: list[Batch]) -> None:
     inward = chosen.T[:width] @ white
     windows = inward.unflatten(1, decoder.input.weight.shape[1:])
     _begin(decoder.input, slice(width), windows, -inward @ means[:size])
-    rows = torch.arange(decoder.inverse.channels).view(SUBFRAMES, -1)[:, : decoder.inverse.bins].flatten()  # levels
     outward = F.pad((strengths[:, None] * levels)[:width].T, (0, decoder.output.in_channels - width))
-    _begin(decoder.output, rows, outward[..., None], means[size:])
+    _begin(decoder.output, decoder.inverse.level_channels, outward[..., None], means[size:])
 
 
-def _neighbours_and_levels(codec: SpeechCodec, batch: Batch) -> Tensor:
+def _neighbours_and_levels(codec: SpeechCodec, batch: Batch, latents: Tensor) -> Tensor:
     """Of each frame of speech what the codes of it and its neighbours stand for, and its levels: float [M, 3 D + L]."""
-    waveform = batch[0].to(codec.device)
-    latents = codec.quantizer.decode(codec.quantizer.encode(codec.latents(waveform)))
-    whole = F.pad(waveform, (0, latents.shape[2] * codec.hop_length - waveform.shape[1]))
-    levels = codec.decoder.inverse.levels(whole).unflatten(1, (-1, SUBFRAMES)).flatten(2).transpose(1, 2)
-    windows = codec.decoder.input.windows(latents).flatten(1, 2)
+    windows = codec.decoder.input.windows(codec.quantizer.decode(codec.quantizer.encode(latents))).flatten(1, 2)
+    levels = codec.decoder.inverse.levels(batch[0].to(codec.device))
     return _of_speech(codec, batch, torch.cat([windows, levels], 1)).cpu()
 
 

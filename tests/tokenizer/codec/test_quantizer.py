@@ -617,7 +617,7 @@ def test_projections_and_codes_of_few_dimensions_learn_the_latents(low: Residual
     low.eval()
     with torch.no_grad():
         errors = [float((low.decode(low.encode(z, n)) - z).square().mean()) for n in range(1, Q + 1)]
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.7  # a variance of 1
+    assert errors == sorted(errors, reverse=True) and errors[-1] < (0.5 if len(low.branches) == 1 else 0.7)
     assert all(len(ids.unique()) > 0.9 * K for ids in low.encode(z).transpose(0, 1))
 
 

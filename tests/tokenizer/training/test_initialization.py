@@ -84,14 +84,11 @@ def test_the_decoder_begins_with_the_levels_that_least_squares_predict(crops: li
         z = torch.nn.functional.pad(codec.quantizer.decode(codec.quantizer.encode(codec.latents(waveform))), (1, 1))
         return torch.cat([z[..., :-2], z[..., 1:-1], z[..., 2:]], 1)
 
-    def levels(waveform: Tensor) -> Tensor:
-        return head.levels(waveform).unflatten(1, (-1, 2)).flatten(2).transpose(1, 2)
-
     def predicted(waveform: Tensor) -> Tensor:
         z = codec.quantizer.decode(codec.quantizer.encode(codec.latents(waveform)))
         return codec.decoder.output(codec.decoder.blocks(codec.decoder.input(z)))
 
-    known, wanted = speech(codec, crops, neighbours), speech(codec, crops, levels)
+    known, wanted = speech(codec, crops, neighbours), speech(codec, crops, head.levels)
     known = np.concatenate([known, np.ones((len(known), 1))], 1)
     expected = known @ np.linalg.lstsq(known, wanted, rcond=None)[0]
     found = speech(codec, crops, predicted)
