@@ -5,6 +5,7 @@
 """Make the demo's corpus: short spoken commands in many synthetic voices, with transcripts and phone times.
 
     python recipes/synthesize_speech.py OUT --train 4000 --dev 200 --test 200 --seed 0 --jobs 2
+    python recipes/synthesize_speech.py OUT --train 2000 --texts FILE      a training split of your own sentences
 
 OUT receives audio/<voice>/<id>.flac (16 kHz, mono, 16 bit), corpus.json (the arguments) and finally manifest.jsonl,
 with one utterance per line: a folder with a manifest is complete. The seed determines sentences, voices and speaking
@@ -16,11 +17,13 @@ so results on this corpus say nothing about human speech.
 
 import argparse
 import ctypes
+import hashlib
 import importlib.util
 import itertools
 import multiprocessing
 import random
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -126,13 +129,18 @@ def sentences(template: str) -> list[str]:
     return [" ".join(words) for words in itertools.product(*choices)]
 
 
-def draw_texts(counts: dict[str, int], rng: random.Random) -> dict[str, list[str]]:
-    """Choose the texts of each split, from each template in turn; texts of dev and test are in no other split."""
+def draw_texts(counts: dict[str, int], rng: random.Random, own: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Choose the texts of each split, from each template in turn; texts of dev and test are in no other split.
+
+    own: sentences for the training split, taken at random, all of them before one is taken again.
+    """
     decks = [rng.sample(deck, len(deck)) for deck in map(sentences, TEMPLATES)]
     limit = len(decks) * min(map(len, decks)) // 2
     if counts["dev"] + counts["test"] > limit:
         sys.exit(f"error: the grammar is too small for more than {limit} utterances in --dev and --test together")
     texts = {split: [decks[i % len(decks)].pop() for i in range(counts[split])] for split in ("dev", "test")}
+    if own:
+        decks = [rng.sample(own, len(own))]
     rounds = [itertools.cycle(deck) for deck in decks]  # train cycles through the remaining ones
     texts["train"] = [next(rounds[i % len(rounds)]) for i in range(counts["train"])]
     for split in texts.values():
@@ -140,10 +148,10 @@ def draw_texts(counts: dict[str, int], rng: random.Random) -> dict[str, list[str
     return texts
 
 
-def make_plan(seed: int, **counts: int) -> list[Utterance]:
-    """Plan every utterance, `counts` per split; the same arguments always give the same plan."""
+def make_plan(seed: int, own: Sequence[str] = (), **counts: int) -> list[Utterance]:
+    """Plan every utterance, `counts` per split; the same arguments always give the same plan. own: see `draw_texts`."""
     rng = random.Random(seed)
-    texts = draw_texts(counts, rng)
+    texts = draw_texts(counts, rng, own)
     plan = []
     for split in VOICES:
         speakers = itertools.cycle(itertools.product(STRETCHES[split], VOICES[split].split()))
@@ -232,10 +240,15 @@ engine = cache(Engine)  # one per process, started on first use
 
 
 def frame_speech(wave: np.ndarray, phones: Phones, utterance: Utterance) -> tuple[np.ndarray, Phones]:
-    """Surround the speech with exactly the planned silence; returns the samples, and the phones with their ends."""
+    """Surround the speech with exactly the planned silence; returns the samples, and the phones with their ends.
+
+    Raises InputError for a text without anything to say, such as a dash.
+    """
     ends = [start for _, start in phones[1:]] + [len(wave)]
     spans = [(symbol, start, end) for (symbol, start), end in zip(phones, ends, strict=True) if end > start]
     spoken = [span for span in spans if span[0] != SILENCE]
+    if not spoken:
+        raise InputError(f"espeak-ng finds nothing to say in {utterance.text!r}")
     first, last = spoken[0][1], spoken[-1][2]
     lead, tail = round(utterance.lead_s * ENGINE_RATE), round(utterance.tail_s * ENGINE_RATE)
     framed = np.pad(wave, (lead, tail))[first : last + lead + tail]  # the engine may produce less silence than planned
@@ -276,7 +289,15 @@ def synthesize_all(out: Path, plan: list[Utterance], jobs: int) -> list[dict]:
         return list(tqdm(lines, total=len(plan), desc="speaking", unit="utt", disable=None))
 
 
-def prepare_folder(out: Path, arguments: dict[str, int]) -> bool:
+def read_sentences(file: Path | None) -> list[str]:
+    """The lines of a file that are not empty; none without a file. Raises InputError where there are none."""
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()] if file else []
+    if file and not any(lines):
+        raise InputError(f"{file} holds no sentences: expected one a line")
+    return [line for line in lines if line]
+
+
+def prepare_folder(out: Path, arguments: dict[str, int | str]) -> bool:
     """Claim the folder for the corpus; False if it already holds exactly this one, complete."""
     record = out / "corpus.json"
     claim_folder(out, "synthesize_speech", own=lambda _: record.is_file())
@@ -294,6 +315,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the corpus; created if needed")
     for split, count in {"train": 4000, "dev": 200, "test": 200}.items():
         parser.add_argument(f"--{split}", type=argument(Count), default=count, help=f"utterances of the {split} split")
+    parser.add_argument("--texts", type=Path, metavar="FILE", help="sentences of the train split, one a line")
     parser.add_argument("--seed", type=argument(Seed), default=0, help="of sentences, voices and speaking styles")
     parser.add_argument(
         "--jobs", type=argument(Count), default=2, help="number of processes; does not change the result"
@@ -302,7 +324,10 @@ def main() -> None:
     if importlib.util.find_spec("espeakng_loader") is None:
         raise ImportError('the speech synthesiser is missing: pip install "speechllm[demo]"')
     arguments = {name: getattr(args, name) for name in (*VOICES, "seed")}
-    plan = make_plan(**arguments)
+    own = read_sentences(args.texts)
+    plan = make_plan(**arguments, own=own)
+    if own:
+        arguments["texts"] = hashlib.sha256("\n".join(own).encode()).hexdigest()[:16]
     if not prepare_folder(args.out, arguments):
         print(f"{args.out} already holds this corpus, complete: nothing to do")
         return

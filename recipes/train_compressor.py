@@ -38,6 +38,7 @@ class CompressorConfig(Settings):
     weight_decay: Positive = 1e-2
     warmup: Natural = 200  # steps
     clip: Positive = 1.0  # largest gradient norm
+    precision: Literal["no", "bf16"] = "no"
     validate_every: Count = 500  # steps
     dev_utterances: Count = 100  # at most, evenly chosen
     log_every: Count = 10  # steps
@@ -77,7 +78,7 @@ Batch = tuple[Tensor, ...]  # what `CtcLoss` takes
 
 
 def main(config: CompressorConfig) -> None:
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(config.precision)
 
     # 1. encoded speech, its tokenizer, and the letters of the transcripts
     require_texts(config.codes, config.normalizer)

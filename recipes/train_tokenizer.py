@@ -40,7 +40,7 @@ Grouped = Annotated[int, Rule("0 or a multiple of 16", lambda n: n >= 0 and n % 
 
 @dataclass
 class SemanticConfig(Settings):
-    teacher: str | None = "facebook/hubert-base-ls960"  # folder or hub name, also of Whisper; null: no distillation
+    teacher: str | None = "facebook/hubert-base-ls960"  # folder or hub name, also Whisper; or a compressor
     layer: int | Literal["avg"] = "avg"  # hidden state, or the mean of all; -1: the model's output
     axis: Literal["D", "T"] = "D"  # cosine over time for every dimension (eq. 4), or over dimensions for every frame
     weight: NonNegative = 120.0  # lambda of eq. 7 (0.5 next to EnCodec's losses); SpeechTokenizer's, next to its own
@@ -171,6 +171,7 @@ from speechllm.runs.signals import follow_parent
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from tokenizer.corpus import load_usable, spread
 from tokenizer.files import atomic_folder
+from tokenizer.loading import load_semantic_teacher
 from tokenizer.training.crops import Crops, StepSampler
 from tokenizer.training.discriminators import Adversary, make_discriminators
 from tokenizer.training.distillation import AcousticDistillation, SemanticDistillation, SpeakerDistillation
@@ -185,7 +186,7 @@ from tokenizer.training.step import (
     parameter_groups,
     remember_statistics,
 )
-from tokenizer.training.teachers import SemanticTeacher, SpeakerTeacher
+from tokenizer.training.teachers import SpeakerTeacher
 from tokenizer.training.validation import BestWeights, validate_codec
 
 Distillations = dict[str, DistillationLoss]  # by name
@@ -311,7 +312,7 @@ def make_distillations(config: TokenizerConfig, dimension: int, device: torch.de
     """
     distillations = {}
     if (semantic := config.semantic).teacher:
-        teacher = SemanticTeacher.from_pretrained(semantic.teacher, semantic.layer).to(device)
+        teacher = load_semantic_teacher(semantic.teacher, semantic.layer).to(device)
         student = SemanticDistillation(dimension, teacher.width, semantic.center, semantic.axis).to(device)
         distillations["semantic"] = DistillationLoss(
             "semantic", 0, teacher, student, gradient_ratio=semantic.gradient_ratio, weight=semantic.weight

@@ -9,12 +9,13 @@ from tokenizer.custom import TokenizerError, load_class
 from tokenizer.errors import InputError
 from tokenizer.interface import AudioTokenizer, Codec, DiscreteTokenizer
 from tokenizer.pretrained import SETTINGS_FILE, check_folder, read_pretrained_json
-from tokenizer.schemes.compressor import BASE, CtcCompressor
+from tokenizer.schemes.compressor import BASE, CtcCompressor, LettersTeacher
 from tokenizer.schemes.features import FeatureEncoder
 from tokenizer.schemes.published import PUBLISHED, PublishedCodec
 from tokenizer.schemes.recognizer import Recognizer
 from tokenizer.schemes.soundstream import ENCODER, SoundStream
 from tokenizer.schemes.units import UnitTokenizer
+from tokenizer.training.teachers import SemanticTeacher
 
 SPELLINGS = (
     "an audio tokenizer is FOLDER_OR_HUB_NAME (a codec of this package, EnCodec, Mimi or DAC of transformers, "
@@ -64,6 +65,14 @@ def load_discrete(name: str | Path) -> DiscreteTokenizer:
     if not isinstance(discrete, DiscreteTokenizer):
         raise TokenizerError(f"{name} gives no codes: choose a codec or units")
     return discrete
+
+
+def load_semantic_teacher(name: str | Path, layer: int | str | None = None) -> SemanticTeacher | LettersTeacher:
+    """The teacher of layer 0: of a compressor's folder its letters, else a `SemanticTeacher` and its layer."""
+    folder = check_folder(name, [], "a semantic teacher")
+    if read_pretrained_json(folder, SETTINGS_FILE).get("kind") == "compressor":
+        return LettersTeacher(CtcCompressor.from_pretrained(folder, load_tokenizer(Path(folder) / BASE)))
+    return SemanticTeacher.from_pretrained(name, layer)
 
 
 def _from_file(file: str, name: str) -> AudioTokenizer:

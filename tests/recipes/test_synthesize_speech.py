@@ -66,6 +66,32 @@ def test_too_many_held_out_utterances_are_refused(recipe: ModuleType) -> None:
         recipe.make_plan(seed=0, train=1, dev=10**6, test=1)
 
 
+def test_own_sentences_are_all_spoken_before_one_is_again(recipe: ModuleType) -> None:
+    own = [f"SENTENCE NUMBER {i}" for i in range(100)]
+    plan, default = recipe.make_plan(seed=0, own=own, **COUNTS), recipe.make_plan(seed=0, **COUNTS)
+    spoken = [u.text for u in plan if u.split == "train"]
+    assert sorted(spoken) == sorted(own * 3)
+    held_out = [sorted(u.text for u in one if u.split != "train") for one in (plan, default)]
+    assert held_out[0] == held_out[1]
+
+
+def test_own_sentences_are_part_of_what_a_folder_holds(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file := tmp_path / "own.txt").write_text("ONE DAY\n\n  TWO DAYS \n")
+    [plan] = call(recipe, monkeypatch, tmp_path / "out", "--train=2", f"--texts={file}")
+    assert sorted(u.text for u in plan if u.split == "train") == ["ONE DAY", "TWO DAYS"]
+    assert not call(recipe, monkeypatch, tmp_path / "out", "--train=2", f"--texts={file}")  # it is there
+    with pytest.raises(InputError, match="choose another folder or delete"):
+        call(recipe, monkeypatch, tmp_path / "out", "--train=2")
+    file.write_text("\n \n")
+    with pytest.raises(InputError, match=r"own\.txt holds no sentences"):
+        call(recipe, monkeypatch, tmp_path / "other", "--train=2", f"--texts={file}")
+    utterance = plan[0]
+    with pytest.raises(InputError, match="finds nothing to say in"):
+        recipe.frame_speech(np.zeros(100), [("_", 0)], utterance)
+
+
 def test_jobs_do_not_change_the_plan(recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [call(recipe, monkeypatch, tmp_path / str(n), "--train=9", f"--jobs={n}") for n in (1, 3)]
     assert plans[0] == plans[1]

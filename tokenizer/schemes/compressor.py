@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokenizer.errors import InputError
-from tokenizer.frames import frame_mask, split_utterances
+from tokenizer.frames import frame_count, frame_mask, split_utterances
 from tokenizer.interface import AudioTokenizer, Codes, DiscreteTokenizer, Features, FeatureTokenizer
 from tokenizer.pretrained import (
     SETTINGS_FILE,
@@ -26,7 +26,9 @@ from tokenizer.pretrained import (
     read_weights,
     write_settings,
 )
+from tokenizer.rates import HOP_LENGTH
 from tokenizer.reading import reading
+from tokenizer.schemes.features import FeatureEncoder
 
 WEIGHTS_FILE = "compressor.safetensors"
 BASE = "base"  # subfolder of the tokenizer whose frames are compressed
@@ -140,6 +142,42 @@ class CtcCompressor(nn.Module):
     def text(self, scores: Tensor) -> str:
         """What the labels spell (greedy CTC decoding): log probabilities float [T, V] -> text."""
         return "".join(self.labels[label] for label in scores.argmax(1).unique_consecutive().tolist())
+
+
+class LettersTeacher(nn.Module):
+    """S(x) of eq. 4 of an encoder that was taught letters: the states of a compressor's network over its frames.
+
+    The frames of an encoder hold the voice and the room as well; what finds letters in them leaves most of that out.
+    """
+
+    hop = HOP_LENGTH
+
+    def __init__(self, compressor: CtcCompressor):
+        """Raises InputError for a compressor of codes or units, which do not come from an encoder."""
+        super().__init__()
+        if not isinstance(compressor.base, FeatureEncoder):
+            kind = type(compressor.base).__name__
+            raise InputError(f"a semantic teacher needs a compressor of an encoder's frames, not of a {kind}")
+        self.encoder, self.network = compressor.base.model, compressor.network.requires_grad_(False)
+        self.width, self.fingerprint = compressor.shape["width"], compressor.fingerprint
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode, because a teacher is never trained."""
+        return super().train(False)
+
+    def features(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """As `forward`, but with a gradient for the waveform (not for the weights), for losses on reconstructions."""
+        frames = self.encoder.features(waveform, lengths)
+        sizes = frames.new_full(frames.shape[:1], frames.shape[1], dtype=torch.long)
+        return self.network(frames, sizes if lengths is None else frame_count(lengths))[0]
+
+    @torch.no_grad()
+    def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """waveform float [B, N] at 16 kHz, zero after its lengths long [B] in samples (all N when None).
+
+        Returns float [B, ceil(N / 320), W].
+        """
+        return self.features(waveform, lengths)
 
 
 def compress(states: Tensor, scores: Tensor) -> Tensor:

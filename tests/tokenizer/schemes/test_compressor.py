@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from speechllm import Encoding, InputError, SpeechCodec, extend_vocabulary, load_tokenizer, transcription_example
 from speechllm.vocabulary import text_token_ids
 from tokenizer.interface import Features, FeatureTokenizer
-from tokenizer.schemes.compressor import CtcCompressor, CtcNetwork, base_frames, compress
+from tokenizer.loading import load_semantic_teacher
+from tokenizer.schemes.compressor import CtcCompressor, CtcNetwork, LettersTeacher, base_frames, compress
+from tokenizer.schemes.features import FeatureEncoder
+from tokenizer.training.small_teachers import save_hubert, small_hubert
+from tokenizer.training.teachers import SemanticTeacher
 
 LABELS = ["", " ", "A", "B"]
 Noise = Callable[..., Tensor]
@@ -119,6 +123,35 @@ def test_frames_of_any_kind_will_do_but_text(noise: Noise) -> None:
     assert made.encode(noise(16_000)).values.shape[2] == 68
     with pytest.raises(InputError, match="needs frames or codes, but Own returns text"):
         CtcCompressor(Own(), LABELS, width=64, depth=1)
+
+
+@pytest.fixture
+def letters_folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    save_hubert(small_hubert(hidden_size=16, layers=2), tmp_path / "hubert")
+    encoder = FeatureEncoder.from_pretrained(tmp_path / "hubert", 1)
+    CtcCompressor(encoder, LABELS, width=64, depth=2, dropout=0.5).save_pretrained(tmp_path / "letters")
+    return tmp_path / "letters"
+
+
+def test_as_a_teacher_it_gives_the_states_of_its_letters(letters_folder: Path, noise: Noise) -> None:
+    teacher, compressor = load_semantic_teacher(letters_folder).train(), load_tokenizer(letters_folder)
+    assert isinstance(teacher, LettersTeacher) and teacher.width == 64
+    assert teacher.fingerprint == compressor.fingerprint
+    waveform = noise(9_001)
+    states, _ = compressor.label(compressor.base.encode(waveform).utterance(0))
+    torch.testing.assert_close(teacher(waveform)[0], states)  # without dropout
+    assert teacher(waveform).shape == (1, 29, 64) and not any(x.requires_grad for x in teacher.parameters())
+    waveform.requires_grad_()
+    teacher.features(waveform).sum().backward()
+    assert waveform.grad.abs().sum() > 0
+
+
+def test_other_teachers_are_loaded_as_they_were(letters_folder: Path, compressor: CtcCompressor) -> None:
+    loaded = load_semantic_teacher(letters_folder.parent / "hubert", 1)
+    assert isinstance(loaded, SemanticTeacher) and loaded.layer == 1
+    with pytest.raises(InputError, match="compressor of an encoder's frames, not of a Speech"):
+        LettersTeacher(compressor)
 
 
 def test_a_language_model_first_reads_the_letters_themselves(
