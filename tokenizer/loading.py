@@ -68,10 +68,11 @@ def load_discrete(name: str | Path) -> DiscreteTokenizer:
 
 
 def load_semantic_teacher(name: str | Path, layer: int | str | None = None) -> SemanticTeacher | LettersTeacher:
-    """The teacher of layer 0: of a compressor's folder its letters, else a `SemanticTeacher` and its layer."""
+    """The teacher of layer 0: of a compressor's folder a `LettersTeacher`, else a `SemanticTeacher`."""
     folder = check_folder(name, [], "a semantic teacher")
     if read_pretrained_json(folder, SETTINGS_FILE).get("kind") == "compressor":
-        return LettersTeacher(CtcCompressor.from_pretrained(folder, load_tokenizer(Path(folder) / BASE)))
+        compressor = CtcCompressor.from_pretrained(folder, load_tokenizer(Path(folder) / BASE))
+        return LettersTeacher(compressor, 1 if layer is None else layer)
     return SemanticTeacher.from_pretrained(name, layer)
 
 

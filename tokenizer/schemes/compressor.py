@@ -55,12 +55,17 @@ class CtcNetwork(nn.Module):
 
     def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """lengths: long [B] in frames; what follows them is padding."""
+        states = self.hidden_states(frames, lengths)[-1]
+        return states, self.output(states).log_softmax(-1)
+
+    def hidden_states(self, frames: Tensor, lengths: Tensor) -> list[Tensor]:
+        """As `forward`: what every convolution returns, float [B, T, W] each; the last are the states."""
         inside = frame_mask(lengths, frames.shape[1], hop_length=1)[:, None]
-        x = self.dropout(self.norm(frames)).transpose(1, 2)
+        x, states = self.dropout(self.norm(frames)).transpose(1, 2), []
         for convolution in self.convolutions:
             x = self.dropout(F.gelu(convolution(x * inside)))
-        states = x.transpose(1, 2)
-        return states, self.output(states).log_softmax(-1)
+            states.append(x.transpose(1, 2))
+        return states
 
 
 class CtcCompressor(nn.Module):
@@ -145,21 +150,33 @@ class CtcCompressor(nn.Module):
 
 
 class LettersTeacher(nn.Module):
-    """S(x) of eq. 4 of an encoder that was taught letters: the states of a compressor's network over its frames.
+    """S(x) of eq. 4 of an encoder that was taught letters: states of a compressor's network over its frames.
 
-    The frames of an encoder hold the voice and the room as well; what finds letters in them leaves most of that out.
+    The frames of an encoder hold the voice and the room as well. The first convolution tells most about phones: those
+    after it gather what is known of a letter in a single frame of it, as CTC asks (recipes/RESULTS.md).
     """
 
     hop = HOP_LENGTH
 
-    def __init__(self, compressor: CtcCompressor):
-        """Raises InputError for a compressor of codes or units, which do not come from an encoder."""
+    def __init__(self, compressor: CtcCompressor, layer: int | str = 1):
+        """layer: which convolution, from 1 on, or from the last one, -1; "avg": their mean.
+
+        Raises InputError for one that there is not, and for a compressor of anything but an encoder's frames.
+        """
         super().__init__()
         if not isinstance(compressor.base, FeatureEncoder):
             kind = type(compressor.base).__name__
             raise InputError(f"a semantic teacher needs a compressor of an encoder's frames, not of a {kind}")
-        self.encoder, self.network = compressor.base.model, compressor.network.requires_grad_(False)
-        self.width, self.fingerprint = compressor.shape["width"], compressor.fingerprint
+        depth = compressor.shape["depth"]
+        if layer != "avg" and not (isinstance(layer, int) and 1 <= abs(layer) <= depth):
+            raise InputError(f'layer must be "avg", or of this compressor a number from 1 to {depth}, got {layer!r}')
+        self.encoder, self.network, self.layer = compressor.base.model, compressor.network.requires_grad_(False), layer
+        self.width = compressor.shape["width"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of weights, layer and encoder, 16 hexadecimal digits."""
+        return module_fingerprint(self.network, {"encoder": self.encoder.fingerprint, "layer": self.layer})
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, because a teacher is never trained."""
@@ -169,7 +186,10 @@ class LettersTeacher(nn.Module):
         """As `forward`, but with a gradient for the waveform (not for the weights), for losses on reconstructions."""
         frames = self.encoder.features(waveform, lengths)
         sizes = frames.new_full(frames.shape[:1], frames.shape[1], dtype=torch.long)
-        return self.network(frames, sizes if lengths is None else frame_count(lengths))[0]
+        states = self.network.hidden_states(frames, sizes if lengths is None else frame_count(lengths))
+        if isinstance(self.layer, str):
+            return torch.stack(states).mean(0)
+        return states[self.layer - 1 if self.layer > 0 else self.layer]
 
     @torch.no_grad()
     def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -135,13 +135,21 @@ def letters_folder(tmp_path: Path) -> Path:
 
 
 def test_as_a_teacher_it_gives_the_states_of_its_letters(letters_folder: Path, noise: Noise) -> None:
-    teacher, compressor = load_semantic_teacher(letters_folder).train(), load_tokenizer(letters_folder)
+    teacher, compressor = load_semantic_teacher(letters_folder, -1).train(), load_tokenizer(letters_folder)
     assert isinstance(teacher, LettersTeacher) and teacher.width == 64
-    assert teacher.fingerprint == compressor.fingerprint
+    layers = {layer: load_semantic_teacher(letters_folder, layer) for layer in (1, 2, -2, "avg", None)}
+    assert len({one.fingerprint for one in [*layers.values(), teacher]}) == 5  # 1 is the default
     waveform = noise(9_001)
     states, _ = compressor.label(compressor.base.encode(waveform).utterance(0))
     torch.testing.assert_close(teacher(waveform)[0], states)  # without dropout
     assert teacher(waveform).shape == (1, 29, 64) and not any(x.requires_grad for x in teacher.parameters())
+    first, second, other, mean, default = (one(waveform)[0] for one in layers.values())
+    torch.testing.assert_close(second, states)
+    assert torch.equal(first, other) and torch.equal(first, default) and not torch.allclose(first, second)
+    torch.testing.assert_close(mean, (first + second) / 2)
+    for wrong in (0, 3, -3):
+        with pytest.raises(InputError, match='"avg", or of this compressor a number from 1 to 2'):
+            load_semantic_teacher(letters_folder, wrong)
     waveform.requires_grad_()
     teacher.features(waveform).sum().backward()
     assert waveform.grad.abs().sum() > 0
