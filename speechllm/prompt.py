@@ -97,8 +97,11 @@ def sentence(text: str) -> list[Message]:
 
 
 def join_features(examples: Sequence[Example]) -> Tensor | None:
-    """The concatenated features of all examples; None if there are none."""
-    parts = [example.features for example in examples if example.features is not None]
+    """The concatenated features of all examples, float32; None if there are none.
+
+    They are stored in half precision, which autocast on a CPU cannot join.
+    """
+    parts = [example.features.float() for example in examples if example.features is not None]
     return torch.cat(parts) if parts else None
 
 

@@ -21,7 +21,7 @@ from speechllm import (
     transcription_prompt,
 )
 from speechllm.messages import ConversationWriter
-from speechllm.prompt import collate_prompts, conversation_example, label_counts, sentence
+from speechllm.prompt import Example, collate_prompts, conversation_example, join_features, label_counts, sentence
 from speechllm.small_model import small_text_tokenizer
 
 END = 2  # <|im_end|>
@@ -136,6 +136,14 @@ def test_codes_from_a_codec_and_their_tensor_give_the_same_prompt(characters) ->
 def test_an_example_of_impossible_codes_is_refused(characters) -> None:
     with pytest.raises(VocabularyError):
         transcription_example(torch.tensor([[3, 16], [1, 2]]), "ON", VOCABULARY, characters)
+
+
+def test_stored_features_are_joined_also_where_precision_is_lowered() -> None:
+    ids, parts = torch.zeros(4, dtype=torch.long), [torch.randn(2, 3).half(), torch.randn(1, 3).half()]
+    examples = [Example(ids, ids, parts[0]), Example(ids, ids), Example(ids, ids, parts[1])]
+    with torch.autocast("cpu", torch.bfloat16):
+        joined = join_features(examples)
+    assert torch.equal(joined, torch.cat(parts).float()) and join_features(examples[1:2]) is None
 
 
 def test_prompts_are_padded_on_the_left() -> None:
