@@ -21,7 +21,7 @@ from speechllm import (
     transcription_prompt,
 )
 from speechllm.messages import ConversationWriter
-from speechllm.prompt import Example, collate_prompts, conversation_example, join_features, label_counts, sentence
+from speechllm.prompt import collate_prompts, conversation_example, join_features, label_counts, sentence
 from speechllm.small_model import small_text_tokenizer
 
 END = 2  # <|im_end|>
