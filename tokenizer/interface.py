@@ -107,8 +107,22 @@ class Transcripts:
         return self.texts[index]
 
 
+class _ByNames(type(Protocol)):  # type: ignore[misc]
+    """`isinstance` of a protocol asks which names there are, as since Python 3.12, and computes no properties.
+
+    A fingerprint hashes all weights. Names that only an instance has count, too, such as the buffers of an `nn.Module`.
+    """
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        protocols = [base for base in cls.__mro__ if getattr(base, "_is_protocol", False)]
+        if cls not in protocols:
+            return super().__instancecheck__(instance)
+        names = {name for protocol in protocols for name in vars(protocol) if not name.startswith("_")}
+        return all(hasattr(type(instance), name) or hasattr(instance, name) for name in names)
+
+
 @runtime_checkable
-class AudioTokenizer(Protocol):
+class AudioTokenizer(Protocol, metaclass=_ByNames):
     """Anything that turns waveforms into input for a language model; `load_tokenizer` loads one by its name."""
 
     @property
