@@ -172,6 +172,7 @@ class LettersTeacher(nn.Module):
             raise InputError(f'layer must be "avg", or of this compressor a number from 1 to {depth}, got {layer!r}')
         self.encoder, self.network, self.layer = compressor.base.model, compressor.network.requires_grad_(False), layer
         self.width = compressor.shape["width"]
+        self.eval()
 
     @property
     def fingerprint(self) -> str:
