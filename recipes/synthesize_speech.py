@@ -42,6 +42,7 @@ from speechllm.runs.recipe import run_recipe
 from tokenizer.claims import claim_folder
 from tokenizer.errors import InputError
 from tokenizer.files import read_json, write_json, write_jsonl
+from tokenizer.reading import reading
 from tokenizer.settings import Count, Seed, argument
 
 # The grammar: a word in capitals is spoken as it is, a word in small letters stands for any word of that slot.
@@ -291,8 +292,11 @@ def synthesize_all(out: Path, plan: list[Utterance], jobs: int) -> list[dict]:
 
 def read_sentences(file: Path | None) -> list[str]:
     """The lines of a file that are not empty; none without a file. Raises InputError where there are none."""
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()] if file else []
-    if file and not any(lines):
+    if file is None:
+        return []
+    with reading(file, "sentences, one a line"):
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    if not any(lines):
         raise InputError(f"{file} holds no sentences: expected one a line")
     return [line for line in lines if line]
 
