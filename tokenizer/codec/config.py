@@ -50,8 +50,6 @@ class SpeechCodecConfig(Settings):
             yield f"quantizer split needs at least 2 codebooks, got {self.num_codebooks}"
         if self.quantizer == "split" and self.dimension % 2:
             yield f"quantizer split needs an even dimension, got {self.dimension}"
-        if self.quantizer == "split" and self.body == "convnext" and self.width <= self.dimension // 2:
-            yield f"quantizer split needs width above half of dimension = {self.dimension}, got {self.width}"
         if self.phases == "griffin_lim" and (self.body != "convnext" or self.causal):
             yield "phases griffin_lim needs body: convnext and causal: false, as it looks most of a second ahead"
         if self.body == "convnext" and self.hop_length % 4:

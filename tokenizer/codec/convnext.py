@@ -70,40 +70,38 @@ class LogMelSpectra(nn.Module):
 class ConvNeXtBlock(nn.Module):
     """Depthwise convolution over time and two linear layers over channels, with a skip connection: [B, C, T] -> same.
 
-    ConvNeXt (arXiv 2201.03545) in one dimension; `scale` is the initial factor of what the block adds. To the first
-    `untouched` channels it adds nothing, and gives them no gradient: it only reads them.
+    ConvNeXt (arXiv 2201.03545) in one dimension; `scale` is the initial factor of what the block adds.
     """
 
-    def __init__(self, channels: int, scale: float, causal: bool, untouched: int = 0):
+    def __init__(self, channels: int, scale: float, causal: bool):
         super().__init__()
-        self.channels, self.untouched = channels, untouched
+        self.channels = channels
         self.past, self.ahead = (KERNEL - 1, 0) if causal else (KERNEL // 2, KERNEL // 2)
         self.depthwise = nn.Conv1d(channels, channels, KERNEL, groups=channels)
         self.norm = nn.LayerNorm(channels)
         self.expand = nn.Linear(channels, 3 * channels)
-        self.shrink = nn.Linear(3 * channels, channels - untouched)
-        self.gain = nn.Parameter(torch.full((channels - untouched,), scale))
+        self.shrink = nn.Linear(3 * channels, channels)
+        self.gain = nn.Parameter(torch.full((channels,), scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.depthwise(F.pad(_only_read(x, self.untouched), (self.past, self.ahead))).transpose(1, 2))
-        return x + F.pad(self.gain * self.shrink(F.gelu(self.expand(y))), (self.untouched, 0)).transpose(1, 2)
+        y = self.norm(self.depthwise(F.pad(x, (self.past, self.ahead))).transpose(1, 2))
+        return x + (self.gain * self.shrink(F.gelu(self.expand(y)))).transpose(1, 2)
 
 
 class LocalAttention(nn.Module):
     """Self-attention over REACH frames on each side (of the past only if causal), with a skip connection.
 
-    Positions are relative (rotary), so that a frame depends on its surroundings and not on its place. untouched: as of
-    `ConvNeXtBlock`.
+    Positions are relative (rotary), so that a frame depends on its surroundings and not on its place.
     """
 
-    def __init__(self, channels: int, scale: float, causal: bool, untouched: int = 0):
+    def __init__(self, channels: int, scale: float, causal: bool):
         super().__init__()
-        self.channels, self.heads, self.untouched = channels, max(1, channels // HEAD_WIDTH), untouched
+        self.channels, self.heads = channels, max(1, channels // HEAD_WIDTH)
         self.past, self.ahead = REACH, 0 if causal else REACH
         self.norm = nn.LayerNorm(channels)
         self.input = nn.Linear(channels, 3 * channels)
-        self.output = nn.Linear(channels, channels - untouched)
-        self.gain = nn.Parameter(torch.full((channels - untouched,), scale))
+        self.output = nn.Linear(channels, channels)
+        self.gain = nn.Parameter(torch.full((channels,), scale))
 
     def forward(self, x: Tensor) -> Tensor:
         places = torch.arange(x.shape[2], device=x.device)
@@ -111,15 +109,10 @@ class LocalAttention(nn.Module):
         seen = (distance <= self.past) & (distance >= -self.ahead)
         query, key, value = (
             part.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for part in self.input(self.norm(_only_read(x, self.untouched).transpose(1, 2))).chunk(3, -1)
+            for part in self.input(self.norm(x.transpose(1, 2))).chunk(3, -1)
         )
         y = F.scaled_dot_product_attention(rotate(query, places), rotate(key, places), value, attn_mask=seen)
-        return x + F.pad(self.gain * self.output(y.transpose(1, 2).flatten(2)), (self.untouched, 0)).transpose(1, 2)
-
-
-def _only_read(x: Tensor, untouched: int) -> Tensor:
-    """x float [B, C, T], with no gradient for the first `untouched` channels."""
-    return torch.cat([x[:, :untouched].detach(), x[:, untouched:]], 1) if untouched else x
+        return x + (self.gain * self.output(y.transpose(1, 2).flatten(2))).transpose(1, 2)
 
 
 def rotate(x: Tensor, places: Tensor) -> Tensor:
@@ -135,17 +128,14 @@ def rotate(x: Tensor, places: Tensor) -> Tensor:
     return torch.cat([even * cos - odd * sin, even * sin + odd * cos], -1)
 
 
-def frame_blocks(channels: int, depth: int, causal: bool, untouched: int = 0) -> nn.Sequential:
-    """`depth` ConvNeXt blocks with attention after each third of them, float [B, C, T] -> the same shape.
-
-    untouched: channels that they only read, as of `ConvNeXtBlock`.
-    """
+def frame_blocks(channels: int, depth: int, causal: bool) -> nn.Sequential:
+    """`depth` ConvNeXt blocks with attention after each third of them, float [B, C, T] -> the same shape."""
     scale, third = 1 / depth, max(1, depth // 3)
     layers: list[nn.Module] = []
     for block in range(1, depth + 1):
-        layers.append(ConvNeXtBlock(channels, scale, causal, untouched))
+        layers.append(ConvNeXtBlock(channels, scale, causal))
         if block % third == 0 and block < depth:
-            layers.append(LocalAttention(channels, scale, causal, untouched))
+            layers.append(LocalAttention(channels, scale, causal))
     return nn.Sequential(*layers)
 
 
@@ -164,22 +154,11 @@ class ConvNeXtEncoder(nn.Module):
     code of them (`tokenizer.training.initialization`).
     """
 
-    def __init__(
-        self,
-        dimension: int,
-        width: int,
-        depth: int,
-        sample_rate: int,
-        hop_length: int,
-        causal: bool,
-        untouched: int = 0,
-    ):
-        """untouched: of the `width` channels between input and output, those that the blocks only read."""
+    def __init__(self, dimension: int, width: int, depth: int, sample_rate: int, hop_length: int, causal: bool):
         super().__init__()
-        self.untouched = untouched
         self.spectra = LogMelSpectra(sample_rate, hop_length, causal)
         self.input = nn.Conv1d(self.spectra.channels, width, 1)
-        self.blocks = frame_blocks(width, depth, causal, untouched)
+        self.blocks = frame_blocks(width, depth, causal)
         self.output = nn.Conv1d(width, dimension, 1)
         self.apply(_initialize)
 

@@ -214,9 +214,7 @@ def _body(config: SpeechCodecConfig) -> tuple[Any, Any]:
         shape = dimension, config.width, config.depth
         rate, hop = config.sample_rate, config.hop_length
         inverse = ConvNeXtDecoder(*shape, hop, config.causal, config.phases)
-        # what is learnt for the content of the first codebook must not move the codes of the sound
-        untouched = dimension // 2 if config.quantizer == "split" else 0
-        return ConvNeXtEncoder(*shape, rate, hop, config.causal, untouched), inverse
+        return ConvNeXtEncoder(*shape, rate, hop, config.causal), inverse
     style = ConvStyle(config.norm, config.causal, config.pad_mode)
     lstm = "none" if config.lstm == "none" else "forward"
     decoder = SEANetDecoder(dimension, config.n_filters, config.strides, lstm, style)

@@ -76,8 +76,8 @@ def _begin_encoder(codec: SpeechCodec, spectra: Tensor) -> None:
     """Latents become the principal components of spectra float [M, C], of a variance of 1 on average.
 
     Between input and output the components all have a variance of 1, as the blocks like their inputs. The last branch
-    of the quantiser, which codes the sound, reads the first channels, to which the blocks add nothing yet: of two
-    branches they only read them, or what they learn for content would move what the codebooks were made for.
+    of the quantiser, which codes the sound, reads its own channels, to which the blocks add nothing yet: what they
+    learn for the content of the first branch would otherwise move what the codebooks were made for.
     """
     encoder: ConvNeXtEncoder = codec.encoder
     mean, covariance = _moments(spectra)
@@ -95,10 +95,9 @@ def _begin_encoder(codec: SpeechCodec, spectra: Tensor) -> None:
     for other in others:
         width = min(kept, len(white) - kept)
         other[:width, kept : kept + width] = scales[:width].diag()
-    if not encoder.untouched:
-        for name, parameter in encoder.blocks.named_parameters():
-            if name.endswith("gain"):
-                parameter[:kept] = 0.0
+    for name, parameter in encoder.blocks.named_parameters():
+        if name.endswith("gain"):
+            parameter[:kept] = 0.0
 
 
 def _begin_decoder(codec: SpeechCodec, batches: list[Batch], latents: list[Tensor]) -> None:

@@ -48,22 +48,6 @@ def test_lengths_are_exact(noise: Callable[..., Tensor], samples: int, phases: s
     assert ConvNeXtDecoder(8, 16, 2, 320, causal=False, phases=phases)(z).shape == (2, 1, 320 * frames)
 
 
-def test_what_blocks_only_read_they_neither_change_nor_teach(noise: Callable[..., Tensor]) -> None:
-    encoder = ConvNeXtEncoder(8, 16, 3, 16_000, 320, causal=False, untouched=6)
-    x = encoder.input(encoder.spectra(noise(3_200)[:, None])).detach().requires_grad_()
-    y = encoder.blocks(x)
-    assert torch.equal(y[:, :6], x[:, :6]) and not torch.allclose(y[:, 6:], x[:, 6:])
-    [content] = torch.autograd.grad(y[:, 6:].sum(), x)
-    assert not content[:, :6].any() and content[:, 6:].any()
-    more = x.detach() + torch.cat([torch.ones(1, 6, 10), torch.zeros(1, 10, 10)], 1)
-    assert not torch.allclose(encoder.blocks(more)[:, 6:], y[:, 6:])  # but they read it
-
-
-def test_a_sound_that_blocks_may_not_change_needs_channels_beside_it() -> None:
-    with pytest.raises(InputError, match="quantizer split needs width above half of dimension = 32, got 16"):
-        SpeechCodecConfig(**SMALL, dimension=32, quantizer="split")
-
-
 def test_the_spectra_are_those_of_torchaudio_centred_on_the_frame(noise: Callable[..., Tensor]) -> None:
     waveform = noise(320 * 20)
     found = LogMelSpectra(16_000, 320, causal=False)(waveform[:, None])
