@@ -295,10 +295,10 @@ def read_sentences(file: Path | None) -> list[str]:
     if file is None:
         return []
     with reading(file, "sentences, one a line"):
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    if not any(lines):
+        lines = file.read_text(encoding="utf-8").splitlines()
+    if not (own := [text for line in lines if (text := line.strip())]):
         raise InputError(f"{file} holds no sentences: expected one a line")
-    return [line for line in lines if line]
+    return own
 
 
 def prepare_folder(out: Path, arguments: dict[str, int | str]) -> bool:

@@ -40,7 +40,7 @@ Grouped = Annotated[int, Rule("0 or a multiple of 16", lambda n: n >= 0 and n % 
 
 @dataclass
 class SemanticConfig(Settings):
-    teacher: str | None = "facebook/hubert-base-ls960"  # folder or hub name, also Whisper; or a compressor
+    teacher: str | None = "facebook/hubert-base-ls960"  # folder or hub name, or a compressor; null: no distillation
     layer: int | Literal["avg"] = "avg"  # hidden state, or the mean of all; -1: the model's output
     axis: Literal["D", "T"] = "D"  # cosine over time for every dimension (eq. 4), or over dimensions for every frame
     weight: NonNegative = 120.0  # lambda of eq. 7 (0.5 next to EnCodec's losses); SpeechTokenizer's, next to its own

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import cast
 
 from tokenizer.codec.converters import convert_speechtokenizer
 from tokenizer.codec.speech_codec import SpeechCodec
@@ -71,8 +72,7 @@ def load_semantic_teacher(name: str | Path, layer: int | str | None = None) -> S
     """The teacher of layer 0: of a compressor's folder a `LettersTeacher`, else a `SemanticTeacher`."""
     folder = check_folder(name, [], "a semantic teacher")
     if read_pretrained_json(folder, SETTINGS_FILE).get("kind") == "compressor":
-        compressor = CtcCompressor.from_pretrained(folder, load_tokenizer(Path(folder) / BASE))
-        return LettersTeacher(compressor, 1 if layer is None else layer)
+        return LettersTeacher(cast(CtcCompressor, load_tokenizer(folder)), 1 if layer is None else layer)
     return SemanticTeacher.from_pretrained(name, layer)
 
 
