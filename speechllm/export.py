@@ -114,4 +114,5 @@ def _older_tokenizer_config(config: dict[str, Any]) -> dict[str, Any]:
         return config
     specials = {"additional_special_tokens": config["extra_special_tokens"]} if "extra_special_tokens" in config else {}
     kept = {key: value for key, value in config.items() if key != "extra_special_tokens"}
-    return kept | specials | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    inputs = ["input_ids", "attention_mask"]  # by default the other major adds token types, which `generate` refuses
+    return kept | specials | {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": inputs}

@@ -222,6 +222,7 @@ def test_in_a_chat_the_prompt_is_that_of_training(
     assert served.all_special_ids == used.all_special_ids
     settings = json.loads((tmp_path / "served" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # the other major lacks TokenizersBackend
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # and would add token types
     assert "extra_special_tokens" not in settings  # a dictionary in the other major
     if template == "chat":
         return
