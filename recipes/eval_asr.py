@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from speechllm.runs.config import parse_config
-from tokenizer.settings import Count, Names, Seed, Settings, Several
+from tokenizer.settings import Count, Names, NonNegative, Seed, Settings, Several
 
 
 @dataclass
@@ -26,6 +26,7 @@ class EvalAsrConfig(Settings):
     splits: Names | None = None  # all when null
     normalizer: Literal["librispeech", "whisper_english", "none"] = "librispeech"  # of references and answers
     beams: Count = 1  # 1: greedy
+    letters_weight: NonNegative = 0.0  # of the letters that a compressor heard, beside the language model; 0: none
     fallback: bool = True  # decode runaway answers again, by beam search without repetitions
     shuffled_audio: bool = True  # also run the control
     shuffled_utterances: Several | None = 300  # of the control, evenly chosen; all when null
@@ -89,12 +90,16 @@ def main(config: EvalAsrConfig) -> None:
         beams=config.beams,
         fallback=config.fallback,
         static_cache=config.static_cache,
+        letters_weight=config.letters_weight,
     )
     cascade = {}
     if encoding.kind == "text":
         recognizer, spelled = rates(references, [str(part) for part in speech], config)
         cascade = {"wer_recognizer": recognizer.wer, "wer_recognizer_ci95": recognizer.ci95}
         cascade |= {"cer_recognizer": spelled.wer}
+    if encoding.labels:
+        alone, spelled = rates(references, [speech_llm.vocabulary.spelled(part) for part in speech], config)
+        cascade = {"wer_letters": alone.wer, "wer_letters_ci95": alone.ci95, "cer_letters": spelled.wer}
     audio_s = sum(durations_s)
     # without the two markers
     tokens = [len(speech_llm.vocabulary.token_ids(part, speech_llm.text_tokenizer)) - 2 for part in speech]
@@ -114,6 +119,7 @@ def main(config: EvalAsrConfig) -> None:
         "splits": split_error_rates(references, hypotheses, splits, config.normalizer, config.seed),
         "speakers": speaker_error_rates(references, hypotheses, speakers, config.normalizer),
         "beams": config.beams,
+        "letters_weight": config.letters_weight,
         "fallback": count_runaways(found),
         "without_transcript": total - len(rows),  # not scored
         "audio_s": audio_s,

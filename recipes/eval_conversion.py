@@ -8,7 +8,7 @@ if possible with other words, so that the target cannot contribute the words, to
 recordings of the target speaker that the method does not use:
 - distortion (MCD) and pitch correlation with the reference: the target speaker saying the words of the source, of
   several recordings the one closest to the source in length. Both need such parallel text;
-- speaker similarity (with `speaker`) to a further recording, if there is one;
+- speaker similarity (with `speaker`) to a further recording, if there is one, and to the source itself;
 - word error rate (with `recognizer`) against the words of the source.
 "source" is the unchanged source, "source, n codebooks" its reconstruction by the codec, "target" the reference itself.
 Compare swaps with the reconstruction: a codec that blurs spectra is closer to any voice by MCD than a real other voice.
@@ -29,7 +29,7 @@ from typing import Annotated, Any
 from speechllm.runs.config import parse_config
 from tokenizer.settings import NOT_EMPTY, Corpus, Count, Names, Natural, Seed, Settings
 
-MEASURES = ("mcd", "f0_correlation", "speaker_similarity")
+MEASURES = ("mcd", "f0_correlation", "speaker_similarity", "source_similarity")
 LISTEN = 5  # pairs whose sounds are kept
 Row = dict[str, Any]
 LayerSets = Annotated[list[Annotated[list[Natural], NOT_EMPTY]], NOT_EMPTY]
@@ -225,6 +225,7 @@ def score(
     """Scores by method, as far as there are recordings and evaluators for them; failures are added to the row."""
     reference = voice_frames(sounds["reference"], rate) if pair.reference else None
     voice = speaker_embedding(speaker, sounds["voice"], rate) if speaker and pair.voice else None
+    origin = speaker_embedding(speaker, sounds["source"], rate) if voice is not None else None
     scores: dict[str, Row] = {name: {} for name in converted}
     for name, sound in converted.items():
         if reference is not None:
@@ -234,7 +235,8 @@ def score(
                 scores[name]["f0_correlation"] = pitch_correlation(voices)
         if voice is not None:
             with record_failure(row, name):
-                scores[name]["speaker_similarity"] = float(speaker_embedding(speaker, sound, rate) @ voice)
+                heard = speaker_embedding(speaker, sound, rate)
+                scores[name] |= {"speaker_similarity": float(heard @ voice), "source_similarity": float(heard @ origin)}
         spoken = pair.target if name == "target" and pair.reference is None else pair.source
         if recognizer is not None and spoken.text:
             scores[name] |= {"text": spoken.text, "recognized": recognized_text(recognizer, sound, rate)}

@@ -19,11 +19,13 @@ from tokenizer.settings import Corpus, Count, Names, Positive, Rule, Seed, Setti
 
 @dataclass
 class UnitsConfig(Settings):
-    model: str  # folder or hub name of HuBERT, WavLM, wav2vec 2.0 or Whisper
+    model: str  # folder or hub name of HuBERT, WavLM, wav2vec 2.0 or Whisper, or of a compressor
     data: Corpus  # corpus folder, or several as [A, B]: manifest.jsonl or LibriSpeech's layout
     output: str  # run folder; the tokenizer goes to its subfolder `model`
     clusters: Annotated[int, Rule("from 2 to 65536", lambda k: 2 <= k <= 65_536)] = 500  # K
-    layer: int | Literal["avg"] | None = 6  # hidden state; "avg": mean of all; null: avg, of Whisper the output
+    layer: int | Literal["avg"] | None = (
+        6  # hidden state; "avg": mean of all; null: avg, of Whisper its output, of a compressor its first
+    )
     splits: Names | None = None  # all when null
     deduplicate: bool = False  # merge repeats of a unit
     max_frames: Count = 500_000  # for k-means: 2.8 hours

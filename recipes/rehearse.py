@@ -127,7 +127,7 @@ class Rehearsal:
     @functools.cached_property
     def codec(self) -> SpeechCodec:
         """That of the configuration, with random weights."""
-        return SpeechCodec(self.tokenizer.codec if self.tokenizer else SpeechCodecConfig())
+        return self.recipe.make_codec(self.tokenizer) if self.tokenizer else SpeechCodec(SpeechCodecConfig())
 
     def autocast(self, precision: str) -> torch.autocast:
         """That of a training in this precision."""

@@ -39,6 +39,12 @@ Grouped = Annotated[int, Rule("0 or a multiple of 16", lambda n: n >= 0 and n % 
 
 
 @dataclass
+class UnitsConfig(Settings):
+    tokenizer: str | None = None  # of codec.quantizer=units: name of units, whose codes are layer 0
+    cache: str | None = None  # folder for the units of whole utterances; null: those of every crop alone
+
+
+@dataclass
 class SemanticConfig(Settings):
     teacher: str | None = "facebook/hubert-base-ls960"  # folder or hub name, or a compressor; null: no distillation
     layer: int | Literal["avg"] = "avg"  # hidden state, or the mean of all; -1: the model's output
@@ -92,6 +98,7 @@ class TokenizerConfig(Settings):
     splits: Names | None = None  # training splits, all when null
     dev_splits: Names | None = None  # for validation, none when null
     codec: SpeechCodecConfig = field(default_factory=SpeechCodecConfig)
+    units: UnitsConfig = field(default_factory=UnitsConfig)
     semantic: SemanticConfig = field(default_factory=SemanticConfig)
     acoustic: AcousticConfig = field(default_factory=AcousticConfig)
     losses: LossConfig = field(default_factory=LossConfig)
@@ -124,6 +131,10 @@ class TokenizerConfig(Settings):
             yield f"decode_s must be at most crop_s = {self.crop_s}, got {self.decode_s}"
         if self.acoustic.teacher and self.codec.num_codebooks < 2:
             yield "acoustic distillation is on layer 1: codec.num_codebooks must be at least 2"
+        if (self.codec.quantizer == "units") != bool(self.units.tokenizer) or (
+            self.units.tokenizer and self.semantic.teacher
+        ):
+            yield "layer 0 of given units needs codec.quantizer=units, units.tokenizer=NAME and semantic.teacher=null"
         if self.linear_start and (self.codec.body != "convnext" or self.codec.norm == "batch_norm"):
             yield "linear_start needs codec.body=convnext and codec.norm=weight_norm, which leaves latents as they are"
         if max(self.quantizer_dropout or [0]) > self.codec.num_codebooks:
@@ -155,7 +166,6 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
     CONFIG = parse_config(TokenizerConfig, shares_work=True)
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
@@ -171,11 +181,12 @@ from speechllm.runs.signals import follow_parent
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from tokenizer.corpus import load_usable, spread
 from tokenizer.files import atomic_folder
-from tokenizer.loading import load_semantic_teacher
+from tokenizer.loading import load_discrete
+from tokenizer.schemes.features import load_semantic_teacher
 from tokenizer.training.crops import Crops, StepSampler
 from tokenizer.training.discriminators import Adversary, make_discriminators
 from tokenizer.training.distillation import AcousticDistillation, SemanticDistillation, SpeakerDistillation
-from tokenizer.training.feature_cache import FeatureCache
+from tokenizer.training.feature_cache import UnitIds, fill_caches
 from tokenizer.training.initialization import initialize_codec
 from tokenizer.training.losses import Balancer, MultiScaleMelLoss, ReconstructionLoss
 from tokenizer.training.step import (
@@ -203,7 +214,7 @@ def main(config: TokenizerConfig) -> None:
     set_seed(config.seed)
 
     # 1. codec, distillation losses, reconstruction losses, and data
-    codec = SpeechCodec(config.codec).to(device := accelerator.device)
+    codec = make_codec(config).to(device := accelerator.device)
     codec.quantizer.decay = config.codebook_decay
     distillations = make_distillations(config, codec.quantizer.dimension, device)
     criterion = make_criterion(config, distillations, device)
@@ -213,7 +224,10 @@ def main(config: TokenizerConfig) -> None:
     optimizer = optim.AdamW(groups, config.learning_rate, tuple(config.betas), fused=True)
     averaged = average_weights(codec, config.weight_average)
     best = BestWeights(config.best) if config.best else None
-    caches = make_caches(config, distillations, utterances, accelerator)
+    teachers = {name: one.teacher for name, one in distillations.items()}
+    teachers |= {} if codec.units is None else {"units": UnitIds(codec.units)}
+    folders = {name: getattr(config, name).cache for name in teachers}
+    caches = fill_caches(folders, teachers, utterances, config.codec.sample_rate, accelerator)
     crops = Crops(utterances, config.crop_s, config.codec.sample_rate, config.seed, caches, run.skipped)
     dev = {u.id: x for u, x in load_usable(held_out if run.main else [], config.codec.sample_rate, run.skipped)}
     accelerator.print(plan(config, codec, utterances))
@@ -305,6 +319,11 @@ def named(numbers: Tensor, utterances: list[Utterance]) -> list[str]:
     return [utterances[number].path for number in numbers.tolist()]
 
 
+def make_codec(config: TokenizerConfig) -> SpeechCodec:
+    """The codec with random weights, and with its units if layer 0 is given."""
+    return SpeechCodec(config.codec, load_discrete(name) if (name := config.units.tokenizer) else None)
+
+
 def make_distillations(config: TokenizerConfig, dimension: int, device: torch.device) -> Distillations:
     """The configured distillation losses by name: "semantic" on layer 0 (eq. 4), "acoustic" on layer 1 (eq. 5).
 
@@ -345,23 +364,6 @@ def make_criterion(config: TokenizerConfig, distillations: Distillations, device
     feature_model = distillations["semantic"].teacher if losses.speech_features else None
     balancer = Balancer(weights) if losses.balance else None
     return ReconstructionLoss(weights, mel, adversary, feature_model, balancer)
-
-
-def make_caches(
-    config: TokenizerConfig, distillations: Distillations, utterances: list[Utterance], accelerator: Accelerator
-) -> dict[str, FeatureCache]:
-    """Teacher features of whole utterances on disk; each process computes its share of the missing ones."""
-    folders, caches = {"semantic": config.semantic.cache, "acoustic": config.acoustic.cache}, {}
-    index, count = accelerator.process_index, accelerator.num_processes
-    for name, distillation in distillations.items():
-        if folder := folders[name]:
-            teacher = distillation.teacher
-            caches[name] = FeatureCache(folder, teacher.fingerprint, teacher.hop)
-            size_gb = caches[name].size_gb(utterances, teacher.width, config.codec.sample_rate)
-            accelerator.print(f"{name} features of {len(utterances)} utterances take {size_gb:.3g} GB in {folder}")
-            caches[name].fill(utterances, teacher, config.codec.sample_rate, process=index, processes=count)
-    accelerator.wait_for_everyone()
-    return caches
 
 
 def report(

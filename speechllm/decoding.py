@@ -24,6 +24,7 @@ from transformers import (
 from speechllm.data.packing import PADDING, require_attention
 from speechllm.encoding import Speech
 from speechllm.greedy import greedy_answers, reads_packed
+from speechllm.letters import HeardLetters, Letters, Spellings
 from speechllm.model import SpeechLLM
 from speechllm.projector import model_inputs
 from speechllm.prompt import Example, collate_prompts, join_features, transcription_prompt
@@ -61,12 +62,13 @@ def transcribe(
     beams: int = 1,
     fallback: bool = False,
     static_cache: bool = False,
+    letters_weight: float = 0.0,
 ) -> list[str]:
     """Texts of recordings, given as files or as waveforms float [N] at the codec's rate, in the order given.
 
     They are encoded one by one, so that an iterator need hold no more than one waveform in memory.
 
-    beams, fallback, static_cache: as in `recognize`. Raises AudioError for an unusable file.
+    beams, fallback, static_cache, letters_weight: as in `recognize`. Raises AudioError for an unusable file.
     """
     codec = speech_llm.codec
     if codec is None:
@@ -76,7 +78,8 @@ def transcribe(
         waveform = item if isinstance(item, Tensor) else load_audio(item, codec.sample_rate)
         encoded.append(speech_llm.vocabulary.encoding.encode(codec, waveform))
         durations_s.append(len(waveform) / codec.sample_rate)
-    found = recognize(encoded, speech_llm, batch_tokens, progress, beams, fallback, durations_s, static_cache)
+    options = beams, fallback, durations_s, static_cache, letters_weight
+    found = recognize(encoded, speech_llm, batch_tokens, progress, *options)
     return [transcription.text for transcription in found]
 
 
@@ -88,9 +91,11 @@ def transcribe_codes(
     beams: int = 1,
     fallback: bool = False,
     static_cache: bool = False,
+    letters_weight: float = 0.0,
 ) -> list[str]:
     """Texts of utterances given as codes long [Q, T], in the order given; the rest as in `recognize`."""
-    found = recognize(codes, speech_llm, batch_tokens, progress, beams, fallback, static_cache=static_cache)
+    options = beams, fallback, None, static_cache, letters_weight
+    found = recognize(codes, speech_llm, batch_tokens, progress, *options)
     return [transcription.text for transcription in found]
 
 
@@ -103,6 +108,7 @@ def recognize(
     fallback: bool = False,
     durations_s: Sequence[float] | None = None,
     static_cache: bool = False,
+    letters_weight: float = 0.0,
 ) -> list[Transcription]:
     """Transcriptions of encoded utterances (`speech_of`), in the order given.
 
@@ -114,6 +120,8 @@ def recognize(
     features).
     static_cache: greedy decoding keeps keys and values in tensors that do not grow, so that on a GPU transformers
     compiles its steps. Does nothing with beams. Raises InputError for a family that has no such cache.
+    letters_weight: above 0, answers consist of the compressor's letters only, and the log probability that these were
+    heard counts as much beside the language model's (`speechllm.letters`). Raises InputError for other speech.
     """
     text_tokenizer, encoding = speech_llm.text_tokenizer, speech_llm.vocabulary.encoding
     if durations_s is None:
@@ -124,7 +132,17 @@ def recognize(
         durations_s = [count / encoding.frame_rate for count in frames]
     prompts = [transcription_prompt(utterance, speech_llm.vocabulary, text_tokenizer) for utterance in speech]
     bounds = [answer_bound(duration_s) for duration_s in durations_s]
-    return answer(prompts, bounds, speech_llm, batch_tokens, progress, beams, fallback, static_cache)
+    letters = heard_letters(speech, speech_llm, letters_weight) if letters_weight else None
+    return answer(prompts, bounds, speech_llm, batch_tokens, progress, beams, fallback, static_cache, letters)
+
+
+def heard_letters(speech: Sequence[Speech], speech_llm: SpeechLLM, weight: float) -> Letters:
+    """What a compressor heard in each encoded utterance; raises InputError for the speech of anything else."""
+    labels = speech_llm.vocabulary.encoding.labels
+    if not labels:
+        raise InputError("letters_weight needs a language model that reads the speech of a compressor: set it to 0")
+    heard = [HeardLetters(vectors, len(labels)) for vectors in speech if isinstance(vectors, Tensor)]
+    return Letters(heard, Spellings(speech_llm.text_tokenizer, labels, forbidden_ids(speech_llm)), weight)
 
 
 def answer(
@@ -136,13 +154,15 @@ def answer(
     beams: int = 1,
     fallback: bool = False,
     static_cache: bool = False,
+    letters: Letters | None = None,
 ) -> list[Transcription]:
     """Answers to prompts, in the order given, of at most so many tokens each; the rest as in `recognize`."""
-    found = _decode(prompts, bounds, speech_llm, batch_tokens, progress, beams, static_cache=static_cache)
+    found = _decode(prompts, bounds, speech_llm, batch_tokens, progress, beams, 0, static_cache, letters)
     runaways = [i for i, first in enumerate(found) if first.runaway] if fallback else []
     again = [prompts[i] for i in runaways], [bounds[i] for i in runaways]
     beams = max(beams, FALLBACK_BEAMS)
-    second = _decode(*again, speech_llm, batch_tokens, progress, beams, FALLBACK_NGRAM)
+    letters = letters and letters.of(runaways)
+    second = _decode(*again, speech_llm, batch_tokens, progress, beams, FALLBACK_NGRAM, letters=letters)
     for i, other in zip(runaways, second, strict=True):
         if other.runaway is None:
             found[i] = replace(found[i], text=other.text, repaired=True)
@@ -195,12 +215,13 @@ def _decode(
     beams: int,
     ngram: int = 0,
     static_cache: bool = False,
+    letters: Letters | None = None,
 ) -> list[Transcription]:
     """One pass, in batches of similar length. ngram: no sequence of that many tokens is repeated; 0: no such rule."""
     if beams < 1:
         raise ValueError(f"beams must be at least 1, got {beams}")
     model, text_tokenizer, vocabulary = speech_llm.model, speech_llm.text_tokenizer, speech_llm.vocabulary
-    greedy = bool(prompts) and beams == 1 and not ngram
+    greedy = bool(prompts) and beams == 1 and not ngram and letters is None
     static = greedy and static_cache
     family = model.config.model_type
     if static and (not model._can_compile_fullgraph or "mamba" in family):  # Mamba has a cache of its own
@@ -227,7 +248,8 @@ def _decode(
             filled = [*some, *some[-1:] * missing], [*limits, *limits[-1:] * missing]
             answers = _generate(*filled, speech_llm, forbidden, beams, ngram, cache)[: len(batch)]
         else:
-            answers = _generate(some, limits, speech_llm, forbidden, beams, ngram)
+            own = letters and letters.of(batch)
+            answers = _generate(some, limits, speech_llm, forbidden, beams, ngram, letters=own)
         texts = text_tokenizer.batch_decode(answers, skip_special_tokens=True)
         for i, text, answer, bound in zip(batch, map(str.strip, texts), answers, limits, strict=True):
             found[i] = Transcription(text, runaway_reason(text, len(answer) >= bound))
@@ -270,6 +292,7 @@ def _generate(
     beams: int,
     ngram: int,
     cache: StaticCache | None = None,
+    letters: Letters | None = None,
 ) -> list[list[int]]:
     """`greedy_answers` with beams and the rule against repetitions, of padded prompts: possible in any family."""
     model, text_tokenizer, vocabulary = speech_llm.model, speech_llm.text_tokenizer, speech_llm.vocabulary
@@ -282,6 +305,8 @@ def _generate(
     rules = LogitsProcessorList([_BoundedText(forbidden, prompt_size, bounds, end_id)])
     if ngram:
         rules.append(_NoRepeats(ngram, prompt_size))
+    if letters:
+        rules.append(letters.scores(prompt_size, end_id))
     with both_ways:
         answers = model.generate(
             **inputs,
@@ -289,6 +314,7 @@ def _generate(
             max_new_tokens=max(bounds) + 1,  # including the end token
             do_sample=False,
             num_beams=beams,
+            **({"length_penalty": 0.0} if letters and beams > 1 else {}),  # who leaves out letters pays already
             eos_token_id=end_id,
             pad_token_id=pad_id,
             past_key_values=cache,

@@ -68,7 +68,7 @@ class AudioVocabulary:
             case "features", Tensor() if speech.is_floating_point():
                 ids = torch.full((math.ceil(len(speech) / self.stack),), self.offset)
                 if self.encoding.labels and text_tokenizer is not None:
-                    spelled = text_token_ids(text_tokenizer, [self._spelled(speech)])[0]
+                    spelled = text_token_ids(text_tokenizer, [self.spelled(speech)])[0]
             case "codes", Tensor() if not speech.is_floating_point():
                 ids = self._code_ids(speech)
             case kind, _:
@@ -76,7 +76,7 @@ class AudioVocabulary:
                 raise VocabularyError(f"this vocabulary needs {needed}, got {_describe(speech)}")
         return torch.cat([ids.new_tensor([self.start_id]), ids, ids.new_tensor([self.end_id, *spelled])])
 
-    def _spelled(self, features: Tensor) -> str:
+    def spelled(self, features: Tensor) -> str:
         """The likeliest label of each feature, float [T, C]."""
         labels = self.encoding.labels
         return "".join(labels[label] for label in features[:, -len(labels) :].argmax(1).tolist()).strip()

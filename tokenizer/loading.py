@@ -2,27 +2,25 @@
 
 import os
 from pathlib import Path
-from typing import cast
 
 from tokenizer.codec.converters import convert_speechtokenizer
-from tokenizer.codec.speech_codec import SpeechCodec
+from tokenizer.codec.speech_codec import UNITS, SpeechCodec
 from tokenizer.custom import TokenizerError, load_class
 from tokenizer.errors import InputError
 from tokenizer.interface import AudioTokenizer, Codec, DiscreteTokenizer
 from tokenizer.pretrained import SETTINGS_FILE, check_folder, read_pretrained_json
-from tokenizer.schemes.compressor import BASE, CtcCompressor, LettersTeacher
+from tokenizer.schemes.compressor import BASE, CtcCompressor
 from tokenizer.schemes.features import FeatureEncoder
 from tokenizer.schemes.published import PUBLISHED, PublishedCodec
 from tokenizer.schemes.recognizer import Recognizer
 from tokenizer.schemes.soundstream import ENCODER, SoundStream
 from tokenizer.schemes.units import UnitTokenizer
-from tokenizer.training.teachers import SemanticTeacher
 
 SPELLINGS = (
     "an audio tokenizer is FOLDER_OR_HUB_NAME (a codec of this package, EnCodec, Mimi or DAC of transformers, "
     "a downloaded SpeechTokenizer or SoundStream, units of recipes/fit_units.py), features:FOLDER_OR_HUB_NAME#LAYER "
-    "(HuBERT, WavLM, wav2vec 2.0 or Whisper), recognizer:FOLDER_OR_HUB_NAME (a speech recogniser of transformers) or "
-    "FILE.py:CLASS (your own)"
+    "(HuBERT, WavLM, wav2vec 2.0, Whisper or a compressor), recognizer:FOLDER_OR_HUB_NAME (a speech recogniser of "
+    "transformers) or FILE.py:CLASS (your own)"
 )
 
 
@@ -66,14 +64,6 @@ def load_discrete(name: str | Path) -> DiscreteTokenizer:
     if not isinstance(discrete, DiscreteTokenizer):
         raise TokenizerError(f"{name} gives no codes: choose a codec or units")
     return discrete
-
-
-def load_semantic_teacher(name: str | Path, layer: int | str | None = None) -> SemanticTeacher | LettersTeacher:
-    """The teacher of layer 0: of a compressor's folder a `LettersTeacher`, else a `SemanticTeacher`."""
-    folder = check_folder(name, [], "a semantic teacher")
-    if read_pretrained_json(folder, SETTINGS_FILE).get("kind") == "compressor":
-        return LettersTeacher(cast(CtcCompressor, load_tokenizer(folder)), 1 if layer is None else layer)
-    return SemanticTeacher.from_pretrained(name, layer)
 
 
 def _from_file(file: str, name: str) -> AudioTokenizer:
@@ -122,7 +112,8 @@ def _by_files(name: str) -> AudioTokenizer:
             f"it is a {model_type} model: write features:{name} for its features, recognizer:{name} for text"
         )
     if "num_codebooks" in config and not model_type:
-        return SpeechCodec.from_pretrained(name)
+        units = load_discrete(Path(name) / UNITS) if (Path(name) / UNITS).is_dir() else None
+        return SpeechCodec.from_pretrained(name, units=units)
     if "n_q" in config:
         return convert_speechtokenizer(name)
     found = f"a {model_type} model" if model_type else f"no audio tokenizer in {', '.join(config) or 'it'}"

@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--base", help=BASE)
     command.add_argument("--batch-tokens", type=COUNT, default=32_768, help=BATCH_TOKENS)
     command.add_argument("--beams", type=COUNT, default=1, help="1, the default, is greedy")
+    command.add_argument("--letters-weight", type=float, default=0.0, help="of a compressor's letters beside the model")
     longest = "seconds; longer recordings are skipped (default 7200); those of over 30 s are cut where it is quiet"
     command.add_argument("--max-duration", type=SECONDS, default=7200.0, help=longest)
     command.add_argument("--vad", metavar="FILE", help=VAD)
@@ -172,9 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--matching",
-        choices=("position", "content"),
+        choices=("position", "content", "mean"),
         default="position",
-        help="take them from the target's frame of the same number (default, the paper's), or of the nearest content",
+        help="from the target's frame of the same number (default, the paper's), of the nearest content, or its means",
     )
     command.add_argument("--max-duration", type=SECONDS, default=WHOLE_S, metavar="SECONDS", help=WHOLE)
     command.set_defaults(run=convert_file)
@@ -277,7 +278,8 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     done = 0
     while some := [*itertools.islice(found, CHUNK)]:  # print the texts before more is read
         waveforms = [waveform for _, waveform in some if waveform is not None]
-        heard = iter(transcribe(waveforms, speech_llm, arguments.batch_tokens, beams=arguments.beams, fallback=True))
+        options = {"beams": arguments.beams, "letters_weight": arguments.letters_weight, "fallback": True}
+        heard = iter(transcribe(waveforms, speech_llm, arguments.batch_tokens, **options))
         for ends, waveform in some:
             if waveform is None:
                 texts = []

@@ -32,6 +32,7 @@ CONVERSION = {  # those of eval_conversion
     "mcd": ("MCD (dB)", ".2f"),
     "f0_correlation": ("log-F0 correlation", ".3f"),
     "speaker_similarity": ("speaker similarity", ".3f"),
+    "source_similarity": ("to the source", ".3f"),
     "wer": ("WER", ".1%"),
     "cer": ("CER", ".1%"),  # measured only where it steers
 }

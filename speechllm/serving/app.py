@@ -299,7 +299,7 @@ def add_codec(app: FastAPI, service: Service) -> None:
         source: Recording,
         target: Recording,
         layers: Annotated[str, Form(description="those to take from the target, as 1,2; 0 is the first")] = "1",
-        matching: Annotated[Literal["position", "content"], Form()] = "position",
+        matching: Annotated[Literal["position", "content", "mean"], Form()] = "position",
     ) -> Response:
         """What the source says in the voice of the target, by taking the codes of `layers` from it, as a WAV file."""
         codec, taken = service.decoder(), layer_numbers(layers)

@@ -147,7 +147,7 @@ def _convert_tab(engines: dict[str, Engine]) -> None:
     source, target = _recording("What is said"), _recording("In this voice")
     layers = gr.Textbox("1", label="Layers taken from the voice (the first is 0; 1 is the paper's)")
     matching = gr.Radio(
-        list(MATCHINGS), value="position", label="From the frame at the same position or of the nearest content"
+        list(MATCHINGS), value="position", label="The frame at the same position, of the nearest content, or the mean"
     )
     for name, engine in engines.items():
         start = gr.Button(f"Convert with {name}" if len(engines) > 1 else "Convert", variant="primary")

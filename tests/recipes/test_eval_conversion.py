@@ -165,8 +165,8 @@ def test_pairs_depend_on_the_seed(recipe: Callable[[str], ModuleType]) -> None:
 # ---- results
 
 
-def test_every_set_of_layers_is_swapped_by_both_matchings(results: dict) -> None:
-    swaps = [f"swap {layers}, by {way}" for layers in ("1", "1-2") for way in ("position", "content")]
+def test_every_set_of_layers_is_swapped_by_every_matching(results: dict) -> None:
+    swaps = [f"swap {layers}, by {way}" for layers in ("1", "1-2") for way in ("position", "content", "mean")]
     assert list(results["methods"]) == ["source", "source, 2 codebooks", "source, 3 codebooks", *swaps, "target"]
     assert results["pairs"] == results["parallel"] == 8 and results["failed"] == []
     assert all(method["pairs"] == 8 for method in results["methods"].values())
@@ -199,7 +199,7 @@ def test_scores_match_the_functions(rows: list[dict], corpus: Path, codec: Speec
 
 def test_means_are_over_the_pairs(results: dict, rows: list[dict]) -> None:
     for name, method in results["methods"].items():
-        for measure in ("mcd", "speaker_similarity"):
+        for measure in ("mcd", "speaker_similarity", "source_similarity"):
             values = [row["scores"][name][measure] for row in rows]
             assert method[measure]["mean"] == pytest.approx(np.mean(values))
             low, high = method[measure]["ci95"]
@@ -233,11 +233,12 @@ def test_failures_are_listed_and_not_averaged(
     monkeypatch.setattr(SpeechCodec, "decode", quiet)
     found = evaluate(tmp_path, "layers=[[1]]", "pairs=3")
     assert found["methods"]["swap 1, by content"] == {"pairs": 3} and found["methods"]["source"]["mcd"]["pairs"] == 3
-    assert {failure["reason"] for failure in found["failed"]} == {"silent"} and len(found["failed"]) == 9
+    assert {failure["reason"] for failure in found["failed"]} == {"silent"} and len(found["failed"]) == 12
     assert {failure["method"] for failure in found["failed"]} == {
         "source, 2 codebooks",
         "swap 1, by position",
         "swap 1, by content",
+        "swap 1, by mean",
     }
 
 
@@ -262,10 +263,14 @@ def test_without_parallel_text_only_similarity_is_measured_which_is_reported(
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts.values()), "utf-8")
     words = [f"data={tmp_path}", "pairs=2", "layers=[[1]]", f"speaker={ecapa_folder}"]
     found = evaluate(tmp_path / "out", *words)
-    assert found["parallel"] == 0 and found["methods"]["target"].keys() == {"speaker_similarity", "pairs"}
+    assert found["parallel"] == 0 and found["methods"]["target"].keys() == {
+        "speaker_similarity",
+        "source_similarity",
+        "pairs",
+    }
     printed = capsys.readouterr().out
     assert "distortion and pitch correlation were not measured" in printed
-    assert "| method | speaker similarity | pairs |" in printed
+    assert "| method | speaker similarity | to the source | pairs |" in printed
 
 
 def test_without_a_further_recording_there_is_no_similarity(

@@ -31,7 +31,8 @@ class SpeechCodecConfig(Settings):
     causal: bool = False
     norm: Literal["weight_norm", "batch_norm"] = "weight_norm"  # batch_norm also standardises the latents
     pad_mode: Literal["reflect", "constant"] = "reflect"  # of body seanet
-    quantizer: Literal["residual", "split"] = "residual"  # split: the first codebook beside the cascade of the others
+    # split: the first codebook beside the cascade of the others; units: layer 0 are the codes of another tokenizer
+    quantizer: Literal["residual", "split", "units"] = "residual"
     num_codebooks: Count = 8  # Q
     codebook_size: Annotated[int, Rule("from 2 to 65536", lambda k: 2 <= k <= 65_536)] = 1024  # K, stored as uint16
     codebook_dim: Count | None = None  # of normalised codes, searched for in a space of so few dimensions (DAC: 8)
@@ -50,6 +51,8 @@ class SpeechCodecConfig(Settings):
             yield f"quantizer split needs at least 2 codebooks, got {self.num_codebooks}"
         if self.quantizer == "split" and self.dimension % 2:
             yield f"quantizer split needs an even dimension, got {self.dimension}"
+        if self.quantizer == "units" and (self.causal or self.codebook_dim):
+            yield "quantizer units needs causal: false, as units see whole utterances, and no codebook_dim"
         if self.phases == "griffin_lim" and (self.body != "convnext" or self.causal):
             yield "phases griffin_lim needs body: convnext and causal: false, as it looks most of a second ahead"
         if self.body == "convnext" and self.hop_length % 4:

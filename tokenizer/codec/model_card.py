@@ -23,9 +23,9 @@ Turns speech into {{ "%g" | format(codec.frame_rate) }} frames of discrete codes
 ## How to use it
 
 ```python
-from speechllm import SpeechCodec, load_audio
+from speechllm import load_audio, load_tokenizer
 
-codec = SpeechCodec.from_pretrained("this/repository")  # or a folder with these files
+codec = load_tokenizer("this/repository")  # or a folder with these files
 assert codec.fingerprint == "{{ codec.fingerprint }}"  # otherwise this card belongs to other weights
 waveform = load_audio("speech.flac", codec.sample_rate)
 codes = codec.encode(waveform[None])  # codes.ids: long [1, {{ codec.num_codebooks }}, frames]

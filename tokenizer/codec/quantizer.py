@@ -45,6 +45,9 @@ class ResidualVectorQuantizer(nn.Module):
     and not DAC's gradients; the projections learn from the commitment and from every loss on layers and output,
     straight through the code.
 
+    The codes of layer 0 may come from elsewhere (`first`), such as the units of an encoder: then its vectors are the
+    mean latents of each code, and the next codebook quantises what these leave.
+
     The residual is detached from the preceding code vectors, never from z, so that a loss on layer k has the same
     gradient at the encoder as a loss on layer 0. (Subtracting the straight-through output instead gives every layer but
     the first a gradient of exactly zero, which silently removes eq. 5 of the paper.)
@@ -79,19 +82,20 @@ class ResidualVectorQuantizer(nn.Module):
         self.register_buffer("sums", self.codebooks.clone())
 
     @torch.no_grad()
-    def initialize(self, latents: Tensor | None, seed: int = 0) -> None:
+    def initialize(self, latents: Tensor | None, seed: int = 0, first: Tensor | None = None) -> None:
         """Initialise the codebooks by k-means on latents float [M, D], each layer on the residual of the one before.
 
+        first: long [M], the codes of layer 0, if they come from elsewhere: a vector becomes the mean of its latents.
         All processes take the result of the first, and may call this with None.
         Raises ValueError for fewer than 20 vectors per code, which would leave most centroids on single vectors.
         """
         if latents is not None:
-            self._cluster(latents, seed)
+            self._cluster(latents, seed, first)
         if dist.is_initialized():
             for buffer in self.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def _cluster(self, latents: Tensor, seed: int) -> None:
+    def _cluster(self, latents: Tensor, seed: int, first: Tensor | None) -> None:
         from sklearn.cluster import MiniBatchKMeans
 
         num_codebooks, size, _ = self.codebooks.shape
@@ -102,9 +106,15 @@ class ResidualVectorQuantizer(nn.Module):
             if (start := self._start(layer)) is not None:
                 residual = start(latents)
             vectors = self.reduce[layer](residual).cpu()
-            kmeans = MiniBatchKMeans(size, batch_size=4096, n_init=1, max_iter=30, random_state=seed + layer)
-            ids = torch.from_numpy(kmeans.fit_predict(vectors.numpy())).long()
-            centroids = torch.from_numpy(kmeans.cluster_centers_).float()
+            if layer == 0 and first is not None:
+                ids = first.cpu()
+                counts = torch.bincount(ids, minlength=size)[:, None]
+                centroids = torch.zeros(size, vectors.shape[1]).index_add_(0, ids, vectors) / counts.clamp(min=1)
+                centroids = torch.where(counts > 0, centroids, vectors.mean(0))
+            else:
+                kmeans = MiniBatchKMeans(size, batch_size=4096, n_init=1, max_iter=30, random_state=seed + layer)
+                ids = torch.from_numpy(kmeans.fit_predict(vectors.numpy())).long()
+                centroids = torch.from_numpy(kmeans.cluster_centers_).float()
             counts = torch.bincount(ids, minlength=size).float().clamp(min=1.0)
             codes = self._placed(centroids)
             self.codebooks[layer] = codes
@@ -129,10 +139,11 @@ class ResidualVectorQuantizer(nn.Module):
         # |x - e|^2 = |x|^2 - 2 (x.e - |e|^2 / 2): the first term is the same for every code and is skipped
         return torch.addmm(-0.5 * codebook.square().sum(1), vectors, codebook.T).argmax(1)
 
-    def encode(self, z: Tensor, layers: int | None = None) -> Tensor:
+    def encode(self, z: Tensor, layers: int | None = None, first: Tensor | None = None) -> Tensor:
         """Latents float [B, D, T] -> ids long [B, layers, T]; searches the first `layers` codebooks (all when None).
 
         The ids equal those of `forward`, except for vectors between two codes: see `nearest`.
+        first: as in `forward`.
         """
         batch, _, frames = z.shape
         flat = z.float().transpose(1, 2).flatten(0, 1)
@@ -141,7 +152,8 @@ class ResidualVectorQuantizer(nn.Module):
             for layer in range(len(self.codebooks) if layers is None else layers):
                 if (start := self._start(layer)) is not None:
                     residual = start(flat)
-                ids.append(self.nearest(self.reduce[layer](residual), layer))
+                given = first if layer == 0 else None
+                ids.append(self.nearest(self.reduce[layer](residual), layer) if given is None else given.flatten())
                 residual = residual - self._restored(ids[-1], layer)
         return torch.stack(ids, 1).unflatten(0, (batch, frames)).transpose(1, 2)
 
@@ -158,16 +170,23 @@ class ResidualVectorQuantizer(nn.Module):
                     total = total + outward(torch.stack(vectors).sum(0)).transpose(1, 2)
         return total
 
-    def forward(self, z: Tensor, mask: Tensor | None = None, num_layers: Tensor | None = None) -> Quantized:
+    def forward(
+        self,
+        z: Tensor,
+        mask: Tensor | None = None,
+        num_layers: Tensor | None = None,
+        first: Tensor | None = None,
+    ) -> Quantized:
         """Quantise z float [B, D, T] and, in training mode, update the codebooks.
 
         mask: bool [B, T], frames that hold speech (all when None); the others affect neither codebooks nor loss.
         num_layers: long [B], codebooks summed into `output` per utterance (all when None): quantiser dropout.
+        first: long [B, T], the codes of layer 0, if they come from elsewhere; z is not committed to these.
         """
         with torch.autocast(z.device.type, enabled=False):
-            return self._quantize(z.float(), mask, num_layers)
+            return self._quantize(z.float(), mask, num_layers, first)
 
-    def _quantize(self, z: Tensor, mask: Tensor | None, num_layers: Tensor | None) -> Quantized:
+    def _quantize(self, z: Tensor, mask: Tensor | None, num_layers: Tensor | None, first: Tensor | None) -> Quantized:
         batch, _, frames = z.shape
         num_codebooks = len(self.codebooks)
         mask = torch.ones(batch, frames, dtype=torch.bool, device=z.device) if mask is None else mask
@@ -184,12 +203,14 @@ class ResidualVectorQuantizer(nn.Module):
             for layer in own:
                 residual = flat - subtracted
                 searched = self.reduce[layer](residual.detach())
-                chosen = self.nearest(searched.detach(), layer)
+                given = first if layer == 0 else None
+                chosen = self.nearest(searched.detach(), layer) if given is None else given.flatten()
                 vectors = self.restore[layer](_straight_through(self.codebooks[layer][chosen], searched))
                 if self.training:
-                    self._update(layer, searched.detach(), chosen, valid)
+                    self._update(layer, searched.detach(), chosen, valid, revive=given is None)
                 used = (num_layers > layer).repeat_interleave(frames)
-                commitment = commitment + ((residual - vectors).square().sum(1) * (valid & used)).sum()
+                if given is None:
+                    commitment = commitment + ((residual - vectors).square().sum(1) * (valid & used)).sum()
                 decoded = decoded + vectors * used[:, None]
                 layers.append(_straight_through(vectors, residual).unflatten(0, (batch, frames)).transpose(1, 2))
                 ids.append(chosen.unflatten(0, (batch, frames)))
@@ -197,14 +218,14 @@ class ResidualVectorQuantizer(nn.Module):
             # a branch without any codebook in use is silent: neither its bias nor its gradient
             here = (num_layers > own[0]).repeat_interleave(frames)[:, None]
             output = output + outward(_straight_through(decoded, flat)) * here
-        entries = (mask.sum(1) * num_layers).sum().clamp(min=1) * self.dimension
+        entries = (mask.sum(1) * (num_layers - int(first is not None))).sum().clamp(min=1) * self.dimension
         return Quantized(
             torch.stack(ids, 1), layers, output.unflatten(0, (batch, frames)).transpose(1, 2), commitment / entries
         )
 
     @torch.no_grad()
-    def _update(self, layer: int, vectors: Tensor, ids: Tensor, valid: Tensor) -> None:
-        """Update the moving averages of usage and sums over all processes, then re-initialise dead codes.
+    def _update(self, layer: int, vectors: Tensor, ids: Tensor, valid: Tensor, revive: bool) -> None:
+        """Update the moving averages of usage and sums over all processes, then perhaps re-initialise dead codes.
 
         vectors: float [M, D] with their codes long [M]; valid: bool [M], those that count. Nothing is selected by a
         mask, because a GPU would have to tell the processor how much that is.
@@ -218,7 +239,8 @@ class ResidualVectorQuantizer(nn.Module):
         counts, sums = statistics[:, -1], statistics[:, :-1]
         self.usage[layer].lerp_(counts / counts.mean().clamp(min=1e-6), 1 - self.decay)
         self.sums[layer].lerp_(sums / counts.mean().clamp(min=1e-6), 1 - self.decay)
-        self._revive(layer, vectors, valid)
+        if revive:
+            self._revive(layer, vectors, valid)
         self.codebooks[layer] = self._placed(self.sums[layer] / self.usage[layer, :, None].clamp(min=1e-6))
 
     def _revive(self, layer: int, vectors: Tensor, valid: Tensor) -> None:

@@ -1,15 +1,17 @@
 """The speech codec: encoder, residual vector quantiser, decoder (paper, eqs. 1 to 3)."""
 
 import contextlib
+import itertools
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from tokenizer.audio import pad_waveforms
 from tokenizer.codec.config import SpeechCodecConfig
 from tokenizer.codec.convnext import ConvNeXtDecoder, ConvNeXtEncoder
 from tokenizer.codec.log_mel import LogMelEncoder
@@ -19,7 +21,7 @@ from tokenizer.codec.seanet import ConvStyle, SEANetDecoder, SEANetEncoder
 from tokenizer.codec.streaming import ChunkedDecoder, ChunkedEncoder, in_chunks
 from tokenizer.errors import InputError
 from tokenizer.frames import split_utterances
-from tokenizer.interface import Codes, require_layers
+from tokenizer.interface import Codes, DiscreteTokenizer, require_layers
 from tokenizer.pretrained import (
     check_folder,
     describe,
@@ -30,6 +32,7 @@ from tokenizer.pretrained import (
 )
 from tokenizer.reading import reading
 
+UNITS = "units"  # subfolder of the tokenizer whose codes are layer 0
 CHUNK_S = 60.0  # longer utterances are processed in chunks of this length, to bound memory
 
 
@@ -49,10 +52,17 @@ class SpeechCodec(
     """
 
     batched = True
+    units: DiscreteTokenizer | None
 
-    def __init__(self, config: SpeechCodecConfig):
+    def __init__(self, config: SpeechCodecConfig, units: DiscreteTokenizer | None = None):
+        """units: of quantizer units, the tokenizer whose codes are layer 0; frozen, and saved in a subfolder.
+
+        Raises InputError if it is missing, or makes other codes than this codec has.
+        """
         super().__init__()
+        _check_units(config, units)
         self.config = config
+        object.__setattr__(self, "units", units)  # no submodule: its weights are neither trained nor the codec's
         self.encoder, self.decoder = _body(config)
         # without it, a small, briefly trained encoder returns a constant plus a little signal, and k-means finds only
         # a few codes; a fixed scale also makes loss weights comparable between runs
@@ -102,6 +112,8 @@ class SpeechCodec(
         for name in ("codebook_dim", "phases"):
             if settings[name] == getattr(SpeechCodecConfig, name):
                 del settings[name]
+        if self.units is not None:
+            settings["units"] = self.units.fingerprint
         return module_fingerprint(self, settings)
 
     @property
@@ -109,6 +121,19 @@ class SpeechCodec(
         """Whether memory does not grow with the utterance: every layer but a bidirectional LSTM works in chunks."""
         config = self.config
         return config.body == "convnext" or config.front_end != "seanet" or config.lstm != "bidirectional"
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As of any module; what gives the units moves along."""
+        super().to(*args, **kwargs)
+        if self.units is not None:
+            self.units.to(self.device)
+        return self
+
+    def given_codes(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor | None:
+        """The codes of layer 0 that are another tokenizer's, long [B, T]; None if the codec searches them itself."""
+        if self.units is None:
+            return None
+        return self.units.encode(waveform.to(self.units.device), lengths, 1).ids[:, 0].to(self.device)
 
     def latents(self, waveform: Tensor) -> Tensor:
         """z0 of eq. 1: waveform float [B, N] -> float [B, D, T], T = ceil(N / hop)."""
@@ -158,20 +183,28 @@ class SpeechCodec(
 
     def _encode_each(self, utterances: list[Tensor], layers: int | None) -> list[Tensor]:
         """Utterances float [N_i] -> the codes of each, long [Q', T_i]."""
+        first: list[Tensor] | None = None
+        if self.units is not None:
+            given = self.units.encode(*pad_waveforms(utterances), 1)
+            first = [given.utterance(index)[0].to(self.device) for index in range(len(utterances))]
+            if layers == 1:
+                return [codes[None] for codes in first]
         seconds = max(map(len, utterances)) / self.sample_rate
         if len(utterances) == 1 or seconds > CHUNK_S or not isinstance(self.encoder, SEANetEncoder):
-            return [self._encode(samples, layers) for samples in utterances]
+            each = itertools.repeat(None) if first is None else first
+            return [self._encode(samples, layers, codes) for samples, codes in zip(utterances, each, strict=False)]
         latents = self.encoder.forward_each([samples[None, None] for samples in utterances])
         together = torch.cat(latents, 2)
         z = together if self.latent_norm is None else self.latent_norm(together)
-        return [*self.quantizer.encode(z, layers)[0].split([x.shape[2] for x in latents], 1)]
+        ids = self.quantizer.encode(z, layers, None if first is None else torch.cat(first))[0]
+        return [*ids.split([x.shape[2] for x in latents], 1)]
 
-    def _encode(self, samples: Tensor, layers: int | None) -> Tensor:
-        """One utterance float [N] -> its codes long [Q', T]."""
+    def _encode(self, samples: Tensor, layers: int | None, first: Tensor | None) -> Tensor:
+        """One utterance float [N] -> its codes long [Q', T]; first: long [T], those of layer 0 if they are given."""
         frames = round(CHUNK_S * self.frame_rate)
         if len(samples) > frames * self.hop_length:
-            return in_chunks(ChunkedEncoder(self, layers), samples, frames, self.hop_length)
-        return self.quantizer.encode(self.latents(samples[None]), layers)[0]
+            return in_chunks(ChunkedEncoder(self, layers, first), samples, frames, self.hop_length)
+        return self.quantizer.encode(self.latents(samples[None]), layers, first)[0]
 
     def _decode(self, ids: Tensor) -> Tensor:
         """The codes of one utterance long [Q', T] -> speech float [T * hop]."""
@@ -191,9 +224,18 @@ class SpeechCodec(
         parameters = sum(parameter.numel() for parameter in self.parameters())
         return super().generate_model_card(codec=self, bit_rate=bit_rate, parameters=parameters, **kwargs)
 
+    def _save_pretrained(self, save_directory: Path) -> None:
+        super()._save_pretrained(save_directory)
+        if self.units is not None:
+            (save_directory / UNITS).mkdir(exist_ok=True)
+            self.units.save_pretrained(save_directory / UNITS)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "SpeechCodec":
-        """Load from a folder or hub name, in eval mode; FileNotFoundError or InputError if it holds no such codec."""
+        """Load from a folder or hub name, in eval mode; FileNotFoundError or InputError if it holds no such codec.
+
+        units: those of the codec, if it has any; `load_tokenizer` finds them in the folder.
+        """
         name = check_folder(pretrained_model_name_or_path, ["config.json", "model.safetensors"], "a speech codec")
         config = read_pretrained_json(name, "config.json") if Path(name).is_dir() else {"num_codebooks": None}
         if "model_type" in config or "num_codebooks" not in config:
@@ -205,6 +247,17 @@ class SpeechCodec(
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         fill_weights(model, read_weights(model_file, "the weights of a speech codec"), model_file)
         return model
+
+
+def _check_units(config: SpeechCodecConfig, units: DiscreteTokenizer | None) -> None:
+    if (config.quantizer == "units") != (units is not None):
+        raise InputError("a codec has units, the tokenizer of layer 0, if and only if its quantizer is units")
+    if units is not None:
+        expected = config.sample_rate, config.sample_rate / config.hop_length, config.codebook_size, False
+        found = units.sample_rate, units.frame_rate, units.codebook_size, getattr(units, "deduplicate", False)
+        if found != expected:
+            names = "sample rate, frame rate, codes and whether repeats are merged"
+            raise InputError(f"units of layer 0: their {names} must be {expected}, but are {found}")
 
 
 def _body(config: SpeechCodecConfig) -> tuple[Any, Any]:

@@ -211,17 +211,23 @@ def _check(codec: StreamableCodec) -> None:
 
 
 class ChunkedEncoder(_Stream):
-    """Encodes an utterance chunk by chunk, which may stay without codes until the next one."""
+    """Encodes an utterance chunk by chunk, which may stay without codes until the next one.
 
-    def __init__(self, codec: StreamableCodec, layers: int | None = None) -> None:
+    first: long [T], the codes of layer 0, of a codec that has them from elsewhere.
+    """
+
+    def __init__(self, codec: StreamableCodec, layers: int | None = None, first: Tensor | None = None) -> None:
         norm = [] if codec.latent_norm is None else [codec.latent_norm]
         super().__init__(codec, [*codec.encoder.stages, *norm])
-        self._layers = layers
+        self._layers, self._first = layers, first
 
     @torch.no_grad()
     def _step(self, samples: Tensor, last: bool) -> Tensor:
         new = samples[None, None].to(self._codec.device)
-        return self._codec.quantizer.encode(self._run(new, last), self._layers)[0]
+        latents, first = self._run(new, last), None
+        if self._first is not None:
+            first, self._first = self._first.tensor_split([latents.shape[2]])
+        return self._codec.quantizer.encode(latents, self._layers, first)[0]
 
 
 class StreamingEncoder(ChunkedEncoder):

@@ -8,8 +8,11 @@ from torch import Tensor
 from tokenizer.errors import InputError
 from tokenizer.interface import Codec, Codes
 
-MATCHINGS = ("position", "content")
+MATCHINGS = ("position", "content", "mean")
 ROWS = 1000  # frames compared with all of the target at a time, to bound memory
+KINDS = 6  # of contents, whose means are compared: with more, a short recording lacks some
+PRIOR = 3.0  # frames with the mean of all that count in each of these means
+EMPHASIS = 1.5  # of the difference of the means; at 1 it still sounds more like the source
 
 
 def convert_voice(codec: Codec, source: Tensor, target: Tensor, layers: Sequence[int], matching: str) -> Tensor:
@@ -25,7 +28,10 @@ def swap_layers(source: Codes, target: Codes, layers: Sequence[int], matching: s
     "position": the frame with the same index; a shorter target is repeated from its start (the paper, eq. 8, does not
         specify how to treat different lengths);
     "content": the frame with the nearest code vector of layer 0 (Euclidean, nearest neighbours as in kNN-VC), of equal
-        ones the nearest in time, then the earlier.
+        ones the nearest in time, then the earlier;
+    "mean": none. What the layers stand for is shifted by the difference between target and source in the mean of each
+        kind of content (k-means of layer 0's code vectors), and searched for again: the voice changes, and what happens
+        from frame to frame, the words, stays.
     codebooks: code vectors float [Q, K, D]. The result is as long as the source. It ends with the last swapped layer,
     because higher ones refine a residual that the swap has changed: [1] is decoded from two layers, as in the paper.
     Raises InputError for layers out of range or an unknown matching, ValueError for unequal numbers of utterances.
@@ -41,6 +47,9 @@ def swap_layers(source: Codes, target: Codes, layers: Sequence[int], matching: s
     for index, swapped in enumerate(ids):
         source_ids, target_ids = source.utterance(index), target.utterance(index)
         length = source_ids.shape[1]
+        if matching == "mean":
+            swapped[layers, :length] = _shifted(source_ids, target_ids, layers, codebooks.to(ids.device))
+            continue
         if matching == "position":
             frames = torch.arange(length, device=ids.device) % target_ids.shape[1]
         else:
@@ -48,6 +57,29 @@ def swap_layers(source: Codes, target: Codes, layers: Sequence[int], matching: s
         for layer in layers:
             swapped[layer, :length] = target_ids[layer, frames]
     return Codes(ids, source.lengths, source.samples)
+
+
+def _shifted(source: Tensor, target: Tensor, layers: Sequence[int], codebooks: Tensor) -> Tensor:
+    """Codes long [layers, T] of the source's vectors [T, D], shifted to the target's means of each kind of content."""
+    from sklearn.cluster import KMeans
+
+    found = KMeans(min(KINDS, codebooks.shape[1]), n_init=3, random_state=0).fit_predict(codebooks[0].cpu().numpy())
+    kinds = torch.from_numpy(found).long().to(codebooks.device)
+    own, other = (torch.stack([codebooks[layer, ids[layer]] for layer in layers]).sum(0) for ids in (source, target))
+    here = kinds[source[0]]
+    shift = _means(other, kinds[target[0]]) - _means(own, here)
+    rest, chosen = own + EMPHASIS * shift[here], []
+    for layer in layers:
+        chosen.append(torch.cdist(rest, codebooks[layer]).argmin(1))
+        rest = rest - codebooks[layer, chosen[-1]]
+    return torch.stack(chosen)
+
+
+def _means(vectors: Tensor, kinds: Tensor) -> Tensor:
+    """Means of the vectors float [T, D] of each kind long [T], float [KINDS, D]; of few frames nearer to the whole."""
+    counts = torch.zeros(KINDS).to(vectors).index_add_(0, kinds, torch.ones_like(vectors[:, 0]))
+    sums = vectors.new_zeros(KINDS, vectors.shape[1]).index_add_(0, kinds, vectors)
+    return (sums + PRIOR * vectors.mean(0)) / (counts + PRIOR)[:, None]
 
 
 def _nearest_frames(source: Tensor, target: Tensor, codebook: Tensor) -> Tensor:

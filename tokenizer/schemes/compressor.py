@@ -8,7 +8,7 @@ A language model that reads 50 frames a second has to find words in them first. 
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,11 @@ from tokenizer.pretrained import (
 )
 from tokenizer.rates import HOP_LENGTH
 from tokenizer.reading import reading
-from tokenizer.schemes.features import FeatureEncoder
+from tokenizer.training.teachers import SemanticTeacher
 
 WEIGHTS_FILE = "compressor.safetensors"
 BASE = "base"  # subfolder of the tokenizer whose frames are compressed
+COMPRESSOR = "compressor"  # subfolder of a teacher that is one
 KERNEL = 5  # frames
 BLANK = 0
 
@@ -159,25 +160,33 @@ class LettersTeacher(nn.Module):
     hop = HOP_LENGTH
 
     def __init__(self, compressor: CtcCompressor, layer: int | str = 1):
-        """layer: which convolution, from 1 on, or from the last one, -1; "avg": their mean.
+        """compressor: over the frames of a `FeatureEncoder`.
 
-        Raises InputError for one that there is not, and for a compressor of anything but an encoder's frames.
+        layer: which convolution, from 1 on, or from the last one, -1; "avg": their mean. Raises InputError for one that
+        there is not.
         """
         super().__init__()
-        if not isinstance(compressor.base, FeatureEncoder):
-            kind = type(compressor.base).__name__
-            raise InputError(f"a semantic teacher needs a compressor of an encoder's frames, not of a {kind}")
         depth = compressor.shape["depth"]
         if layer != "avg" and not (isinstance(layer, int) and 1 <= abs(layer) <= depth):
             raise InputError(f'layer must be "avg", or of this compressor a number from 1 to {depth}, got {layer!r}')
-        self.encoder, self.network, self.layer = compressor.base.model, compressor.network.requires_grad_(False), layer
+        self.compressor, self.layer = compressor.requires_grad_(False), layer
         self.width = compressor.shape["width"]
         self.eval()
 
     @property
+    def encoder(self) -> SemanticTeacher:
+        """Whose frames the network reads."""
+        return cast(Any, self.compressor.base).model
+
+    @property
     def fingerprint(self) -> str:
         """Hash of weights, layer and encoder, 16 hexadecimal digits."""
-        return module_fingerprint(self.network, {"encoder": self.encoder.fingerprint, "layer": self.layer})
+        settings = {"encoder": self.encoder.fingerprint, "layer": self.layer}
+        return module_fingerprint(self.compressor.network, settings)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the compressor into a subfolder; `load_semantic_teacher` has to be told the layer."""
+        self.compressor.save_pretrained(Path(folder) / COMPRESSOR)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, because a teacher is never trained."""
@@ -187,7 +196,11 @@ class LettersTeacher(nn.Module):
         """As `forward`, but with a gradient for the waveform (not for the weights), for losses on reconstructions."""
         frames = self.encoder.features(waveform, lengths)
         sizes = frames.new_full(frames.shape[:1], frames.shape[1], dtype=torch.long)
-        states = self.network.hidden_states(frames, sizes if lengths is None else frame_count(lengths))
+        return self.of_frames(frames, sizes if lengths is None else frame_count(lengths))
+
+    def of_frames(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        """The encoder's frames float [B, T, C], lengths long [B] of them -> float [B, T, W]."""
+        states = self.compressor.network.hidden_states(frames, lengths)
         if isinstance(self.layer, str):
             return torch.stack(states).mean(0)
         return states[self.layer - 1 if self.layer > 0 else self.layer]
@@ -199,6 +212,12 @@ class LettersTeacher(nn.Module):
         Returns float [B, ceil(N / 320), W].
         """
         return self.features(waveform, lengths)
+
+    @torch.no_grad()
+    def forward_each(self, waveforms: Sequence[Tensor]) -> list[Tensor]:
+        """`forward` of utterances float [N_i], float [ceil(N_i / 320), W] each, equal up to rounding."""
+        each = self.encoder.forward_each(waveforms)
+        return [self.of_frames(frames[None], torch.tensor([len(frames)], device=frames.device))[0] for frames in each]
 
 
 def compress(states: Tensor, scores: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,13 +19,36 @@ from tokenizer.corpus import Utterance, load_utterance
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_file, read_json, write_text
 from tokenizer.frames import frame_count
+from tokenizer.interface import DiscreteTokenizer
 from tokenizer.prefetch import prefetch
 from tokenizer.progress import progress_bar
 from tokenizer.reading import reading
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class UnitIds(nn.Module):
+    """The codes of a tokenizer's first layer as features int32 [1, T, 1] of an utterance float [1, N], for a cache."""
+
+    width = 1
+
+    def __init__(self, units: DiscreteTokenizer):
+        super().__init__()
+        self.units, self.hop = units, round(units.sample_rate / units.frame_rate)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.units.fingerprint
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        return self.units.encode(waveform.to(self.units.device), layers=1).ids.transpose(1, 2).int()
+
 
 class FeatureCache:
     """One teacher's features of whole utterances, one file per utterance: float16 [T, P], T = ceil(N / hop).
+
+    Features that are whole numbers (`UnitIds`) are int32.
 
     Files are named by the SHA-256 of the recording, in a folder named by the teacher. So a corpus may be moved or
     renamed, but a changed recording or another teacher never finds an old entry. Teachers may share a folder.
@@ -104,12 +128,33 @@ class FeatureCache:
 
     def _features(self, utterance: Utterance, waveform: Tensor, teacher: nn.Module) -> np.ndarray:
         frames = frame_count(len(waveform), self.hop)
-        features = teacher(waveform[None].to(next(teacher.parameters()).device))[0, :frames].half()
+        features = teacher(waveform[None].to(next(teacher.parameters(), waveform).device))[0, :frames]
+        if features.is_floating_point():
+            features = features.half()
         if len(features) < frames:
             raise ValueError(f"expected {frames} frames for {utterance.path} (hop {self.hop}), got {len(features)}")
         if not torch.isfinite(features).all():
             raise InputError(f"features of {utterance.path} are NaN or beyond float16: this teacher cannot be cached")
         return features.cpu().numpy()
+
+
+def fill_caches(
+    folders: Mapping[str, str | None],
+    teachers: Mapping[str, Any],
+    utterances: Sequence[Utterance],
+    sample_rate: int,
+    accelerator: "Accelerator",
+) -> dict[str, FeatureCache]:
+    """The caches of those teachers that have a folder, by name; each process computes its share of what is missing."""
+    caches, place = {}, {"process": accelerator.process_index, "processes": accelerator.num_processes}
+    for name, teacher in teachers.items():
+        if folder := folders[name]:
+            caches[name] = FeatureCache(folder, teacher.fingerprint, teacher.hop)
+            size_gb = caches[name].size_gb(utterances, teacher.width, sample_rate)
+            accelerator.print(f"{name} features of {len(utterances)} utterances take {size_gb:.3g} GB in {folder}")
+            caches[name].fill(utterances, teacher, sample_rate, **place)
+    accelerator.wait_for_everyone()
+    return caches
 
 
 class _Hashes:
@@ -158,7 +203,7 @@ def _hash_content(path: str, size: int, changed_ns: int) -> str:
 def _open_features(file: Path) -> np.ndarray:
     """The features [T, P] in a file, memory-mapped; ValueError for another array."""
     features = np.load(file, mmap_mode="r", allow_pickle=False)
-    if features.ndim != 2 or features.dtype != np.float16:
+    if features.ndim != 2 or features.dtype not in (np.float16, np.int32):
         raise ValueError(f"{features.dtype} {list(features.shape)}")
     return features
 

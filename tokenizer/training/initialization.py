@@ -23,7 +23,8 @@ FRAMES_PER_CODE = 20  # that k-means needs
 LINEAR_FRAMES_PER_CODE = 60
 LEAST_VARIANCE = 1e-4  # of a component, relative to the largest
 
-Batch = tuple[Tensor, Tensor]  # waveforms float [B, N] and their lengths long [B] in samples
+# waveforms float [B, N], their lengths long [B] in samples, and the codes of layer 0, long [B, T], if they are given
+Batch = tuple[Tensor, Tensor, Tensor | None]
 
 
 @torch.no_grad()
@@ -37,8 +38,10 @@ def initialize_codec(codec: SpeechCodec, crops: Crops, batch_size: int, seed: in
         batches = _first_speech(codec, crops, batch_size, LINEAR_FRAMES_PER_CODE if linear else FRAMES_PER_CODE)
         if linear:
             _begin_encoder(codec, torch.cat([_spectra(codec, batch) for batch in batches]))
-        latents = [codec.latents(waveform.to(codec.device)) for waveform, _ in batches]
-        codec.quantizer.initialize(torch.cat([*map(functools.partial(_of_speech, codec), batches, latents)]), seed)
+        latents = [codec.latents(waveform.to(codec.device)) for waveform, *_ in batches]
+        rows = torch.cat([*map(functools.partial(_of_speech, codec), batches, latents)])
+        first = [_of_speech(codec, batch, batch[2][:, None])[:, 0] for batch in batches if batch[2] is not None]
+        codec.quantizer.initialize(rows, seed, torch.cat(first) if first else None)
         if linear:
             _begin_decoder(codec, batches, latents)
     else:
@@ -56,7 +59,10 @@ def _first_speech(codec: SpeechCodec, crops: Crops, batch_size: int, frames_per_
     while found < wanted:
         items = [crops[len(batches) * batch_size + i] for i in range(batch_size)]
         lengths = torch.tensor([item["length"] for item in items])
-        batches.append((torch.stack([item["waveform"] for item in items]), lengths))
+        waveform = torch.stack([item["waveform"] for item in items])
+        cached = torch.stack([item["units"][:, 0].long() for item in items]) if "units" in items[0] else None
+        first = codec.given_codes(waveform, lengths) if cached is None else cached.to(codec.device)
+        batches.append((waveform, lengths, first))
         found += int(lengths.sum()) // codec.hop_length
         bar.update(min(found, wanted) - bar.n)
     bar.close()
@@ -122,7 +128,8 @@ def _begin_decoder(codec: SpeechCodec, batches: list[Batch], latents: list[Tenso
 
 def _neighbours_and_levels(codec: SpeechCodec, batch: Batch, latents: Tensor) -> Tensor:
     """Of each frame of speech what the codes of it and its neighbours stand for, and its levels: float [M, 3 D + L]."""
-    windows = codec.decoder.input.windows(codec.quantizer.decode(codec.quantizer.encode(latents))).flatten(1, 2)
+    ids = codec.quantizer.encode(latents, first=batch[2])
+    windows = codec.decoder.input.windows(codec.quantizer.decode(ids)).flatten(1, 2)
     levels = codec.decoder.inverse.levels(batch[0].to(codec.device))
     return _of_speech(codec, batch, torch.cat([windows, levels], 1)).cpu()
 

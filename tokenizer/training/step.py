@@ -57,16 +57,17 @@ class CodecLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts by name, detached. After the backward pass call `caps.update`.
 
-        batch: "waveform" float [B, N], "length" long [B] in samples, and optionally, under the name of a distillation,
-        the cached output of its teacher (see `Crops`). num_layers: long [B], codebooks each utterance is decoded from
-        (all when None). window: frames to decode, from a random position in the speech of each utterance (all when
-        None). shares: see `ReconstructionLoss`.
+        batch: "waveform" float [B, N], "length" long [B] in samples, and optionally what `Crops` has read from a cache:
+        under the name of a distillation the output of its teacher, as "units" the codes of layer 0. num_layers: long
+        [B], codebooks each utterance is decoded from (all when None). window: frames to decode, from a random position
+        in the speech of each utterance (all when None). shares: see `ReconstructionLoss`.
         """
         codec, criterion, waveform, lengths = self.codec, self.criterion, batch["waveform"], batch["length"]
         z = codec.latents(waveform).float()
         frames, hop = z.shape[2], codec.hop_length
         mask = frame_mask(lengths, frames, hop)
-        quantized = codec.quantizer(z, mask, num_layers)
+        first = batch["units"][..., 0].long() if "units" in batch else codec.given_codes(waveform, lengths)
+        quantized = codec.quantizer(z, mask, num_layers, first)
 
         window = frames if window is None else min(window, frames)
         starts = draw_starts(mask.sum(1), window)

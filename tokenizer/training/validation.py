@@ -86,7 +86,7 @@ def validate_codec(
     shortest = codec.sample_rate // 4  # the largest mel window must fit
     for waveform in waveforms:
         waveform = F.pad(waveform, (0, max(0, shortest - len(waveform))))[None].to(device)
-        quantized = codec.quantizer(codec.latents(waveform))
+        quantized = codec.quantizer(codec.latents(waveform), first=codec.given_codes(waveform))
         values: dict[str, float] = {}
         for count in layer_counts(codec):
             suffix = "" if count == codec.num_codebooks else f"_{count}"

@@ -139,7 +139,7 @@ def test_sample_by_sample(causal: SpeechCodec, noise: Noise, assert_streams_equa
 
 def test_samples_go_to_where_the_codec_is(make_codec: MakeCodec) -> None:
     codec = make_codec(causal=True).to("meta")
-    codec.quantizer.encode = lambda z, layers: z  # autocast does not support this device
+    codec.quantizer.encode = lambda z, layers, first: z  # autocast does not support this device
     z = StreamingEncoder(codec).push(torch.zeros(3_200))
     assert z.device.type == "meta" and z.shape == (8, 10)
 
@@ -275,7 +275,9 @@ def test_a_codec_that_looks_ahead_is_encoded_and_decoded_in_chunks(
     if exact:
         codec.double()
     close = {"atol": 1e-9 if exact else 1e-4, "rtol": 0}
-    codec.quantizer.encode = lambda latents, layers: latents  # compared without the search, and decoded as they are
+    codec.quantizer.encode = lambda latents, layers, first: (
+        latents
+    )  # compared without the search, and decoded as they are
     codec.quantizer.decode = lambda latents: latents
     hop = codec.hop_length
     reach = {"convnext": 20, "seanet": 12}[codec.config.body] + 40 * (codec.config.phases == "griffin_lim")

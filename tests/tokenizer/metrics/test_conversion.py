@@ -9,6 +9,7 @@ from torch import Tensor
 
 from speechllm import Codes, InputError, SpeechCodec, convert_voice, load_audio, load_codec, save_audio, swap_layers
 from speechllm.cli.main import main
+from tokenizer.metrics import conversion
 
 RATE = 16_000
 BOOKS = torch.tensor([[0.0], [1.0], [3.0], [10.0]]).expand(3, 4, 1)  # code vectors of one dimension
@@ -69,6 +70,28 @@ def test_every_utterance_of_a_batch_gets_what_it_gets_alone(matching: str) -> No
     assert torch.equal(found.lengths, source.lengths) and torch.equal(found.samples, source.samples)
 
 
+def test_by_mean_a_voice_is_shifted_and_what_is_said_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kinds of content at 0 and 100; the target's layer 1 lies 2 above the source's in the one, 4 in the other."""
+    monkeypatch.setattr(conversion, "KINDS", 3)  # with that of the codes that do not occur
+    contents = torch.tensor([0.0, 1, 100, 101])[:, None]
+    steps = torch.arange(40.0)[:, None]
+    books = torch.stack([torch.cat([contents, torch.full((36, 1), 1e4)]), steps])
+    source = [[0, 1, 2, 3] * 30, [10, 11, 12, 10] * 30]
+    target = [[0, 2] * 50, [12, 16] * 50]
+    found = swap_layers(codes(source), codes(target), [1], "mean", books).utterance(0)
+    assert found[0].tolist() == source[0]
+    # means 10.5 and 11 of the source, 12 and 16 of the target; the shift of 1.5 and 5 counts 1.5 times
+    moved = (found[1] - torch.tensor(source[1]))[:4].tolist()
+    assert moved[0] in (2, 3) and moved[1] in (2, 3) and moved[2] in (7, 8) and moved[3] in (7, 8)
+    assert torch.equal(found[1].view(30, 4), found[1][:4].expand(30, 4))
+
+
+def test_by_mean_a_shift_by_nothing_finds_the_codes_again() -> None:
+    books = torch.stack([torch.arange(8.0)[:, None], torch.arange(8.0)[:, None], torch.arange(8.0)[:, None] / 16])
+    source = codes([[0, 3, 7], [1, 5, 2], [4, 0, 7]], [[1, 1, 2, 5], [0, 7, 3, 3], [1, 2, 3, 4]])
+    assert torch.equal(swap_layers(source, source, [1, 2], "mean", books).ids, source.ids)
+
+
 @pytest.mark.parametrize("layers", [[], [3], [-1], [0, 3]])
 def test_layers_that_are_not_there_are_refused(layers: list[int]) -> None:
     with pytest.raises(InputError, match="layers must be numbers from 0 to 2"):
@@ -76,7 +99,7 @@ def test_layers_that_are_not_there_are_refused(layers: list[int]) -> None:
 
 
 def test_other_mistakes_are_named() -> None:
-    with pytest.raises(InputError, match="unknown matching 'time': choose one of position, content"):
+    with pytest.raises(InputError, match="unknown matching 'time': choose one of position, content, mean"):
         swapped([1], "time")
     with pytest.raises(ValueError, match="2 sources but 1 targets"):
         swap_layers(codes(SOURCE, SOURCE), codes(TARGET), [1], "position", BOOKS)

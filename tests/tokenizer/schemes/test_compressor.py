@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from speechllm import Encoding, InputError, SpeechCodec, extend_vocabulary, load_tokenizer, transcription_example
 from speechllm.vocabulary import text_token_ids
 from tokenizer.interface import Features, FeatureTokenizer
-from tokenizer.loading import load_semantic_teacher
 from tokenizer.schemes.compressor import CtcCompressor, CtcNetwork, LettersTeacher, base_frames, compress
-from tokenizer.schemes.features import FeatureEncoder
+from tokenizer.schemes.features import FeatureEncoder, load_semantic_teacher
+from tokenizer.schemes.units import UnitTokenizer
 from tokenizer.training.small_teachers import save_hubert, small_hubert
 from tokenizer.training.teachers import SemanticTeacher
 
@@ -155,11 +155,29 @@ def test_as_a_teacher_it_gives_the_states_of_its_letters(letters_folder: Path, n
     assert waveform.grad.abs().sum() > 0
 
 
-def test_other_teachers_are_loaded_as_they_were(letters_folder: Path, compressor: CtcCompressor) -> None:
+def test_other_teachers_are_loaded_as_they_were(
+    letters_folder: Path, compressor: CtcCompressor, tmp_path: Path
+) -> None:
     loaded = load_semantic_teacher(letters_folder.parent / "hubert", 1)
     assert isinstance(loaded, SemanticTeacher) and loaded.layer == 1
-    with pytest.raises(InputError, match="compressor of an encoder's frames, not of a Speech"):
-        LettersTeacher(compressor)
+    compressor.save_pretrained(tmp_path / "codes")
+    with pytest.raises(InputError, match="compresses no encoder's frames, which a teacher needs, but codes"):
+        load_semantic_teacher(tmp_path / "codes")
+
+
+def test_its_states_are_features_and_make_units(letters_folder: Path, noise: Noise, tmp_path: Path) -> None:
+    features = load_tokenizer(f"features:{letters_folder}#2")
+    teacher, both = load_semantic_teacher(letters_folder, 2), torch.cat([noise(9_001), noise(9_001)])
+    encoded = features.encode(both, torch.tensor([9_001, 4_000]))
+    torch.testing.assert_close(encoded.utterance(0), teacher(both[:1])[0])
+    torch.testing.assert_close(encoded.utterance(1), teacher(both[1:, :4_000])[0])
+    units = UnitTokenizer(features, encoded.utterance(0)[::3].clone())
+    for name, one in {"features": features, "units": units}.items():
+        (tmp_path / name).mkdir()
+        one.save_pretrained(tmp_path / name)
+        loaded = load_tokenizer(tmp_path / name)
+        assert loaded.fingerprint == one.fingerprint and str(loaded.device) == "cpu"
+        assert torch.equal(*(x.encode(both[:1]).utterance(0) for x in (one, loaded)))
 
 
 def test_a_language_model_first_reads_the_letters_themselves(

@@ -1,0 +1,146 @@
+"""Joint decoding: CTC prefix scores against every alignment one by one, and answers that are what was heard."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from speechllm import InputError, SpeechCodec, SpeechLLM, extend_vocabulary
+from speechllm.decoding import forbidden_ids, recognize
+from speechllm.letters import MISSED, HeardLetters, Prefixes, Spellings
+from tokenizer.schemes.compressor import CtcCompressor
+
+LABELS = ["", " ", "a", "b", "c", "d", "e", "x"]
+pytestmark = pytest.mark.numeric
+
+
+def vectors(*letters: str, chance: float = 0.9, width: int = 64) -> Tensor:
+    """What a compressor returns that hears these letters with this probability, all others alike."""
+    probabilities = torch.full((len(letters), len(LABELS)), (1 - chance) / (len(LABELS) - 1))
+    for row, letter in zip(probabilities, letters, strict=True):
+        row[LABELS.index(letter)] = chance
+    return torch.cat([torch.zeros(len(letters), width), probabilities], 1)
+
+
+def collapse(path: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(label for label, _ in itertools.groupby(path) if label)
+
+
+@pytest.fixture
+def heard() -> HeardLetters:
+    torch.manual_seed(0)
+    return HeardLetters(torch.rand(2, 3).softmax(1), 3)  # five frames
+
+
+def test_prefix_scores_are_sums_over_all_alignments(heard: HeardLetters) -> None:
+    frames = heard.frames.exp()
+    assert frames.shape == (5, 3)
+    chances = {
+        path: math.prod(float(frames[t, k]) for t, k in enumerate(path))
+        for path in itertools.product(range(3), repeat=5)
+    }
+    for size in range(4):
+        for text in itertools.product((1, 2), repeat=size):
+            prefix = heard.prefix(text)
+            whole = sum(chance for path, chance in chances.items() if collapse(path) == text)
+            if size:
+                assert float(prefix.begun) == pytest.approx(math.log(_first(frames, text)), abs=1e-9)
+            assert float(heard.end(prefix) + prefix.begun) == pytest.approx(math.log(whole), abs=1e-9)
+            for letter, found in enumerate(heard.next_letters(prefix)[0].tolist()):
+                if letter:
+                    assert found == pytest.approx(float(heard.prefix((*text, letter)).begun))
+
+
+def _first(frames: Tensor, text: tuple[int, ...]) -> float:
+    """Chance that the frames up to the one in which a text's last letter begins spell it."""
+    found = 0.0
+    for end in range(1, len(frames) + 1):
+        for path in itertools.product(range(frames.shape[1]), repeat=end):
+            if collapse(path) == text and collapse(path[:-1]) == text[:-1]:
+                found += math.prod(float(frames[t, k]) for t, k in enumerate(path))
+    return found
+
+
+def test_the_whole_is_what_ctc_says() -> None:
+    heard = HeardLetters(vectors(*"abba x"), len(LABELS))
+    for text in ("abba x", "aba", "ab c", "x"):
+        letters = tuple(map(LABELS.index, text))
+        size = torch.tensor([len(heard.frames)])
+        loss = F.ctc_loss(
+            heard.frames[:, None], torch.tensor([letters]), size, torch.tensor([len(letters)]), reduction="sum"
+        )
+        prefix = heard.prefix(letters)
+        assert float(heard.end(prefix) + prefix.begun) == pytest.approx(-float(loss), abs=1e-6)
+
+
+def test_what_was_missed_can_be_put_in_at_a_price() -> None:
+    heard = HeardLetters(vectors("a", "c", chance=1.0), len(LABELS))
+    prices = [float(heard.end(p) + p.begun) for p in (heard.prefix(tuple(map(LABELS.index, t))) for t in ("ac", "abc"))]
+    assert prices[0] > math.log(0.9) and prices[1] == pytest.approx(math.log(MISSED), abs=0.1)
+
+
+@pytest.fixture
+def spellings(make_speech_llm: Callable[..., SpeechLLM]) -> Spellings:
+    speech_llm = make_speech_llm()
+    return Spellings(speech_llm.text_tokenizer, LABELS, forbidden_ids(speech_llm))
+
+
+def test_every_token_gets_the_scores_of_its_letters(spellings: Spellings) -> None:
+    heard = HeardLetters(vectors(*"ab xa", chance=0.6), len(LABELS))
+    texts = [(), (2,), (2, 3)]
+    prefixes = Prefixes(*map(torch.cat, zip(*map(heard.prefix, texts), strict=True)))
+    found = spellings.scores(heard, prefixes)
+    assert found.shape == (3, len(spellings.tokens)) and len(spellings.tokens) > 5
+    for row, text in zip(found, texts, strict=True):
+        for token, score in zip(spellings.tokens.tolist(), row.tolist(), strict=True):
+            added = spellings.letters[token]
+            added = added[1:] if not text and added[0] == spellings.space else added  # unspoken
+            if not added:
+                continue
+            expected = float(heard.prefix((*text, *added)).begun - heard.prefix(text).begun)
+            assert score == pytest.approx(expected, abs=1e-6) if expected > -9.9 else score < -9.8
+    assert spellings.of([]) == ()
+
+
+@pytest.fixture
+def speech_llm(small_codec: SpeechCodec, make_qwen2: Callable[..., nn.Module], text_tokenizer: object) -> SpeechLLM:
+    """Reads a compressor; its language model finds all tokens equally likely."""
+    compressor = CtcCompressor(small_codec, LABELS, width=64, depth=1).eval()
+    model = make_qwen2(text_tokenizer)
+    vocabulary = extend_vocabulary(model, text_tokenizer, compressor)
+    nn.init.zeros_(model.lm_head.weight)
+    return SpeechLLM(model.eval(), text_tokenizer, vocabulary, compressor)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_without_an_opinion_of_its_own_the_model_writes_what_was_heard(speech_llm: SpeechLLM, beams: int) -> None:
+    speech = [vectors(*"abxe"), vectors(*"d"), vectors(*"aab cde")]
+    options = {"beams": beams, "letters_weight": 5.0, "durations_s": [1.0, 1.0, 1.0]}
+    found = [one.text for one in recognize(speech, speech_llm, **options)]
+    assert found == ["abxe", "d", "aab cde"]
+    for one, text in zip(speech, found, strict=True):  # in a batch as alone
+        assert recognize([one], speech_llm, **options | {"durations_s": [1.0]})[0].text == text
+
+
+def test_the_weight_decides_between_model_and_letters(speech_llm: SpeechLLM) -> None:
+    head = speech_llm.model.lm_head
+    speech_llm.model.lm_head = nn.Linear(head.in_features, head.out_features)
+    with torch.no_grad():
+        speech_llm.model.lm_head.weight.zero_()
+        speech_llm.model.lm_head.bias.zero_()
+        speech_llm.model.lm_head.bias[speech_llm.text_tokenizer.convert_tokens_to_ids("x")] = 6.0
+    heard = vectors(*"abe", chance=0.5)
+    texts = [
+        recognize([heard], speech_llm, beams=2, letters_weight=weight, durations_s=[1.0])[0].text
+        for weight in (10.0, 0.01)
+    ]
+    assert texts[0] == "abe" and "x" in texts[1]
+
+
+def test_speech_without_letters_is_refused(make_speech_llm: Callable[..., SpeechLLM]) -> None:
+    with pytest.raises(InputError, match="letters_weight needs a language model that reads the speech of a compressor"):
+        recognize([torch.zeros(1, 4, dtype=torch.long)], make_speech_llm(), letters_weight=0.5)
