@@ -26,7 +26,7 @@ from speechllm.runs.config import find_config, shipped, spell_unprintable
 from speechllm.runs.launch import find_recipe, recipe_command, recipe_environment
 from speechllm.runs.signals import end_with_parent, interruptible, say_interrupted
 from tokenizer.errors import InputError
-from tokenizer.settings import Count, Positive, argument, layer_numbers
+from tokenizer.settings import Count, NonNegative, Positive, argument, layer_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ DESCRIPTION = "Let a language model hear: transcribe recordings, encode and deco
 BASE = "another place of the language model under an adapter than the recorded one"
 VAD = "cut where Silero VAD hears no speech: an ONNX file of it, or `silero` for the package's (extra `vad`)"
 ONE_LINE = dict.fromkeys(map(ord, "\t\r\n"), " ")  # a text must not look like a further line or column
-COUNT, SECONDS = argument(Count), argument(Positive)
+COUNT, SECONDS, WEIGHT = argument(Count), argument(Positive), argument(NonNegative)
 CHUNK = 64  # pieces of recordings in memory
 BATCH_TOKENS = "prompts and answers decoded at a time, in tokens (default 32768); fewer need less memory"
 WHOLE = "longer recordings are skipped or refused (default 180)"
@@ -92,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--base", help=BASE)
     command.add_argument("--batch-tokens", type=COUNT, default=32_768, help=BATCH_TOKENS)
     command.add_argument("--beams", type=COUNT, default=1, help="1, the default, is greedy")
-    command.add_argument("--letters-weight", type=float, default=0.0, help="of a compressor's letters beside the model")
+    command.add_argument(
+        "--letters-weight", type=WEIGHT, default=0.0, help="of a compressor's letters beside the model"
+    )
     longest = "seconds; longer recordings are skipped (default 7200); those of over 30 s are cut where it is quiet"
     command.add_argument("--max-duration", type=SECONDS, default=7200.0, help=longest)
     command.add_argument("--vad", metavar="FILE", help=VAD)
