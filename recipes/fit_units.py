@@ -24,7 +24,7 @@ class UnitsConfig(Settings):
     output: str  # run folder; the tokenizer goes to its subfolder `model`
     clusters: Annotated[int, Rule("from 2 to 65536", lambda k: 2 <= k <= 65_536)] = 500  # K
     layer: int | Literal["avg"] | None = (
-        6  # hidden state; "avg": mean of all; null: avg, of Whisper its output, of a compressor its first
+        6  # hidden state; "avg": mean of all; null: avg, Whisper's output, or the first
     )
     splits: Names | None = None  # all when null
     deduplicate: bool = False  # merge repeats of a unit

@@ -24,7 +24,7 @@ from transformers import (
 from speechllm.data.packing import PADDING, require_attention
 from speechllm.encoding import Speech
 from speechllm.greedy import greedy_answers, reads_packed
-from speechllm.letters import HeardLetters, Letters, Spellings
+from speechllm.letters import Letters, Spellings
 from speechllm.model import SpeechLLM
 from speechllm.projector import model_inputs
 from speechllm.prompt import Example, collate_prompts, join_features, transcription_prompt
@@ -141,8 +141,8 @@ def heard_letters(speech: Sequence[Speech], speech_llm: SpeechLLM, weight: float
     labels = speech_llm.vocabulary.encoding.labels
     if not labels:
         raise InputError("letters_weight needs a language model that reads the speech of a compressor: set it to 0")
-    heard = [HeardLetters(vectors, len(labels)) for vectors in speech if isinstance(vectors, Tensor)]
-    return Letters(heard, Spellings(speech_llm.text_tokenizer, labels, forbidden_ids(speech_llm)), weight)
+    heard = [vectors for vectors in speech if isinstance(vectors, Tensor)]
+    return Letters(heard, labels, Spellings(speech_llm.text_tokenizer, labels, forbidden_ids(speech_llm)), weight)
 
 
 def answer(

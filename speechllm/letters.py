@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
+from speechllm.vocabulary import text_token_ids
+from tokenizer.errors import InputError
 from tokenizer.schemes.compressor import BLANK
 
 MISSED = 0.002  # probability of each letter between two that were heard: of what CTC called blank nothing is stored
@@ -101,13 +103,19 @@ class Spellings:
     """The tokens of a language model that consist of labels only, as a tree of their letters."""
 
     def __init__(self, text_tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], forbidden: Tensor):
-        """labels: V texts, the first one the blank; forbidden: bool [rows], the ids of no text."""
+        """labels: V texts, the first one the blank; forbidden: bool [rows], the ids of no text.
+
+        Raises InputError if there is no such token.
+        """
         numbers = {label: number for number, label in enumerate(labels) if label}
         self.space = numbers.get(" ")
         self.letters: dict[int, tuple[int, ...]] = {}  # of each token
         table, ends = [[-1] * len(labels)], []
-        for token in (~forbidden).nonzero()[:, 0].tolist():
-            text = text_tokenizer.convert_tokens_to_string([text_tokenizer.convert_ids_to_tokens(token)])
+        tokens = (~forbidden).nonzero()[:, 0].tolist()
+        (before,) = text_token_ids(text_tokenizer, ["a"])  # behind something, as some drop a first space
+        whole = text_tokenizer.batch_decode([[*before, token] for token in tokens])
+        for token, text in zip(tokens, whole, strict=True):
+            text = text.removeprefix(text_tokenizer.decode(before))
             if text and all(letter in numbers for letter in text):
                 self.letters[token], node = tuple(numbers[letter] for letter in text), 0
                 for letter in self.letters[token]:
@@ -116,6 +124,8 @@ class Spellings:
                         table.append([-1] * len(labels))
                     node = table[node][letter]
                 ends.append(node)
+        if not ends:
+            raise InputError("no token of this language model consists of the compressor's letters")
         self.table = torch.tensor(table)  # long [N, V], the node after one more letter, or -1
         self.tokens, self.nodes = torch.tensor([*self.letters]), torch.tensor(ends)  # the nodes where tokens end
 
@@ -181,9 +191,10 @@ class LetterScores(LogitsProcessor):
 
 @dataclass(frozen=True)
 class Letters:
-    """What was heard in each utterance, and how much it counts beside the language model."""
+    """What was heard in each utterance, as vectors, and how much it counts beside the language model."""
 
-    heard: Sequence[HeardLetters]
+    heard: Sequence[Tensor]
+    labels: Sequence[str]
     spellings: Spellings
     weight: float
 
@@ -193,4 +204,5 @@ class Letters:
 
     def scores(self, prompt_size: int, end: int) -> LetterScores:
         """The rule for their answers."""
-        return LetterScores(self.heard, self.spellings, self.weight, prompt_size, end)
+        heard = [HeardLetters(vectors, len(self.labels)) for vectors in self.heard]  # what they remember ends with them
+        return LetterScores(heard, self.spellings, self.weight, prompt_size, end)

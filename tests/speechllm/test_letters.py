@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from speechllm import InputError, SpeechCodec, SpeechLLM, extend_vocabulary
 from speechllm.decoding import forbidden_ids, recognize
@@ -104,6 +106,22 @@ def test_every_token_gets_the_scores_of_its_letters(spellings: Spellings) -> Non
             expected = float(heard.prefix((*text, *added)).begun - heard.prefix(text).begun)
             assert score == pytest.approx(expected, abs=1e-6) if expected > -9.9 else score < -9.8
     assert spellings.of([]) == ()
+
+
+def test_a_space_belongs_to_its_token_in_families_that_write_it_another_way() -> None:
+    """As Llama's: "▁" stands for a space, which is dropped where a text begins."""
+    words = ["<unk>", "</s>", "▁", "a", "b", "▁a", "▁ab", "B"]
+    inner = Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, [("▁", "a"), ("▁a", "b")], unk_token="<unk>")
+    )
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    family = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+    spellings = Spellings(family, LABELS, torch.tensor([True, True, *[False] * 6]))
+    found = {words[token]: "".join(LABELS[i] for i in letters) for token, letters in spellings.letters.items()}
+    assert found == {"▁": " ", "a": "a", "b": "b", "▁a": " a", "▁ab": " ab"}
+    assert spellings.of([6, 5]) == tuple(map(LABELS.index, "ab a"))
+    with pytest.raises(InputError, match="no token of this language model"):
+        Spellings(family, ["", "z"], torch.tensor([True, True, *[False] * 6]))
 
 
 @pytest.fixture
