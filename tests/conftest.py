@@ -346,6 +346,16 @@ def config_class(recipe: Callable[[str], types.ModuleType]) -> Callable[[str], t
 
 
 @pytest.fixture
+def new_accelerator() -> Iterator[None]:
+    """What a test's recipe has told Accelerate ends with the test."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
 def stages_here(
     recipe: Callable[[str], types.ModuleType], config_class: Callable[[str], type], monkeypatch: pytest.MonkeyPatch
 ) -> list[list[str]]:

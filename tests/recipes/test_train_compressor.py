@@ -1,7 +1,7 @@
 """train_compressor: it learns letters, resumes as if never killed, and what it saves encodes speech."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,17 +14,9 @@ from speechllm.data.shards import encode_shards
 from speechllm.runs.run import read_log
 from tokenizer.schemes.compressor import CtcCompressor
 
+pytestmark = pytest.mark.usefixtures("new_accelerator")
 RATE = 16_000
 TEXTS = ["AB", "A B", "BA", "B"]
-
-
-@pytest.fixture(autouse=True)
-def _new_accelerator() -> Iterator[None]:
-    from accelerate.state import AcceleratorState, GradientState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")

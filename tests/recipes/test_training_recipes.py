@@ -1,7 +1,7 @@
 """train_tokenizer and train_teacher where something is wrong: settings, recordings, gradients (see test_recipes.py)."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,18 +15,9 @@ from speechllm.runs.run import Run, read_log
 from tokenizer.corpus import spread
 from tokenizer.training.step import CodecLoss
 
-pytestmark = pytest.mark.filterwarnings("ignore:skipped")
+pytestmark = [pytest.mark.filterwarnings("ignore:skipped"), pytest.mark.usefixtures("new_accelerator")]
 RATE = 16_000
 DEV = 20
-
-
-@pytest.fixture(autouse=True)
-def _new_accelerator() -> Iterator[None]:
-    from accelerate.state import AcceleratorState, GradientState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """From letters to units to a codec whose layer 0 they are: what each recipe writes, the next one reads."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,16 +16,10 @@ from tokenizer.schemes.features import FeatureEncoder
 from tokenizer.training.small_teachers import save_hubert, small_hubert
 
 RATE, CLUSTERS = 16_000, 8
-pytestmark = pytest.mark.filterwarnings("ignore:Number of distinct clusters")
-
-
-@pytest.fixture(autouse=True)
-def _new_accelerator() -> Iterator[None]:
-    from accelerate.state import AcceleratorState, GradientState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Number of distinct clusters"),
+    pytest.mark.usefixtures("new_accelerator"),
+]
 
 
 @pytest.fixture
