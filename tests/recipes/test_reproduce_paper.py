@@ -148,7 +148,19 @@ def test_every_variable_of_the_section_is_set_there() -> None:
 
 def test_the_paper_is_reproduced_in_miniature(paper: dict[str, str], run: Callable, tmp_path: Path) -> None:
     lines = commands(paper)
-    assert {name for name, _ in lines} == set(WRITTEN) and len(lines) > 10
+    assert {name for name, _ in lines} == set(WRITTEN) and len(lines) == 8
+    lora = "configs/asr/qwen2-1.5b_lora.yaml"  # which the text names, with other values of the same commands
+    assert lora in SECTION and "steps=35700" in SECTION and "`splits=[train-clean-100]`" in SECTION
+    for changed in ("train_tokenizer.py", "train_asr.py"):
+        words = next(words for name, words in lines if name == changed)
+        words = [re.sub("output=runs/(.*)", r"output=runs/\g<1>100", word) for word in words]
+        lines.append((changed, [*words, "splits=[train-clean-100]"]))
+    lines.insert(
+        -1, ("encode_speech.py", ["codec=runs/codec100/model", f"data={paper['LIBRI']}", "output=runs/codes100"])
+    )
+    swapped = {"configs/asr/qwen2-1.5b.yaml": lora, "codes=runs/codes": "codes=runs/codes100"}
+    swapped |= {"codec=runs/codec/model": "codec=runs/codec100/model"}
+    lines[-1] = ("train_asr.py", [swapped.get(word, word) for word in lines[-1][1]])
     for name, words in lines:
         (output,) = [word.removeprefix("output=") for word in words if word.startswith("output=")]
         assert not (tmp_path / output).exists()
@@ -166,4 +178,4 @@ def test_the_paper_is_reproduced_in_miniature(paper: dict[str, str], run: Callab
     assert {"swap 1, by position"} < set(read("table2/results.json")["methods"])
     assert read("table2/results.json")["methods"]["swap 1, by position"]["mcd"]["pairs"] == 2
     assert read("table3/results.json")["utterances"] == 32
-    assert read("table4/results.json")["words"] > 0 and read("codes100/done.json")["utterances"] == 12
+    assert read("table4/results.json")["words"] > 0 and read("codes100/done.json")["utterances"] > 0
