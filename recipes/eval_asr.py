@@ -32,7 +32,7 @@ class EvalAsrConfig(Settings):
     shuffled_utterances: Several | None = 300  # of the control, evenly chosen; all when null
     precision: Literal["no", "bf16"] = "bf16"  # of the language model on a GPU
     batch_tokens: Count = 32_768  # of prompts and answers decoded at a time; a beam counts as an answer
-    static_cache: bool = False  # on a GPU, compile the steps of greedy decoding (beams=1); takes a while first
+    static_cache: bool = False  # on a GPU, compile the steps of plain greedy decoding; takes a while first
     seed: Seed = 0
 
 

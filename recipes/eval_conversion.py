@@ -78,7 +78,7 @@ from tokenizer.audio import resample
 from tokenizer.errors import InputError
 from tokenizer.files import write_json, write_jsonl
 from tokenizer.loading import load_recognizer
-from tokenizer.metrics.conversion import MATCHINGS
+from tokenizer.metrics.conversion import matchings_of
 from tokenizer.metrics.evaluators import recognized_text, speaker_embedding
 from tokenizer.metrics.freevc import FreeVC
 from tokenizer.metrics.prosody import align_voices, mel_cepstral_distortion, pitch_correlation, voice_frames
@@ -197,7 +197,7 @@ def convert(
     source, target = (codec.encode(sounds[role][None].to(device)) for role in ("source", "target"))
     codes = {f"source, {n} codebooks": source.first(n) for n in sorted({max(chosen) + 1 for chosen in layers})}
     for chosen in layers:
-        for matching in MATCHINGS:
+        for matching in matchings_of(codec):
             swapped = swap_layers(source, target, chosen, matching, codebooks)
             codes[f"swap {numbers(chosen)}, by {matching}"] = swapped
     converted = {name: codec.decode(one)[0].cpu() for name, one in codes.items()}

@@ -368,7 +368,7 @@ def decode(rehearsal: Rehearsal) -> Row:
 
 def language_model(rehearsal: Rehearsal) -> SpeechLLM:
     """The language model of the configuration with its new rows, real or with random weights."""
-    config, codec = rehearsal.asr, rehearsal.codec.cpu()
+    config, codec = rehearsal.asr, rehearsal.codec.to("cpu")
     extension = {name: getattr(config, name) for name in ("layers", "init", "order", "stack", "prefix_attention")}
     if config.model is not None and (config.model not in PUBLISHED or rehearsal.config.weights == "real"):
         return load_language_model(config.model, codec, **extension)

@@ -119,7 +119,7 @@ def recognize(
     durations_s: of the utterances; may be None if the number of frames tells it (codes without merged repeats, and
     features).
     static_cache: greedy decoding keeps keys and values in tensors that do not grow, so that on a GPU transformers
-    compiles its steps. Does nothing with beams. Raises InputError for a family that has no such cache.
+    compiles its steps. Does nothing with beams or letters_weight. Raises InputError for a family without such a cache.
     letters_weight: above 0, answers consist of the compressor's letters only, and the log probability that these were
     heard counts as much beside the language model's (`speechllm.letters`). Raises InputError for other speech.
     """

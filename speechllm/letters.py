@@ -66,7 +66,8 @@ class HeardLetters:
 
     def end(self, prefixes: Prefixes) -> Tensor:
         """Log probability that the speech ends where the text does, if it begins with it: float64 [M]."""
-        return prefixes.ends[:, :, -1].logsumexp(1) - prefixes.begun
+        ends = prefixes.ends[:, :, -1].logsumexp(1) - prefixes.begun
+        return ends.nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # of a text that cannot be
 
     def next_letters(self, prefixes: Prefixes) -> Tensor:
         """Log probability that the speech begins with each text and one more label: float64 [M, V]."""

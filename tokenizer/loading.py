@@ -28,7 +28,7 @@ def load_tokenizer(name: str | Path) -> AudioTokenizer:
     """Load an audio tokenizer of any kind, in eval mode, from a folder or a hub name.
 
     FOLDER_OR_HUB_NAME                  a codec or units, or whatever `save_pretrained` wrote
-    features:FOLDER_OR_HUB_NAME#LAYER   hidden states; without #LAYER their mean, of Whisper the encoder's output
+    features:FOLDER_OR_HUB_NAME#LAYER   hidden states; without #LAYER see `load_semantic_teacher`
     recognizer:FOLDER_OR_HUB_NAME       the text that a speech recogniser returns
     FILE.py:CLASS                       your own, an instance of the class made without arguments
     Raises FileNotFoundError for a missing folder, TokenizerError for a folder or model of another kind.

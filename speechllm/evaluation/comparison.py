@@ -76,7 +76,7 @@ def pool_recognition(results: Mapping[int, Result], predictions: Mapping[int, li
     hypotheses = [[row["hypothesis"] for row in one] for one in rows]
     first = next(iter(done.values()))
     kept = {key: first[key] for key in ("tokens_per_second", "words", "utterances", "normalizer")}
-    for rate in ("cer", "wer_shuffled_audio", "wer_recognizer"):
+    for rate in ("cer", "wer_shuffled_audio", "wer_recognizer", "wer_letters"):
         if all(rate in found for found in done.values()):
             kept[rate] = float(np.mean([found[rate] for found in done.values()]))
     seeds = {str(seed): found["wer"] for seed, found in done.items()}
@@ -234,7 +234,7 @@ def recognition_table(results: Results) -> Table:
             split: f"WER {one['wer']:.1%}, CER {one['cer']:.1%}" for split, one in found.get("splits", {}).items()
         }
         by_split = "; ".join(f"{split}: {rates}" for split, rates in splits.items()) if len(splits) > 1 else DASH
-        alone = plain(found.get("wer_recognizer"), ".1%")
+        alone = plain(found.get("wer_recognizer", found.get("wer_letters")), ".1%")
         rows.append([name, *rates, cell(found, ".1%"), by_seed, spread, cer, control, alone, words, by_split])
     head = ["system", "tokens/s", "kbps", "WER", "by seed", "standard deviation of seeds", "CER"]
     note = (
@@ -243,7 +243,13 @@ def recognition_table(results: Results) -> Table:
         "bitrate, features and texts have none. All but the last column pool the splits. CER leads where texts are "
         "written without spaces between words."
     )
-    head = [*head, "WER with another utterance's audio", "WER of the recogniser alone", "words", "by split"]
+    head = [
+        *head,
+        "WER with another utterance's audio",
+        "WER of the recogniser, or letters, alone",
+        "words",
+        "by split",
+    ]
     return Table("Table 4: speech recognition", head, rows, note)
 
 

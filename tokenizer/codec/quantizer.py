@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tokenizer.progress import progress_bar
 
+LEAST_USAGE = 1e-6  # of the mean, below which a code that is not revived stays where it is
 DEAD_USAGE = 0.1  # a code used less than this fraction of the mean usage is dead and is re-initialised
 
 
@@ -241,7 +242,9 @@ class ResidualVectorQuantizer(nn.Module):
         self.sums[layer].lerp_(sums / counts.mean().clamp(min=1e-6), 1 - self.decay)
         if revive:
             self._revive(layer, vectors, valid)
-        self.codebooks[layer] = self._placed(self.sums[layer] / self.usage[layer, :, None].clamp(min=1e-6))
+        usage = self.usage[layer, :, None]
+        vectors = self._placed(self.sums[layer] / usage.clamp(min=LEAST_USAGE))
+        self.codebooks[layer] = torch.where(usage > LEAST_USAGE, vectors, self.codebooks[layer])
 
     def _revive(self, layer: int, vectors: Tensor, valid: Tensor) -> None:
         """Replace dead codes by vectors of this batch.

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tokenizer.audio import pad_waveforms
 from tokenizer.codec.config import SpeechCodecConfig
@@ -20,7 +21,7 @@ from tokenizer.codec.quantizer import ResidualVectorQuantizer
 from tokenizer.codec.seanet import ConvStyle, SEANetDecoder, SEANetEncoder
 from tokenizer.codec.streaming import ChunkedDecoder, ChunkedEncoder, in_chunks
 from tokenizer.errors import InputError
-from tokenizer.frames import split_utterances
+from tokenizer.frames import frame_count, split_utterances
 from tokenizer.interface import Codes, DiscreteTokenizer, require_layers
 from tokenizer.pretrained import (
     check_folder,
@@ -117,9 +118,16 @@ class SpeechCodec(
         return module_fingerprint(self, settings)
 
     @property
+    def additive(self) -> bool:
+        """Whether the vectors in `codebooks` of successive layers add up, as they do unless each has its own space."""
+        return self.config.codebook_dim is None
+
+    @property
     def bounded(self) -> bool:
         """Whether memory does not grow with the utterance: every layer but a bidirectional LSTM works in chunks."""
         config = self.config
+        if self.units is not None:  # which see the whole
+            return False
         return config.body == "convnext" or config.front_end != "seanet" or config.lstm != "bidirectional"
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -133,7 +141,9 @@ class SpeechCodec(
         """The codes of layer 0 that are another tokenizer's, long [B, T]; None if the codec searches them itself."""
         if self.units is None:
             return None
-        return self.units.encode(waveform.to(self.units.device), lengths, 1).ids[:, 0].to(self.device)
+        with torch.autocast(self.device.type, enabled=False):  # the same as without a training around it
+            ids = self.units.encode(waveform.to(self.units.device), lengths, 1).ids[:, 0].to(self.device)
+        return F.pad(ids, (0, frame_count(waveform.shape[1], self.hop_length) - ids.shape[1]))
 
     def latents(self, waveform: Tensor) -> Tensor:
         """z0 of eq. 1: waveform float [B, N] -> float [B, D, T], T = ceil(N / hop)."""
@@ -154,7 +164,7 @@ class SpeechCodec(
 
         Each utterance is encoded separately, but for the LSTM, so its codes do not depend on the batch and padding
         costs nothing. One of more than 60 s is encoded in chunks, whose last frames wait for the samples that they see,
-        to bound memory (a bidirectional LSTM between the convolutions runs on the whole).
+        to bound memory (a bidirectional LSTM between the convolutions, and the units of layer 0, run on the whole).
         On another machine, with another number of threads, in a stream, in chunks or in another batch, the latents are
         equal up to rounding, and so are the codes, except in frames that are equally close to two codes within that
         rounding.
@@ -185,7 +195,8 @@ class SpeechCodec(
         """Utterances float [N_i] -> the codes of each, long [Q', T_i]."""
         first: list[Tensor] | None = None
         if self.units is not None:
-            given = self.units.encode(*pad_waveforms(utterances), 1)
+            padded, sizes = pad_waveforms(utterances)
+            given = self.units.encode(padded.to(self.units.device), sizes, 1)
             first = [given.utterance(index)[0].to(self.device) for index in range(len(utterances))]
             if layers == 1:
                 return [codes[None] for codes in first]
@@ -251,7 +262,10 @@ class SpeechCodec(
 
 def _check_units(config: SpeechCodecConfig, units: DiscreteTokenizer | None) -> None:
     if (config.quantizer == "units") != (units is not None):
-        raise InputError("a codec has units, the tokenizer of layer 0, if and only if its quantizer is units")
+        raise InputError(
+            "a codec has units, the tokenizer of layer 0, if and only if its quantizer is units: load_tokenizer finds "
+            "them in the codec's folder, which of a hub's model has to be downloaded first"
+        )
     if units is not None:
         expected = config.sample_rate, config.sample_rate / config.hop_length, config.codebook_size, False
         found = units.sample_rate, units.frame_rate, units.codebook_size, getattr(units, "deduplicate", False)

@@ -16,9 +16,21 @@ EMPHASIS = 1.5  # of the difference of the means; at 1 it still sounds more like
 
 
 def convert_voice(codec: Codec, source: Tensor, target: Tensor, layers: Sequence[int], matching: str) -> Tensor:
-    """Convert the source float [N] to the voice of the target float [M] by `swap_layers`: float [N] on the CPU."""
+    """Convert the source float [N] to the voice of the target float [M] by `swap_layers`: float [N] on the CPU.
+
+    Raises InputError as that, and for a matching that is not one of `matchings_of` the codec.
+    """
+    if matching in MATCHINGS and matching not in matchings_of(codec):
+        raise InputError(
+            f"matching {matching} adds up the vectors of layers, which are of different spaces in this codec"
+        )
     source_codes, target_codes = (codec.encode(waveform[None].to(codec.device)) for waveform in (source, target))
     return codec.decode(swap_layers(source_codes, target_codes, layers, matching, codec.codebooks))[0].cpu()
+
+
+def matchings_of(codec: Codec) -> tuple[str, ...]:
+    """The matchings that a codec allows: the mean needs layers whose vectors add up."""
+    return MATCHINGS if getattr(codec, "additive", True) else MATCHINGS[:-1]
 
 
 def swap_layers(source: Codes, target: Codes, layers: Sequence[int], matching: str, codebooks: Tensor) -> Codes:
@@ -43,6 +55,7 @@ def swap_layers(source: Codes, target: Codes, layers: Sequence[int], matching: s
         raise InputError(f"unknown matching {matching!r}: choose one of {', '.join(MATCHINGS)}")
     if len(source) != len(target):
         raise ValueError(f"{len(source)} sources but {len(target)} targets: they must match one to one")
+    layers = sorted(set(layers))
     ids = source.ids[:, : max(layers) + 1].clone()
     for index, swapped in enumerate(ids):
         source_ids, target_ids = source.utterance(index), target.utterance(index)

@@ -71,6 +71,11 @@ class PublishedCodec(nn.Module):
         return torch.stack(self._codebooks())
 
     @property
+    def additive(self) -> bool:
+        """Whether the vectors in `codebooks` of successive layers add up."""
+        return self.model.config.model_type != "dac"
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 

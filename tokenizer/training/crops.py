@@ -30,8 +30,8 @@ class Crops(Dataset):
     Utterances that are shorter than a crop are zero-padded.
     A recording that cannot be used is skipped with a warning and replaced by another one; its path and the reason are
     appended to the file `skipped`, one JSON object per line.
-    Crops start at any sample, so that frame boundaries vary; with cached features at whole codec frames (320 samples),
-    so that the frames of the crop are frames of the utterance.
+    Crops start at any sample, so that frame boundaries vary; with cached features at whole frames of these (of 320
+    samples, as a rule), so that the frames of the crop are frames of the utterance.
     Items: dict with "waveform" float [N], "length" in samples and "utterance" index, both int, and under the name of
     each cache the features float [ceil(N / hop), P] of the crop, zero after the end of the utterance. (Applied to the
     crop itself, a speaker teacher returns one frame more, which is centred on the end.)
@@ -72,7 +72,7 @@ class Crops(Dataset):
         raise CorpusError(f"{ATTEMPTS} recordings in a row cannot be used; the last one is {problem}")
 
     def _crop(self, utterance: Utterance, draw: np.random.Generator) -> dict[str, Any]:
-        step = HOP_LENGTH if self.caches else 1
+        step = math.lcm(HOP_LENGTH, *(cache.hop for cache in self.caches.values())) if self.caches else 1
         room = round(max(0.0, recorded_s(utterance) - self.crop_s) * self.sample_rate) // step
         start = step * int(draw.integers(room + 1))
         start_s = start / self.sample_rate

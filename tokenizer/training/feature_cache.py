@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class UnitIds(nn.Module):
     """The codes of a tokenizer's first layer as features int32 [1, T, 1] of an utterance float [1, N], for a cache."""
 
-    width = 1
+    width = 2  # a whole number takes as much of a disk as two features
 
     def __init__(self, units: DiscreteTokenizer):
         super().__init__()

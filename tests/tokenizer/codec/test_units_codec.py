@@ -128,7 +128,29 @@ def test_in_training_they_follow_their_units_and_z_is_not_committed_to_them(unit
     torch.testing.assert_close(codec.codebooks[0, unused], before[0, unused])  # it is not begun anew elsewhere
     assert not torch.equal(codec.codebooks[0, 0], before[0, 0])
     one_layer = codec.quantizer(z, num_layers=torch.ones(2, dtype=torch.long), first=first)
-    assert float(one_layer.commitment) == 0.0
+    assert float(one_layer.commitment.detach()) == 0.0
+
+
+def test_crops_that_are_all_short_have_units_for_their_padding(codec: SpeechCodec, noise: Noise) -> None:
+    waveform, lengths = torch.cat([noise(6_400), noise(6_400, seed=1)]), torch.tensor([5_000, 3_000])
+    given = codec.given_codes(waveform, lengths)
+    assert given.shape == (2, 20) and codec.latents(waveform).shape[2] == 20
+    assert torch.equal(given[0, :16], codec.encode(waveform[:1, :5_000], layers=1).ids[0, 0])
+    assert make(None, quantizer="residual").given_codes(waveform) is None
+
+
+def test_units_that_do_not_occur_for_long_keep_their_vectors(units: UnitTokenizer) -> None:
+    quantizer = make(units).train().quantizer
+    quantizer.decay = 0.5
+    before = quantizer.codebooks[0, K - 1].clone()
+    for step in range(60):
+        torch.manual_seed(step)
+        quantizer(torch.randn(1, 12, 10), first=torch.zeros(1, 10, dtype=torch.long))
+    torch.testing.assert_close(quantizer.codebooks[0, K - 1], before)
+
+
+def test_memory_is_not_bounded_where_units_see_the_whole(units: UnitTokenizer) -> None:
+    assert not make(units, body="convnext").bounded and make(None, body="convnext", quantizer="residual").bounded
 
 
 def test_a_cache_keeps_units_as_whole_numbers(units: UnitTokenizer, noise: Noise, tmp_path: Path) -> None:

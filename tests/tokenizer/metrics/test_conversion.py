@@ -86,6 +86,25 @@ def test_by_mean_a_voice_is_shifted_and_what_is_said_stays(monkeypatch: pytest.M
     assert torch.equal(found[1].view(30, 4), found[1][:4].expand(30, 4))
 
 
+@pytest.mark.parametrize("matching", ["position", "content", "mean"])
+def test_layers_count_once_in_any_order(matching: str) -> None:
+    torch.manual_seed(0)
+    books = torch.randn(3, 8, 2)
+    source, target = (Codes.from_utterances([torch.randint(8, (3, 30))]) for _ in range(2))
+    expected = swap_layers(source, target, [1, 2], matching, books).ids
+    assert torch.equal(swap_layers(source, target, [2, 1, 2], matching, books).ids, expected)
+
+
+def test_by_mean_only_where_the_vectors_of_layers_add_up(
+    make_codec: Callable[..., SpeechCodec], noise: Callable
+) -> None:
+    codec = make_codec(codebook_dim=3)
+    with pytest.raises(InputError, match="matching mean adds up the vectors of layers"):
+        convert_voice(codec, noise(3_200)[0], noise(3_200, seed=1)[0], [1], "mean")
+    assert len(convert_voice(codec, noise(3_200)[0], noise(3_200, seed=1)[0], [1], "content")) == 3_200
+    assert conversion.matchings_of(make_codec()) == ("position", "content", "mean")
+
+
 def test_by_mean_a_shift_by_nothing_finds_the_codes_again() -> None:
     books = torch.stack([torch.arange(8.0)[:, None], torch.arange(8.0)[:, None], torch.arange(8.0)[:, None] / 16])
     source = codes([[0, 3, 7], [1, 5, 2], [4, 0, 7]], [[1, 1, 2, 5], [0, 7, 3, 3], [1, 2, 3, 4]])
