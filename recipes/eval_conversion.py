@@ -30,7 +30,6 @@ from speechllm.runs.config import parse_config
 from tokenizer.settings import NOT_EMPTY, Corpus, Count, Names, Natural, Seed, Settings
 
 MEASURES = ("mcd", "f0_correlation", "speaker_similarity", "source_similarity")
-LISTEN = 5  # pairs whose sounds are kept
 Row = dict[str, Any]
 LayerSets = Annotated[list[Annotated[list[Natural], NOT_EMPTY]], NOT_EMPTY]
 

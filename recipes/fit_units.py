@@ -23,9 +23,7 @@ class UnitsConfig(Settings):
     data: Corpus  # corpus folder, or several as [A, B]: manifest.jsonl or LibriSpeech's layout
     output: str  # run folder; the tokenizer goes to its subfolder `model`
     clusters: Annotated[int, Rule("from 2 to 65536", lambda k: 2 <= k <= 65_536)] = 500  # K
-    layer: int | Literal["avg"] | None = (
-        6  # hidden state; "avg": mean of all; null: avg, Whisper's output, or the first
-    )
+    layer: int | Literal["avg"] | None = 6  # hidden state; "avg": mean; null: as `features:` has it
     splits: Names | None = None  # all when null
     deduplicate: bool = False  # merge repeats of a unit
     max_frames: Count = 500_000  # for k-means: 2.8 hours

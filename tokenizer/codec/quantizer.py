@@ -109,9 +109,9 @@ class ResidualVectorQuantizer(nn.Module):
             vectors = self.reduce[layer](residual).cpu()
             if layer == 0 and first is not None:
                 ids = first.cpu()
-                counts = torch.bincount(ids, minlength=size)[:, None]
-                centroids = torch.zeros(size, vectors.shape[1]).index_add_(0, ids, vectors) / counts.clamp(min=1)
-                centroids = torch.where(counts > 0, centroids, vectors.mean(0))
+                centroids = vectors.mean(0).repeat(size, 1)  # of a code that does not occur
+                for code in ids.unique().tolist():
+                    centroids[code] = vectors[ids == code].mean(0)
             else:
                 kmeans = MiniBatchKMeans(size, batch_size=4096, n_init=1, max_iter=30, random_state=seed + layer)
                 ids = torch.from_numpy(kmeans.fit_predict(vectors.numpy())).long()

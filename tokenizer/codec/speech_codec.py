@@ -194,10 +194,9 @@ class SpeechCodec(
     def _encode_each(self, utterances: list[Tensor], layers: int | None) -> list[Tensor]:
         """Utterances float [N_i] -> the codes of each, long [Q', T_i]."""
         first: list[Tensor] | None = None
-        if self.units is not None:
-            padded, sizes = pad_waveforms(utterances)
-            given = self.units.encode(padded.to(self.units.device), sizes, 1)
-            first = [given.utterance(index)[0].to(self.device) for index in range(len(utterances))]
+        if self.units is not None and (given := self.given_codes(*pad_waveforms(utterances))) is not None:
+            sizes = [frame_count(len(samples), self.hop_length) for samples in utterances]
+            first = [codes[:size] for codes, size in zip(given, sizes, strict=True)]
             if layers == 1:
                 return [codes[None] for codes in first]
         seconds = max(map(len, utterances)) / self.sample_rate

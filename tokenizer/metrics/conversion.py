@@ -56,28 +56,33 @@ def swap_layers(source: Codes, target: Codes, layers: Sequence[int], matching: s
     if len(source) != len(target):
         raise ValueError(f"{len(source)} sources but {len(target)} targets: they must match one to one")
     layers = sorted(set(layers))
-    ids = source.ids[:, : max(layers) + 1].clone()
+    ids, codebooks = source.ids[:, : max(layers) + 1].clone(), codebooks.to(source.ids.device)
+    kinds = _kinds(codebooks[0]) if matching == "mean" else None
     for index, swapped in enumerate(ids):
         source_ids, target_ids = source.utterance(index), target.utterance(index)
         length = source_ids.shape[1]
-        if matching == "mean":
-            swapped[layers, :length] = _shifted(source_ids, target_ids, layers, codebooks.to(ids.device))
+        if kinds is not None:
+            swapped[layers, :length] = _shifted(source_ids, target_ids, layers, codebooks, kinds)
             continue
         if matching == "position":
             frames = torch.arange(length, device=ids.device) % target_ids.shape[1]
         else:
-            frames = _nearest_frames(source_ids[0], target_ids[0], codebooks[0].to(ids.device))
+            frames = _nearest_frames(source_ids[0], target_ids[0], codebooks[0])
         for layer in layers:
             swapped[layer, :length] = target_ids[layer, frames]
     return Codes(ids, source.lengths, source.samples)
 
 
-def _shifted(source: Tensor, target: Tensor, layers: Sequence[int], codebooks: Tensor) -> Tensor:
-    """Codes long [layers, T] of the source's vectors [T, D], shifted to the target's means of each kind of content."""
+def _kinds(codebook: Tensor) -> Tensor:
+    """The kind of content of each code vector, float [K, D] -> long [K], below KINDS."""
     from sklearn.cluster import KMeans
 
-    found = KMeans(min(KINDS, codebooks.shape[1]), n_init=3, random_state=0).fit_predict(codebooks[0].cpu().numpy())
-    kinds = torch.from_numpy(found).long().to(codebooks.device)
+    found = KMeans(min(KINDS, len(codebook)), n_init=3, random_state=0).fit_predict(codebook.cpu().numpy())
+    return torch.from_numpy(found).long().to(codebook.device)
+
+
+def _shifted(source: Tensor, target: Tensor, layers: Sequence[int], codebooks: Tensor, kinds: Tensor) -> Tensor:
+    """Codes long [layers, T] of the source's vectors [T, D], shifted to the target's means of each kind of content."""
     own, other = (torch.stack([codebooks[layer, ids[layer]] for layer in layers]).sum(0) for ids in (source, target))
     here = kinds[source[0]]
     shift = _means(other, kinds[target[0]]) - _means(own, here)

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokenizer.audio import AudioError, load_audio
+from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.errors import InputError
 from tokenizer.frames import frame_count
 from tokenizer.rates import HOP_LENGTH
@@ -89,6 +91,16 @@ class Crops(Dataset):
 
     def __len__(self) -> int:
         return 2**40  # endless; the sampler decides when to stop
+
+
+def units_of(codec: SpeechCodec, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """The codes of layer 0 that are given for a batch of crops, long [B, T]: from the cache, or of the crops alone.
+
+    None if the codec searches them itself.
+    """
+    if "units" not in batch:
+        return codec.given_codes(batch["waveform"], batch["length"])
+    return batch["units"][..., 0].long().to(codec.device)
 
 
 @functools.lru_cache(maxsize=4)

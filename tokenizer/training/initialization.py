@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from tokenizer.codec.convnext import ConvNeXtDecoder, ConvNeXtEncoder
 from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.frames import frame_mask
 from tokenizer.progress import progress_bar
-from tokenizer.training.crops import Crops
+from tokenizer.training.crops import Crops, units_of
 from tokenizer.training.distributed import is_first_process
 
 FRAMES_PER_CODE = 20  # that k-means needs
@@ -58,12 +59,9 @@ def _first_speech(codec: SpeechCodec, crops: Crops, batch_size: int, frames_per_
     bar = progress_bar(None, "speech for the codebooks", total=wanted, unit="frames")
     while found < wanted:
         items = [crops[len(batches) * batch_size + i] for i in range(batch_size)]
-        lengths = torch.tensor([item["length"] for item in items])
-        waveform = torch.stack([item["waveform"] for item in items])
-        cached = torch.stack([item["units"][:, 0].long() for item in items]) if "units" in items[0] else None
-        first = codec.given_codes(waveform, lengths) if cached is None else cached.to(codec.device)
-        batches.append((waveform, lengths, first))
-        found += int(lengths.sum()) // codec.hop_length
+        batch = default_collate(items)
+        batches.append((batch["waveform"], batch["length"], units_of(codec, batch)))
+        found += int(batch["length"].sum()) // codec.hop_length
         bar.update(min(found, wanted) - bar.n)
     bar.close()
     return batches

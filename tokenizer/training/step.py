@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.frames import frame_mask
+from tokenizer.training.crops import units_of
 from tokenizer.training.gradients import GradientCaps
 from tokenizer.training.losses import Balancer, ReconstructionLoss
 
@@ -66,8 +67,7 @@ class CodecLoss(nn.Module):
         z = codec.latents(waveform).float()
         frames, hop = z.shape[2], codec.hop_length
         mask = frame_mask(lengths, frames, hop)
-        first = batch["units"][..., 0].long() if "units" in batch else codec.given_codes(waveform, lengths)
-        quantized = codec.quantizer(z, mask, num_layers, first)
+        quantized = codec.quantizer(z, mask, num_layers, units_of(codec, batch))
 
         window = frames if window is None else min(window, frames)
         starts = draw_starts(mask.sum(1), window)
