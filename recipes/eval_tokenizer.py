@@ -162,14 +162,14 @@ def labelled(
     return kind, pairs
 
 
-def content(pairs: Sequence[tuple[Row, Utterance]], units_of: UnitsOf, rate: float) -> dict[str, float]:
+def content(pairs: Sequence[tuple[Row, Utterance]], units_of: UnitsOf, rate: float) -> dict[str, object]:
     """Information in units, of which there are `rate` per second, about the phone or word at their time."""
     units = [units_of(row) for row, _ in pairs]
     labels = [
         frame_phones(utterance, len(ids), rate) if utterance.phones else [utterance.text] * len(ids)
         for ids, (_, utterance) in zip(units, pairs, strict=True)
     ]
-    return label_information(torch.cat(units).numpy(), list(chain.from_iterable(labels)))
+    return label_information(torch.cat(units).numpy(), list(chain.from_iterable(labels)), [*map(len, units)])
 
 
 def log_mel_clusters(

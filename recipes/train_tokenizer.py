@@ -104,7 +104,8 @@ class TokenizerConfig(Settings):
     losses: LossConfig = field(default_factory=LossConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     quantizer_dropout: Counts | None = None  # codebooks to decode from, drawn per utterance; all when null
-    linear_start: bool = False  # of body convnext: begin as the best linear code of the spectra
+    start: str | None = None  # folder or hub name of a codec of the same configuration, to train on; null: a new one
+    linear_start: bool = False  # of a new codec of body convnext: begin as the best linear code of the spectra
     codebook_decay: Share = 0.99  # of the codebooks' moving averages; 0.99 is too slow for a few hundred steps
     weight_average: Decay | None = None  # decay of a moving average of the weights, which is exported; null: none
     steps: Count = 200_000
@@ -181,13 +182,13 @@ from speechllm.runs.signals import follow_parent
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from tokenizer.corpus import load_usable, spread
 from tokenizer.files import atomic_folder
-from tokenizer.loading import load_discrete
+from tokenizer.loading import load_codec, load_discrete
 from tokenizer.schemes.features import load_semantic_teacher
 from tokenizer.training.crops import Crops, StepSampler
 from tokenizer.training.discriminators import Adversary, make_discriminators
 from tokenizer.training.distillation import AcousticDistillation, SemanticDistillation, SpeakerDistillation
 from tokenizer.training.feature_cache import UnitIds, fill_caches
-from tokenizer.training.initialization import initialize_codec
+from tokenizer.training.initialization import initialize_codec, start_from
 from tokenizer.training.losses import Balancer, MultiScaleMelLoss, ReconstructionLoss
 from tokenizer.training.step import (
     CodecLoss,
@@ -232,12 +233,14 @@ def main(config: TokenizerConfig) -> None:
     dev = {u.id: x for u, x in load_usable(held_out if run.main else [], config.codec.sample_rate, run.skipped)}
     accelerator.print(plan(config, codec, utterances))
 
-    # 2. resume a killed run, or initialise the codebooks, and perhaps the body, from the first crops
+    # 2. resume a killed run, go on with a trained codec, or begin a new one: its codebooks, and perhaps its body
     parts = Parts(loss=loss_of, optimizer=optimizer)
     optional = {"averaged": averaged, "adversary": adversary, "balancer": criterion.balancer, "best": best}
     parts |= {name: part for name, part in optional.items() if part is not None}
     loop = TrainingLoop(run, parts, "tokenizer", steps=config.steps, seed=config.seed, save_every=config.save_every)
-    if not loop.done:
+    if config.start and not loop.done:
+        start_from(codec, load_codec(config.start))
+    elif not loop.done:
         initialize_codec(codec, crops, config.batch_size, config.seed, config.linear_start)
 
     # 3. train. The discriminators have an optimizer of their own, and average their gradients themselves

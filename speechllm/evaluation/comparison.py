@@ -294,8 +294,9 @@ def content_table(results: Results) -> Table:
 
 def _content(content: Mapping[str, Any], units: str) -> list[str]:
     """Phone information in the units, and error rates of a probe on them."""
-    probe = content.get("probe", {}).get(units, {})
-    pnmi = plain(content.get("content", {}).get(units, {}).get("pnmi"), ".2f")
+    probe, found = content.get("probe", {}).get(units, {}), content.get("content", {}).get(units, {})
+    interval = {"ci95": found["pnmi_ci95"]} if "pnmi_ci95" in found else {}
+    pnmi = cell({"mean": found["pnmi"], **interval}) if found else DASH
     return [pnmi, *(plain(probe.get(rate), ".1%") for rate in ("cer", "wer"))]
 
 

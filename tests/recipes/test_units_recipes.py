@@ -9,7 +9,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from speechllm import ConfigError, SpeechCodecConfig, load_tokenizer
+from speechllm import ConfigError, InputError, SpeechCodecConfig, load_tokenizer
 from speechllm.runs.run import read_log
 from tokenizer.schemes.compressor import CtcCompressor
 from tokenizer.schemes.features import FeatureEncoder
@@ -99,3 +99,30 @@ def test_units_without_their_quantizer_or_beside_a_teacher_are_refused(
         changes["semantic"] = module.SemanticConfig(teacher=changes["semantic"])
     with pytest.raises((ConfigError, ValueError), match="layer 0 of given units needs codec.quantizer=units"):
         settings("wrong", **changes)
+
+
+def test_a_training_that_starts_from_a_codec_goes_on_with_it(
+    settings: Callable[..., object], units: Path, noise: Callable[..., Tensor]
+) -> None:
+    module, start = settings.module, str(units.parent / "first" / "model")
+    module.main(settings("first"))
+    still = {"learning_rate": 1e-12, "codebook_decay": 0.9999999}  # the start, whatever these steps do
+    module.main(settings("second", start=start, **still))
+    first, second = load_tokenizer(start), load_tokenizer(units.parent / "second" / "model")
+    waveform = noise(RATE, seed=9)
+    torch.testing.assert_close(second.latents(waveform), first.latents(waveform))
+    torch.testing.assert_close(second.codebooks, first.codebooks)
+    module.main(settings("third", start=start))
+    assert load_tokenizer(units.parent / "third" / "model").fingerprint != first.fingerprint
+
+
+def test_a_training_cannot_start_from_a_codec_with_other_units(
+    settings: Callable[..., object], units: Path, recipe: Callable[[str], ModuleType]
+) -> None:
+    module, fit = settings.module, recipe("fit_units.py")
+    module.main(settings("first"))
+    paths = {"model": str(units.parent / "letters"), "data": str(units.parent / "data")}
+    fit.main(fit.UnitsConfig(**paths, output=str(units.parent / "others"), clusters=CLUSTERS, layer=2, seed=1))
+    other = module.UnitsConfig(str(units.parent / "others"))
+    with pytest.raises(InputError, match="start: this codec has other units"):
+        module.main(settings("wrong", start=str(units.parent / "first" / "model"), units=other))

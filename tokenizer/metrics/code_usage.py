@@ -1,6 +1,7 @@
 """What the codes of a trained tokenizer contain: codebook usage, phone and speaker information."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,24 +24,43 @@ def usage_of_counts(counts: np.ndarray) -> dict[str, float]:
     return {"used": used, "dead": len(counts) - used, "perplexity": float(np.exp(-(share * np.log(share)).sum()))}
 
 
-def label_information(ids: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
+def label_information(ids: np.ndarray, labels: Sequence[str], sizes: Sequence[int] = ()) -> dict[str, Any]:
     """Information in the codes int [M] about the labels of their frames (HuBERT, arXiv 2106.07447, section IV-C).
 
     purity: fraction of frames whose label is the most frequent one of their code.
     pnmi: mutual information of codes and labels divided by the entropy of the labels; 1 if codes determine labels.
-    Raises InputError unless there is one label, a text, for each frame.
+    pnmi_ci95: its 95 % interval by the jackknife over utterances of these sizes in frames, with two or more of them.
+    (To draw utterances again, as elsewhere, raises the information itself: what is drawn twice looks determined.)
+    Raises InputError unless there is one label, a text, for each frame, and the sizes add up to M.
     """
     names, label_ids = np.unique(np.asarray(text_list(labels, "labels")), return_inverse=True)
     if len(label_ids) != len(ids):
         raise InputError(f"{len(ids)} codes but {len(label_ids)} labels: there must be one label for each frame")
     joint = np.zeros((int(ids.max()) + 1, len(names)))
     np.add.at(joint, (ids, label_ids), 1)
-    joint /= joint.sum()
-    label_share, code_share = joint.sum(0), joint.sum(1)
-    seen = joint > 0
-    information = (joint[seen] * np.log(joint[seen] / np.outer(code_share, label_share)[seen])).sum()
-    entropy = -(label_share * np.log(label_share)).sum()
-    return {"purity": float(joint.max(1).sum()), "pnmi": float(information / entropy) if entropy > 0 else 0.0}
+    found = {"purity": float(joint.max(1).sum() / joint.sum()), "pnmi": _pnmi(joint)}
+    if len(sizes) < 2:
+        return found
+    if sum(sizes) != len(ids):
+        raise InputError(f"{len(ids)} codes, but the sizes of the utterances add up to {sum(sizes)}")
+    without = []
+    for own in np.split(np.stack([ids, label_ids], 1), np.cumsum(sizes)[:-1]):
+        np.add.at(joint, (own[:, 0], own[:, 1]), -1)
+        without.append(_pnmi(joint))
+        np.add.at(joint, (own[:, 0], own[:, 1]), 1)
+    error = np.sqrt((len(sizes) - 1) * np.var(without))
+    return {**found, "pnmi_ci95": [found["pnmi"] - 1.96 * error, found["pnmi"] + 1.96 * error]}
+
+
+def _pnmi(joint: np.ndarray) -> float:
+    """As `label_information`, from the number of frames with each code and label, float [K, L]."""
+    share = joint / joint.sum()
+    label_share, code_share = share.sum(0), share.sum(1)
+    seen = share > 0
+    information = (share[seen] * np.log(share[seen] / np.outer(code_share, label_share)[seen])).sum()
+    known = label_share[label_share > 0]
+    entropy = -(known * np.log(known)).sum()
+    return float(information / entropy) if entropy > 0 else 0.0
 
 
 def speaker_accuracy(utterances: Sequence[np.ndarray], speakers: Sequence[str], size: int) -> float:

@@ -6,6 +6,7 @@ and least squares give the levels that the decoder predicts from the codes. What
 """
 
 import functools
+from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from tokenizer.codec.convnext import ConvNeXtDecoder, ConvNeXtEncoder
-from tokenizer.codec.speech_codec import SpeechCodec
+from tokenizer.codec.speech_codec import UNITS, SpeechCodec
+from tokenizer.errors import InputError
 from tokenizer.frames import frame_mask
+from tokenizer.interface import Codec
 from tokenizer.progress import progress_bar
 from tokenizer.training.crops import Crops, units_of
 from tokenizer.training.distributed import is_first_process
@@ -50,6 +53,19 @@ def initialize_codec(codec: SpeechCodec, crops: Crops, batch_size: int, seed: in
     if linear and dist.is_initialized():
         for parameter in codec.parameters():
             dist.broadcast(parameter.data, src=0)
+
+
+def start_from(codec: SpeechCodec, trained: Codec) -> None:
+    """Give the codec the weights and codebooks of a trained one; InputError if that is of another kind or shape."""
+    if not isinstance(trained, SpeechCodec):
+        raise InputError("start: this is no codec of this package, and only such a one can be trained on")
+    own, other = asdict(codec.config), asdict(trained.config)
+    unlike = [f"codec.{key}={other[key]}" for key in own if own[key] != other[key]]
+    if unlike:
+        raise InputError(f"start: this codec has {' '.join(unlike)}: give the same to train on it")
+    if codec.units is not None and trained.units is not None and codec.units.fingerprint != trained.units.fingerprint:
+        raise InputError(f"start: this codec has other units, which are in its folder {UNITS}: give units.tokenizer")
+    codec.load_state_dict(trained.state_dict())
 
 
 def _first_speech(codec: SpeechCodec, crops: Crops, batch_size: int, frames_per_code: int) -> list[Batch]:

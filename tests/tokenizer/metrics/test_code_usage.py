@@ -63,6 +63,34 @@ def test_pnmi_and_purity_equal_independent_computations(random: np.random.Genera
     assert 0.1 < found["pnmi"] < 0.9
 
 
+def test_the_interval_of_the_information_is_that_of_leaving_out_each_utterance(random: np.random.Generator) -> None:
+    sizes = random.integers(5, 60, 12).tolist()
+    ids = random.integers(0, 20, sum(sizes))
+    labels = (ids * 3 + random.integers(0, 3, len(ids))) % 7
+    ends = np.cumsum(sizes)
+    without = []
+    for start, end in zip(ends - sizes, ends, strict=True):
+        rest = np.r_[0:start, end : len(ids)]
+        without.append(mutual_info_score(labels[rest], ids[rest]) / mutual_info_score(labels[rest], labels[rest]))
+    deviations = np.array(without) - np.mean(without)
+    error = np.sqrt((len(sizes) - 1) / len(sizes) * (deviations**2).sum())  # Efron's jackknife
+    found = label_information(ids, list(map(str, labels)), sizes)
+    low, high = found["pnmi_ci95"]
+    assert (low + high) / 2 == pytest.approx(found["pnmi"]) and (high - low) / 2 == pytest.approx(1.96 * error)
+    assert found["pnmi"] == label_information(ids, list(map(str, labels)))["pnmi"]
+
+
+def test_utterances_that_say_the_same_leave_no_doubt_about_the_information() -> None:
+    found = label_information(np.tile([0, 1, 1, 2], 5), list("abcc") * 5, [4] * 5)
+    assert found["pnmi_ci95"] == pytest.approx([found["pnmi"]] * 2)
+    assert "pnmi_ci95" not in label_information(np.array([0, 1]), ["a", "b"], [2])
+
+
+def test_the_sizes_of_the_utterances_add_up_to_the_codes() -> None:
+    with pytest.raises(InputError, match="3 codes, but the sizes of the utterances add up to 4"):
+        label_information(np.array([0, 1, 1]), list("abb"), [2, 2])
+
+
 def utterances_of(
     speakers: int, each: int, speech_of: Callable[[int], np.ndarray]
 ) -> tuple[list[np.ndarray], list[str]]:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from speechllm import SpeechCodec, SpeechCodecConfig
+from speechllm import InputError, SpeechCodec, SpeechCodecConfig
 from tokenizer.codec.convnext import ConvNeXtBlock, LocalAttention
-from tokenizer.training.initialization import LINEAR_FRAMES_PER_CODE, initialize_codec
+from tokenizer.training.initialization import LINEAR_FRAMES_PER_CODE, initialize_codec, start_from
 
 pytestmark = pytest.mark.numeric
 
@@ -113,3 +113,19 @@ def test_without_it_the_weights_stay_as_they_are(crops: list[dict]) -> None:
     assert all(map(torch.equal, before, codec.parameters()))
     codes = codec.eval().encode(crops[1]["waveform"][None]).ids[0]
     assert all(len(ids.unique()) > 2 for ids in codes)
+
+
+def test_a_codec_that_starts_from_another_has_its_weights_codebooks_and_their_averages(crops: list[dict]) -> None:
+    trained, codec = make(width=16, dimension=8), make(gain=0.5, width=16, dimension=8)
+    initialize_codec(trained, crops, BATCH, linear=True)
+    start_from(codec, trained)
+    own, other = codec.state_dict(), trained.state_dict()
+    assert own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
+    assert codec.fingerprint == trained.fingerprint
+
+
+def test_a_codec_cannot_start_from_one_of_another_kind_or_shape() -> None:
+    with pytest.raises(InputError, match="start: this codec has codec.dimension=6 codec.width=24: give the same"):
+        start_from(make(width=16, dimension=8), make(width=24, dimension=6))
+    with pytest.raises(InputError, match="start: this is no codec of this package"):
+        start_from(make(width=16, dimension=8), nn.Identity())
