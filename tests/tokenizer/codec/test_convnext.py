@@ -11,6 +11,7 @@ from torch import Tensor
 from torchaudio.transforms import MelSpectrogram
 
 from speechllm import SpeechCodec, SpeechCodecConfig
+from tokenizer.codec import convnext
 from tokenizer.codec.convnext import (
     REACH,
     SPECTRA,
@@ -82,6 +83,24 @@ def test_griffin_and_lim_find_phases_that_fit_the_magnitudes(speech: Tensor) -> 
     found = head(levels)[:, 0]
     once = head.overlap(head.spectra(speech).abs().to(torch.complex64))
     assert found.shape == speech.shape and misfit(found) < 0.25 < misfit(once)
+
+
+def test_sharpened_magnitudes_have_deeper_valleys_and_the_same_loudness(
+    speech: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = GriffinLim(320)
+    levels = head.levels(speech)
+
+    def decoded(power: float) -> Tensor:
+        monkeypatch.setattr(convnext, "SHARPNESS", power)
+        return head.spectra(head(levels)[:, 0]).abs()
+
+    plain, sharp = decoded(1.0), decoded(1.2)
+    assert float(sharp.norm() / plain.norm()) == pytest.approx(1, abs=0.05)
+    valleys = torch.tensor([0.1, 0.3])
+    assert (sharp.log().quantile(valleys, 2).mean((1, 2)) < plain.log().quantile(valleys, 2).mean((1, 2)) - 0.1).all()
+    silent = head(torch.full_like(levels, -1e4))
+    assert torch.equal(silent, torch.zeros_like(silent))
 
 
 def test_a_decoder_without_phases_of_its_own_takes_those_it_is_given(speech: Tensor) -> None:
