@@ -22,6 +22,7 @@ from speechllm.evaluation.error_rates import seeds_error_rate
 from speechllm.evaluation.guidance import guidance, overlap
 from speechllm.reports.comparison_page import write_comparison
 from speechllm.runs.config import load_config
+from speechllm.runs.machine import available_cpus
 from speechllm.runs.stages import Stages
 
 RATE = 16_000
@@ -346,6 +347,17 @@ def test_a_failure_affects_only_its_own_parallel_stage(tmp_path: Path) -> None:
             Stages(tmp_path, tmp_path).side_by_side(jobs)
     assert [(tmp_path / name).read_text() for name in "abc"] == ["x", "xx", "x"]
     assert Stages(tmp_path, tmp_path).seconds.keys() == {"a", "c"}
+
+
+def test_a_number_of_threads_that_the_user_has_set_is_that_of_every_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "job.py").write_text("import os, sys; open(sys.argv[1], 'w').write(os.environ['OMP_NUM_THREADS'])")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    Stages(tmp_path, tmp_path).side_by_side({"a": ["job.py", str(tmp_path / "a")]})
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    Stages(tmp_path, tmp_path).side_by_side({"b": ["job.py", str(tmp_path / "b")]})
+    assert (tmp_path / "a").read_text() == "5" and (tmp_path / "b").read_text() == str(available_cpus())
 
 
 def test_changes_to_a_finished_stage_are_refused(tmp_path: Path) -> None:
