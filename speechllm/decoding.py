@@ -1,5 +1,6 @@
 """Speech in, text out."""
 
+import functools
 import re
 import zlib
 from collections import Counter
@@ -18,6 +19,7 @@ from transformers import (
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     StaticCache,
 )
 
@@ -138,11 +140,21 @@ def recognize(
 
 def heard_letters(speech: Sequence[Speech], speech_llm: SpeechLLM, weight: float) -> Letters:
     """What a compressor heard in each encoded utterance; raises InputError for the speech of anything else."""
-    labels = speech_llm.vocabulary.encoding.labels
-    if not labels:
+    require_letters(speech_llm)
+    heard, labels = [one for one in speech if isinstance(one, Tensor)], speech_llm.vocabulary.encoding.labels
+    return Letters(heard, labels, _spellings(speech_llm.text_tokenizer, speech_llm.vocabulary), weight)
+
+
+def require_letters(speech_llm: SpeechLLM) -> None:
+    """Raise InputError unless the model reads the speech of a compressor, which has heard letters."""
+    if not speech_llm.vocabulary.encoding.labels:
         raise InputError("letters_weight needs a language model that reads the speech of a compressor: set it to 0")
-    heard = [vectors for vectors in speech if isinstance(vectors, Tensor)]
-    return Letters(heard, labels, Spellings(speech_llm.text_tokenizer, labels, forbidden_ids(speech_llm)), weight)
+
+
+@functools.lru_cache(maxsize=2)
+def _spellings(text_tokenizer: PreTrainedTokenizerBase, vocabulary: AudioVocabulary) -> Spellings:
+    """Those of a model's answers, which take seconds to find."""
+    return Spellings(text_tokenizer, vocabulary.encoding.labels, forbidden_ids(text_tokenizer, vocabulary))
 
 
 def answer(
@@ -193,14 +205,13 @@ def answer_bound(duration_s: float) -> int:
     return TOKENS_AT_LEAST + int(TOKENS_PER_SECOND * duration_s)
 
 
-def forbidden_ids(speech_llm: SpeechLLM) -> Tensor:
+def forbidden_ids(text_tokenizer: PreTrainedTokenizerBase, vocabulary: AudioVocabulary) -> Tensor:
     """bool [rows]: the token ids that are neither text nor the end token."""
-    text_tokenizer = speech_llm.text_tokenizer
-    forbidden = torch.ones(speech_llm.vocabulary.size, dtype=torch.bool)
+    forbidden = torch.ones(vocabulary.size, dtype=torch.bool)
     forbidden[list(text_tokenizer.get_vocab().values())] = False
     specials = [index for index, token in text_tokenizer.added_tokens_decoder.items() if token.special]
     forbidden[specials] = True
-    forbidden[speech_llm.vocabulary.new_ids] = True
+    forbidden[vocabulary.new_ids] = True
     forbidden[text_tokenizer.eos_token_id] = False
     return forbidden
 
@@ -228,7 +239,7 @@ def _decode(
         raise InputError(f"{family}: transformers has no static cache for it; set static_cache=false")
     was_training = model.training
     model.eval()
-    forbidden, end_id = forbidden_ids(speech_llm).to(model.device), text_tokenizer.eos_token_id
+    forbidden, end_id = forbidden_ids(text_tokenizer, vocabulary).to(model.device), text_tokenizer.eos_token_id
     packed = greedy and not static and reads_packed(model)
     require_attention(model, vocabulary)
     cache, size = None, 0

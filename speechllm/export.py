@@ -69,7 +69,7 @@ def export_model(speech_llm: SpeechLLM, output: str | Path) -> None:
         merged = replace(merged, text_tokenizer=_with_plain_template(merged.text_tokenizer))
     model, text_tokenizer = merged.model, merged.text_tokenizer
     model.config.eos_token_id = text_tokenizer.eos_token_id
-    suppressed = forbidden_ids(merged).nonzero().flatten().tolist()
+    suppressed = forbidden_ids(text_tokenizer, merged.vocabulary).nonzero().flatten().tolist()
     model.generation_config = own_generation_config(text_tokenizer, suppress_tokens=suppressed)
     with atomic_folder(output) as folder:
         merged.save(folder)

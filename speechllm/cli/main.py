@@ -85,16 +85,14 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("rehearse", help="`run rehearse`: whether every stage fits this machine, and how long it takes")
 
-    command = commands.add_parser("transcribe", help="recordings to text, one line each: the file, a tab, the text")
+    command = commands.add_parser(
+        "transcribe", parents=[_decoding()], help="recordings to text, one line each: the file, a tab, the text"
+    )
     command.add_argument("files", nargs="+", help="audio files")
     command.add_argument("--model", required=True, help="folder that recipes/train_asr.py wrote")
     command.add_argument("--codec", help="another place of the codec than the model's subfolder `codec`")
     command.add_argument("--base", help=BASE)
     command.add_argument("--batch-tokens", type=COUNT, default=32_768, help=BATCH_TOKENS)
-    command.add_argument("--beams", type=COUNT, default=1, help="1, the default, is greedy")
-    command.add_argument(
-        "--letters-weight", type=WEIGHT, default=0.0, help="of a compressor's letters beside the model"
-    )
     longest = "seconds; longer recordings are skipped (default 7200); those of over 30 s are cut where it is quiet"
     command.add_argument("--max-duration", type=SECONDS, default=7200.0, help=longest)
     command.add_argument("--vad", metavar="FILE", help=VAD)
@@ -102,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "serve",
+        parents=[_decoding()],
         help="a model behind HTTP, as OpenAI's clients ask for it",
         epilog="Needs the extra `serve`. Everything it offers is described at /docs of its address.",
     )
@@ -123,7 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=serve)
 
     command = commands.add_parser(
-        "page", help="speak to a model in a browser", epilog="Needs the extra `page`. Works without a network."
+        "page",
+        parents=[_decoding()],
+        help="speak to a model in a browser",
+        epilog="Needs the extra `page`. Works without a network.",
     )
     command.add_argument(
         "models", nargs="+", metavar="model", help="folder that recipes/train_asr.py wrote; several stand side by side"
@@ -239,6 +241,14 @@ def _processes() -> argparse.ArgumentParser:
     how.add_argument(
         "--accelerate", metavar="FILE", help="as this configuration of Accelerate says, which may be shipped"
     )
+    return parser
+
+
+def _decoding() -> argparse.ArgumentParser:
+    """The options of all that answers with a model."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--beams", type=COUNT, default=1, help="1, the default, is greedy")
+    parser.add_argument("--letters-weight", type=WEIGHT, default=0.0, help="of a compressor's letters beside the model")
     return parser
 
 

@@ -35,7 +35,8 @@ def serve(arguments: argparse.Namespace) -> int:
     speech_llm = loaded(arguments.model, arguments.codec, arguments.base)
     limits = Limits(arguments.max_requests, arguments.max_megabytes, arguments.max_duration, arguments.timeout)
     name = arguments.name or named(arguments.model)
-    app = make_app(speech_llm, name, limits, key, arguments.batch_size, cut)
+    decoding = {"beams": arguments.beams, "letters_weight": arguments.letters_weight}
+    app = make_app(speech_llm, name, limits, key, arguments.batch_size, cut, **decoding)
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30, ws_max_size=MOST_BYTES)
     )
@@ -61,7 +62,7 @@ def page(arguments: argparse.Namespace) -> int:
     engines: dict[str, Engine] = {}
     for model in arguments.models:
         name = named(model) if named(model) not in engines else f"{named(model)} {len(engines) + 1}"
-        engines[name] = Engine(loaded(model))
+        engines[name] = Engine(loaded(model), beams=arguments.beams, letters_weight=arguments.letters_weight)
     launch(make_page(engines, cut), arguments.host, arguments.port)
     return 0
 

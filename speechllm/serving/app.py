@@ -55,9 +55,11 @@ class CodesOfRecording(BaseModel):
 class Service:
     """A model, the thread that it works in, and what is done with an upload."""
 
-    def __init__(self, speech_llm: SpeechLLM, name: str, limits: Limits, batch_size: int, cut: Cut):
+    def __init__(
+        self, speech_llm: SpeechLLM, name: str, limits: Limits, batch_size: int, cut: Cut, beams: int, weight: float
+    ):
         self.name, self.limits, self.cut, self.metrics = name, limits, cut, Metrics()
-        self.engine = Engine(speech_llm, batch_size, self.metrics.batches.observe)
+        self.engine = Engine(speech_llm, batch_size, self.metrics.batches.observe, beams, weight)
         self.codec = self.engine.codec
         self.fingerprint = self.codec.fingerprint  # of all weights: once
 
@@ -143,12 +145,15 @@ def make_app(
     key: str | None = None,
     batch_size: int = 16,
     cut: Cut = quietest,
+    beams: int = 1,
+    letters_weight: float = 0.0,
 ) -> FastAPI:
     """The application that `speechllm serve` runs.
 
     name: of the model, as callers see it; key: that they must show; cut: says where long recordings have pauses.
+    beams, letters_weight: see `recognize`.
     """
-    service = Service(speech_llm, name, limits or Limits(), batch_size, cut)
+    service = Service(speech_llm, name, limits or Limits(), batch_size, cut, beams, letters_weight)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from speechllm.decoding import Transcription, recognize
+from speechllm.decoding import Transcription, recognize, require_letters
 from speechllm.encoding import Speech
 from speechllm.model import SpeechLLM
 
@@ -44,12 +44,23 @@ class Engine:
     """
 
     def __init__(
-        self, speech_llm: SpeechLLM, batch_size: int = 16, observe: Callable[[int], object] = lambda size: None
+        self,
+        speech_llm: SpeechLLM,
+        batch_size: int = 16,
+        observe: Callable[[int], object] = lambda size: None,
+        beams: int = 1,
+        letters_weight: float = 0.0,
     ):
-        """observe: is called with the size of every batch. Raises ValueError for a model without its codec."""
+        """observe: is called with the size of every batch. beams, letters_weight: see `recognize`.
+
+        Raises ValueError for a model without its codec, InputError for letters_weight where no letters are heard.
+        """
         if speech_llm.codec is None:
             raise ValueError("this SpeechLLM has no codec: load it with load_speech_llm")
+        if letters_weight:
+            require_letters(speech_llm)
         self.speech_llm, self.codec, self.batch_size = speech_llm, speech_llm.codec, batch_size
+        self.beams, self.letters_weight = beams, letters_weight
         self._observe = observe
         self._lock, self._closed = threading.Lock(), False
         self._waiting: queue.SimpleQueue[_Utterance | _Call | None] = queue.SimpleQueue()
@@ -128,7 +139,8 @@ class Engine:
             assert utterance.encoded is not None
             speech.append(utterance.encoded)
         durations_s = [utterance.duration_s for utterance in utterances]
-        return recognize(speech, self.speech_llm, fallback=True, durations_s=durations_s)
+        options = {"beams": self.beams, "letters_weight": self.letters_weight, "fallback": True}
+        return recognize(speech, self.speech_llm, durations_s=durations_s, **options)
 
 
 @torch.inference_mode()

@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from speechllm import InputError, SpeechCodec, SpeechLLM, extend_vocabulary
+from speechllm import InputError, SpeechCodec, SpeechLLM, decoding, extend_vocabulary
 from speechllm.decoding import forbidden_ids, recognize
 from speechllm.letters import MISSED, HeardLetters, Prefixes, Spellings
+from speechllm.serving.engine import Engine
 from tokenizer.schemes.compressor import CtcCompressor
 
 LABELS = ["", " ", "a", "b", "c", "d", "e", "x"]
@@ -88,7 +89,7 @@ def test_what_was_missed_can_be_put_in_at_a_price() -> None:
 @pytest.fixture
 def spellings(make_speech_llm: Callable[..., SpeechLLM]) -> Spellings:
     speech_llm = make_speech_llm()
-    return Spellings(speech_llm.text_tokenizer, LABELS, forbidden_ids(speech_llm))
+    return Spellings(speech_llm.text_tokenizer, LABELS, forbidden_ids(speech_llm.text_tokenizer, speech_llm.vocabulary))
 
 
 def test_every_token_gets_the_scores_of_its_letters(spellings: Spellings) -> None:
@@ -160,5 +161,23 @@ def test_the_weight_decides_between_model_and_letters(speech_llm: SpeechLLM) -> 
 
 
 def test_speech_without_letters_is_refused(make_speech_llm: Callable[..., SpeechLLM]) -> None:
-    with pytest.raises(InputError, match="letters_weight needs a language model that reads the speech of a compressor"):
-        recognize([torch.zeros(1, 4, dtype=torch.long)], make_speech_llm(), letters_weight=0.5)
+    without, message = make_speech_llm(), "letters_weight needs a language model that reads the speech of a compressor"
+    with pytest.raises(InputError, match=message):
+        recognize([torch.zeros(1, 4, dtype=torch.long)], without, letters_weight=0.5)
+    with pytest.raises(InputError, match=message):
+        Engine(without, letters_weight=0.5)
+
+
+def test_what_answers_many_callers_decodes_as_it_is_told(speech_llm: SpeechLLM) -> None:
+    speech = [vectors(*"abxe"), vectors(*"aab cde")]
+    engine = Engine(speech_llm, beams=3, letters_weight=5.0)
+    found = [engine.recognize(one, 1.0).result(60).text for one in speech]
+    engine.close()
+    assert found == ["abxe", "aab cde"]
+
+
+def test_the_spellings_of_a_model_are_looked_up_once(speech_llm: SpeechLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"letters_weight": 5.0, "durations_s": [1.0]}
+    first = recognize([vectors(*"abxe")], speech_llm, **options)
+    monkeypatch.setattr(decoding, "Spellings", None)
+    assert recognize([vectors(*"abxe")], speech_llm, **options) == first

@@ -139,7 +139,7 @@ def test_answers_are_those_of_teacher_forcing(make: Callable[..., SpeechLLM], tm
     speech_llm, codes = make(), random_codes(12, 3, 6)
     vocabulary, text_tokenizer = speech_llm.vocabulary, speech_llm.text_tokenizer
     prompts = [transcription_prompt(one, vocabulary, text_tokenizer) for one in codes]
-    bounds, forbidden, end = [6, 9, 4], forbidden_ids(speech_llm), text_tokenizer.eos_token_id
+    bounds, forbidden, end = [6, 9, 4], forbidden_ids(text_tokenizer, vocabulary), text_tokenizer.eos_token_id
     expected = []
     for prompt, bound in zip(prompts, bounds, strict=True):
         ids = prompt.input_ids

@@ -330,7 +330,7 @@ def test_the_examples_of_the_document_work(
 SERVE = """
 import sys
 from speechllm.cli.main import main
-sys.exit(main(["serve", "tiny/model", "--port", "0", "--max-requests", "2"]))
+sys.exit(main(["serve", "tiny/model", "--port", "0", "--max-requests", "2", "--beams", "2"]))
 """
 
 
@@ -347,7 +347,7 @@ def test_the_command_serves_until_it_is_told_to_end(
         time.sleep(0.02)
     name, address = re.fullmatch(r"(\S+) is served at (\S+) \(Ctrl-C ends it\)\n", said).groups()
     client = openai.OpenAI(base_url=address, api_key="none")
-    (text,) = transcribe([recording], speech_llm, fallback=True)
+    (text,) = transcribe([recording], speech_llm, fallback=True, beams=2)
     assert client.audio.transcriptions.create(file=recording, model=name).text == text and name == "tiny"
     process.send(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
