@@ -77,6 +77,7 @@ class LossConfig(Settings):
     mel_bands: list[Count] | None = None  # per window; one sixteenth of it when null
     mel_weights: list[NonNegative] | None = None  # per window; their mean when null, all 1 is the sum
     mel_squared: bool = True  # L2 in addition to L1
+    mel_power: NonNegative = 0.0  # 0: of logarithms; above, of (x^p - 1) / p, where what is quiet counts less
 
 
 @dataclass
@@ -361,9 +362,8 @@ def make_criterion(config: TokenizerConfig, distillations: Distillations, device
         adversary = Adversary(networks, chosen.kind, chosen.learning_rate, betas, chosen.relative_features)
     names = ("time", "mel", "adversarial", "feature_matching", "speech_features", "commitment")
     weights = {name: getattr(losses, name) for name in names}
-    mel = MultiScaleMelLoss(
-        config.codec.sample_rate, losses.mel_windows, losses.mel_bands, losses.mel_weights, losses.mel_squared
-    ).to(device)
+    scales = losses.mel_windows, losses.mel_bands, losses.mel_weights, losses.mel_squared, losses.mel_power
+    mel = MultiScaleMelLoss(config.codec.sample_rate, *scales).to(device)
     feature_model = distillations["semantic"].teacher if losses.speech_features else None
     balancer = Balancer(weights) if losses.balance else None
     return ReconstructionLoss(weights, mel, adversary, feature_model, balancer)

@@ -259,6 +259,17 @@ def test_a_gain_costs_twice_its_logarithm() -> None:
         assert float(loss(gain * original, original)) == pytest.approx(2 * abs(math.log(gain)), rel=1e-4)
 
 
+def test_with_a_power_what_is_louder_counts_more_and_with_none_all_the_same() -> None:
+    """Magnitudes k times as large are k^p as large to the power p, and k times away in logarithm."""
+    draw = torch.Generator().manual_seed(0)
+    original, other = torch.randn(2, 3_000, generator=draw), torch.randn(2, 3_000, generator=draw)
+    for power in (0.0, 0.3, 1.0):
+        loss = MultiScaleMelLoss(16_000, power=power)
+        assert float(loss(8 * other, 8 * original) / loss(other, original)) == pytest.approx(8**power, rel=1e-4)
+    nearly, log = (float(MultiScaleMelLoss(16_000, power=power)(other, original)) for power in (1e-3, 0.0))
+    assert nearly == pytest.approx(log, rel=1e-2)
+
+
 def test_the_reconstruction_loss_has_a_gradient_everywhere() -> None:
     original = torch.randn(1, 3_000, generator=torch.Generator().manual_seed(0))
     guess = torch.randn(1, 3_000, generator=torch.Generator().manual_seed(1)).requires_grad_()
