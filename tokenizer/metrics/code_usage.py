@@ -48,7 +48,7 @@ def label_information(ids: np.ndarray, labels: Sequence[str], sizes: Sequence[in
         np.add.at(joint, (own[:, 0], own[:, 1]), -1)
         without.append(_pnmi(joint))
         np.add.at(joint, (own[:, 0], own[:, 1]), 1)
-    error = np.sqrt((len(sizes) - 1) * np.var(without))
+    error = float(np.sqrt((len(sizes) - 1) * np.var(without)))
     return {**found, "pnmi_ci95": [found["pnmi"] - 1.96 * error, found["pnmi"] + 1.96 * error]}
 
 
