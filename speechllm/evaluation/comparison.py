@@ -4,7 +4,7 @@ Results are dicts as collected by recipes/compare.py, one per system; whatever w
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from types import MappingProxyType
 from typing import Any
@@ -254,22 +254,42 @@ def recognition_table(results: Results) -> Table:
 
 
 def difference_table(results: Results) -> Table:
-    """Every two systems on the same utterances."""
-    systems = {name: primary_measure(result["asr"]) for name, result in results.items() if result.get("asr")}
-    rows = []
-    for (name, one), (other, against) in combinations(systems.items(), 2):
-        same = one.get("primary") == against.get("primary") and one.get("normalizer") == against.get("normalizer")
-        if same and (found := paired_shares(against.get("each", {}), one.get("each", {}))):
-            low, high = found.ci95
-            values = [f"{found.difference:+.1%}", f"{low:+.1%} to {high:+.1%}", f"{found.p_value:.3f}"]
-            rows.append([name, other, one.get("primary", "wer").upper(), *values, f"{found.utterances}"])
-    head = ["system", "compared with", "rate", "difference", "95 % interval", "p", "utterances"]
+    """Every two systems on the same utterances, in what the paper's tables compare."""
+    rows: dict[str, list[list[str]]] = {}  # by measure
+    for (name, result), (other, against) in combinations(results.items(), 2):
+        measures = {measure: found for measure, _, found in compared(against)}
+        for measure, form, one in compared(result):
+            two = measures.get(measure, {})
+            same = one.get("normalizer") == two.get("normalizer")
+            if same and (found := paired_shares(two.get("each", {}), one.get("each", {}))):
+                low, high = (format(bound, "+" + form) for bound in found.ci95)
+                values = [f"{found.difference:+{form}}", f"{low} to {high}", f"{found.p_value:.3f}"]
+                rows.setdefault(measure, []).append([name, other, measure, *values, f"{found.utterances}"])
+    head = ["system", "compared with", "measure", "difference", "95 % interval", "p", "utterances"]
     note = (
-        "Paired bootstrap (Bisani & Ney 2004): 1,000 samples of the utterances that both were tested on, with the "
-        "errors of all seeds of an utterance together; p two-sided, not corrected for the number of pairs. It speaks "
-        "of these trainings: how much others would differ, the standard deviation of seeds says."
+        "Paired bootstrap (Bisani & Ney 2004): 1,000 samples of the utterances that both were tested on (of "
+        "conversions: pairs, of emotions: actors), with the errors of all seeds of an utterance together; p two-sided, "
+        "not corrected for the number of rows. It speaks of these trainings: how much others would differ, the "
+        "standard deviation of seeds says."
     )
-    return Table("Speech recognition: differences", head, rows, note)
+    return Table("Differences on the same utterances", head, [row for own in rows.values() for row in own], note)
+
+
+def compared(result: Result) -> Iterator[tuple[str, str, Measure]]:
+    """What the paper's tables compare, with the format of the values: of conversions the first that swaps codes."""
+    for count, row in result.get("quality", {}).get("codebooks", {}).items():
+        if "pesq_wb" in row:
+            yield f"PESQ-WB, codebooks: {count}", ".3f", row["pesq_wb"]
+    methods = result.get("conversion", {}).get("methods", {})
+    swap = next((method for method in methods if method.startswith("swap")), None)
+    for measure in ("mcd", "f0_correlation"):
+        if swap and measure in methods[swap]:
+            label, form = CONVERSION[measure]
+            yield f"{label}, {swap}", form, methods[swap][measure]
+    if result.get("emotion"):
+        yield "accuracy of emotions", ".1%", result["emotion"]
+    if result.get("asr"):
+        yield result["asr"].get("primary", "wer").upper(), ".1%", primary_measure(result["asr"])
 
 
 def kbps(result: Result) -> float | None:

@@ -474,9 +474,32 @@ def test_systems_whose_intervals_overlap_are_told_apart_on_the_same_utterances()
     values = [f"{expected.difference:+.1%}", f"{low:+.1%} to {high:+.1%}", f"{expected.p_value:.3f}"]
     assert row == ["better", "worse", "WER", *values, "40"]
     page = comparison_markdown(systems)
-    assert "## Speech recognition: differences" in page and expected.ci95[1] < 0
+    assert "## Differences on the same utterances" in page and expected.ci95[1] < 0
     apart = {name: {"asr": without_shares(result["asr"])} for name, result in systems.items()}
     assert guidance(apart).rows[0][2] == "no clear winner" and not difference_table(apart).rows
+
+
+def test_every_table_of_the_paper_is_compared_in_pairs() -> None:
+    def measure(*values: float) -> dict[str, object]:
+        each = {f"u{i}": (value, 1) for i, value in enumerate(values)}
+        return {"mean": sum(values) / len(values), "each": each}
+
+    def system(more: float) -> dict[str, dict]:
+        methods = {"source": {"mcd": measure(9, 9)}, "swap 1, by position": {"mcd": measure(8 + more, 6 + more)}}
+        methods |= {"swap 1-7, by position": {"mcd": measure(7, 7)}}
+        quality = {"2": {"pesq_wb": measure(1.25, 1.5)}, "8": {"pesq_wb": measure(2 + more, 2 - more, 2 + more)}}
+        emotion = {"mean": 0.5, "each": {"1": (2 + 4 * more, 4), "2": (2, 4)}}
+        return {"quality": {"codebooks": quality}, "conversion": {"methods": methods}, "emotion": emotion}
+
+    table = difference_table({"a": system(0.5), "b": system(0.0), "c": {}})
+    assert all(row[:2] == ["a", "b"] for row in table.rows)
+    assert [(row[2], row[3], row[-1]) for row in table.rows] == [
+        ("PESQ-WB, codebooks: 2", "+0.000", "2"),
+        ("PESQ-WB, codebooks: 8", "+0.167", "3"),
+        ("MCD (dB), swap 1, by position", "+0.50", "2"),
+        ("accuracy of emotions", "+25.0%", "2"),
+    ]
+    assert table.rows[2][4] == "+0.50 to +0.50" and table.rows[1][4] == "-0.500 to +0.500"
 
 
 def test_the_errors_of_several_seeds_of_an_utterance_stay_together() -> None:
