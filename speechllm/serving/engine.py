@@ -138,9 +138,14 @@ class Engine:
                 utterance.encoded = encoding.encode(self.codec, utterance.waveform)
             assert utterance.encoded is not None
             speech.append(utterance.encoded)
-        durations_s = [utterance.duration_s for utterance in utterances]
-        options = {"beams": self.beams, "letters_weight": self.letters_weight, "fallback": True}
-        return recognize(speech, self.speech_llm, durations_s=durations_s, **options)
+        return recognize(
+            speech,
+            self.speech_llm,
+            beams=self.beams,
+            fallback=True,
+            durations_s=[utterance.duration_s for utterance in utterances],
+            letters_weight=self.letters_weight,
+        )
 
 
 @torch.inference_mode()
