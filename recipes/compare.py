@@ -170,9 +170,9 @@ def main(config: CompareConfig) -> None:
         made = provenance(config, sum(stages.seconds.values()))
         systems = without_shares(results)
         write_json(run / "results.json", {"systems": systems, "seconds_by_stage": stages.seconds, **made})
-        write_text(run / "table.md", comparison_markdown(results))
+        write_text(run / "table.md", tables := comparison_markdown(results))
         write_comparison(run / "report.html", title="Comparison of tokenizers", results=results, provenance=made)
-    print(comparison_markdown(results))
+    print(tables)
 
 
 def plan(config: CompareConfig, run: Path) -> Commands:

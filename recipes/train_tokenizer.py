@@ -67,7 +67,7 @@ class AcousticConfig(Settings):
 @dataclass
 class LossConfig(Settings):
     time: NonNegative = 0.1  # L1 of the waveform
-    mel: NonNegative = 1.0  # multi-scale log-mel distance
+    mel: NonNegative = 1.0  # multi-scale mel distance
     adversarial: NonNegative = 3.0  # no discriminators if this and the next are 0
     feature_matching: NonNegative = 3.0
     speech_features: NonNegative = 0.0  # L1 distance of the semantic teacher's features of reconstruction and original
@@ -215,7 +215,7 @@ def main(config: TokenizerConfig) -> None:
         return
     set_seed(config.seed)
 
-    # 1. codec, distillation losses, reconstruction losses, and data
+    # 1. codec, distillation losses, reconstruction losses
     codec = make_codec(config).to(device := accelerator.device)
     codec.quantizer.decay = config.codebook_decay
     distillations = make_distillations(config, codec.quantizer.dimension, device)
@@ -226,6 +226,16 @@ def main(config: TokenizerConfig) -> None:
     optimizer = optim.AdamW(groups, config.learning_rate, tuple(config.betas), fused=True)
     averaged = average_weights(codec, config.weight_average)
     best = BestWeights(config.best) if config.best else None
+
+    # 2. resume a killed run, or go on with a trained codec
+    parts = Parts(loss=loss_of, optimizer=optimizer)
+    optional = {"averaged": averaged, "adversary": adversary, "balancer": criterion.balancer, "best": best}
+    parts |= {name: part for name, part in optional.items() if part is not None}
+    loop = TrainingLoop(run, parts, "tokenizer", steps=config.steps, seed=config.seed, save_every=config.save_every)
+    if config.start and not loop.done:
+        start_from(codec, load_codec(config.start))
+
+    # 3. data, with whose first crops a new codec begins: its codebooks, and perhaps its body
     teachers = {name: one.teacher for name, one in distillations.items()}
     teachers |= {} if codec.units is None else {"units": UnitIds(codec.units)}
     folders = {name: getattr(config, name).cache for name in teachers}
@@ -234,17 +244,10 @@ def main(config: TokenizerConfig) -> None:
     dev = {u.id: x for u, x in load_usable(held_out if run.main else [], config.codec.sample_rate, run.skipped)}
     accelerator.print(plan(config, codec, utterances))
 
-    # 2. resume a killed run, go on with a trained codec, or begin a new one: its codebooks, and perhaps its body
-    parts = Parts(loss=loss_of, optimizer=optimizer)
-    optional = {"averaged": averaged, "adversary": adversary, "balancer": criterion.balancer, "best": best}
-    parts |= {name: part for name, part in optional.items() if part is not None}
-    loop = TrainingLoop(run, parts, "tokenizer", steps=config.steps, seed=config.seed, save_every=config.save_every)
-    if config.start and not loop.done:
-        start_from(codec, load_codec(config.start))
-    elif not loop.done:
+    if not (config.start or loop.done):
         initialize_codec(codec, crops, config.batch_size, config.seed, config.linear_start)
 
-    # 3. train. The discriminators have an optimizer of their own, and average their gradients themselves
+    # 4. train. The discriminators have an optimizer of their own, and average their gradients themselves
     forward, optimizer = accelerator.prepare(loss_of, optimizer)
     place = accelerator.process_index, accelerator.num_processes
     sampler = StepSampler(config.batch_size, loop.done, config.steps, *place)
@@ -276,7 +279,7 @@ def main(config: TokenizerConfig) -> None:
         if averaged:
             averaged.update_parameters(codec)
 
-        # 4. log, validate, and keep the best weights
+        # 5. log, validate, and keep the best weights
         if logging:
             loop.log(**{name: float(value) for name, value in metrics.items()})
         if config.dev_splits and loop.due(config.validate_every):
@@ -291,7 +294,7 @@ def main(config: TokenizerConfig) -> None:
                 accelerator.print(f"no better {config.best} in {config.patience} validations: training stops")
                 break
 
-    # 5. export
+    # 6. export
     codec = (averaged.module if averaged else codec).eval()
     if run.main:
         if best:
@@ -370,18 +373,13 @@ def make_criterion(config: TokenizerConfig, distillations: Distillations, device
 
 
 def report(
-    run: Run,
-    step: int,
-    codec: SpeechCodec,
-    mel: MultiScaleMelLoss,
-    distillations: list[DistillationLoss],
-    dev: dict[str, Tensor],
+    run: Run, step: int, codec: SpeechCodec, mel: nn.Module, losses: list[DistillationLoss], dev: dict[str, Tensor]
 ) -> dict[str, float]:
     """Validate, and write samples and the report with metrics, curves, spectrograms and sounds into the run folder.
 
     Returns what was measured.
     """
-    validation = validate_codec(codec, dev.values(), mel, distillations)
+    validation = validate_codec(codec, dev.values(), mel, losses)
     run.log(step, **validation.metrics)
     save_sounds(run.folder / "samples", sounds := Reconstruction.of(codec, *next(iter(dev.items()))))
     write_codec_report(

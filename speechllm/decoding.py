@@ -140,20 +140,16 @@ def recognize(
 
 def heard_letters(speech: Sequence[Speech], speech_llm: SpeechLLM, weight: float) -> Letters:
     """What a compressor heard in each encoded utterance; raises InputError for the speech of anything else."""
-    require_letters(speech_llm)
-    heard, labels = [one for one in speech if isinstance(one, Tensor)], speech_llm.vocabulary.encoding.labels
+    labels = speech_llm.vocabulary.encoding.labels
+    if not labels:
+        raise InputError("letters_weight needs a language model that reads the speech of a compressor: set it to 0")
+    heard = [vectors for vectors in speech if isinstance(vectors, Tensor)]
     return Letters(heard, labels, _spellings(speech_llm.text_tokenizer, speech_llm.vocabulary), weight)
 
 
-def require_letters(speech_llm: SpeechLLM) -> None:
-    """Raise InputError unless the model reads the speech of a compressor, which has heard letters."""
-    if not speech_llm.vocabulary.encoding.labels:
-        raise InputError("letters_weight needs a language model that reads the speech of a compressor: set it to 0")
-
-
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=16)
 def _spellings(text_tokenizer: PreTrainedTokenizerBase, vocabulary: AudioVocabulary) -> Spellings:
-    """Those of a model's answers, which take seconds to find."""
+    """Those of a model's answers, which take seconds to find: of as many models as stand on a page."""
     return Spellings(text_tokenizer, vocabulary.encoding.labels, forbidden_ids(text_tokenizer, vocabulary))
 
 

@@ -35,8 +35,11 @@ def serve(arguments: argparse.Namespace) -> int:
     speech_llm = loaded(arguments.model, arguments.codec, arguments.base)
     limits = Limits(arguments.max_requests, arguments.max_megabytes, arguments.max_duration, arguments.timeout)
     name = arguments.name or named(arguments.model)
-    decoding = {"beams": arguments.beams, "letters_weight": arguments.letters_weight}
-    app = make_app(speech_llm, name, limits, key, arguments.batch_size, cut, **decoding)
+    app = make_app(
+        *(speech_llm, name, limits, key, arguments.batch_size, cut),
+        beams=arguments.beams,
+        letters_weight=arguments.letters_weight,
+    )
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30, ws_max_size=MOST_BYTES)
     )

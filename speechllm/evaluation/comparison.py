@@ -289,7 +289,7 @@ def compared(result: Result) -> Iterator[tuple[str, str, Measure]]:
     if result.get("emotion"):
         yield "accuracy of emotions", ".1%", result["emotion"]
     if result.get("asr"):
-        yield result["asr"].get("primary", "wer").upper(), ".1%", primary_measure(result["asr"])
+        yield result["asr"].get("primary", "wer").upper(), ".1%", result["asr"]
 
 
 def kbps(result: Result) -> float | None:

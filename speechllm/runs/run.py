@@ -120,8 +120,8 @@ class Run:
             if "steps" in changes and self.summary is not None:
                 raise RunError(
                     f"{self.folder} is finished with steps={held['steps']}, and a finished run has no checkpoint to go "
-                    f"on from to steps={config['steps']}: choose another output folder (train_asr can start from the "
-                    "finished model, model=RUN/model)"
+                    f"on from to steps={config['steps']}: choose another output folder (train_asr goes on with the "
+                    "finished model as model=RUN/model, train_tokenizer as start=RUN/model)"
                 )
         else:
             write_json(self.folder / "versions.json", versions())

@@ -182,7 +182,7 @@ class Stages:
 
     def _run(self, commands: list[list[str]], processes: int = 1) -> None:
         threads = max(1, available_cpus() // (len(commands) * processes))
-        environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | recipe_environment()
+        environment = {"OMP_NUM_THREADS": str(threads)} | recipe_environment() | {"TOKENIZERS_PARALLELISM": "false"}
         started: list[subprocess.Popen[bytes]] = []
         try:
             for command in commands:

@@ -56,10 +56,17 @@ class Service:
     """A model, the thread that it works in, and what is done with an upload."""
 
     def __init__(
-        self, speech_llm: SpeechLLM, name: str, limits: Limits, batch_size: int, cut: Cut, beams: int, weight: float
+        self,
+        speech_llm: SpeechLLM,
+        name: str,
+        limits: Limits,
+        batch_size: int,
+        cut: Cut,
+        beams: int,
+        letters_weight: float,
     ):
         self.name, self.limits, self.cut, self.metrics = name, limits, cut, Metrics()
-        self.engine = Engine(speech_llm, batch_size, self.metrics.batches.observe, beams, weight)
+        self.engine = Engine(speech_llm, batch_size, self.metrics.batches.observe, beams, letters_weight)
         self.codec = self.engine.codec
         self.fingerprint = self.codec.fingerprint  # of all weights: once
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from speechllm.decoding import Transcription, recognize, require_letters
+from speechllm.decoding import Transcription, heard_letters, recognize
 from speechllm.encoding import Speech
 from speechllm.model import SpeechLLM
 
@@ -53,12 +53,12 @@ class Engine:
     ):
         """observe: is called with the size of every batch. beams, letters_weight: see `recognize`.
 
-        Raises ValueError for a model without its codec, InputError for letters_weight where no letters are heard.
+        Raises ValueError for a model without its codec, InputError for letters_weight as `recognize` does.
         """
         if speech_llm.codec is None:
             raise ValueError("this SpeechLLM has no codec: load it with load_speech_llm")
         if letters_weight:
-            require_letters(speech_llm)
+            heard_letters([], speech_llm, letters_weight)  # what is wrong is said now, and what it takes is there
         self.speech_llm, self.codec, self.batch_size = speech_llm, speech_llm.codec, batch_size
         self.beams, self.letters_weight = beams, letters_weight
         self._observe = observe

@@ -22,7 +22,7 @@ KERNEL = 7
 HEAD_WIDTH = 64  # channels of an attention head
 REACH = 25  # frames that attention sees on each side: half a second
 SUBFRAMES = 2  # spectra per frame that the decoder predicts
-LOUDEST = 200.0  # magnitude of a bin, above which the head does not go
+LOUDEST = 200.0  # magnitude of a bin, above which the head does not go (before it is sharpened)
 QUIETEST = 1e-3  # magnitude that is added to those of a recording before their logarithm is taken
 GRIFFIN_LIM = 24  # iterations
 MOMENTUM = 0.5
@@ -248,7 +248,10 @@ class InverseSTFT(nn.Module):
         return x.transpose(1, 2).unflatten(2, (SUBFRAMES, -1)).flatten(1, 2)
 
     def with_phases_of(self, original: Tensor, x: Tensor) -> Tensor:
-        """As `forward`; a head that predicts no phases takes those of the waveform `original` float [B, N]."""
+        """As `forward`; a head that predicts no phases takes those of the waveform `original` float [B, N].
+
+        With these there is nothing to be sharpened against: the magnitudes are learnt as they are.
+        """
         return self(x)
 
     @property

@@ -153,7 +153,8 @@ class SpeechCodec(
     def reconstruct(self, latents: Tensor, original: Tensor) -> Tensor:
         """Latents float [B, D, T] -> waveform float [B, T * hop], for a loss.
 
-        As the decoder gives it; one that predicts no phases takes those of the waveform `original` float [B, N].
+        As the decoder gives it; one that predicts no phases takes those of the waveform `original` float [B, N], and
+        the magnitudes without sharpening them.
         """
         known = (original,) if self.config.body == "convnext" else ()
         return self.decoder(latents, *known)[:, 0]

@@ -39,10 +39,10 @@ def label_information(ids: np.ndarray, labels: Sequence[str], sizes: Sequence[in
     joint = np.zeros((int(ids.max()) + 1, len(names)))
     np.add.at(joint, (ids, label_ids), 1)
     found = {"purity": float(joint.max(1).sum() / joint.sum()), "pnmi": _pnmi(joint)}
+    if sizes and sum(sizes) != len(ids):
+        raise InputError(f"{len(ids)} codes, but the sizes of the utterances add up to {sum(sizes)}")
     if len(sizes) < 2:
         return found
-    if sum(sizes) != len(ids):
-        raise InputError(f"{len(ids)} codes, but the sizes of the utterances add up to {sum(sizes)}")
     without = []
     for own in np.split(np.stack([ids, label_ids], 1), np.cumsum(sizes)[:-1]):
         np.add.at(joint, (own[:, 0], own[:, 1]), -1)

@@ -6,6 +6,7 @@ and least squares give the levels that the decoder predicts from the codes. What
 """
 
 import functools
+import json
 from dataclasses import asdict
 
 import torch
@@ -60,10 +61,10 @@ def start_from(codec: SpeechCodec, trained: Codec) -> None:
     if not isinstance(trained, SpeechCodec):
         raise InputError("start: this is no codec of this package, and only such a one can be trained on")
     own, other = asdict(codec.config), asdict(trained.config)
-    unlike = [f"codec.{key}={other[key]}" for key in own if own[key] != other[key]]
+    unlike = [f"codec.{key}={json.dumps(other[key])}" for key in own if own[key] != other[key]]
     if unlike:
         raise InputError(f"start: this codec has {' '.join(unlike)}: give the same to train on it")
-    if codec.units is not None and trained.units is not None and codec.units.fingerprint != trained.units.fingerprint:
+    if codec.units and trained.units and codec.units.fingerprint != trained.units.fingerprint:
         raise InputError(f"start: this codec has other units, which are in its folder {UNITS}: give units.tokenizer")
     codec.load_state_dict(trained.state_dict())
 

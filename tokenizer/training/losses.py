@@ -15,9 +15,9 @@ from tokenizer.training.teachers import SemanticTeacher
 class MultiScaleMelLoss(nn.Module):
     """Distance of compressed mel spectrograms at several window sizes (scales): L1, plus L2 if `squared`.
 
-    The defaults follow EnCodec's spectral loss (arXiv 2210.13438, section 3.4) on the logarithm of the mel energies.
+    The defaults follow EnCodec's spectral loss (arXiv 2210.13438, section 3.4) on the logarithm of the mel magnitudes.
     With `power` p, in place of the logarithm stands (x^p - 1) / p (Box and Cox 1964), which is the logarithm for p = 0:
-    what is quiet counts less, as for the ear, whose loudness has a p of 0.46 (Zwicker).
+    what is quiet counts less, as for the ear, whose loudness grows with p = 0.46 of the magnitude (Zwicker).
     Windows in samples; the hop is a quarter of the window. bands: mel bands per scale; a sixteenth of the window when
     None, so that no filter is empty. weights: per scale; their mean when None (SpeechTokenizer: 45, 1, 1, 1).
     """

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import soundfile
@@ -24,6 +24,7 @@ from fastapi.testclient import TestClient
 from torch import Tensor
 
 from speechllm import SpeechLLM, convert_voice, load_audio, reconstruct, save_audio, transcribe
+from speechllm.cli import serve
 from speechllm.cli.main import main
 from speechllm.pieces import pieces
 from speechllm.serving import app as app_module
@@ -329,8 +330,9 @@ def test_the_examples_of_the_document_work(
 
 SERVE = """
 import sys
+from speechllm.cli import serve
 from speechllm.cli.main import main
-sys.exit(main(["serve", "tiny/model", "--port", "0", "--max-requests", "2", "--beams", "2"]))
+sys.exit(main(["serve", "tiny/model", "--port", "0", "--max-requests", "2"]))
 """
 
 
@@ -347,11 +349,30 @@ def test_the_command_serves_until_it_is_told_to_end(
         time.sleep(0.02)
     name, address = re.fullmatch(r"(\S+) is served at (\S+) \(Ctrl-C ends it\)\n", said).groups()
     client = openai.OpenAI(base_url=address, api_key="none")
-    (text,) = transcribe([recording], speech_llm, fallback=True, beams=2)
+    (text,) = transcribe([recording], speech_llm, fallback=True)
     assert client.audio.transcriptions.create(file=recording, model=name).text == text and name == "tiny"
     process.send(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in errors
+
+
+def test_beams_and_letters_reach_what_decodes(speech_llm: SpeechLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+
+    def engine(model: SpeechLLM, batch_size: int, observe: object, *decoding: object) -> SimpleNamespace:
+        told.append(decoding)
+        return SimpleNamespace(codec=model.codec)
+
+    def app(*_: object, **decoding: object) -> None:
+        told.append(decoding)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(app_module, "Engine", engine)
+    make_app(speech_llm, "tiny", beams=4, letters_weight=0.15)
+    monkeypatch.setattr(app_module, "make_app", app)
+    monkeypatch.setattr(serve, "loaded", lambda *_: speech_llm)
+    assert main(["serve", "model", "--port", "0", "--beams", "3", "--letters-weight", "0.5"]) == 1
+    assert told == [(4, 0.15), {"beams": 3, "letters_weight": 0.5}]
 
 
 def test_a_host_that_others_reach_needs_a_key(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from speechllm import SpeechLLM, convert_voice, load_audio, save_audio, transcribe
+from speechllm.cli import serve
 from speechllm.cli.main import main
 from speechllm.pauses import quietest
+from speechllm.serving import engine as engine_module
 from speechllm.serving.engine import Engine
 
 RATE = 16_000
@@ -134,3 +136,13 @@ def test_a_browser_shows_what_becomes_of_a_recording(
         shown.close()
     assert text == next(iter(transcribe([recording], engine.speech_llm))) and fits
     assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_beams_and_letters_reach_what_decodes(page: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(serve, "loaded", lambda model: model)
+    monkeypatch.setattr(engine_module, "Engine", lambda model, **decoding: told.append((model, decoding)))
+    monkeypatch.setattr(page, "make_page", lambda *_: None)
+    monkeypatch.setattr(page, "launch", lambda *_: None)
+    assert main(["page", "a", "b", "--beams", "3", "--letters-weight", "0.5"]) == 0
+    assert told == [(model, {"beams": 3, "letters_weight": 0.5}) for model in ("a", "b")]
