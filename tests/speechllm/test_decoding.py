@@ -132,7 +132,8 @@ def test_an_answer_that_has_ended_is_not_computed_further(
     monkeypatch.setattr(
         speech_llm.model, "forward", lambda **given: sizes.append(given["input_ids"].shape) or forward(**given)
     )
-    words = speech_llm.model, speech_llm.vocabulary, forbidden_ids(speech_llm), speech_llm.text_tokenizer.eos_token_id
+    text_tokenizer, vocabulary = speech_llm.text_tokenizer, speech_llm.vocabulary
+    words = speech_llm.model, vocabulary, forbidden_ids(text_tokenizer, vocabulary), text_tokenizer.eos_token_id
     bounds = [3, 20, 9, 20, 14, 20, 70]
     answers = greedy_answers(prompts, bounds, *words)
     assert sizes[0] == (1, sum(map(len, prompts)))
