@@ -18,7 +18,7 @@ from speechllm.vocabulary import text_token_ids
 from tokenizer.errors import InputError
 from tokenizer.schemes.compressor import BLANK
 
-MISSED = 0.002  # probability of each letter between two that were heard: of what CTC called blank nothing is stored
+MISSED = 0.28  # probability that any letter between two was missed: of what CTC called blank nothing is stored
 LEAST = 1e-5  # probability of any letter where another one was heard
 KEPT = 48  # spellings of the next token with so many letters that get one more
 WORST = -10.0  # log probability that the next token's letters add at least
@@ -46,8 +46,8 @@ class HeardLetters:
     def __init__(self, vectors: Tensor, labels: int):
         """vectors: float [P, C], whose last `labels` numbers are probabilities of labels, the blank first."""
         heard = vectors[:, -labels:].double().cpu()
-        silence = torch.full((labels,), MISSED, dtype=torch.float64)
-        silence[BLANK] = 1 - MISSED * (labels - 1)
+        silence = torch.full((labels,), MISSED / (labels - 1), dtype=torch.float64)
+        silence[BLANK] = 1 - MISSED
         frames = torch.cat([torch.stack([silence.expand_as(heard), heard], 1).flatten(0, 1), silence[None]])
         self.frames = frames.clamp(min=LEAST).log()  # [T, V]
         self.sums = F.pad(self.frames.cumsum(0), (0, 0, 1, 0))  # [T + 1, V], of the frames before
