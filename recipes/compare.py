@@ -145,7 +145,7 @@ import numpy as np
 
 from speechllm.evaluation.comparison import (
     add_shares,
-    comparison_markdown,
+    comparison_tables,
     pool_emotion,
     pool_recognition,
     without_shares,
@@ -170,9 +170,11 @@ def main(config: CompareConfig) -> None:
         made = provenance(config, sum(stages.seconds.values()))
         systems = without_shares(results)
         write_json(run / "results.json", {"systems": systems, "seconds_by_stage": stages.seconds, **made})
-        write_text(run / "table.md", tables := comparison_markdown(results))
-        write_comparison(run / "report.html", title="Comparison of tokenizers", results=results, provenance=made)
-    print(tables)
+        tables = comparison_tables(results)
+        write_text(run / "table.md", page := "\n".join(table.markdown() for table in tables))
+        title = "Comparison of tokenizers"
+        write_comparison(run / "report.html", title=title, results=results, tables=tables, provenance=made)
+    print(page)
 
 
 def plan(config: CompareConfig, run: Path) -> Commands:

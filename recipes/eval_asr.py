@@ -3,12 +3,14 @@
     python recipes/eval_asr.py model=RUN/model codes=CODES output=RESULTS splits=[test-clean]
 
 The control transcribes utterances, 300 by default, from another one's audio: its WER shows whether the model uses the
-audio. Runaway answers (empty, looped, refused, too long) are counted and decoded again. Writes RESULTS/results.json,
+audio. Runaway answers (empty, looped, refused, too long) are counted and decoded again. With model=null the texts of a
+recogniser, or the letters of a compressor, are scored as they are. Writes RESULTS/results.json,
 RESULTS/predictions.jsonl (`speechllm compare` compares two of them) and RESULTS/report.html.
 """
 
 import functools
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +21,7 @@ from tokenizer.settings import Count, Names, NonNegative, Seed, Settings, Severa
 
 @dataclass
 class EvalAsrConfig(Settings):
-    model: str  # folder of train_asr, or one that `SpeechLLM.save` wrote
+    model: str | None  # folder of train_asr, or one that `SpeechLLM.save` wrote; null: without a language model
     codes: str  # folder of encode_speech
     output: str  # folder for results.json, predictions.jsonl and report.html
     base: str | None = None  # location of an adapter's language model, if not the recorded one
@@ -35,6 +37,10 @@ class EvalAsrConfig(Settings):
     static_cache: bool = False  # on a GPU, compile the steps of plain greedy decoding; takes a while first
     seed: Seed = 0
 
+    def contradictions(self) -> Iterator[str]:
+        if self.model is None and (self.beams > 1 or self.letters_weight):
+            yield "beams and letters_weight are those of a language model, but model is null"
+
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
     CONFIG = parse_config(EvalAsrConfig)
@@ -42,10 +48,20 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 import numpy as np
 import torch
 
-from speechllm import WordErrorRate, load_codes, load_speech_llm, merge, speech_of, word_error_rate
+from speechllm import (
+    DataError,
+    Encoding,
+    SpeechLLM,
+    WordErrorRate,
+    load_codes,
+    load_speech_llm,
+    merge,
+    speech_of,
+    word_error_rate,
+)
 from speechllm.data.encoded import require_texts, transcribed
 from speechllm.data.shards import summarize_shards
-from speechllm.decoding import count_runaways, recognize
+from speechllm.decoding import Transcription, count_runaways, recognize
 from speechllm.evaluation.error_rates import (
     character_errors,
     results_verdict,
@@ -67,13 +83,13 @@ def main(config: EvalAsrConfig) -> None:
     run_started = time.perf_counter()
     folder = claim_output(config.output, config)
     require_texts(config.codes, config.normalizer)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" and config.precision == "bf16" else None
-    folder_of_model = Path(check_folder(config.model, [], "a speech language model"))
-    loaded = load_speech_llm(config.model, device=device, dtype=dtype, base=config.base, with_codec=False)
-    speech_llm = merge(loaded)
+    run_folder = Path(check_folder(config.model, [], "a speech language model")).parent if config.model else None
+    speech_llm = load(config)
     rows, encoding = load_codes(config.codes, config.splits)
-    speech_llm.vocabulary.require(encoding)
+    if speech_llm is not None:
+        speech_llm.vocabulary.require(encoding)
+    elif not encoding.readable:
+        raise DataError(f"{config.codes}: {encoding.kind} say nothing without a language model, and model is null")
     total, rows = len(rows), [*transcribed(rows)]
     if not rows:
         raise SystemExit(f"{config.codes}: no utterance of {config.splits or 'any split'} has a transcript")
@@ -82,27 +98,15 @@ def main(config: EvalAsrConfig) -> None:
     references = [row["text"] for row in rows]
     speakers = [row["speaker"] or "?" for row in rows]
     word_error_rate(references, references, config.normalizer)  # fails before decoding if the texts cannot be scored
-    decode = functools.partial(
-        recognize,
-        speech_llm=speech_llm,
-        batch_tokens=config.batch_tokens,
-        progress=True,
-        beams=config.beams,
-        fallback=config.fallback,
-        static_cache=config.static_cache,
-        letters_weight=config.letters_weight,
-    )
-    cascade = {}
-    if encoding.kind == "text":
-        recognizer, spelled = rates(references, [str(part) for part in speech], config)
-        cascade = {"wer_recognizer": recognizer.wer, "wer_recognizer_ci95": recognizer.ci95}
-        cascade |= {"cer_recognizer": spelled.wer}
-    if encoding.labels:
-        alone, spelled = rates(references, [speech_llm.vocabulary.spelled(part) for part in speech], config)
-        cascade = {"wer_letters": alone.wer, "wer_letters_ci95": alone.ci95, "cer_letters": spelled.wer}
-    audio_s = sum(durations_s)
-    # without the two markers
-    tokens = [len(speech_llm.vocabulary.token_ids(part, speech_llm.text_tokenizer)) - 2 for part in speech]
+    decode = decoder(speech_llm, encoding, config)
+    audio_s, reading = sum(durations_s), {}
+    if speech_llm is not None:  # without the two markers
+        tokens = [len(speech_llm.vocabulary.token_ids(part, speech_llm.text_tokenizer)) - 2 for part in speech]
+        reading = {"tokens_per_second": sum(tokens) / audio_s}
+    if speech_llm is not None and encoding.readable:
+        name = "recognizer" if encoding.kind == "text" else "letters"
+        alone, spelled = rates(references, [encoding.spelled(part) for part in speech], config)
+        reading |= {f"wer_{name}": alone.wer, f"wer_{name}_ci95": alone.ci95, f"cer_{name}": spelled.wer}
 
     started = time.perf_counter()
     found = decode(speech, durations_s=durations_s)
@@ -115,7 +119,7 @@ def main(config: EvalAsrConfig) -> None:
         "cer": characters.wer,
         "cer_ci95": characters.ci95,
         "primary": primary_rate(references),  # the rate to go by
-        "training_normalizer": read_json(Path(config.model).parent / "done.json").get("normalizer"),
+        "training_normalizer": read_json(run_folder / "done.json").get("normalizer") if run_folder else None,
         "splits": split_error_rates(references, hypotheses, splits, config.normalizer, config.seed),
         "speakers": speaker_error_rates(references, hypotheses, speakers, config.normalizer),
         "beams": config.beams,
@@ -123,9 +127,8 @@ def main(config: EvalAsrConfig) -> None:
         "fallback": count_runaways(found),
         "without_transcript": total - len(rows),  # not scored
         "audio_s": audio_s,
-        "tokens_per_second": sum(tokens) / audio_s,
         "real_time_factor": elapsed / audio_s,
-        **cascade,
+        **reading,
         "codec_fingerprint": encoding.fingerprint,
         "encoded": summarize_shards(config.codes),  # including what was skipped
         **provenance(config, time.perf_counter() - run_started),
@@ -158,12 +161,39 @@ def main(config: EvalAsrConfig) -> None:
         write_json(folder / "results.json", results)
     write_recognition_report(
         folder / "report.html",
-        title=f"{config.model} on {', '.join(config.splits or ['all splits'])}",
+        title=f"{config.model or config.codes} on {', '.join(config.splits or ['all splits'])}",
         results=results,
         predictions=predictions,
-        logs={"Training": read_log(folder_of_model.parent)},  # of the run folder, if the model is in one
+        logs={"Training": read_log(run_folder)} if run_folder else {},
     )
     print(summary(score, results))
+
+
+def load(config: EvalAsrConfig) -> SpeechLLM | None:
+    """The language model that reads the speech, None without one."""
+    if config.model is None:
+        return None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" and config.precision == "bf16" else None
+    return merge(load_speech_llm(config.model, device=device, dtype=dtype, base=config.base, with_codec=False))
+
+
+def decoder(
+    speech_llm: SpeechLLM | None, encoding: Encoding, config: EvalAsrConfig
+) -> Callable[..., list[Transcription]]:
+    """From speech and durations_s to texts: by the language model, or without one what the speech itself says."""
+    if speech_llm is None:
+        return lambda speech, durations_s: [Transcription(encoding.spelled(part)) for part in speech]
+    return functools.partial(
+        recognize,
+        speech_llm=speech_llm,
+        batch_tokens=config.batch_tokens,
+        progress=True,
+        beams=config.beams,
+        fallback=config.fallback,
+        static_cache=config.static_cache,
+        letters_weight=config.letters_weight,
+    )
 
 
 def rates(references: list[str], hypotheses: list[str], config: EvalAsrConfig) -> tuple[WordErrorRate, WordErrorRate]:

@@ -27,6 +27,7 @@ class CompressorConfig(Settings):
     splits: Names | None = None  # training splits, all when null
     dev_splits: Names | None = None  # for the WER of its letters, none when null
     normalizer: Literal["librispeech", "whisper_english", "none"] = "librispeech"  # of the transcripts
+    max_utterances: Count | None = None  # of the training splits, evenly chosen; all when null
     width: Count = 256
     depth: Count = 2  # convolutions
     dropout: Share = 0.1
@@ -83,7 +84,7 @@ def main(config: CompressorConfig) -> None:
     # 1. encoded speech, its tokenizer, and the letters of the transcripts
     require_texts(config.codes, config.normalizer)
     train, encoding = load_codes(config.codes, config.splits)
-    train = transcribed(train, normalizer=config.normalizer)
+    train = transcribed(train, config.max_utterances, config.normalizer)
     train = train.select([i for i, s in enumerate(train["duration_s"]) if s <= config.max_duration_s])
     if not len(train):
         source = spell_corpora(config.codes)

@@ -98,6 +98,18 @@ class Encoding:
         speech = [encoded.utterance(index) for index in range(len(waveforms))]
         return [one if isinstance(one, str) else one.cpu() for one in speech]
 
+    @property
+    def readable(self) -> bool:
+        """Whether its speech says something without a language model: texts, and features with labels."""
+        return self.kind == "text" or bool(self.labels)
+
+    def spelled(self, speech: Speech) -> str:
+        """What readable speech says: its text, or the likeliest label of each feature."""
+        if isinstance(speech, str):
+            return speech
+        likeliest = speech[:, -len(self.labels) :].argmax(1)
+        return "".join(self.labels[label] for label in likeliest.tolist()).strip()
+
     def require(self, fingerprint: str, holder: str) -> None:
         """Raise DataError unless this speech was encoded by the codec that `holder` was made with."""
         if self.fingerprint != fingerprint:

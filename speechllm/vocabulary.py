@@ -68,18 +68,13 @@ class AudioVocabulary:
             case "features", Tensor() if speech.is_floating_point():
                 ids = torch.full((math.ceil(len(speech) / self.stack),), self.offset)
                 if self.encoding.labels and text_tokenizer is not None:
-                    spelled = text_token_ids(text_tokenizer, [self.spelled(speech)])[0]
+                    spelled = text_token_ids(text_tokenizer, [self.encoding.spelled(speech)])[0]
             case "codes", Tensor() if not speech.is_floating_point():
                 ids = self._code_ids(speech)
             case kind, _:
                 needed = "text and the text tokenizer" if kind == "text" else kind
                 raise VocabularyError(f"this vocabulary needs {needed}, got {_describe(speech)}")
         return torch.cat([ids.new_tensor([self.start_id]), ids, ids.new_tensor([self.end_id, *spelled])])
-
-    def spelled(self, features: Tensor) -> str:
-        """The likeliest label of each feature, float [T, C]."""
-        labels = self.encoding.labels
-        return "".join(labels[label] for label in features[:, -len(labels) :].argmax(1).tolist()).strip()
 
     def token_count(self, frames: int) -> int:
         """Number of `token_ids` of an utterance of so many frames: codes or features without labels, not texts."""

@@ -47,11 +47,6 @@ def comparison_tables(results: Results) -> list[Table]:
     return [table for table in (make(results) for make in makers) if table.rows]
 
 
-def comparison_markdown(results: Results) -> str:
-    """All tables as one Markdown page."""
-    return "\n".join(table.markdown() for table in comparison_tables(results))
-
-
 def pool_recognition(results: Mapping[int, Result], predictions: Mapping[int, list[Result]]) -> dict[str, Any]:
     """Pooled evaluations of eval_asr, given by seed: "mean" and "ci95" of the WER (`seeds_error_rate`), WER by seed.
 

@@ -1,21 +1,23 @@
 """The page of a comparison of tokenizers: tables and plots."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from speechllm.evaluation.comparison import comparison_tables, kbps
-from speechllm.evaluation.tables import Results, primary_measure
+from speechllm.evaluation.comparison import kbps
+from speechllm.evaluation.tables import Results, Table, primary_measure
 from speechllm.reports import html
 from speechllm.reports.plots import against_bitrate, by_system
 
 
-def write_comparison(path: str | Path, *, title: str, results: Results, provenance: Mapping[str, Any]) -> None:
-    """Write the page with tables and plots. provenance: how the comparison was made, see `provenance`."""
-    sections = {table.title: html.result_table(table) for table in comparison_tables(results)}
+def write_comparison(
+    path: str | Path, *, title: str, results: Results, tables: Sequence[Table], provenance: Mapping[str, Any]
+) -> None:
+    """Write the page with plots and the tables of the results (`comparison_tables`); provenance: see `provenance`."""
+    sections = {table.title: html.result_table(table) for table in tables}
     if curve := _quality_by_bitrate(results):
         sections["Table 1: speech quality"] += curve
     if curve := _errors(results):

@@ -4,7 +4,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from numbers import Real
 from pathlib import Path
@@ -174,6 +174,41 @@ def cost_figure(lines: Mapping[str, np.ndarray]) -> Any:
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False)
     return figure
+
+
+def scaling_figure(curves: Mapping[str, np.ndarray], label: str, until: float) -> Any:
+    """Error rates on logarithmic axes: float [points, 4] of place, rate and the bounds of its interval by name.
+
+    Dotted: the `power_law` of each, up to `until`.
+    """
+    figure, (axis,) = _panels(1, 1, 3.6, 6.5)
+    for name, points in curves.items():
+        at, rate, low, high = points.T
+        bounds = 100 * np.maximum([rate - low, high - rate], 0)
+        (line, *_) = axis.errorbar(at, 100 * rate, bounds, fmt="o-", markersize=4, capsize=2, label=name)
+        if law := power_law(points):
+            ends = np.array([at.min(), until])
+            axis.plot(ends, 100 * law(ends), ":", lw=1, color=line.get_color())
+    axis.set(xscale="log", yscale="log", xlabel=label, ylabel="WER (%)")
+    for both in (axis.xaxis, axis.yaxis):
+        both.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(which="minor", labelsize=7)
+    axis.grid(alpha=0.25, which="both")
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def power_law(points: np.ndarray) -> Callable[[Any], Any] | None:
+    """The power of the place that fits the rates best, by least squares of logarithms; None for fewer than 3 points.
+
+    points: float [points, 2 or more] of place and rate, both above 0.
+    """
+    if len(points) < 3:
+        return None
+    at, rate = np.log(points[:, :2]).T
+    slope, level = np.polyfit(at, rate, 1)
+    return lambda at: np.exp(level) * at**slope
 
 
 def save_figure(figure: Any, path: str | Path) -> None:

@@ -156,6 +156,11 @@ JOBS = (  # the long ones first
         2,
         loose=("*.json",),  # of seconds
     ),
+    Job(
+        "draw_scaling",
+        'draw_scaling.py curves=[{"name":"x","at":[1],"results":["evaluation"]}] output=OUT/drawn.svg',
+        2,
+    ),
     Job("draw_pipeline", "draw_pipeline.py model=asr/model audio=corpus/test/u18.flac output=OUT/drawn.svg", 2),
     Job("eval_conversion", "eval_conversion.py codec=tokenizer/model data=corpus pairs=4", 3, ("audio*",)),
 )

@@ -12,7 +12,7 @@ import yaml
 
 from speechllm import ConfigError, InputError, RunError, paired_bootstrap, word_error_rate
 from speechllm.evaluation.comparison import (
-    comparison_markdown,
+    comparison_tables,
     difference_table,
     pool_emotion,
     pool_recognition,
@@ -36,6 +36,10 @@ ASR = {
     "precision": "no",
     "small": {**SMALL, "text_tokens": 300, "text_steps": 1, "num_key_value_heads": 1},
 }
+
+
+def markdown_of(results: dict) -> str:
+    return "\n".join(table.markdown() for table in comparison_tables(results))
 
 
 @pytest.fixture
@@ -440,7 +444,7 @@ def test_the_cer_leads_in_tables_where_texts_have_no_spaces() -> None:
     one = pooled("今天天")
     assert one["primary"] == "cer" and one["mean"] == 1 and one["cer_ci95"] == [0.5, 0.5]
     systems = {"one": {"asr": one}, "two": {"asr": {**pooled("今天天气很"), "cer": 1 / 6}}}
-    table = comparison_markdown(systems)
+    table = markdown_of(systems)
     assert "50.0% (50.0% to 50.0%), the rate to go by" in table and "a: WER 100.0%, CER 50.0%; b: WER" in table
     assert guidance(systems).rows[0][2] == "two"  # their WER is the same
 
@@ -473,7 +477,7 @@ def test_systems_whose_intervals_overlap_are_told_apart_on_the_same_utterances()
     low, high = expected.ci95
     values = [f"{expected.difference:+.1%}", f"{low:+.1%} to {high:+.1%}", f"{expected.p_value:.3f}"]
     assert row == ["better", "worse", "WER", *values, "40"]
-    page = comparison_markdown(systems)
+    page = markdown_of(systems)
     assert "## Differences on the same utterances" in page and expected.ci95[1] < 0
     apart = {name: {"asr": without_shares(result["asr"])} for name, result in systems.items()}
     assert guidance(apart).rows[0][2] == "no clear winner" and not difference_table(apart).rows
@@ -577,9 +581,14 @@ RESULTS = {
 MADE = {"command": "python compare.py", "seconds": 90.0, "config": {"data": "corpus"}, "versions": {"torch": "2"}}
 
 
+def shown(results: dict) -> dict[str, object]:
+    tables = comparison_tables(results)
+    return {"title": "A & B", "results": results, "tables": tables, "provenance": MADE}
+
+
 def cells(name: str, table: str) -> list[list[str]]:
     """Rows of the Markdown table under a title that begin with a name."""
-    part = comparison_markdown(RESULTS).split(f"## {table}")[1].split("## ")[0]
+    part = markdown_of(RESULTS).split(f"## {table}")[1].split("## ")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("|")]
     return [row for row in rows if row[0] == name]
 
@@ -593,7 +602,7 @@ def test_missing_values_are_dashes_and_empty_columns_are_dropped() -> None:
     assert four[1:3] == ["200.0", "2.00"]
     assert [row[1] for row in cells("codec", "Table 1")] == ["1", "2", "4"] and not cells("four", "Table 1")
     assert set(cells("soft", "Table 1")[0][1:]) == {"–"}
-    page = comparison_markdown(RESULTS)
+    page = markdown_of(RESULTS)
     assert "STOI" not in page and "Table 2" not in page and "Table 3" not in page and "Content" not in page
     assert "Not scored: 1 of codec, 1 of weak." in page
 
@@ -632,13 +641,13 @@ def test_a_swap_must_beat_the_unchanged_codes() -> None:
 
 
 def test_the_page_shows_tables_and_plots(tmp_path: Path) -> None:
-    write_comparison(tmp_path / "page.html", title="A & B", results=RESULTS, provenance=MADE)
+    write_comparison(tmp_path / "page.html", **shown(RESULTS))
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "A &amp; B" in page and "PESQ-WB by bitrate" in page
     assert "WER (%) by system" in page and "WER (%) by bitrate" in page
     assert "python compare.py" in page and "1.5 min" in page and "corpus" in page
     alike = {"one": RESULTS["codec"], "other": {**RESULTS["codec"], "like": "one"}}
-    write_comparison(tmp_path / "page.html", title="A & B", results=alike, provenance=MADE)
+    write_comparison(tmp_path / "page.html", **shown(alike))
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "WER (%) by system" in page and "WER (%) by bitrate" not in page  # one bitrate is no axis
     assert page.index("Best system by purpose") < page.index("Table 1") < page.index("Table 4")

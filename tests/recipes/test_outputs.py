@@ -21,7 +21,7 @@ CHECKED_FIRST = (
     *("align_speech", "benchmark", "benchmark_serve", "compare", "demo"),
     *("encode_speech", "eval_asr", "eval_codec", "eval_conversion", "eval_rows", "fit_units", "make_rows", "rehearse"),
 )
-FILES = ("draw_pipeline", "eval_tokenizer")  # their output is a file
+FILES = ("draw_pipeline", "draw_scaling", "eval_tokenizer")  # their output is a file
 TRAININGS = ("train_asr", "train_compressor", "train_emotion", "train_teacher", "train_text", "train_tokenizer")
 KNOWN_BY_CONFIG = [name for name in CHECKED_FIRST if name not in ("align_speech", "encode_speech")]
 

@@ -22,6 +22,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from speechllm import (
+    DataError,
     Encoding,
     RunError,
     SpeechCodec,
@@ -43,6 +44,7 @@ from speechllm.training import validation
 from speechllm.training.plan import SIZES as SIZES_OF_PRODUCTS
 from speechllm.training.validation import dev_rates
 from tokenizer.files import read_jsonl, write_jsonl
+from tokenizer.settings import SettingsError
 from tokenizer.training.small_teachers import FrameClassifier, save_recognizer, small_hubert
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -328,6 +330,17 @@ def test_the_recipe_supports_features_and_texts(
     assert {row["split"] for row in read_jsonl(f"{output}/test/predictions.jsonl")} == {"dev"}
     alone = word_error_rate(dev["text"], dev["recognized"]).wer if kind == "recognizer" else None
     assert results.get("wer_recognizer") == alone
+
+    without = eval_asr.EvalAsrConfig(None, kind, f"{output}/alone", splits=["dev"])
+    with pytest.raises(SettingsError, match="model is null"):
+        eval_asr.EvalAsrConfig(None, kind, "x", beams=2)
+    if kind == "features":
+        with pytest.raises(DataError, match="features say nothing without a language model"):
+            eval_asr.main(without)
+        return
+    eval_asr.main(without)
+    results = json.loads(Path(f"{output}/alone/results.json").read_text(encoding="utf-8"))
+    assert results["wer"] == alone and "wer_shuffled_audio" in results and "tokens_per_second" not in results
 
 
 def test_a_killed_training_on_features_resumes_bit_for_bit(other_speech: Work) -> None:

@@ -12,6 +12,7 @@ import torch
 from speechllm import DataError, SpeechCodec, Utterance, load_codes, load_tokenizer, speech_of
 from speechllm.data.shards import encode_shards
 from speechllm.runs.run import read_log
+from tokenizer.files import read_jsonl
 from tokenizer.schemes.compressor import CtcCompressor
 
 pytestmark = pytest.mark.usefixtures("new_accelerator")
@@ -83,6 +84,18 @@ def test_a_killed_training_ends_as_if_it_had_not_been(
     assert json.loads(requests[0]) == json.loads(requests[1])
 
 
+def test_letters_are_scored_without_a_language_model(
+    train: Callable[..., Path], recipe: Callable[[str], ModuleType]
+) -> None:
+    run, eval_asr = train("spelled"), recipe("eval_asr.py")
+    eval_asr.main(eval_asr.EvalAsrConfig(None, str(run / "codes"), str(run / "test"), splits=["dev"]))
+    results = json.loads((run / "test" / "results.json").read_text(encoding="utf-8"))
+    assert results["wer"] == json.loads((run / "done.json").read_text(encoding="utf-8"))["dev_wer"]
+    vectors, encoding = load_codes(run / "codes", ["dev"])
+    spelled = [encoding.spelled(speech_of(row, encoding)) for row in vectors]
+    assert [row["hypothesis"] for row in read_jsonl(run / "test" / "predictions.jsonl")] == spelled
+
+
 def test_frames_of_several_folders_train_one_compressor(
     train: Callable[..., Path], work: Path, small_codec: SpeechCodec
 ) -> None:
@@ -97,6 +110,11 @@ def test_frames_of_several_folders_train_one_compressor(
     for row, other in zip(*vectors, strict=True):
         assert row["id"] == other["id"] and row["features"].tolist() == other["features"].tolist()
     assert not list((both / "codes").glob("*.arrow"))
+
+
+def test_fewer_utterances_are_spread_over_all(train: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:
+    train("few", max_utterances=2, steps=1)
+    assert "2.0 passes over 0.00 h" in capsys.readouterr().out  # one step of four utterances
 
 
 def test_a_training_without_words_is_refused(train: Callable[..., Path]) -> None:

@@ -1,0 +1,57 @@
+"""draw_scaling: the points and lines of evaluations, in a picture and a table."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from speechllm import DataError
+from speechllm.reports.plots import power_law, scaling_figure
+from tokenizer.files import write_json
+from tokenizer.settings import SettingsError
+
+
+@pytest.fixture
+def draw(recipe: Callable[[str], ModuleType]) -> ModuleType:
+    return recipe("draw_scaling.py")
+
+
+def evaluation(folder: Path, wer: float) -> str:
+    folder.mkdir()
+    write_json(folder / "results.json", {"wer": wer, "ci95": [0.9 * wer, 1.1 * wer]})
+    return str(folder)
+
+
+def test_a_power_law_is_found_and_drawn_on(
+    draw: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, without_pictures: None
+) -> None:
+    at = [8.0, 2.0, 4.0]  # in any order
+    results = [evaluation(tmp_path / f"{place:g}", 0.8 * place**-0.5) for place in at]
+    pair = draw.CurveConfig("pair", at[:2], results[:2])
+    config = draw.ScalingConfig([draw.CurveConfig("whole", at, results), pair], str(tmp_path / "x.svg"), until=64)
+    draw.main(config)
+    table = capsys.readouterr().out
+    assert "| whole | 2 | 56.6% (50.9% to 62.2%) |\n| whole | 4 | 40.0% (36.0% to 44.0%) |\n| whole | 8 |" in table
+    assert "| whole | 64 | 10.0% on the dotted line, if it goes on |" in table and "| pair | 64" not in table
+    assert (tmp_path / "x.svg").exists()
+
+    curve = np.array([*draw.points(config.curves[0])])
+    law = power_law(curve)
+    assert law is not None and law(curve[:, 0]) == pytest.approx(curve[:, 1]) and power_law(curve[:2]) is None
+    (axis,) = scaling_figure({"whole": curve, "pair": curve[:2]}, "hours", 64).axes
+    dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
+    assert len(dotted) == 1 and dotted[0].get_xydata() == pytest.approx(np.array([[2, 56.5685], [64, 10]]), rel=1e-4)
+
+
+def test_what_cannot_be_drawn_is_refused(draw: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="expected a place for each evaluation, got 1 and 2"):
+        draw.CurveConfig("c", [1.0], ["a", "b"])
+    (tmp_path / "empty").mkdir()
+    for results, message in (
+        (str(tmp_path / "empty"), "no folder of eval_asr"),
+        (evaluation(tmp_path / "none", 0.0), "a word error rate of 0"),
+    ):
+        with pytest.raises(DataError, match=message):
+            [*draw.points(draw.CurveConfig("c", [1.0], [results]))]
