@@ -3,7 +3,10 @@
 import functools
 import json
 import math
+import os
 import runpy
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -595,3 +598,32 @@ def test_accelerate_accepts_the_multi_gpu_configurations(name: str, kind: str) -
     config = load_config_from_file(str(file))
     assert config.distributed_type == kind and config.num_processes > 1
     assert f"--accelerate accelerate/{name}.yaml" in file.read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("bash", "sha256sum", "split", "timeout", "xz"))), reason="no GNU tools")
+def test_a_training_is_carried_to_another_machine_in_parts(work: Work, tmp_path: Path) -> None:
+    def script(*words: str) -> subprocess.CompletedProcess:
+        small = {"STEPS": "2", "BATCH": "400", "SPLITS": "[dev]", "DECODING": "fallback=false"}
+        small |= {
+            "PYTHON": sys.executable,
+            "ARGS": "precision=no lora.rank=2 save_every=1",
+            "ACCELERATE_USE_CPU": "true",
+        }
+        command = ["bash", str(ROOT / "recipes" / "ten_minutes.sh"), *words]
+        return subprocess.run(command, cwd=tmp_path, env={**os.environ, **small}, capture_output=True, text=True)
+
+    sources = [str(work.folder / name) for name in ("base", "codec", "codes")]
+    packed = script("pack", "parts", *sources)
+    assert packed.returncode == 0, packed.stderr
+    again = script("pack", "parts", *sources)
+    assert again.returncode == 1 and "parts is not empty" in again.stderr
+    ran = script("run", "parts", "results")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert {row["split"] for row in read_jsonl(tmp_path / "results" / "test" / "predictions.jsonl")} == {"dev"}
+    assert "loss" in read_jsonl(tmp_path / "results" / "train_log.jsonl")[0]
+
+    with (tmp_path / "parts" / "part.aa").open("r+b") as part:
+        part.truncate(1000)
+    damaged = script("run", "parts", "other")
+    assert damaged.returncode == 1 and "one is damaged" in damaged.stderr
+    assert script("run", "parts").returncode == 2
