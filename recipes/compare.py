@@ -150,6 +150,7 @@ from speechllm.evaluation.comparison import (
     pool_recognition,
     without_shares,
 )
+from speechllm.evaluation.tables import markdown
 from speechllm.reports.comparison_page import write_comparison
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import claim_output, run_recipe
@@ -171,10 +172,10 @@ def main(config: CompareConfig) -> None:
         systems = without_shares(results)
         write_json(run / "results.json", {"systems": systems, "seconds_by_stage": stages.seconds, **made})
         tables = comparison_tables(results)
-        write_text(run / "table.md", page := "\n".join(table.markdown() for table in tables))
+        write_text(run / "table.md", markdown(tables))
         title = "Comparison of tokenizers"
         write_comparison(run / "report.html", title=title, results=results, tables=tables, provenance=made)
-    print(page)
+    print(markdown(tables))
 
 
 def plan(config: CompareConfig, run: Path) -> Commands:

@@ -1,4 +1,4 @@
-"""Draw how the word error rate falls with more training speech, more steps, or anything else that was varied.
+"""Draw how the error rate falls with more training speech, more steps, or anything else that was varied.
 
     python recipes/draw_scaling.py "curves=[{name: letters, at: [1, 3.3, 9.2], results: [A, B, C]}]" until=500 \\
         label="hours of training speech" output=scaling.svg
@@ -12,9 +12,10 @@ Prints the points and the lines as a Markdown table.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from speechllm.runs.config import parse_config
-from tokenizer.settings import Names, Positive, Settings
+from tokenizer.settings import NOT_EMPTY, Names, Positive, Settings
 
 
 @dataclass
@@ -25,15 +26,19 @@ class CurveConfig(Settings):
 
     def contradictions(self) -> Iterator[str]:
         if len(self.at) != len(self.results):
-            yield f"{self.name}: expected a place for each evaluation, got {len(self.at)} and {len(self.results)}"
+            yield f"at must hold one place for each of the {len(self.results)} results, got {len(self.at)}"
 
 
 @dataclass
 class ScalingConfig(Settings):
-    curves: list[CurveConfig]
+    curves: Annotated[list[CurveConfig], NOT_EMPTY]
     output: str  # picture, ending in .svg, .png or .pdf; an existing one is not overwritten
     label: str = "hours of training speech"  # of the axis
     until: Positive | None = None  # where the dotted lines end; the largest place of all when null
+
+    def contradictions(self) -> Iterator[str]:
+        if len({curve.name for curve in self.curves}) < len(self.curves):
+            yield "curves must have different names"
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -42,7 +47,7 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 import numpy as np
 
 from speechllm import DataError
-from speechllm.evaluation.tables import Table
+from speechllm.evaluation.tables import Table, primary_measure
 from speechllm.reports.plots import figure_format, power_law, save_figure, scaling_figure
 from speechllm.runs.recipe import run_recipe
 from tokenizer.claims import claim_file
@@ -54,25 +59,30 @@ def main(config: ScalingConfig) -> None:
     figure_format(config.output)
     curves = {curve.name: np.array([*points(curve)]) for curve in config.curves}
     until = config.until or max(curve[:, 0].max() for curve in curves.values())
-    save_figure(scaling_figure(curves, config.label, until), config.output)
+    rates = {read_json(Path(folder) / "results.json")["primary"] for curve in config.curves for folder in curve.results}
+    if len(rates) > 1:
+        raise DataError("some texts have spaces and others none, so that WER and CER lead: draw them apart")
+    rate = rates.pop().upper()
+    save_figure(scaling_figure(curves, config.label, until, f"{rate} (%)"), config.output)
     rows = []
     for name, curve in curves.items():
-        rows += [[name, f"{at:g}", f"{wer:.1%} ({low:.1%} to {high:.1%})"] for at, wer, low, high in curve]
+        rows += [[name, f"{at:g}", f"{value:.1%} ({low:.1%} to {high:.1%})"] for at, value, low, high in curve]
         if (line := power_law(curve)) and until > curve[:, 0].max():
             rows.append([name, f"{until:g}", f"{line(until):.1%} on the dotted line, if it goes on"])
-    print(Table(f"Word errors against {config.label}", ["curve", config.label, "WER"], rows).markdown())
+    print(Table(f"{rate} against {config.label}", ["curve", config.label, rate], rows).markdown())
     print(f"{config.output} drawn")
 
 
 def points(curve: CurveConfig) -> Iterator[tuple[float, float, float, float]]:
-    """Place, word error rate and the bounds of its interval, of each evaluation."""
+    """Place, error rate and the bounds of its interval, of each evaluation."""
     for at, folder in sorted(zip(curve.at, curve.results, strict=True)):
         results = read_json(Path(folder) / "results.json")
-        if "wer" not in results or "ci95" not in results:
-            raise DataError(f"{folder} is no folder of eval_asr: it has no results.json with a word error rate")
-        if results["wer"] <= 0:
-            raise DataError(f"{folder}: a word error rate of 0 has no place on a logarithmic axis")
-        yield at, results["wer"], *results["ci95"]
+        if "primary" not in results:
+            raise DataError(f"{folder} is no output of eval_asr.py: it has no results.json with an error rate")
+        found = primary_measure({**results, "mean": results["wer"]})
+        if found["mean"] <= 0:
+            raise DataError(f"{folder}: a rate of 0 has no place on a logarithmic axis: leave it out of {curve.name}")
+        yield at, found["mean"], *found["ci95"]
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ class EvalAsrConfig(Settings):
     seed: Seed = 0
 
     def contradictions(self) -> Iterator[str]:
-        if self.model is None and (self.beams > 1 or self.letters_weight):
-            yield "beams and letters_weight are those of a language model, but model is null"
+        if self.model is None and (self.base or self.beams > 1 or self.letters_weight):
+            yield "base, beams and letters_weight are of a language model, but model is null"
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -83,13 +83,17 @@ def main(config: EvalAsrConfig) -> None:
     run_started = time.perf_counter()
     folder = claim_output(config.output, config)
     require_texts(config.codes, config.normalizer)
-    run_folder = Path(check_folder(config.model, [], "a speech language model")).parent if config.model else None
+    run_folder = (
+        Path(check_folder(config.model, [], "a speech language model")).parent if config.model is not None else None
+    )
     speech_llm = load(config)
     rows, encoding = load_codes(config.codes, config.splits)
     if speech_llm is not None:
         speech_llm.vocabulary.require(encoding)
     elif not encoding.readable:
-        raise DataError(f"{config.codes}: {encoding.kind} say nothing without a language model, and model is null")
+        raise DataError(
+            f"{config.codes}: {encoding.kind} say nothing without a language model: give one as model=RUN/model"
+        )
     total, rows = len(rows), [*transcribed(rows)]
     if not rows:
         raise SystemExit(f"{config.codes}: no utterance of {config.splits or 'any split'} has a transcript")
@@ -99,14 +103,15 @@ def main(config: EvalAsrConfig) -> None:
     speakers = [row["speaker"] or "?" for row in rows]
     word_error_rate(references, references, config.normalizer)  # fails before decoding if the texts cannot be scored
     decode = decoder(speech_llm, encoding, config)
-    audio_s, reading = sum(durations_s), {}
-    if speech_llm is not None:  # without the two markers
+    audio_s, figures = sum(durations_s), {}
+    if speech_llm is not None:
+        # without the two markers
         tokens = [len(speech_llm.vocabulary.token_ids(part, speech_llm.text_tokenizer)) - 2 for part in speech]
-        reading = {"tokens_per_second": sum(tokens) / audio_s}
-    if speech_llm is not None and encoding.readable:
-        name = "recognizer" if encoding.kind == "text" else "letters"
-        alone, spelled = rates(references, [encoding.spelled(part) for part in speech], config)
-        reading |= {f"wer_{name}": alone.wer, f"wer_{name}_ci95": alone.ci95, f"cer_{name}": spelled.wer}
+        figures = {"tokens_per_second": sum(tokens) / audio_s}
+        if encoding.readable:
+            name = "recognizer" if encoding.kind == "text" else "letters"
+            alone, spelled = rates(references, [encoding.spelled(part) for part in speech], config)
+            figures |= {f"wer_{name}": alone.wer, f"wer_{name}_ci95": alone.ci95, f"cer_{name}": spelled.wer}
 
     started = time.perf_counter()
     found = decode(speech, durations_s=durations_s)
@@ -128,7 +133,7 @@ def main(config: EvalAsrConfig) -> None:
         "without_transcript": total - len(rows),  # not scored
         "audio_s": audio_s,
         "real_time_factor": elapsed / audio_s,
-        **reading,
+        **figures,
         "codec_fingerprint": encoding.fingerprint,
         "encoded": summarize_shards(config.codes),  # including what was skipped
         **provenance(config, time.perf_counter() - run_started),

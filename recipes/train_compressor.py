@@ -67,6 +67,7 @@ from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import MAY_CHANGE, Run
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
+from tokenizer.corpus import spread
 from tokenizer.files import atomic_folder
 from tokenizer.prefetch import prefetch
 from tokenizer.progress import progress_bar
@@ -84,8 +85,9 @@ def main(config: CompressorConfig) -> None:
     # 1. encoded speech, its tokenizer, and the letters of the transcripts
     require_texts(config.codes, config.normalizer)
     train, encoding = load_codes(config.codes, config.splits)
-    train = transcribed(train, config.max_utterances, config.normalizer)
-    train = train.select([i for i, s in enumerate(train["duration_s"]) if s <= config.max_duration_s])
+    train = transcribed(train, normalizer=config.normalizer)
+    short = [i for i, s in enumerate(train["duration_s"]) if s <= config.max_duration_s]
+    train = train.select(spread(short, config.max_utterances))
     if not len(train):
         source = spell_corpora(config.codes)
         raise DataError(f"{source}: no utterance of up to {config.max_duration_s:g} s has a transcript")

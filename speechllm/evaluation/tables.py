@@ -34,6 +34,11 @@ class Table:
         return "\n".join([*lines, *(["", self.note] if self.note else [])]) + "\n"
 
 
+def markdown(tables: Sequence[Table]) -> str:
+    """Several tables as one Markdown page."""
+    return "\n".join(table.markdown() for table in tables)
+
+
 def primary_measure(found: Result) -> Measure:
     """The error rate that leads in pooled results of eval_asr: the WER, or the CER where texts have no spaces."""
     return {**found, "mean": found["cer"], "ci95": found["cer_ci95"]} if found.get("primary") == "cer" else found

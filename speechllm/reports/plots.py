@@ -176,7 +176,7 @@ def cost_figure(lines: Mapping[str, np.ndarray]) -> Any:
     return figure
 
 
-def scaling_figure(curves: Mapping[str, np.ndarray], label: str, until: float) -> Any:
+def scaling_figure(curves: Mapping[str, np.ndarray], label: str, until: float, rate: str) -> Any:
     """Error rates on logarithmic axes: float [points, 4] of place, rate and the bounds of its interval by name.
 
     Dotted: the `power_law` of each, up to `until`.
@@ -189,7 +189,7 @@ def scaling_figure(curves: Mapping[str, np.ndarray], label: str, until: float) -
         if law := power_law(points):
             ends = np.array([at.min(), until])
             axis.plot(ends, 100 * law(ends), ":", lw=1, color=line.get_color())
-    axis.set(xscale="log", yscale="log", xlabel=label, ylabel="WER (%)")
+    axis.set(xscale="log", yscale="log", xlabel=label, ylabel=rate)
     for both in (axis.xaxis, axis.yaxis):
         both.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
@@ -200,11 +200,11 @@ def scaling_figure(curves: Mapping[str, np.ndarray], label: str, until: float) -
 
 
 def power_law(points: np.ndarray) -> Callable[[Any], Any] | None:
-    """The power of the place that fits the rates best, by least squares of logarithms; None for fewer than 3 points.
+    """The power of the place that fits the rates best, by least squares of logarithms; None for fewer than 3 places.
 
     points: float [points, 2 or more] of place and rate, both above 0.
     """
-    if len(points) < 3:
+    if len(set(points[:, 0])) < 3:
         return None
     at, rate = np.log(points[:, :2]).T
     slope, level = np.polyfit(at, rate, 1)

@@ -158,7 +158,7 @@ JOBS = (  # the long ones first
     ),
     Job(
         "draw_scaling",
-        'draw_scaling.py curves=[{"name":"x","at":[1],"results":["evaluation"]}] output=OUT/drawn.svg',
+        'draw_scaling.py "curves=[{name: x, at: [1], results: [evaluation]}]" output=OUT/drawn.svg',
         2,
     ),
     Job("draw_pipeline", "draw_pipeline.py model=asr/model audio=corpus/test/u18.flac output=OUT/drawn.svg", 2),

@@ -20,6 +20,7 @@ from speechllm.evaluation.comparison import (
 )
 from speechllm.evaluation.error_rates import seeds_error_rate
 from speechllm.evaluation.guidance import guidance, overlap
+from speechllm.evaluation.tables import markdown
 from speechllm.reports.comparison_page import write_comparison
 from speechllm.runs.config import load_config
 from speechllm.runs.machine import available_cpus
@@ -39,7 +40,7 @@ ASR = {
 
 
 def markdown_of(results: dict) -> str:
-    return "\n".join(table.markdown() for table in comparison_tables(results))
+    return markdown(comparison_tables(results))
 
 
 @pytest.fixture

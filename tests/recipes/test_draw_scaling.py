@@ -18,9 +18,12 @@ def draw(recipe: Callable[[str], ModuleType]) -> ModuleType:
     return recipe("draw_scaling.py")
 
 
-def evaluation(folder: Path, wer: float) -> str:
+def evaluation(folder: Path, wer: float, cer: float | None = None) -> str:
+    """Results of eval_asr; with a CER, of texts without spaces, where it leads."""
     folder.mkdir()
-    write_json(folder / "results.json", {"wer": wer, "ci95": [0.9 * wer, 1.1 * wer]})
+    rates = {"primary": "wer", "wer": wer, "ci95": [0.9 * wer, 1.1 * wer]}
+    spelled = {} if cer is None else {"primary": "cer", "cer": cer, "cer_ci95": [cer / 2, 2 * cer]}
+    write_json(folder / "results.json", rates | spelled)
     return str(folder)
 
 
@@ -39,19 +42,35 @@ def test_a_power_law_is_found_and_drawn_on(
 
     curve = np.array([*draw.points(config.curves[0])])
     law = power_law(curve)
-    assert law is not None and law(curve[:, 0]) == pytest.approx(curve[:, 1]) and power_law(curve[:2]) is None
-    (axis,) = scaling_figure({"whole": curve, "pair": curve[:2]}, "hours", 64).axes
+    assert law is not None and law(curve[:, 0]) == pytest.approx(curve[:, 1])
+    assert power_law(curve[:2]) is None and power_law(curve[[0, 1, 1]]) is None  # three seeds at two places
+    (axis,) = scaling_figure({"whole": curve, "pair": curve[:2]}, "hours", 64, "WER (%)").axes
     dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
     assert len(dotted) == 1 and dotted[0].get_xydata() == pytest.approx(np.array([[2, 56.5685], [64, 10]]), rel=1e-4)
 
 
+def test_the_rate_that_leads_is_drawn(
+    draw: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, without_pictures: None
+) -> None:
+    words, letters = evaluation(tmp_path / "words", 0.5), evaluation(tmp_path / "letters", 1.0, cer=0.1)
+    draw.main(draw.ScalingConfig([draw.CurveConfig("c", [1.0], [letters])], str(tmp_path / "x.svg")))
+    assert "| c | 1 | 10.0% (5.0% to 20.0%) |" in capsys.readouterr().out
+    both = draw.CurveConfig("c", [1.0, 2.0], [letters, words])
+    with pytest.raises(DataError, match="WER and CER lead"):
+        draw.main(draw.ScalingConfig([both], str(tmp_path / "y.svg")))
+
+
 def test_what_cannot_be_drawn_is_refused(draw: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="expected a place for each evaluation, got 1 and 2"):
+    with pytest.raises(SettingsError, match="at must hold one place for each of the 2 results, got 1"):
         draw.CurveConfig("c", [1.0], ["a", "b"])
+    curve = draw.CurveConfig("c", [1.0], ["a"])
+    for curves, message in (([], "curves must be"), ([curve, curve], "curves must have different names")):
+        with pytest.raises(SettingsError, match=message):
+            draw.ScalingConfig(curves, "x.svg")
     (tmp_path / "empty").mkdir()
     for results, message in (
-        (str(tmp_path / "empty"), "no folder of eval_asr"),
-        (evaluation(tmp_path / "none", 0.0), "a word error rate of 0"),
+        (str(tmp_path / "empty"), "no output of eval_asr.py"),
+        (evaluation(tmp_path / "none", 0.0), "a rate of 0"),
     ):
         with pytest.raises(DataError, match=message):
             [*draw.points(draw.CurveConfig("c", [1.0], [results]))]

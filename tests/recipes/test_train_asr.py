@@ -602,7 +602,7 @@ def test_accelerate_accepts_the_multi_gpu_configurations(name: str, kind: str) -
 
 @pytest.mark.skipif(not all(map(shutil.which, ("bash", "sha256sum", "split", "timeout", "xz"))), reason="no GNU tools")
 def test_a_training_is_carried_to_another_machine_in_parts(work: Work, tmp_path: Path) -> None:
-    def script(*words: str) -> subprocess.CompletedProcess:
+    def script(*words: str, **variables: str) -> subprocess.CompletedProcess:
         small = {"STEPS": "2", "BATCH": "400", "SPLITS": "[dev]", "DECODING": "fallback=false"}
         small |= {
             "PYTHON": sys.executable,
@@ -610,20 +610,27 @@ def test_a_training_is_carried_to_another_machine_in_parts(work: Work, tmp_path:
             "ACCELERATE_USE_CPU": "true",
         }
         command = ["bash", str(ROOT / "recipes" / "ten_minutes.sh"), *words]
-        return subprocess.run(command, cwd=tmp_path, env={**os.environ, **small}, capture_output=True, text=True)
+        settings = {"cwd": tmp_path, "env": {**os.environ, **small, **variables}, "timeout": 300}
+        return subprocess.run(command, capture_output=True, text=True, **settings)
 
     sources = [str(work.folder / name) for name in ("base", "codec", "codes")]
-    packed = script("pack", "parts", *sources)
+    packed = script("pack", "my parts", *sources)
     assert packed.returncode == 0, packed.stderr
-    again = script("pack", "parts", *sources)
-    assert again.returncode == 1 and "parts is not empty" in again.stderr
-    ran = script("run", "parts", "results")
-    assert ran.returncode == 0, ran.stderr[-3000:]
+    again = script("pack", "my parts", *sources)
+    assert again.returncode == 1 and "my parts is not empty" in again.stderr
+    refused = script("run", "my parts", "none", ARGS="stepz=1")
+    assert refused.returncode == 2 and "did you mean steps?" in refused.stderr  # its own message and status
+    for _ in range(2):  # and a finished one is tested again
+        ran = script("run", "my parts", "results")
+        assert ran.returncode == 0, ran.stderr[-3000:]
     assert {row["split"] for row in read_jsonl(tmp_path / "results" / "test" / "predictions.jsonl")} == {"dev"}
     assert "loss" in read_jsonl(tmp_path / "results" / "train_log.jsonl")[0]
 
-    with (tmp_path / "parts" / "part.aa").open("r+b") as part:
+    shutil.rmtree(tmp_path / "my parts")
+    assert script("pack", "my parts", *sources).returncode == 0
+    with (tmp_path / "my parts" / "part.aa").open("r+b") as part:
         part.truncate(1000)
-    damaged = script("run", "parts", "other")
-    assert damaged.returncode == 1 and "one is damaged" in damaged.stderr
-    assert script("run", "parts").returncode == 2
+    damaged = script("run", "my parts", "other")
+    assert damaged.returncode == 1 and "part.aa: FAILED" in damaged.stdout and "and sums, again" in damaged.stderr
+    assert not (tmp_path / "other").exists() and not (tmp_path / "my parts" / "work").exists()
+    assert script("run", "my parts").returncode == 2
