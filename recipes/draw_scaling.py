@@ -47,7 +47,7 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 import numpy as np
 
 from speechllm import DataError
-from speechllm.evaluation.tables import Table, primary_measure
+from speechllm.evaluation.tables import Measure, Table, primary_measure
 from speechllm.reports.plots import figure_format, power_law, save_figure, scaling_figure
 from speechllm.runs.recipe import run_recipe
 from tokenizer.claims import claim_file
@@ -57,13 +57,17 @@ from tokenizer.files import read_json
 def main(config: ScalingConfig) -> None:
     claim_file(config.output)
     figure_format(config.output)
-    curves = {curve.name: np.array([*points(curve)]) for curve in config.curves}
-    until = config.until or max(curve[:, 0].max() for curve in curves.values())
-    rates = {read_json(Path(folder) / "results.json")["primary"] for curve in config.curves for folder in curve.results}
+    found = {curve.name: [*measures(curve)] for curve in config.curves}
+    rates = {measure["primary"].upper() for curve in found.values() for _, measure in curve}
     if len(rates) > 1:
         raise DataError("some texts have spaces and others none, so that WER and CER lead: draw them apart")
-    rate = rates.pop().upper()
-    save_figure(scaling_figure(curves, config.label, until, f"{rate} (%)"), config.output)
+    (rate,) = rates
+    curves = {
+        name: np.array([[at, measure["mean"], *measure["ci95"]] for at, measure in curve])
+        for name, curve in found.items()
+    }
+    until = config.until or max(curve[:, 0].max() for curve in curves.values())
+    save_figure(scaling_figure(curves, config.label, until, rate), config.output)
     rows = []
     for name, curve in curves.items():
         rows += [[name, f"{at:g}", f"{value:.1%} ({low:.1%} to {high:.1%})"] for at, value, low, high in curve]
@@ -73,8 +77,8 @@ def main(config: ScalingConfig) -> None:
     print(f"{config.output} drawn")
 
 
-def points(curve: CurveConfig) -> Iterator[tuple[float, float, float, float]]:
-    """Place, error rate and the bounds of its interval, of each evaluation."""
+def measures(curve: CurveConfig) -> Iterator[tuple[float, Measure]]:
+    """The place and the error rate of each evaluation, from left to right."""
     for at, folder in sorted(zip(curve.at, curve.results, strict=True)):
         results = read_json(Path(folder) / "results.json")
         if "primary" not in results:
@@ -82,7 +86,7 @@ def points(curve: CurveConfig) -> Iterator[tuple[float, float, float, float]]:
         found = primary_measure({**results, "mean": results["wer"]})
         if found["mean"] <= 0:
             raise DataError(f"{folder}: a rate of 0 has no place on a logarithmic axis: leave it out of {curve.name}")
-        yield at, found["mean"], *found["ci95"]
+        yield at, found
 
 
 if __name__ == "__main__":

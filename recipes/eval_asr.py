@@ -83,10 +83,9 @@ def main(config: EvalAsrConfig) -> None:
     run_started = time.perf_counter()
     folder = claim_output(config.output, config)
     require_texts(config.codes, config.normalizer)
-    run_folder = (
-        Path(check_folder(config.model, [], "a speech language model")).parent if config.model is not None else None
-    )
-    speech_llm = load(config)
+    speech_llm, run_folder = load(config), None
+    if config.model is not None:
+        run_folder = Path(check_folder(config.model, [], "a speech language model")).parent
     rows, encoding = load_codes(config.codes, config.splits)
     if speech_llm is not None:
         speech_llm.vocabulary.require(encoding)

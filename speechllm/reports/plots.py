@@ -177,19 +177,20 @@ def cost_figure(lines: Mapping[str, np.ndarray]) -> Any:
 
 
 def scaling_figure(curves: Mapping[str, np.ndarray], label: str, until: float, rate: str) -> Any:
-    """Error rates on logarithmic axes: float [points, 4] of place, rate and the bounds of its interval by name.
+    """An error rate, WER or CER, on logarithmic axes.
 
+    curves: float [points, 4] of place, value and the bounds of its interval by name.
     Dotted: the `power_law` of each, up to `until`.
     """
     figure, (axis,) = _panels(1, 1, 3.6, 6.5)
     for name, points in curves.items():
-        at, rate, low, high = points.T
-        bounds = 100 * np.maximum([rate - low, high - rate], 0)
-        (line, *_) = axis.errorbar(at, 100 * rate, bounds, fmt="o-", markersize=4, capsize=2, label=name)
+        at, value, low, high = points.T
+        bounds = 100 * np.maximum([value - low, high - value], 0)
+        (line, *_) = axis.errorbar(at, 100 * value, bounds, fmt="o-", markersize=4, capsize=2, label=name)
         if law := power_law(points):
             ends = np.array([at.min(), until])
             axis.plot(ends, 100 * law(ends), ":", lw=1, color=line.get_color())
-    axis.set(xscale="log", yscale="log", xlabel=label, ylabel=rate)
+    axis.set(xscale="log", yscale="log", xlabel=label, ylabel=f"{rate} (%)")
     for both in (axis.xaxis, axis.yaxis):
         both.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")

@@ -40,11 +40,12 @@ def test_a_power_law_is_found_and_drawn_on(
     assert "| whole | 64 | 10.0% on the dotted line, if it goes on |" in table and "| pair | 64" not in table
     assert (tmp_path / "x.svg").exists()
 
-    curve = np.array([*draw.points(config.curves[0])])
+    curve = np.array([[at, found["wer"], *found["ci95"]] for at, found in draw.measures(config.curves[0])])
     law = power_law(curve)
     assert law is not None and law(curve[:, 0]) == pytest.approx(curve[:, 1])
     assert power_law(curve[:2]) is None and power_law(curve[[0, 1, 1]]) is None  # three seeds at two places
-    (axis,) = scaling_figure({"whole": curve, "pair": curve[:2]}, "hours", 64, "WER (%)").axes
+    (axis,) = scaling_figure({"whole": curve, "pair": curve[:2]}, "hours", 64, "WER").axes
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("hours", "WER (%)")
     dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
     assert len(dotted) == 1 and dotted[0].get_xydata() == pytest.approx(np.array([[2, 56.5685], [64, 10]]), rel=1e-4)
 
@@ -73,4 +74,4 @@ def test_what_cannot_be_drawn_is_refused(draw: ModuleType, tmp_path: Path) -> No
         (evaluation(tmp_path / "none", 0.0), "a rate of 0"),
     ):
         with pytest.raises(DataError, match=message):
-            [*draw.points(draw.CurveConfig("c", [1.0], [results]))]
+            [*draw.measures(draw.CurveConfig("c", [1.0], [results]))]
