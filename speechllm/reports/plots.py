@@ -182,6 +182,8 @@ def scaling_figure(curves: Mapping[str, np.ndarray], label: str, until: float, r
     curves: float [points, 4] of place, value and the bounds of its interval by name.
     Dotted: the `power_law` of each, up to `until`.
     """
+    from matplotlib.ticker import LogFormatter
+
     figure, (axis,) = _panels(1, 1, 3.6, 6.5)
     for name, points in curves.items():
         at, value, low, high = points.T
@@ -193,7 +195,7 @@ def scaling_figure(curves: Mapping[str, np.ndarray], label: str, until: float, r
     axis.set(xscale="log", yscale="log", xlabel=label, ylabel=f"{rate} (%)")
     for both in (axis.xaxis, axis.yaxis):
         both.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
+        both.set_minor_formatter(LogFormatter())  # 2000, and nothing where there is no room
     axis.tick_params(which="minor", labelsize=7)
     axis.grid(alpha=0.25, which="both")
     axis.legend(fontsize=8, frameon=False)
