@@ -33,6 +33,8 @@ def config_of(module: types.ModuleType, output: Path, **values: Any) -> Any:
     given = dict.fromkeys(required, "nowhere") | {"kind": "semantic"} if "kind" in required else {}
     if "systems" in required:
         given |= {"systems": [module.SystemConfig("a", tokenizer="x")], "tasks": ["content"]}
+    if "curves" in required:
+        given |= {"curves": [module.CurveConfig("a", [1.0], ["nowhere"])]}
     return cls(**{**dict.fromkeys(required, "nowhere"), **given, **values, "output": str(output)})
 
 
