@@ -172,10 +172,10 @@ def main(config: CompareConfig) -> None:
         systems = without_shares(results)
         write_json(run / "results.json", {"systems": systems, "seconds_by_stage": stages.seconds, **made})
         tables = comparison_tables(results)
-        write_text(run / "table.md", markdown(tables))
+        write_text(run / "table.md", page := markdown(tables))
         title = "Comparison of tokenizers"
         write_comparison(run / "report.html", title=title, results=results, tables=tables, provenance=made)
-    print(markdown(tables))
+    print(page)
 
 
 def plan(config: CompareConfig, run: Path) -> Commands:

@@ -47,7 +47,7 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 import numpy as np
 
 from speechllm import DataError
-from speechllm.evaluation.tables import Measure, Table, primary_measure
+from speechllm.evaluation.tables import Measure, Table, cell, primary_measure
 from speechllm.reports.plots import figure_format, power_law, save_figure, scaling_figure
 from speechllm.runs.recipe import run_recipe
 from tokenizer.claims import claim_file
@@ -70,7 +70,7 @@ def main(config: ScalingConfig) -> None:
     save_figure(scaling_figure(curves, config.label, until, rate), config.output)
     rows = []
     for name, curve in curves.items():
-        rows += [[name, f"{at:g}", f"{value:.1%} ({low:.1%} to {high:.1%})"] for at, value, low, high in curve]
+        rows += [[name, f"{at:g}", cell(measure, ".1%")] for at, measure in found[name]]
         if (line := power_law(curve)) and until > curve[:, 0].max():
             rows.append([name, f"{until:g}", f"{line(until):.1%} on the dotted line, if it goes on"])
     print(Table(f"{rate} against {config.label}", ["curve", config.label, rate], rows).markdown())
