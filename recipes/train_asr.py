@@ -70,6 +70,7 @@ class AsrConfig(Settings):
     stack: Count = 2  # continuous features per token
     prefix_attention: bool = False  # the tokens of an audio attend to each other in both directions
     init: Literal["codebook", "mean", "random"] = "codebook"  # of the new rows
+    letters: str | None = None  # compressor that was trained on the codes: new rows begin as what it spells for them
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     speech_loss: NonNegative = 0.0  # weight of the loss of predicting codes, with label smoothing; 0: text only
     steps: Count = 10_000
@@ -146,6 +147,7 @@ from speechllm.data.conversations import (
 )
 from speechllm.data.encoded import require_texts, transcribed
 from speechllm.data.rows import mixed, read_rows
+from speechllm.data.spelling import spelling_of
 from speechllm.decoding import answer_bound
 from speechllm.evaluation.scripts import primary_rate
 from speechllm.extension import Extension
@@ -214,6 +216,7 @@ def main(config: AsrConfig) -> None:
         stack=config.stack,
         template=config.template,
         prefix_attention=config.prefix_attention,
+        spelling=spelling_of(config.letters, train, config.layers),
     )
     texts = train["text"] + [answer for task, _ in tasks for row in task for answer in row.answers]
     if config.model is None:

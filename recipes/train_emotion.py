@@ -30,7 +30,7 @@ class BertShape(Settings):
 
     hidden_size: Count = 768
     intermediate_size: Count = 3072
-    num_hidden_layers: Count = 12
+    num_hidden_layers: Natural = 12  # 0: the mean of embeddings alone
     num_attention_heads: Count = 12
 
     def contradictions(self) -> Iterable[str]:
@@ -54,6 +54,7 @@ class EmotionConfig(Settings):
     weight_decay: NonNegative = 0.01
     warmup: Count = 50  # steps
     clip: Positive = 1.0  # largest gradient norm
+    precision: Literal["no", "bf16"] = "no"
     seed: Seed = 0
 
 
@@ -63,6 +64,7 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
@@ -89,7 +91,7 @@ from tokenizer.files import read_json, write_json, write_jsonl
 
 
 def main(config: EmotionConfig) -> None:
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(config.precision)
 
     # 1. labelled codes, their codec, and the folds
     rows, encoding = load_codes(config.codes)
@@ -107,7 +109,7 @@ def main(config: EmotionConfig) -> None:
     for number in range(accelerator.process_index, len(jobs), accelerator.num_processes):
         if not files[number].exists():
             name, actors = jobs[number]
-            settings = speech, codebooks, config, accelerator.device
+            settings = speech, codebooks, config, accelerator
             write_json(files[number], run_fold(name, actors, *settings, files[number].parent))
         shutil.rmtree(files[number].with_suffix(""), ignore_errors=True)  # what only an interrupted fold needs
 
@@ -132,7 +134,7 @@ def run_fold(
     speech: Sequence[EmotionalSpeech],
     codebooks: Tensor,
     config: EmotionConfig,
-    device: torch.device,
+    accelerator: Accelerator,
     folder: Path,
 ) -> dict[str, Any]:
     """Train on all other actors and classify the utterances of these: mean loss by epoch, one row per utterance.
@@ -145,6 +147,7 @@ def run_fold(
     set_seed(config.seed)  # the same model and permutation when it goes on
     if name == CONTROL:
         labels = labels[torch.randperm(len(labels))]
+    device = accelerator.device
     classifier = make_classifier(speech, codebooks, config).to(device)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     per_epoch = max(1, len(train) // config.batch_size)
@@ -157,7 +160,8 @@ def run_fold(
     for step in loop:
         set_learning_rate(optimizer, warmup_cosine(step, steps, config.warmup))
         batch = next(batches)
-        logits = classifier(padded([train[i] for i in batch], device))
+        with accelerator.autocast():
+            logits = classifier(padded([train[i] for i in batch], device)).float()
         # utterances have equal weight, as in the accuracy; the mean recall shows the effect on rare emotions
         loss = F.cross_entropy(logits, labels[batch].to(device))
         optimizer.zero_grad()
@@ -172,8 +176,8 @@ def run_fold(
     rows = []
     for first in range(0, len(test), config.batch_size):
         part = test[first : first + config.batch_size]
-        with torch.no_grad():
-            shares = classifier(padded(part, device)).softmax(-1).cpu()
+        with torch.no_grad(), accelerator.autocast():
+            shares = classifier(padded(part, device)).float().softmax(-1).cpu()
         for one, share in zip(part, shares, strict=True):
             answer = int(share.argmax())
             row = {"id": one.id, "actor": one.actor, "fold": name, "emotion": EMOTIONS[one.label]}
@@ -191,10 +195,8 @@ def make_classifier(speech: Sequence[EmotionalSpeech], codebooks: Tensor, config
     else:
         bert = load_bert(config.model)
     longest, places = max(one.codes.shape[1] for one in speech), bert.config.max_position_embeddings
-    if longest >= places:
-        raise DataError(
-            f"an utterance has {longest} frames, but this BERT has room for {places - 1}: exclude long ones"
-        )
+    if longest > places:
+        raise DataError(f"an utterance has {longest} frames, but this BERT has room for {places}: exclude long ones")
     return EmotionClassifier(bert, codebooks, config.init, config.seed)
 
 

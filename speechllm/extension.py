@@ -1,5 +1,7 @@
 """A language model's vocabulary, extended by one token for every audio code."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, TypedDict, cast
 
 import torch
@@ -7,12 +9,23 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from speechllm.encoding import Encoding
-from speechllm.projector import add_projector
+from speechllm.projector import add_projector, mean_rows
 from speechllm.vocabulary import END, START, AudioVocabulary, Order, Template, VocabularyError, text_token_ids
 from tokenizer.interface import AudioTokenizer, DiscreteTokenizer
 
 MARK = "reads_codes_of"  # key in the config.json of an extended model: the codec's fingerprint
 Init = Literal["codebook", "mean", "random"]
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """What codes stand for. shares: float [codes, L], how much of each of L texts, such as letters, is in each code.
+
+    The shares of a code sum to 1, or are all 0: nothing is known of it.
+    """
+
+    labels: Sequence[str]
+    shares: Tensor
 
 
 class Extension(TypedDict, total=False):
@@ -25,6 +38,7 @@ class Extension(TypedDict, total=False):
     stack: int
     template: Template
     prefix_attention: bool
+    spelling: Spelling | None
 
 
 def extend_vocabulary(
@@ -38,6 +52,7 @@ def extend_vocabulary(
     stack: int = 1,
     template: Template = "plain",
     prefix_attention: bool = False,
+    spelling: Spelling | None = None,
 ) -> AudioVocabulary:
     """Add one token per code of the codec's first `layers` codebooks. Changes model and text tokenizer in place.
 
@@ -51,6 +66,8 @@ def extend_vocabulary(
     order: of the codes of several layers. stack: number of continuous features per token; their projector becomes the
     model's submodule `speech_projector`. template: how conversations are written, see `ConversationWriter`.
     prefix_attention: the tokens of an audio attend to each other in both directions (`require_attention`).
+    spelling: the row of every code that it knows begins as the mean of the rows of what the code stands for, so that a
+    language model reads a kind of text from the first step on.
     Raises VocabularyError for a vocabulary that is already extended, DataError for layers that the codec lacks.
     """
     encoding = Encoding.of(codec, layers)
@@ -98,6 +115,10 @@ def extend_vocabulary(
     with torch.no_grad():
         for matrix in matrices:
             rows_new = new_rows(matrix[:texts], vectors, len(names), init, generator)
+            if spelling is not None and encoding.kind == "codes":
+                labels = text_token_ids(text_tokenizer, spelling.labels)
+                known = spelling.shares.sum(1) > 0
+                rows_new[:count][known] = (spelling.shares @ mean_rows(matrix, labels))[known]
             matrix[ids[0] : ids[0] + len(names)] = rows_new.to(matrix)
     stack = stack if encoding.kind == "features" else 1
     ends = ids[0], ids[count], ids[count + 1], rows

@@ -55,10 +55,15 @@ def add_projector(
         # stacked, the last features are those of one label of several
         labels = len(vocabulary.encoding.labels) if vocabulary.stack == 1 else 0
         projector = SpeechProjector(width, rows.shape[1], float(rows.detach().float().std()), labels)
-        for label, ids in enumerate(label_ids[:labels]):
-            if projector.rows is not None and ids:
-                projector.rows.data[label] = rows.detach()[list(ids)].float().mean(0)
+        if projector.rows is not None and label_ids:
+            projector.rows.data.copy_(mean_rows(rows.detach(), label_ids))
         model.add_module(NAME, projector.to(rows))
+
+
+def mean_rows(rows: Tensor, label_ids: Sequence[Sequence[int]]) -> Tensor:
+    """The mean of the rows [V, H] of each label's tokens, float32 [L, H]; zeros for a label without any."""
+    none = rows.new_zeros(rows.shape[1], dtype=torch.float32)
+    return torch.stack([rows[list(ids)].float().mean(0) if ids else none for ids in label_ids])
 
 
 def save_with_projector(model: PreTrainedModel, folder: str | Path) -> None:

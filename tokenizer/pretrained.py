@@ -144,14 +144,13 @@ def load_complete(
     model_class: Any,
     name: str | Path,
     expected: str,
-    new: tuple[str, ...] = (),
     dtype: torch.dtype | str = torch.float32,
     **settings: Any,
 ) -> Any:
     """Load a transformers model, all of whose weights come from the checkpoint, in eval mode.
 
     transformers initialises missing weights randomly; here they raise InputError, as does whatever else is wrong with
-    the files. expected: what should be there; new: what the names of weights begin with that training starts anew.
+    the files. expected: what should be there.
     """
     _require_weights(Path(name), expected)
     with reading(name, expected), _quiet_transformers():  # which prints a table of what is missing
@@ -167,7 +166,7 @@ def load_complete(
     masks = {key for key in missing if key.endswith("masked_spec_embed")}  # used in training only
     for key in masks:
         nn.init.zeros_(model.get_parameter(key))  # but included in every fingerprint
-    absent, unlike = ({key for key in keys - masks if not key.startswith(new)} for keys in (missing, unlike))
+    absent = missing - masks
     prefix = f"{model.base_model_prefix}."  # which checkpoints of the base alone do not have
     names = {_numberless(key.removeprefix(prefix)) for key in model.state_dict()}
     # a checkpoint may have a head beside what is wanted, but not more layers

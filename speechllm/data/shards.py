@@ -165,7 +165,7 @@ def _write_shard(
                 "speaker": utterance.speaker,
                 "text": utterance.text,
                 "duration_s": len(waveform) / codec.sample_rate,
-                SPEECH[encoding.kind].name: _stored(speech),
+                SPEECH[encoding.kind].name: stored(speech),
             }
     metadata = {
         "encoding": json.dumps(asdict(encoding)),
@@ -241,7 +241,7 @@ def _fingerprint(parts: Iterable[object]) -> str:
     return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:16]
 
 
-def _stored(speech: Speech) -> str | np.ndarray:
+def stored(speech: Speech) -> str | np.ndarray:
     """One utterance as stored in its column."""
     if isinstance(speech, str):
         return speech

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertModel
 
 from speechllm.data.encoded import codes_of
 from speechllm.encoding import DataError, Encoding
@@ -74,65 +74,60 @@ def actor_folds(actors: Iterable[int], folds: int, seed: int = 0) -> list[list[i
 
 
 class EmotionClassifier(nn.Module):
-    """BERT over frames of audio tokens: a marker, then one position per frame, with one class per emotion.
+    """BERT over frames of audio tokens, whose outputs are averaged over time, with one class per emotion.
 
-    The embeddings of a frame's layers are summed, so that several layers need no more positions. The token embeddings
-    of `bert` are replaced by those of the codes, codebooks float [Q, K, D]: with init "codebook" they are the projected
-    code vectors with the statistics of the old embeddings, see `new_rows`.
+    The mean, because a few hundred utterances do not teach a marker where to look (recipes/RESULTS.md). The embeddings
+    of a frame's layers are summed, so that several layers need no more positions. The token embeddings of `bert` are
+    replaced by those of the codes, codebooks float [Q, K, D]: with init "codebook" they are the projected code vectors
+    with the statistics of the old embeddings, see `new_rows`.
     """
 
     offsets: Tensor
 
     def __init__(
-        self,
-        bert: BertForSequenceClassification,
-        codebooks: Tensor,
-        init: Literal["codebook", "random"] = "codebook",
-        seed: int = 0,
+        self, bert: BertModel, codebooks: Tensor, init: Literal["codebook", "random"] = "codebook", seed: int = 0
     ):
         super().__init__()
         layers, size, _ = codebooks.shape
         vectors = codebooks.flatten(0, 1)
         generator = torch.Generator().manual_seed(seed)
-        rows = new_rows(bert.get_input_embeddings().weight.detach(), vectors, len(vectors) + 1, init, generator)
+        rows = new_rows(bert.get_input_embeddings().weight.detach(), vectors, len(vectors), init, generator)
         bert.set_input_embeddings(nn.Embedding.from_pretrained(rows, freeze=False))
         bert.config.vocab_size = len(rows)
-        self.bert = bert
+        self.bert, self.dropout = bert, nn.Dropout(bert.config.hidden_dropout_prob)
+        self.output = nn.Linear(bert.config.hidden_size, len(EMOTIONS))
+        nn.init.normal_(self.output.weight, std=bert.config.initializer_range)
         self.register_buffer("offsets", size * torch.arange(layers)[:, None])
-        self.marker = layers * size  # the row after the codes
 
     def forward(self, codes: Codes) -> Tensor:
         """Codes long [B, Q, T] -> logits float [B, emotions]; those of an utterance do not depend on its batch."""
-        embed = self.bert.get_input_embeddings()
-        frames = embed(codes.ids + self.offsets).sum(1)
-        marker = embed.weight[self.marker].expand(len(codes), 1, -1)
-        places = torch.arange(frames.shape[1] + 1, device=frames.device)
-        mask = places <= codes.lengths[:, None].to(frames.device)
-        return self.bert(inputs_embeds=torch.cat([marker, frames], 1), attention_mask=mask.long()).logits
+        frames = self.bert.get_input_embeddings()(codes.ids + self.offsets).sum(1)
+        lengths = codes.lengths[:, None].to(frames.device)
+        inside = torch.arange(frames.shape[1], device=frames.device) < lengths
+        states = self.bert(inputs_embeds=frames, attention_mask=inside.long()).last_hidden_state
+        return self.output(self.dropout((states * inside[..., None]).sum(1) / lengths))
 
 
-def load_bert(name: str | Path) -> BertForSequenceClassification:
-    """A pretrained BERT with a new head, one class per emotion; BERTs without a pooler get a new one too.
+def load_bert(name: str | Path) -> BertModel:
+    """A pretrained BERT, without any head.
 
     Raises FileNotFoundError, or InputError for another kind of model or a checkpoint that is damaged or incomplete.
     """
     name = check_folder(name, ["config.json"], "a BERT")
     if (found := load_config(name, "a BERT").model_type) != "bert":
         raise InputError(f"{name} is a {found} model: expected a BERT, such as bert-base-uncased")
-    new = ("classifier.", "bert.pooler.")
-    return load_complete(BertForSequenceClassification, name, "a BERT", new, num_labels=len(EMOTIONS))
+    return load_complete(BertModel, name, "a BERT", add_pooling_layer=False)
 
 
-def small_bert(hidden_size: int = 768, **shape: Any) -> BertForSequenceClassification:
-    """A BERT with random weights and one class per emotion; shape: further sizes of BertConfig.
+def small_bert(hidden_size: int = 768, **shape: Any) -> BertModel:
+    """A BERT with random weights; shape: further sizes of BertConfig.
 
-    Models narrower than BERT-base get larger initial weights: with the usual 0.02 the marker would hardly attend to
-    the frames at first.
+    Models narrower than BERT-base get larger initial weights: with the usual 0.02 the frames would hardly differ at
+    first.
     """
     config = BertConfig(
         vocab_size=1000,  # replaced by the codes, which take over their mean and spread
-        num_labels=len(EMOTIONS),
         hidden_size=hidden_size,
         **{"initializer_range": 0.02 * (768 / hidden_size) ** 0.5, **shape},
     )
-    return BertForSequenceClassification(config)
+    return BertModel(config, add_pooling_layer=False)

@@ -19,6 +19,7 @@ from parts import (
     ASR,
     COMPRESSOR,
     CTC,
+    CUT,
     EMOTION,
     ENCODE,
     EVAL_ASR,
@@ -131,6 +132,7 @@ JOBS = (  # the long ones first
         ("manifest.jsonl*",),
         loose=("manifest.jsonl",),  # PocketSphinx adapts to what a process has heard before, which is up to chance
     ),
+    Job("cut_speech", CUT, 2, ("codes/*", "results.json", "skipped.jsonl")),
     Job("eval_asr", EVAL_ASR, 4, ("predictions.jsonl", "results.json")),
     Job("eval_rows", EVAL_ROWS, 2, ("predictions.jsonl", "results.json")),
     Job("make_rows", MAKE_ROWS, 1, ("*.jsonl",)),

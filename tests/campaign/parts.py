@@ -47,6 +47,7 @@ COMPRESSOR = (
     "train_compressor.py codes=codes codec=tokenizer/model splits=[train] dev_splits=[dev] width=64 depth=1 steps=12 "
     "batch_size=4 warmup=2 validate_every=6 save_every=2 log_every=1"
 )
+CUT = "cut_speech.py codes=codes letters=letters/model splits=[train]"
 EVAL_ASR = "eval_asr.py model=asr/model codes=codes splits=[test]"
 MAKE_ROWS = "make_rows.py data=corpus task=words answer=text question=What?"
 EVAL_ROWS = "eval_rows.py model=asr/model codes=codes rows=[rows/test.jsonl] splits=[test] answer_tokens=8"
@@ -60,6 +61,7 @@ MADE = {  # in this order, one of another
     "evaluation": EVAL_ASR,
     "rows": MAKE_ROWS,
     "units": UNITS,
+    "letters": COMPRESSOR,
     "text": TEXT,
     "actor_codes": "encode_speech.py codec=tokenizer/model data=actors layers=null",
     "emotion": EMOTION,

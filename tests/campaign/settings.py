@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from judge import Case, refused
-from parts import ALIGNMENT, ASR, COMPRESSOR, EMOTION, ENCODE, EVAL_ASR, SPEAKER, TEXT, TOKENIZER, UNITS
+from parts import ALIGNMENT, ASR, COMPRESSOR, CUT, EMOTION, ENCODE, EVAL_ASR, SPEAKER, TEXT, TOKENIZER, UNITS
 
 SOON_S = 20  # of a refusal, on a machine that does other things too
 COMMANDS = {
@@ -12,6 +12,7 @@ COMMANDS = {
     "train_tokenizer": (TOKENIZER, "corpus alignment speaker"),
     "train_asr": (ASR, "codes tokenizer"),
     "train_compressor": (COMPRESSOR, "codes tokenizer"),
+    "cut_speech": (CUT, "codes letters"),
     "train_text": (TEXT, "text.txt"),
     "train_emotion": (EMOTION, "actor_codes tokenizer"),
     "encode_speech": (ENCODE, "corpus tokenizer"),
@@ -42,6 +43,7 @@ WORDS = {
     "small.text_steps=-1 small.num_hidden_layers=0 weight_average=1 weight_average=0 patience=0 max_utterances=0 "
     "dev_utterances=0 speech_loss=-1 weight_decay=-1 row_steps=-1 augmentation.mask=2 augmentation.spans=-1 "
     "precision=fp8 init=best lora.rank=0 steps=0 warmup=0",
+    "cut_speech": "words=0 words=-1 splits=[nowhere] letters=tokenizer/model letters=nowhere normalizer=x",
     "train_compressor": "width=0 depth=0 dropout=1 mask_s=-1 batch_size=0 steps=0 learning_rate=0 "
     "max_duration_s=0 max_duration_s=.nan warmup=-1 clip=0 seed=-1 save_every=0 dev_utterances=0 normalizer=whisper",
     "train_text": "learning_rate=0 learning_rate=-1 steps=0 batch_size=0 block=0 block=-1 block=1 text_tokens=0 "

@@ -18,7 +18,7 @@ from tokenizer.files import read_jsonl, write_json, write_jsonl, write_text
 
 Recipe = Callable[[str], types.ModuleType]
 CHECKED_FIRST = (
-    *("align_speech", "benchmark", "benchmark_serve", "compare", "demo"),
+    *("align_speech", "benchmark", "benchmark_serve", "compare", "cut_speech", "demo"),
     *("encode_speech", "eval_asr", "eval_codec", "eval_conversion", "eval_rows", "fit_units", "make_rows", "rehearse"),
 )
 FILES = ("draw_pipeline", "draw_scaling", "eval_tokenizer")  # their output is a file

@@ -9,9 +9,11 @@ import pytest
 import soundfile
 import torch
 
-from speechllm import DataError, SpeechCodec, Utterance, load_codes, load_tokenizer, speech_of
+from speechllm import DataError, SpeechCodec, Utterance, load_codes, load_speech_llm, load_tokenizer, speech_of
 from speechllm.data.shards import encode_shards
+from speechllm.data.spelling import spelling_of
 from speechllm.runs.run import read_log
+from speechllm.vocabulary import text_token_ids
 from tokenizer.files import read_jsonl
 from tokenizer.schemes.compressor import CtcCompressor, base_frames
 
@@ -96,6 +98,36 @@ def test_letters_are_scored_without_a_language_model(
     scores = [compressor.label(base_frames(compressor.base, speech_of(row, encoding)))[1] for row in codes]
     spelled = [compressor.text(one) for one in scores]
     assert [row["hypothesis"] for row in read_jsonl(run / "test" / "predictions.jsonl")] == spelled and any(spelled)
+
+
+def test_codes_are_cut_at_words_and_begin_as_letters(
+    train: Callable[..., Path], work: Path, recipe: Callable[[str], ModuleType]
+) -> None:
+    """What train_asr reads of these pieces are rows that the compressor's letters have made."""
+    letters, codes, codec = train("letters") / "model", work / "codes", work / "codec"
+    cut_speech, train_asr = recipe("cut_speech.py"), recipe("train_asr.py")
+    cut_speech.main(cut_speech.CutConfig(str(codes), str(letters), str(work / "cut"), ["train"], words=1))
+    pieces, encoding = load_codes(work / "cut" / "codes")
+    assert sorted(pieces["text"]) == sorted(["ab", "a", "b", "ba", "b", "ab", "a", "b"])
+    results = json.loads((work / "cut" / "results.json").read_text(encoding="utf-8"))
+    assert (results["utterances"], results["pieces"], results["skipped"]) == (6, 8, {})
+    capitals = cut_speech.CutConfig(str(codes), str(letters), str(work / "none"), ["train"], "none")
+    with pytest.raises(DataError, match="aligns no transcript"):
+        cut_speech.main(capitals)
+
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = train_asr.SmallModelConfig(num_key_value_heads=1, text_tokens=300, text_steps=1, **shape)
+    settings = {"steps": 2, "warmup": 1, "learning_rate": 1e-9, "precision": "no", "model": None, "small": small}
+    folders = str(work / "cut" / "codes"), str(codec), str(work / "asr")
+    train_asr.main(train_asr.AsrConfig(*folders, **settings, letters=str(letters)))
+    speech_llm = load_speech_llm(work / "asr" / "model")
+    rows, spelling = speech_llm.model.get_input_embeddings().weight, spelling_of(letters, pieces, 1)
+    ids = text_token_ids(speech_llm.text_tokenizer, list(spelling.labels))
+    known = spelling.shares.sum(1) > 0
+    expected = spelling.shares @ torch.stack([rows[one].mean(0) for one in ids])
+    found = rows[speech_llm.vocabulary.offset :][: len(expected)]
+    assert encoding == load_codes(codes)[1] and known.sum() > 8
+    torch.testing.assert_close(found[known], expected[known], rtol=0, atol=1e-5)
 
 
 def test_frames_of_several_folders_train_one_compressor(

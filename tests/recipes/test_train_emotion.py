@@ -1,7 +1,7 @@
 """Emotion recognition: labels in file names, balanced folds, the classifier, and resumed runs."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import soundfile
 import torch
+from accelerate.state import AcceleratorState
 
 from speechllm import Codes, CorpusError, DataError, Encoding, SpeechCodec, load_codes, read_corpus
 from speechllm.data.shards import SCHEMA, SPEECH, write_table
@@ -176,15 +177,25 @@ def test_logits_do_not_depend_on_the_batch() -> None:
 
 @torch.no_grad()
 def test_embeddings_of_layers_are_summed() -> None:
-    """So their order does not matter, and every frame keeps one position: of 4 places one is the marker's."""
+    """So their order does not matter, and every frame keeps one position."""
     draw = torch.Generator().manual_seed(0)
     codebooks, codes = torch.randn(2, 16, 8, generator=draw), torch.randint(16, (1, 2, 3), generator=draw)
     lengths = torch.tensor([3])
     logits = make_classifier(codebooks)(Codes(codes, lengths))
     turned = make_classifier(codebooks.flip(0))(Codes(codes.flip(1), lengths))
     torch.testing.assert_close(logits, turned, rtol=0, atol=1e-5)
-    tight = EmotionClassifier(small_bert(**SHAPE, max_position_embeddings=4), codebooks)
+    tight = EmotionClassifier(small_bert(**SHAPE, max_position_embeddings=3), codebooks)
     assert tight(Codes(codes, lengths)).shape == (1, len(EMOTIONS))
+
+
+@torch.no_grad()
+def test_the_mean_of_the_outputs_is_classified() -> None:
+    """Of an utterance that is one frame again and again, every output is alike, and so is what a frame alone gives."""
+    bert = small_bert(**SHAPE, initializer_range=0.5)
+    bert.embeddings.position_embeddings.weight.zero_()
+    classifier = EmotionClassifier(bert, torch.randn(1, 16, 8, generator=torch.Generator().manual_seed(0))).eval()
+    once, often = (classifier(Codes.from_utterances([torch.full((1, frames), 3)])) for frames in (1, 7))
+    torch.testing.assert_close(once, often, rtol=0, atol=1e-5)
 
 
 def test_embeddings_are_initialised_with_the_code_vectors() -> None:
@@ -193,7 +204,7 @@ def test_embeddings_are_initialised_with_the_code_vectors() -> None:
     same = {}
     for init in ("codebook", "random"):
         table = make_classifier(codebooks, init).bert.get_input_embeddings().weight
-        assert table.shape == (17, SHAPE["hidden_size"])
+        assert table.shape == (16, SHAPE["hidden_size"])
         same[init] = torch.equal(table[5], table[9])
     assert same == {"codebook": True, "random": False}
 
@@ -260,11 +271,19 @@ def test_a_killed_run_keeps_finished_folds_and_gives_the_same_result(
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_a_pretrained_bert_and_two_layers(train: Callable[..., dict], codes: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def other_precision() -> Iterator[None]:
+    """Lets a process that has trained in one precision train in another one."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("other_precision")
+def test_a_pretrained_bert_and_two_layers_in_bfloat16(train: Callable[..., dict], codes: Path, tmp_path: Path) -> None:
     small_bert(**SHAPE).save_pretrained(tmp_path / "bert")
-    results = train(
-        codes, tmp_path / "run", f"model={tmp_path / 'bert'}", "layers=[0,1]", "epochs=1", "folds=3", "init=codebook"
-    )
+    words = [f"model={tmp_path / 'bert'}", "layers=[0,1]", "epochs=1", "folds=3", "precision=bf16"]
+    results = train(codes, tmp_path / "run", *words)
     assert results["tokens_per_second"] == pytest.approx(100)
     assert [len(fold["actors"]) for fold in results["folds"]] == [3, 3, 2]
 
@@ -285,8 +304,8 @@ def test_bad_input_is_reported(
     refused("alone", one, "2 folds need at least as many actors, found 1")
     refused("shallow", one, r"the codes have 1 layer\(s\), counted from 0, but not layer 1", encoding, "layers=[1]")
     refused("foreign", one, "encode the speech with the same codec", Encoding.of(other_codec, 1))
-    many = [(ravdess_id(emotion, actor), np.zeros((1, 512))) for emotion in EMOTIONS for actor in ACTORS]
-    refused("long", many, "an utterance has 512 frames, but this BERT has room for 511", encoding)
+    many = [(ravdess_id(emotion, actor), np.zeros((1, 513))) for emotion in EMOTIONS for actor in ACTORS]
+    refused("long", many, "an utterance has 513 frames, but this BERT has room for 512", encoding)
     rows, encoding = load_codes(codes)
     with pytest.raises(DataError, match="encoded as features"):
         emotional_speech(rows, Encoding("x", 16_000, 50.0, 1, 1, "features", 8), [0])

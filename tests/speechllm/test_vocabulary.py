@@ -26,6 +26,7 @@ from speechllm import (
     transcription_example,
 )
 from speechllm.decoding import forbidden_ids
+from speechllm.extension import Spelling
 from speechllm.vocabulary import text_token_ids
 
 K = 16  # of small_codec
@@ -273,6 +274,31 @@ def test_similar_codes_start_similar_with_codebook_rows_and_only_with_those(
         for matrix in matrices(model):
             text_spread = matrix[: vocabulary.offset].std(0)
             assert low < correlation(sounds, centred_cosines(matrix[vocabulary.new_ids[:-2]] / text_spread)) < high
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_codes_begin_as_the_letters_that_they_stand_for(
+    make_qwen2: MakeQwen2, make_text_tokenizer: Callable, small_codec: SpeechCodec, tied: bool
+) -> None:
+    shares = torch.softmax(torch.randn(2 * K, 3, generator=torch.Generator().manual_seed(0)), 1)
+    shares[5] = 0  # nothing is known of this code
+    before, after = [], []
+    for spelling in (None, Spelling(["A", "THE", "LAMP"], shares)):
+        text_tokenizer = make_text_tokenizer()
+        model = make_qwen2(text_tokenizer, tied=tied)
+        before.append([matrix.clone() for matrix in matrices(model)])
+        vocabulary = extend_vocabulary(model, text_tokenizer, small_codec, 2, spelling=spelling)
+        after.append(matrices(model))
+    for old, plain, new in zip(before[1], *after, strict=True):
+        assert torch.equal(new[: vocabulary.offset], old)
+        labels = [old[text_token_ids(text_tokenizer, [label])[0]].mean(0) for label in ("A", "THE", "LAMP")]
+        for code, share in enumerate(shares):
+            row = new[vocabulary.offset + code]
+            if code != 5:
+                expected = sum(part * label for part, label in zip(share, labels, strict=True))
+                torch.testing.assert_close(row, expected, rtol=0, atol=1e-5)
+        same = [vocabulary.offset + 5, vocabulary.start_id, vocabulary.end_id]
+        assert torch.equal(new[same], plain[same])
 
 
 @pytest.mark.parametrize("init", ["codebook", "random"])
