@@ -70,7 +70,7 @@ class AsrConfig(Settings):
     stack: Count = 2  # continuous features per token
     prefix_attention: bool = False  # the tokens of an audio attend to each other in both directions
     init: Literal["codebook", "mean", "random"] = "codebook"  # of the new rows
-    letters: str | None = None  # compressor that was trained on the codes: new rows begin as what it spells for them
+    letters: str | None = None  # compressor trained on the codes: rows of layer 0 begin as the letters it finds in them
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     speech_loss: NonNegative = 0.0  # weight of the loss of predicting codes, with label smoothing; 0: text only
     steps: Count = 10_000
@@ -147,7 +147,7 @@ from speechllm.data.conversations import (
 )
 from speechllm.data.encoded import require_texts, transcribed
 from speechllm.data.rows import mixed, read_rows
-from speechllm.data.spelling import spelling_of
+from speechllm.data.spelling import letters_of_codes, load_letters
 from speechllm.decoding import answer_bound
 from speechllm.evaluation.scripts import primary_rate
 from speechllm.extension import Extension
@@ -201,6 +201,7 @@ def main(config: AsrConfig) -> None:
         accelerator.print(f"left out: {without_words} utterances whose transcript holds no words ({config.normalizer})")
     codec = load_tokenizer(config.codec)
     encoding.require(codec.fingerprint, config.codec)
+    letters = load_letters(config.letters, speech) if config.letters else None
     run = Run(config.output, config, accelerator, config.trackers, free=[*MAY_CHANGE, *FREE])
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
@@ -216,7 +217,7 @@ def main(config: AsrConfig) -> None:
         stack=config.stack,
         template=config.template,
         prefix_attention=config.prefix_attention,
-        spelling=spelling_of(config.letters, train, config.layers),
+        code_letters=letters_of_codes(letters, speech),
     )
     texts = train["text"] + [answer for task, _ in tasks for row in task for answer in row.answers]
     if config.model is None:
@@ -244,10 +245,7 @@ def main(config: AsrConfig) -> None:
     lengths, labels = examples.sizes(sample).T
     bounds = [answer_bound(train[i]["duration_s"]) for i in sample if i < len(train)]  # other rows come after these
     if long := int((labels[: len(bounds)] > bounds).sum()):
-        accelerator.print(
-            f"{long} of {len(bounds)} transcripts are longer than the maximum answer for their duration "
-            "(`answer_bound`)"
-        )
+        accelerator.print(f"{long} of {len(bounds)} transcripts are longer than any answer to their duration can be")
 
     # 3. loss, optimizer and state; a killed run is resumed
     loss_of = LabelledLoss(model, vocabulary, config.packing)
@@ -270,7 +268,7 @@ def main(config: AsrConfig) -> None:
     )
     accelerator.print(plan)
     accelerator.print(
-        f"new rows ({config.init}): mean norm {new_rows['new_row_norm']:.3f} "
+        f"new rows ({'letters' if letters else config.init}): mean norm {new_rows['new_row_norm']:.3f} "
         f"(text rows: {new_rows['text_row_norm']:.3f}), mean cosine {new_rows['new_row_cosine']:.3f}"
     )
     if config.compile:

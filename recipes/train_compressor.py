@@ -216,7 +216,7 @@ def letters_wer(compressor: CtcCompressor, dev: EncodedSpeech, encoding: Encodin
     """WER of what the letters spell, without any language model."""
     texts = []
     for row in dev:
-        _, scores = compressor.label(base_frames(compressor.base, speech_of(row, encoding)))
+        _, scores = compressor.label_speech(speech_of(row, encoding))
         texts.append(compressor.text(scores))
     return word_error_rate(dev["text"], texts, normalizer).wer
 

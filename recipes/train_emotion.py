@@ -30,7 +30,7 @@ class BertShape(Settings):
 
     hidden_size: Count = 768
     intermediate_size: Count = 3072
-    num_hidden_layers: Natural = 12  # 0: the mean of embeddings alone
+    num_hidden_layers: Natural = 12  # 0: embeddings of codes and positions alone
     num_attention_heads: Count = 12
 
     def contradictions(self) -> Iterable[str]:

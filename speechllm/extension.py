@@ -18,8 +18,8 @@ Init = Literal["codebook", "mean", "random"]
 
 
 @dataclass(frozen=True)
-class Spelling:
-    """What codes stand for. shares: float [codes, L], how much of each of L texts, such as letters, is in each code.
+class CodeLetters:
+    """What the first codes stand for. shares: float [codes, L], how much of each of the L labels is in each code.
 
     The shares of a code sum to 1, or are all 0: nothing is known of it.
     """
@@ -38,7 +38,7 @@ class Extension(TypedDict, total=False):
     stack: int
     template: Template
     prefix_attention: bool
-    spelling: Spelling | None
+    code_letters: CodeLetters | None
 
 
 def extend_vocabulary(
@@ -52,7 +52,7 @@ def extend_vocabulary(
     stack: int = 1,
     template: Template = "plain",
     prefix_attention: bool = False,
-    spelling: Spelling | None = None,
+    code_letters: CodeLetters | None = None,
 ) -> AudioVocabulary:
     """Add one token per code of the codec's first `layers` codebooks. Changes model and text tokenizer in place.
 
@@ -66,8 +66,8 @@ def extend_vocabulary(
     order: of the codes of several layers. stack: number of continuous features per token; their projector becomes the
     model's submodule `speech_projector`. template: how conversations are written, see `ConversationWriter`.
     prefix_attention: the tokens of an audio attend to each other in both directions (`require_attention`).
-    spelling: the row of every code that it knows begins as the mean of the rows of what the code stands for, so that a
-    language model reads a kind of text from the first step on.
+    code_letters: the row of every code that they know begins as the mean of the rows of what the code stands for, so
+    that a language model reads a kind of text from the first step on; others begin by `init`.
     Raises VocabularyError for a vocabulary that is already extended, DataError for layers that the codec lacks.
     """
     encoding = Encoding.of(codec, layers)
@@ -107,6 +107,12 @@ def extend_vocabulary(
         if encoding.kind == "codes"
         else torch.empty(0, 1)
     )
+    known = torch.empty(0, dtype=torch.bool)
+    if code_letters is not None:
+        if not 0 < len(code_letters.shares) <= len(vectors):
+            raise VocabularyError(f"letters of {len(code_letters.shares)} codes do not fit the codec's {len(vectors)}")
+        label_ids = text_token_ids(text_tokenizer, code_letters.labels)
+        known = (code_letters.shares.sum(1) > 0).cpu()
     generator = torch.Generator().manual_seed(seed)
     matrices = [model.get_input_embeddings().weight]
     output = model.get_output_embeddings()
@@ -115,10 +121,9 @@ def extend_vocabulary(
     with torch.no_grad():
         for matrix in matrices:
             rows_new = new_rows(matrix[:texts], vectors, len(names), init, generator)
-            if spelling is not None and encoding.kind == "codes":
-                labels = text_token_ids(text_tokenizer, spelling.labels)
-                known = spelling.shares.sum(1) > 0
-                rows_new[:count][known] = (spelling.shares @ mean_rows(matrix, labels))[known]
+            if code_letters is not None:
+                letters = code_letters.shares.float().cpu() @ mean_rows(matrix, label_ids).cpu()
+                rows_new[: len(known)][known] = letters[known]
             matrix[ids[0] : ids[0] + len(names)] = rows_new.to(matrix)
     stack = stack if encoding.kind == "features" else 1
     ends = ids[0], ids[count], ids[count + 1], rows

@@ -109,7 +109,8 @@ def load_language_model(
     """A language model from a folder or the hub in float32, with a vocabulary for the codec's codes.
 
     extension: arguments of `extend_vocabulary`, which extends the vocabulary, unless `SpeechLLM.save` wrote the folder:
-    then it is kept with its rows, and `layers`, `order` and `stack` must be the ones it was extended with.
+    then it is kept with its rows, `init` says nothing, and `layers`, `order` and `stack` must be the ones it was
+    extended with.
     Raises DataError for an adapter, or a saved model that reads another codec; VocabularyError for a saved model that
     reads other layers, or reads them differently.
     """
@@ -130,6 +131,8 @@ def load_language_model(
         except VocabularyError as error:
             raise VocabularyError(f"{name}: {error}") from error
         return SpeechLLM(model, text_tokenizer, vocabulary, codec)
+    if extension.get("code_letters") is not None:
+        raise VocabularyError(f"{name} reads codes already: its rows cannot begin as letters; leave letters out")
     saved, both_ways = AudioVocabulary.load(name), extension.get("prefix_attention", False)
     if saved.prefix_attention and not both_ways:
         raise VocabularyError(f"{name} was trained with prefix_attention: set prefix_attention=true")

@@ -347,12 +347,16 @@ def config_class(recipe: Callable[[str], types.ModuleType]) -> Callable[[str], t
 
 @pytest.fixture
 def new_accelerator() -> Iterator[None]:
-    """What a test's recipe has told Accelerate ends with the test."""
+    """What recipes have told Accelerate begins and ends with the test."""
     from accelerate.state import AcceleratorState, GradientState
 
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from speechllm.data.encoded import speech_of
 from speechllm.data.shards import REQUEST, SCHEMA, SPEECH, open_shard, shard_encoding, shard_files, write_table
 from speechllm.encoding import Encoding
 from tokenizer.files import read_json, write_json
-from tokenizer.schemes.compressor import CtcCompressor, base_frames, compress
+from tokenizer.schemes.compressor import CtcCompressor, compress
 
 
 def compress_shards(source: str | Path, compressor: CtcCompressor, folder: str | Path) -> Iterator[int]:
@@ -39,8 +39,7 @@ def _compressed(table: pa.Table, base: Encoding, compressor: CtcCompressor, enco
     notes, column = table.schema.metadata, SPEECH["features"]
 
     def vectors(row: dict[str, Any]) -> np.ndarray:
-        frames = base_frames(compressor.base, cast(Tensor, speech_of(row, base)))
-        states, scores = compressor.label(frames)
+        states, scores = compressor.label_speech(cast(Tensor, speech_of(row, base)))
         return compress(states, scores).cpu().flatten().numpy().astype(np.float16)
 
     stored = SPEECH[base.kind].name

@@ -175,12 +175,12 @@ def _check_shard(file: Path, table: pa.Table, encoding: Encoding) -> None:
 
 
 def require_texts(data: Corpora, normalizer: str) -> None:
-    """Raise DataError if a folder's texts were stored normalised, as earlier versions did, by another normaliser."""
+    """Raise DataError if a folder's texts were stored normalised by another normaliser, as pieces of speech are."""
     for folder in corpus_folders(data):
         if other := [name for name in stored_normalizers(shard_files(folder)) if name not in ("none", normalizer)]:
             raise DataError(
-                f"{folder} holds texts that an earlier version normalised by {other[0]}, of which {normalizer} cannot "
-                f"be made: choose normalizer={other[0]}, or run encode_speech again into another folder"
+                f"{folder} holds texts that were normalised by {other[0]} when they were written, of which "
+                f"{normalizer} cannot be made: choose normalizer={other[0]}, or write them again into another folder"
             )
 
 

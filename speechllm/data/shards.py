@@ -72,9 +72,7 @@ def encode_shards(
     ids = [utterance.id for utterance in utterances]
     if repeated := [name for name, count in Counter(ids).items() if count > 1]:
         raise DataError(f"utterance ids must be unique, but {repeated[0]} occurs more than once")
-    settings = {**asdict(encoding), "max_duration_s": max_duration_s}
-    settings |= {"utterances": len(utterances), "speech": identity(utterances)}
-    del settings["labels"]  # for which the fingerprint stands
+    settings = request_of(encoding, len(utterances), max_duration_s=max_duration_s, speech=identity(utterances))
     if process == 0:
         claim_codes(folder)
     held = read_json(folder / REQUEST) or settings
@@ -127,6 +125,19 @@ def _rewrite_parquet(file: Path) -> None:
         former.unlink()
 
 
+def request_of(encoding: Encoding, utterances: int, **more: object) -> dict[str, object]:
+    """What a folder of shards says it is made of; the fingerprint stands for the labels."""
+    known = {name: value for name, value in asdict(encoding).items() if name != "labels"}
+    return known | {"utterances": utterances} | more
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]], encoding: Encoding, notes: dict[str, str]) -> None:
+    """Write a shard. rows: the columns of `SCHEMA` and that of the speech, `stored`; notes: what it says of itself."""
+    schema = SCHEMA.append(SPEECH[encoding.kind])
+    written = schema.with_metadata(notes | {"encoding": json.dumps(asdict(encoding))})
+    write_table(file, pa.Table.from_pylist(rows, written))
+
+
 def write_table(file: Path, table: pa.Table) -> None:
     """Write a shard, metadata included, atomically."""
     with atomic_file(file) as part, pa.ipc.new_stream(str(part), table.schema) as writer:
@@ -167,15 +178,12 @@ def _write_shard(
                 "duration_s": len(waveform) / codec.sample_rate,
                 SPEECH[encoding.kind].name: stored(speech),
             }
-    metadata = {
-        "encoding": json.dumps(asdict(encoding)),
+    notes = {
         "skipped": json.dumps([row for _, row in sorted(skipped.items())]),
         "seconds": json.dumps(clock() - started),
         "recordings": json.dumps({"stamp": stamp, "content": _content(utterances)}),
     }
-    schema = SCHEMA.append(SPEECH[encoding.kind]).with_metadata(metadata)
-    table = pa.Table.from_pylist([row for _, row in sorted(rows.items())], schema)
-    write_table(file, table)
+    write_rows(file, [row for _, row in sorted(rows.items())], encoding, notes)
 
 
 def _batches(utterances: Sequence[Utterance], batch_s: float) -> list[list[int]]:
@@ -242,7 +250,7 @@ def _fingerprint(parts: Iterable[object]) -> str:
 
 
 def stored(speech: Speech) -> str | np.ndarray:
-    """One utterance as stored in its column."""
+    """One utterance's speech as it is stored in its column."""
     if isinstance(speech, str):
         return speech
     values = speech.flatten().numpy()
@@ -258,7 +266,7 @@ def skipped_of_shards(folder: str | Path) -> list[dict[str, str]]:
 def summarize_shards(folder: str | Path) -> dict[str, object]:
     """Totals over all shards of a folder: utterances, hours, skipped recordings by reason.
 
-    normalizer: by which an earlier version normalised the texts that it stored; "none": they are as they were.
+    normalizer: by which the texts were normalised when they were stored, in pieces or by earlier versions, or "none".
 
     real_time_factor: seconds of reading and encoding per second of speech, in processor time or in time of one GPU.
     """

@@ -4,30 +4,32 @@ import itertools
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import pyarrow as pa
 import torch
 import torchaudio.functional as AF
 from torch import Tensor
 
 from speechllm.data.encoded import EncodedSpeech
-from speechllm.data.shards import REQUEST, SCHEMA, SHARD_SIZE, SPEECH, stored, write_table
+from speechllm.data.shards import REQUEST, SHARD_SIZE, SPEECH, request_of, stored, write_rows
 from speechllm.encoding import DataError, Encoding
-from speechllm.extension import Spelling
+from speechllm.extension import CodeLetters
 from tokenizer.corpus import spread
 from tokenizer.files import write_json
 from tokenizer.loading import load_tokenizer
-from tokenizer.schemes.compressor import BLANK, CtcCompressor, base_frames
+from tokenizer.schemes.compressor import BLANK, CtcCompressor
 
-HEARD = 2000  # utterances that tell what codes stand for
+SAMPLE = 2000  # utterances that tell what codes stand for
 SPACE = " "
+NOT_ALIGNED = "other letters than those of the compressor, or more than there are frames"
 
 
 def load_letters(name: str | Path, speech: EncodedSpeech) -> CtcCompressor:
-    """The compressor of a folder. Raises DataError unless it reads speech that was encoded like this."""
+    """The compressor of a folder, which must have been trained on as many layers as `speech` has.
+
+    Raises DataError unless it reads what encoded the speech.
+    """
     compressor = load_tokenizer(name)
     if not isinstance(compressor, CtcCompressor):
         raise DataError(f"{name} is no compressor: train one on this speech with recipes/train_compressor.py")
@@ -36,32 +38,33 @@ def load_letters(name: str | Path, speech: EncodedSpeech) -> CtcCompressor:
 
 
 @torch.no_grad()
-def spelling_of(name: str | Path | None, speech: EncodedSpeech, layers: int = 1) -> Spelling | None:
-    """What each code of the first `layers` codebooks stands for: the letters that a compressor finds where it occurs.
+def letters_of_codes(compressor: CtcCompressor | None, speech: EncodedSpeech) -> CodeLetters | None:
+    """What each code of layer 0 stands for: the letters that a compressor finds where it occurs, but for the blank.
 
-    name: of the compressor; None gives None. Raises what `load_letters` raises, and DataError for speech without codes.
+    The share of letter l in code c is the sum of p(l) over all frames with c, divided by that of all letters. Codes of
+    other layers tell of the voice. None without a compressor. Raises DataError for speech that is no codes.
     """
-    if name is None:
+    if compressor is None:
         return None
     if speech.encoding.kind != "codes":
-        raise DataError(f"letters={name}: only codes have rows that can begin as letters, not {speech.encoding.kind}")
-    compressor = load_letters(name, speech)
-    size, labels = speech.encoding.codebook_size, compressor.labels
-    found = torch.zeros(layers * size, len(labels))
-    for place in spread(range(len(speech)), HEARD):
+        raise DataError(
+            f"only codes have rows that can begin as letters, not {speech.encoding.kind}: leave letters out"
+        )
+    found = torch.zeros(speech.encoding.codebook_size, len(compressor.labels))
+    for place in spread(range(len(speech)), SAMPLE):
         codes = cast(Tensor, speech.speech(place))
-        _, scores = compressor.label(base_frames(compressor.base, codes))
-        for layer, ids in enumerate(codes[:layers]):
-            found.index_add_(0, ids + layer * size, scores.exp().cpu())
+        _, scores = compressor.label_speech(codes)
+        found.index_add_(0, codes[0], scores.exp().cpu())
     letters = found[:, BLANK + 1 :]
-    return Spelling(labels[BLANK + 1 :], letters / letters.sum(1, keepdim=True).clamp(min=1e-9))
+    total = letters.sum(1, keepdim=True)
+    return CodeLetters(compressor.labels[BLANK + 1 :], torch.where(total > 1e-6, letters / total, 0.0))
 
 
 def word_ends(scores: Tensor, text: str, labels: tuple[str, ...]) -> list[int] | None:
     """The frame at which each word of a transcript ends, the last one with the speech, by CTC forced alignment.
 
-    scores: log probabilities float [T, V]; between two words the cut is half way. None for a text that has other
-    letters than the labels, or more of them than there is speech.
+    scores: log probabilities float [T, V]; between two words the cut is half way. text: words with single spaces. None
+    for one that has other letters than the labels, or more of them than there is speech.
     """
     numbers = {label: number for number, label in enumerate(labels)}
     targets = [numbers[letter] for letter in text if letter in numbers]
@@ -76,43 +79,39 @@ def word_ends(scores: Tensor, text: str, labels: tuple[str, ...]) -> list[int] |
 
 @torch.no_grad()
 def cut_words(
-    speech: EncodedSpeech, compressor: CtcCompressor, most: int, folder: Path, seed: int = 0
-) -> tuple[int, list[str]]:
-    """Write speech, in pieces of 1 to `most` words, drawn evenly, into a folder; every frame is in one of them.
+    speech: EncodedSpeech, compressor: CtcCompressor, most_words: int, folder: Path, normalizer: str, seed: int = 0
+) -> Iterator[int]:
+    """Write speech into shards, in pieces of 1 to `most_words` words, drawn evenly; every frame is in one of them.
 
-    The texts of `speech` are words with single spaces (`transcribed`). Returns the number of pieces, and the ids of the
-    utterances that could not be aligned, which are left out.
+    normalizer: of the texts of `speech` (`transcribed`). Yields the number of utterances of each shard when it is done.
+    Those that cannot be aligned are left out, and recorded in the shard with the reason.
     """
-    encoding, draw = speech.encoding, random.Random(seed)
-    left_out: list[str] = []
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for place, row in enumerate(speech.known.to_pylist()):
-            whole = cast(Tensor, speech.speech(place))
-            _, scores = compressor.label(base_frames(compressor.base, whole))
-            if ends := word_ends(scores, row["text"], compressor.labels):
-                yield from word_pieces(row, whole, encoding, ends, most, draw)
+    draw, count = random.Random(seed), 0
+    for shard, first in enumerate(range(0, len(speech), SHARD_SIZE)):
+        part = speech[first : first + SHARD_SIZE]
+        rows, skipped = [], []
+        for place, row in enumerate(part.known.to_pylist()):
+            whole, text = cast(Tensor, part.speech(place)), SPACE.join(row["text"].split())
+            _, scores = compressor.label_speech(whole)
+            if ends := word_ends(scores, text, compressor.labels):
+                rows += word_pieces(row | {"text": text}, whole, speech.encoding, ends, most_words, draw)
             else:
-                left_out.append(row["id"])
-
-    notes = {"encoding": json.dumps(asdict(encoding)), "skipped": "[]", "seconds": "0"}
-    schema = SCHEMA.append(SPEECH[encoding.kind]).with_metadata(notes)
-    pieces, count = rows(), 0
-    while part := [*itertools.islice(pieces, SHARD_SIZE)]:
-        write_table(folder / f"codes_{count // SHARD_SIZE:05d}.arrow", pa.Table.from_pylist(part, schema))
-        count += len(part)
-    write_json(folder / REQUEST, asdict(encoding) | {"utterances": count})
-    return count, left_out
+                skipped.append({"id": row["id"], "reason": "not aligned", "detail": f"{row['id']}: {NOT_ALIGNED}"})
+        notes = {"skipped": json.dumps(skipped), "seconds": "0", "normalizer": normalizer}
+        write_rows(folder / f"codes_{shard:05d}.arrow", rows, speech.encoding, notes)
+        count += len(rows) + len(skipped)
+        yield len(part)
+    write_json(folder / REQUEST, request_of(speech.encoding, count))
 
 
 def word_pieces(
-    row: dict[str, Any], whole: Tensor, encoding: Encoding, ends: list[int], most: int, draw: random.Random
+    row: dict[str, Any], whole: Tensor, encoding: Encoding, ends: list[int], most_words: int, draw: random.Random
 ) -> Iterator[dict[str, Any]]:
-    """The rows of one utterance's pieces. ends: of its words, in frames."""
+    """The rows of one utterance's pieces, for `write_rows`. ends: of its words, in frames."""
     words, time = row["text"].split(SPACE), 1 if encoding.kind == "codes" else 0
     first = 0
     while first < len(words):
-        last = min(len(words), first + draw.randint(1, most))
+        last = min(len(words), first + draw.randint(1, most_words))
         start = ends[first - 1] if first else 0
         part = whole.narrow(time, start, ends[last - 1] - start)
         piece = {"id": f"{row['id']}/{first}", "text": SPACE.join(words[first:last])}

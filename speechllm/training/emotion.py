@@ -122,8 +122,7 @@ def load_bert(name: str | Path) -> BertModel:
 def small_bert(hidden_size: int = 768, **shape: Any) -> BertModel:
     """A BERT with random weights; shape: further sizes of BertConfig.
 
-    Models narrower than BERT-base get larger initial weights: with the usual 0.02 the frames would hardly differ at
-    first.
+    Models narrower than BERT-base get larger initial weights, because sums over fewer inputs are smaller.
     """
     config = BertConfig(
         vocab_size=1000,  # replaced by the codes, which take over their mean and spread

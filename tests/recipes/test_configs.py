@@ -153,7 +153,8 @@ REFUSED = {
     "transcription_weight=0 template=chat template=x "
     "lora.rank=0 lora.dropout=1 seed=-1 train=lora",
     "train_emotion": "folds=1 epochs=0 batch_size=0 warmup=0 layers=[] layers=0,0 layers=-1 bert.hidden_size=15 "
-    "bert.num_attention_heads=0 bert.num_attention_heads=5 clip=0 weight_decay=-1 learning_rate=-1",
+    "precision=x bert.num_hidden_layers=-1 bert.num_attention_heads=0 bert.num_attention_heads=5 clip=0 "
+    "weight_decay=-1 learning_rate=-1",
     "train_teacher": "crop_s=-1 crop_s=0.01 crop_s=nan learning_rate=0 learning_rate=-1e-3 seed=-1 steps=0 "
     "batch_size=0 warmup=0 save_every=0 channels=7 hidden_size=17 layers=0 max_duration_s=0 init=x splits=[]",
     "train_text": "text=[] block=1 text_tokens=258 shape.hidden_size=17 shape.num_key_value_heads=3 warmup=-1 steps=0",

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -9,13 +10,23 @@ import pytest
 import soundfile
 import torch
 
-from speechllm import DataError, SpeechCodec, Utterance, load_codes, load_speech_llm, load_tokenizer, speech_of
+from speechllm import (
+    DataError,
+    SpeechCodec,
+    Utterance,
+    VocabularyError,
+    load_codes,
+    load_speech_llm,
+    load_tokenizer,
+    speech_of,
+)
+from speechllm.data.encoded import require_texts
 from speechllm.data.shards import encode_shards
-from speechllm.data.spelling import spelling_of
+from speechllm.data.spelling import letters_of_codes
 from speechllm.runs.run import read_log
 from speechllm.vocabulary import text_token_ids
 from tokenizer.files import read_jsonl
-from tokenizer.schemes.compressor import CtcCompressor, base_frames
+from tokenizer.schemes.compressor import CtcCompressor
 
 pytestmark = pytest.mark.usefixtures("new_accelerator")
 RATE = 16_000
@@ -95,7 +106,7 @@ def test_letters_are_scored_without_a_language_model(
     results = json.loads((run / "test" / "results.json").read_text(encoding="utf-8"))
     assert results["wer"] == json.loads((run / "done.json").read_text(encoding="utf-8"))["dev_wer"]
     compressor, (codes, encoding) = load_tokenizer(run / "model"), load_codes(work / "codes", ["train"])
-    scores = [compressor.label(base_frames(compressor.base, speech_of(row, encoding)))[1] for row in codes]
+    scores = [compressor.label_speech(speech_of(row, encoding))[1] for row in codes]
     spelled = [compressor.text(one) for one in scores]
     assert [row["hypothesis"] for row in read_jsonl(run / "test" / "predictions.jsonl")] == spelled and any(spelled)
 
@@ -110,7 +121,9 @@ def test_codes_are_cut_at_words_and_begin_as_letters(
     pieces, encoding = load_codes(work / "cut" / "codes")
     assert sorted(pieces["text"]) == sorted(["ab", "a", "b", "ba", "b", "ab", "a", "b"])
     results = json.loads((work / "cut" / "results.json").read_text(encoding="utf-8"))
-    assert (results["utterances"], results["pieces"], results["skipped"]) == (6, 8, {})
+    assert (results["pieces"], results["skipped"], results["codec_fingerprint"]) == (8, {}, encoding.fingerprint)
+    with pytest.raises(DataError, match="normalised by librispeech when they were written, of which none cannot"):
+        require_texts(str(work / "cut" / "codes"), "none")
     capitals = cut_speech.CutConfig(str(codes), str(letters), str(work / "none"), ["train"], "none")
     with pytest.raises(DataError, match="aligns no transcript"):
         cut_speech.main(capitals)
@@ -121,13 +134,16 @@ def test_codes_are_cut_at_words_and_begin_as_letters(
     folders = str(work / "cut" / "codes"), str(codec), str(work / "asr")
     train_asr.main(train_asr.AsrConfig(*folders, **settings, letters=str(letters)))
     speech_llm = load_speech_llm(work / "asr" / "model")
-    rows, spelling = speech_llm.model.get_input_embeddings().weight, spelling_of(letters, pieces, 1)
-    ids = text_token_ids(speech_llm.text_tokenizer, list(spelling.labels))
-    known = spelling.shares.sum(1) > 0
-    expected = spelling.shares @ torch.stack([rows[one].mean(0) for one in ids])
+    rows, spelled = speech_llm.model.get_input_embeddings().weight, letters_of_codes(load_tokenizer(letters), pieces)
+    ids = text_token_ids(speech_llm.text_tokenizer, list(spelled.labels))
+    known = spelled.shares.sum(1) > 0
+    expected = spelled.shares @ torch.stack([rows[one].mean(0) for one in ids])
     found = rows[speech_llm.vocabulary.offset :][: len(expected)]
     assert encoding == load_codes(codes)[1] and known.sum() > 8
     torch.testing.assert_close(found[known], expected[known], rtol=0, atol=1e-5)
+    again = train_asr.AsrConfig(*folders[:2], str(work / "again"), **settings | {"model": str(work / "asr" / "model")})
+    with pytest.raises(VocabularyError, match="reads codes already: its rows cannot begin as letters"):
+        train_asr.main(replace(again, letters=str(letters), small=train_asr.SmallModelConfig()))
 
 
 def test_frames_of_several_folders_train_one_compressor(

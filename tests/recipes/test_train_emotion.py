@@ -1,7 +1,8 @@
 """Emotion recognition: labels in file names, balanced folds, the classifier, and resumed runs."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,6 @@ import pyarrow as pa
 import pytest
 import soundfile
 import torch
-from accelerate.state import AcceleratorState
 
 from speechllm import Codes, CorpusError, DataError, Encoding, SpeechCodec, load_codes, read_corpus
 from speechllm.data.shards import SCHEMA, SPEECH, write_table
@@ -190,12 +190,12 @@ def test_embeddings_of_layers_are_summed() -> None:
 
 @torch.no_grad()
 def test_the_mean_of_the_outputs_is_classified() -> None:
-    """Of an utterance that is one frame again and again, every output is alike, and so is what a frame alone gives."""
-    bert = small_bert(**SHAPE, initializer_range=0.5)
+    """Without layers and positions the logits of frames are the mean of what each of them alone gives."""
+    bert = small_bert(**SHAPE | {"num_hidden_layers": 0}, initializer_range=0.5)
     bert.embeddings.position_embeddings.weight.zero_()
     classifier = EmotionClassifier(bert, torch.randn(1, 16, 8, generator=torch.Generator().manual_seed(0))).eval()
-    once, often = (classifier(Codes.from_utterances([torch.full((1, frames), 3)])) for frames in (1, 7))
-    torch.testing.assert_close(once, often, rtol=0, atol=1e-5)
+    three, five, both = (classifier(Codes.from_utterances([torch.tensor([ids])])) for ids in ([3], [5], [3, 3, 5]))
+    torch.testing.assert_close(both, (2 * three + five) / 3, rtol=0, atol=1e-5)
 
 
 def test_embeddings_are_initialised_with_the_code_vectors() -> None:
@@ -271,19 +271,21 @@ def test_a_killed_run_keeps_finished_folds_and_gives_the_same_result(
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-@pytest.fixture
-def other_precision() -> Iterator[None]:
-    """Lets a process that has trained in one precision train in another one."""
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
+@pytest.mark.usefixtures("new_accelerator")
+def test_a_pretrained_bert_and_two_layers_in_bfloat16(
+    train: Callable[..., dict], codes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, lowered = EmotionClassifier.forward, Counter()
 
+    def watched(self: EmotionClassifier, codes: Codes) -> torch.Tensor:
+        lowered[self.training, torch.is_autocast_enabled("cpu")] += 1
+        return forward(self, codes)
 
-@pytest.mark.usefixtures("other_precision")
-def test_a_pretrained_bert_and_two_layers_in_bfloat16(train: Callable[..., dict], codes: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(EmotionClassifier, "forward", watched)
     small_bert(**SHAPE).save_pretrained(tmp_path / "bert")
     words = [f"model={tmp_path / 'bert'}", "layers=[0,1]", "epochs=1", "folds=3", "precision=bf16"]
     results = train(codes, tmp_path / "run", *words)
+    assert {*lowered} == {(True, True), (False, True)}
     assert results["tokens_per_second"] == pytest.approx(100)
     assert [len(fold["actors"]) for fold in results["folds"]] == [3, 3, 2]
 

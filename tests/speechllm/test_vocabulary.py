@@ -26,7 +26,7 @@ from speechllm import (
     transcription_example,
 )
 from speechllm.decoding import forbidden_ids
-from speechllm.extension import Spelling
+from speechllm.extension import CodeLetters
 from speechllm.vocabulary import text_token_ids
 
 K = 16  # of small_codec
@@ -280,14 +280,14 @@ def test_similar_codes_start_similar_with_codebook_rows_and_only_with_those(
 def test_codes_begin_as_the_letters_that_they_stand_for(
     make_qwen2: MakeQwen2, make_text_tokenizer: Callable, small_codec: SpeechCodec, tied: bool
 ) -> None:
-    shares = torch.softmax(torch.randn(2 * K, 3, generator=torch.Generator().manual_seed(0)), 1)
+    shares = torch.softmax(torch.randn(K, 3, generator=torch.Generator().manual_seed(0)), 1)
     shares[5] = 0  # nothing is known of this code
     before, after = [], []
-    for spelling in (None, Spelling(["A", "THE", "LAMP"], shares)):
+    for letters in (None, CodeLetters(["A", "THE", "LAMP"], shares)):
         text_tokenizer = make_text_tokenizer()
         model = make_qwen2(text_tokenizer, tied=tied)
         before.append([matrix.clone() for matrix in matrices(model)])
-        vocabulary = extend_vocabulary(model, text_tokenizer, small_codec, 2, spelling=spelling)
+        vocabulary = extend_vocabulary(model, text_tokenizer, small_codec, 2, code_letters=letters)
         after.append(matrices(model))
     for old, plain, new in zip(before[1], *after, strict=True):
         assert torch.equal(new[: vocabulary.offset], old)
@@ -297,8 +297,16 @@ def test_codes_begin_as_the_letters_that_they_stand_for(
             if code != 5:
                 expected = sum(part * label for part, label in zip(share, labels, strict=True))
                 torch.testing.assert_close(row, expected, rtol=0, atol=1e-5)
-        same = [vocabulary.offset + 5, vocabulary.start_id, vocabulary.end_id]
+        same = [vocabulary.offset + 5, *range(vocabulary.offset + K, vocabulary.end_id + 1)]  # layer 1 and markers, too
         assert torch.equal(new[same], plain[same])
+
+
+def test_letters_of_other_codes_than_the_codecs_are_refused(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec
+) -> None:
+    letters = CodeLetters(["A"], torch.ones(K + 1, 1))
+    with pytest.raises(VocabularyError, match="letters of 17 codes do not fit the codec's 16"):
+        extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec, 1, code_letters=letters)
 
 
 @pytest.mark.parametrize("init", ["codebook", "random"])

@@ -135,7 +135,7 @@ class CtcCompressor(nn.Module):
         vectors = []
         for samples in split_utterances(waveform, lengths):
             encoded = cast(Codes | Features, self.base.encode(samples[None]))
-            states, scores = self.label(base_frames(self.base, encoded.utterance(0)))
+            states, scores = self.label_speech(encoded.utterance(0))
             vectors.append(compress(states, scores).cpu())
         return Features(nn.utils.rnn.pad_sequence(vectors, batch_first=True), torch.tensor([len(v) for v in vectors]))
 
@@ -144,6 +144,10 @@ class CtcCompressor(nn.Module):
         frames = frames.to(self.device)
         states, scores = self.network(frames[None], torch.tensor([len(frames)], device=self.device))
         return states[0], scores[0]
+
+    def label_speech(self, speech: Tensor) -> tuple[Tensor, Tensor]:
+        """`label` of one utterance as the base encodes it, see `base_frames`."""
+        return self.label(base_frames(self.base, speech))
 
     def text(self, scores: Tensor) -> str:
         """What the labels spell (greedy CTC decoding): log probabilities float [T, V] -> text."""

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from speechllm import DataError, Encoding, SpeechCodec, load_codes
 from speechllm.data import spelling
 from speechllm.data.encoded import EncodedSpeech, codes_of, transcribed
-from speechllm.data.shards import SCHEMA, SPEECH
-from speechllm.data.spelling import cut_words, load_letters, spelling_of, word_ends
+from speechllm.data.shards import SCHEMA, SPEECH, skipped_of_shards, summarize_shards
+from speechllm.data.spelling import cut_words, letters_of_codes, load_letters, word_ends
 from tokenizer.corpus import spread
-from tokenizer.schemes.compressor import CtcCompressor, base_frames
+from tokenizer.schemes.compressor import CtcCompressor
 
 LABELS = ["", " ", "a", "b", "c"]
 TEXTS = ["ab a b", "a", "b ba c", "bb", "d"]  # the last one has a letter that the compressor lacks
@@ -55,40 +55,41 @@ def speech(small_codec: SpeechCodec) -> EncodedSpeech:
 # ---- what codes stand for
 
 
-@pytest.mark.parametrize("layers", [1, 2])
 def test_a_code_stands_for_the_mean_of_the_letters_where_it_occurs(
-    letters: Path, compressor: CtcCompressor, speech: EncodedSpeech, layers: int
+    compressor: CtcCompressor, speech: EncodedSpeech
 ) -> None:
-    found = spelling_of(letters, speech, layers)
-    assert found.labels == (" ", "a", "b", "c") and found.shares.shape == (16 * layers, 4)
+    """Codes of layer 0; the blank is no letter."""
+    found = letters_of_codes(compressor, speech)
+    assert found.labels == (" ", "a", "b", "c") and found.shares.shape == (16, 4)
     heard = defaultdict(list)
     for row in speech:
         codes = codes_of(row, speech.encoding)
-        _, scores = compressor.label(base_frames(compressor.base, codes))
-        for layer in range(layers):
-            for code, score in zip(codes[layer].tolist(), scores, strict=True):
-                heard[16 * layer + code].append(score.exp()[1:])
-    assert {*heard} == {code for code in range(16 * layers) if code % 16 != 15}
-    for code, shares in enumerate(found.shares):
-        sums = torch.stack(heard[code]).sum(0) if heard[code] else torch.zeros(4)
-        torch.testing.assert_close(shares, sums / sums.sum() if heard[code] else sums, rtol=0, atol=1e-5)
+        for code, score in zip(codes[0].tolist(), compressor.label_speech(codes)[1], strict=True):
+            heard[code].append(score.exp()[1:])
+    assert {*heard} == {*range(15)} and not found.shares[15].any()
+    for code, scores in heard.items():
+        sums = torch.stack(scores).sum(0)
+        torch.testing.assert_close(found.shares[code], sums / sums.sum(), rtol=0, atol=1e-5)
 
 
-def test_some_utterances_are_enough(letters: Path, speech: EncodedSpeech, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spelling, "HEARD", 2)
-    few = spelling_of(letters, speech, 1)
-    monkeypatch.setattr(spelling, "HEARD", 5)
+def test_some_utterances_are_enough(
+    compressor: CtcCompressor, speech: EncodedSpeech, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spelling, "SAMPLE", 2)
+    few = letters_of_codes(compressor, speech)
+    monkeypatch.setattr(spelling, "SAMPLE", 5)
     some = speech.select(spread(range(len(speech)), 2))
-    torch.testing.assert_close(few.shares, spelling_of(letters, some, 1).shares)
+    torch.testing.assert_close(few.shares, letters_of_codes(compressor, some).shares)
 
 
 def test_letters_of_other_codes_or_of_no_codes_are_refused(
     letters: Path, compressor: CtcCompressor, other_codec: SpeechCodec, speech: EncodedSpeech, tmp_path: Path
 ) -> None:
-    assert spelling_of(None, speech) is None
+    assert letters_of_codes(None, speech) is None
+    assert load_letters(letters, speech).fingerprint == compressor.fingerprint
     features = EncodedSpeech(speech.known, speech.stored, speech.places, Encoding.of(compressor))
     with pytest.raises(DataError, match="only codes have rows that can begin as letters, not features"):
-        spelling_of(letters, features)
+        letters_of_codes(compressor, features)
     foreign = EncodedSpeech(speech.known, speech.stored, speech.places, Encoding.of(other_codec))
     with pytest.raises(DataError, match="encode the speech with the same codec"):
         load_letters(letters, foreign)
@@ -131,31 +132,46 @@ def test_what_cannot_be_aligned_has_no_ends(frames: str, text: str) -> None:
 # ---- pieces
 
 
+def cut(speech: EncodedSpeech, compressor: CtcCompressor, most: int, folder: Path, seed: int = 0) -> EncodedSpeech:
+    folder.mkdir()
+    assert sum(cut_words(speech, compressor, most, folder, "librispeech", seed)) == len(speech)
+    return load_codes(folder, ["train"])[0]
+
+
 @pytest.mark.parametrize("most", [1, 2, 9])
 def test_pieces_put_together_are_the_whole(
     compressor: CtcCompressor, speech: EncodedSpeech, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
     monkeypatch.setattr(spelling, "SHARD_SIZE", 2)
-    count, left_out = cut_words(transcribed(speech), compressor, most, tmp_path)
-    pieces, encoding = load_codes(tmp_path, ["train"])
-    assert left_out == ["u4"] and (len(pieces), encoding) == (count, speech.encoding)
-    assert len({*pieces["id"]}) == count and {*pieces["speaker"]} == {"s"}
+    pieces = cut(transcribed(speech), compressor, most, tmp_path / "cut")
+    assert pieces.encoding == speech.encoding and len({*pieces["id"]}) == len(pieces)
+    assert [row["id"] for row in skipped_of_shards(tmp_path / "cut")] == ["u4"]
+    summary = summarize_shards(tmp_path / "cut")
+    assert (summary["normalizer"], summary["skipped"]) == ("librispeech", {"not aligned": 1})
+    assert {*pieces["speaker"]} == {"s"}
     words = [len(text.split()) for text in pieces["text"]]
     assert max(words) == min(most, 3) and (most > 1 or set(words) == {1})
     for place, row in enumerate(speech[:4]):
         own = [piece for piece in pieces if piece["id"].startswith(f"u{place}/")]
-        codes = torch.cat([codes_of(piece, encoding) for piece in own], 1)
-        assert torch.equal(codes, codes_of(row, encoding)) and " ".join(piece["text"] for piece in own) == row["text"]
+        codes = torch.cat([codes_of(piece, speech.encoding) for piece in own], 1)
+        assert torch.equal(codes, codes_of(row, speech.encoding))
+        assert " ".join(piece["text"] for piece in own) == row["text"]
         assert math.isclose(sum(piece["duration_s"] for piece in own), row["duration_s"], rel_tol=1e-5)
         assert all(math.isclose(one["duration_s"], len(one["codes"]) / 100, rel_tol=1e-5) for one in own)
 
 
+@pytest.mark.parametrize("text", [" a", "a ", "a  b", " "])
+def test_spaces_around_words_are_no_words(
+    compressor: CtcCompressor, speech: EncodedSpeech, tmp_path: Path, text: str
+) -> None:
+    """As a normaliser that leaves texts as they are leaves them."""
+    pieces = cut(speech.select([0, 1]).replaced(text=["a", text]), compressor, 1, tmp_path / "cut")
+    assert pieces["text"] == ["a", *text.split()]
+
+
 def test_pieces_follow_the_seed(compressor: CtcCompressor, speech: EncodedSpeech, tmp_path: Path) -> None:
-    texts = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        (tmp_path / name).mkdir()
-        cut_words(speech.select([0, 2] * 10), compressor, 2, tmp_path / name, seed)
-        texts.append(load_codes(tmp_path / name)[0]["text"])
+    some = speech.select([0, 2] * 10)
+    texts = [cut(some, compressor, 2, tmp_path / name, seed)["text"] for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     assert texts[0] == texts[1] != texts[2]
 
 
