@@ -89,7 +89,8 @@ def cut_words(
     draw, count = random.Random(seed), 0
     for shard, first in enumerate(range(0, len(speech), SHARD_SIZE)):
         part = speech[first : first + SHARD_SIZE]
-        rows, skipped = [], []
+        rows: list[dict[str, Any]] = []
+        skipped: list[dict[str, str]] = []
         for place, row in enumerate(part.known.to_pylist()):
             whole, text = cast(Tensor, part.speech(place)), SPACE.join(row["text"].split())
             _, scores = compressor.label_speech(whole)
