@@ -42,8 +42,8 @@ WORDS = {
     "small.num_attention_heads=3 small.num_key_value_heads=3 small.text_tokens=0 small.text_tokens=-1 "
     "small.text_steps=-1 small.num_hidden_layers=0 weight_average=1 weight_average=0 patience=0 max_utterances=0 "
     "dev_utterances=0 speech_loss=-1 weight_decay=-1 row_steps=-1 augmentation.mask=2 augmentation.spans=-1 "
-    "precision=fp8 init=best lora.rank=0 steps=0 warmup=0 letters=nowhere letters=tokenizer/model",
-    "cut_speech": "words=0 words=-1 splits=[nowhere] letters=tokenizer/model letters=nowhere normalizer=x",
+    "precision=fp8 init=best lora.rank=0 steps=0 warmup=0",
+    "cut_speech": "words=0 words=-1 normalizer=x",
     "train_compressor": "width=0 depth=0 dropout=1 mask_s=-1 batch_size=0 steps=0 learning_rate=0 "
     "max_duration_s=0 max_duration_s=.nan warmup=-1 clip=0 seed=-1 save_every=0 dev_utterances=0 normalizer=whisper",
     "train_text": "learning_rate=0 learning_rate=-1 steps=0 batch_size=0 block=0 block=-1 block=1 text_tokens=0 "
