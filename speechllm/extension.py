@@ -107,7 +107,6 @@ def extend_vocabulary(
         if encoding.kind == "codes"
         else torch.empty(0, 1)
     )
-    known = torch.empty(0, dtype=torch.bool)
     if code_letters is not None:
         if not 0 < len(code_letters.shares) <= len(vectors):
             raise VocabularyError(f"letters of {len(code_letters.shares)} codes do not fit the codec's {len(vectors)}")

@@ -11,7 +11,16 @@ import pyarrow as pa
 from torch import Tensor
 
 from speechllm.data.encoded import speech_of
-from speechllm.data.shards import REQUEST, SCHEMA, SPEECH, open_shard, shard_encoding, shard_files, write_table
+from speechllm.data.shards import (
+    REQUEST,
+    SCHEMA,
+    SPEECH,
+    open_shard,
+    request_of,
+    shard_encoding,
+    shard_files,
+    write_table,
+)
 from speechllm.encoding import Encoding
 from tokenizer.files import read_json, write_json
 from tokenizer.schemes.compressor import CtcCompressor, compress
@@ -25,9 +34,7 @@ def compress_shards(source: str | Path, compressor: CtcCompressor, folder: str |
     """
     folder, encoding = Path(folder), Encoding.of(compressor)
     folder.mkdir(parents=True, exist_ok=True)
-    request = read_json(Path(source) / REQUEST) | asdict(encoding)
-    del request["labels"]  # as in `encode_shards`
-    write_json(folder / REQUEST, request)
+    write_json(folder / REQUEST, read_json(Path(source) / REQUEST) | request_of(encoding))
     for file in shard_files(source):
         if not (folder / file.name).exists():
             vectors = _compressed(open_shard(file), shard_encoding(file), compressor, encoding)

@@ -72,7 +72,8 @@ def encode_shards(
     ids = [utterance.id for utterance in utterances]
     if repeated := [name for name, count in Counter(ids).items() if count > 1]:
         raise DataError(f"utterance ids must be unique, but {repeated[0]} occurs more than once")
-    settings = request_of(encoding, len(utterances), max_duration_s=max_duration_s, speech=identity(utterances))
+    settings = request_of(encoding) | {"max_duration_s": max_duration_s}
+    settings |= {"utterances": len(utterances), "speech": identity(utterances)}
     if process == 0:
         claim_codes(folder)
     held = read_json(folder / REQUEST) or settings
@@ -125,10 +126,9 @@ def _rewrite_parquet(file: Path) -> None:
         former.unlink()
 
 
-def request_of(encoding: Encoding, utterances: int, **more: object) -> dict[str, object]:
-    """What a folder of shards says it is made of; the fingerprint stands for the labels."""
-    known = {name: value for name, value in asdict(encoding).items() if name != "labels"}
-    return known | {"utterances": utterances} | more
+def request_of(encoding: Encoding) -> dict[str, Any]:
+    """What a folder of shards says of its encoding; the fingerprint stands for the labels."""
+    return {name: value for name, value in asdict(encoding).items() if name != "labels"}
 
 
 def write_rows(file: Path, rows: list[dict[str, Any]], encoding: Encoding, notes: dict[str, str]) -> None:

@@ -102,7 +102,7 @@ def cut_words(
         write_rows(folder / f"codes_{shard:05d}.arrow", rows, speech.encoding, notes)
         count += len(rows) + len(skipped)
         yield len(part)
-    write_json(folder / REQUEST, request_of(speech.encoding, count))
+    write_json(folder / REQUEST, request_of(speech.encoding) | {"utterances": count})
 
 
 def word_pieces(
