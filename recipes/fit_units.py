@@ -1,10 +1,11 @@
 """Fit speech units: k-means over the frames of a self-supervised model (HuBERT, GSLM: Lakhotia et al., 2102.01192).
 
     python recipes/fit_units.py model=HUBERT data=CORPUS output=RUN clusters=500 layer=6 "splits=[train]"
+    python recipes/fit_units.py ... deduplicate=true bpe=2000       sequences of units as further codes
 
 Frames are those of utterances in random order, up to `max_frames`. RUN/model is an audio tokenizer, like a codec;
-RUN/results.json and report.html show the distances of frames to their centroids and the use of units, RUN/skipped.jsonl
-lists unusable recordings.
+RUN/results.json and report.html show the distances of frames to their centroids, the use of units and the codes a
+second, RUN/skipped.jsonl lists unusable recordings.
 """
 
 import time
@@ -26,6 +27,7 @@ class UnitsConfig(Settings):
     layer: int | Literal["avg"] | None = 6  # hidden state; "avg": mean; null: as `features:` has it
     splits: Names | None = None  # all when null
     deduplicate: bool = False  # merge repeats of a unit
+    bpe: Count | None = None  # codes after byte-pair merges of frequent sequences, units included; null: no merges
     max_frames: Count = 500_000  # for k-means: 2.8 hours
     max_duration_s: Positive = 60.0  # longer utterances are skipped
     seed: Seed = 0
@@ -33,6 +35,10 @@ class UnitsConfig(Settings):
     def contradictions(self) -> Iterable[str]:
         if self.clusters > self.max_frames:
             yield f"clusters must be at most max_frames = {self.max_frames}, got {self.clusters}"
+        if self.bpe is not None and not self.deduplicate:
+            yield "bpe merges units whose repeats are merged: it needs deduplicate=true"
+        if self.bpe is not None and self.bpe <= self.clusters:
+            yield f"bpe counts the units, too: it must be more than clusters = {self.clusters}, got {self.bpe}"
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -52,6 +58,7 @@ from tokenizer.corpus import load_each, skipped_row
 from tokenizer.files import atomic_folder, write_json
 from tokenizer.metrics.code_usage import usage_of_counts
 from tokenizer.schemes.features import FeatureEncoder
+from tokenizer.schemes.merges import UnitMerges
 from tokenizer.schemes.units import UnitTokenizer
 from tokenizer.utterances import spell_corpora
 
@@ -61,7 +68,8 @@ def main(config: UnitsConfig) -> None:
     run = claim_output(config.output, config)
     utterances = read_corpus(config.data, config.splits)
     encoder = FeatureEncoder.from_pretrained(config.model, config.layer).to(make_accelerator().device)
-    frames, skipped = collect(utterances, encoder, config)
+    found, skipped = collect(utterances, encoder, config)
+    frames = np.concatenate(found) if found else np.empty((0, encoder.width), np.float32)
     reasons = dict(Counter(row["reason"] for row in skipped))
     if len(frames) < config.clusters:
         raise SystemExit(
@@ -71,6 +79,9 @@ def main(config: UnitsConfig) -> None:
     print(f"k-means: {len(frames)} frames, {config.clusters} clusters", flush=True)
     kmeans = MiniBatchKMeans(config.clusters, batch_size=10_000, n_init=5, random_state=config.seed).fit(frames)
     units = UnitTokenizer(encoder, torch.from_numpy(kmeans.cluster_centers_), config.deduplicate)
+    spoken = torch.from_numpy(kmeans.labels_).long().split([len(one) for one in found])  # by utterance
+    if config.bpe is not None:
+        units.merges = UnitMerges.fit(map(units.shorten, spoken), config.clusters, config.bpe)
 
     with atomic_folder(run / "model") as folder:
         units.save_pretrained(folder)
@@ -82,18 +93,23 @@ def main(config: UnitsConfig) -> None:
         "inertia": kmeans.inertia_ / len(frames),  # mean squared distance of a frame to its centroid
         "variance": float(frames.var(0).sum()),  # the same for a single cluster
         **usage_of_counts(counts),
+        "codes": units.codebook_size,
+        "codes_per_second": encoder.frame_rate * sum(len(units.shorten(one)) for one in spoken) / len(frames),
         "skipped": reasons,
         **provenance(config, time.perf_counter() - started, "scikit-learn"),
     }
     write_json(run / "results.json", results)
     write_results_report(run / "report.html", f"{run}: speech units", results, codebook_counts=[counts])
-    print(f"{config.clusters} units of {len(frames)} frames in {run / 'model'}: perplexity {results['perplexity']:.1f}")
+    print(
+        f"{config.clusters} units of {len(frames)} frames in {run / 'model'}: perplexity {results['perplexity']:.1f}, "
+        f"{results['codes']} codes, {results['codes_per_second']:.1f} of them a second"
+    )
 
 
 def collect(
     utterances: Sequence[Utterance], encoder: FeatureEncoder, config: UnitsConfig
-) -> tuple[np.ndarray, list[dict[str, str]]]:
-    """Frames float [M, C] of utterances in random order, and the skipped recordings."""
+) -> tuple[list[np.ndarray], list[dict[str, str]]]:
+    """Frames float [T_i, C] of utterances in random order, `max_frames` in all, and the skipped recordings."""
     found: list[np.ndarray] = []
     skipped: list[dict[str, str]] = []
     order = np.random.default_rng(config.seed).permutation(len(utterances))
@@ -103,12 +119,12 @@ def collect(
             if isinstance(waveform, AudioError):
                 skipped.append(skipped_row(utterance, waveform))
                 continue
-            found.append(encoder.encode(waveform[None].to(encoder.device)).utterance(0).numpy())
+            frames = encoder.encode(waveform[None].to(encoder.device)).utterance(0).numpy()
+            found.append(frames[: config.max_frames - bar.n])
             bar.update(len(found[-1]))
             if bar.n >= config.max_frames:
                 break
-    frames = np.concatenate(found)[: config.max_frames] if found else np.empty((0, encoder.width), np.float32)
-    return frames, skipped
+    return found, skipped
 
 
 if __name__ == "__main__":

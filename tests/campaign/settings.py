@@ -54,8 +54,8 @@ WORDS = {
     "weight_decay=-1",
     "encode_speech": "layers=0 layers=-1 layers=99 max_duration_s=0 max_duration_s=-1 max_duration_s=.nan "
     "normalizer=whisper",
-    "fit_units": "clusters=1 clusters=0 clusters=70000 max_frames=0 max_frames=-1 max_duration_s=-1 max_duration_s=0 "
-    "seed=-1 layer=99 layer=last",
+    "fit_units": "clusters=1 clusters=0 clusters=70000 bpe=0 bpe=6 max_frames=0 max_frames=-1 max_duration_s=-1 "
+    "max_duration_s=0 seed=-1 layer=99 layer=last",
     "eval_asr": "beams=0 beams=-1 batch_tokens=0 shuffled_utterances=1 seed=-1 normalizer=whisper",
     "eval_codec": "layers=[0] layers=[9] layers=[] layers=[-1] max_utterances=0 max_utterances=-1 seed=-1",
     "eval_conversion": "pairs=0 pairs=-1 layers=[] layers=[[]] layers=[[9]] layers=[[-1]] seed=-1",

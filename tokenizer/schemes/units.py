@@ -19,6 +19,7 @@ from tokenizer.pretrained import (
 )
 from tokenizer.reading import reading
 from tokenizer.schemes.features import FeatureEncoder
+from tokenizer.schemes.merges import UnitMerges
 
 CENTROIDS_FILE = "centroids_{}.safetensors"  # with the fingerprint, so that the file always matches the settings
 
@@ -27,18 +28,27 @@ class UnitTokenizer(nn.Module):
     """A `DiscreteTokenizer` of one codebook: k-means over the features of an encoder (Lakhotia et al., 2102.01192).
 
     deduplicate: merge repeated units, as in GSLM; then the rate of the codes varies, and `frame_rate` is its maximum.
+    merges: of the units that are left, with more codes than units.
     """
 
     num_codebooks = 1
     batched = True
     centroids: Tensor
 
-    def __init__(self, encoder: FeatureEncoder, centroids: Tensor, deduplicate: bool = False):
+    def __init__(
+        self,
+        encoder: FeatureEncoder,
+        centroids: Tensor,
+        deduplicate: bool = False,
+        merges: UnitMerges | None = None,
+    ):
         """centroids: float [K, C], C the width of the encoder."""
         super().__init__()
         if centroids.ndim != 2 or centroids.shape[1] != encoder.width:
             raise ValueError(f"expected centroids float [K, {encoder.width}], got shape {tuple(centroids.shape)}")
-        self.encoder, self.deduplicate = encoder, deduplicate
+        if merges and not deduplicate:
+            raise ValueError("merges are of units whose repeats are merged: expected deduplicate=True")
+        self.encoder, self.deduplicate, self.merges = encoder, deduplicate, merges
         self.register_buffer("centroids", centroids)
 
     @classmethod
@@ -53,14 +63,19 @@ class UnitTokenizer(nn.Module):
             layer, deduplicate = settings["layer"], bool(settings["deduplicate"])
         encoder = FeatureEncoder.from_pretrained(name, layer)
         with reading(centroids, f"centroids of width {encoder.width}"):
-            return cls(encoder, read_weights(centroids, "the centroids of units")["centroids"], deduplicate)
+            weights = read_weights(centroids, "the centroids of units")
+            clusters = weights["centroids"]
+            merges = UnitMerges(weights["merges"], len(clusters)) if "merges" in weights else None
+            return cls(encoder, clusters, deduplicate, merges)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the encoder, its preprocessor settings, the centroids and the settings."""
+        """Write the encoder, its preprocessor settings, the centroids with the merges, and the settings."""
         self.encoder.save_pretrained(folder)
         fingerprint = self.fingerprint
-        file = Path(folder) / CENTROIDS_FILE.format(fingerprint)
-        save_file({"centroids": self.centroids.cpu().contiguous()}, file)
+        weights = {"centroids": self.centroids.cpu().contiguous()}
+        if self.merges:
+            weights["merges"] = self.merges.pairs
+        save_file(weights, Path(folder) / CENTROIDS_FILE.format(fingerprint))
         settings = {"layer": self.encoder.layer, "deduplicate": self.deduplicate, "fingerprint": fingerprint}
         write_settings(folder, "units", **settings)
 
@@ -74,12 +89,14 @@ class UnitTokenizer(nn.Module):
 
     @property
     def codebook_size(self) -> int:
-        return len(self.centroids)
+        return len(self.merges.units) if self.merges else len(self.centroids)
 
     @property
     def codebooks(self) -> Tensor:
-        """The centroids, float [1, K, C]."""
-        return self.centroids[None]
+        """The centroids, float [1, K, C]; a sequence of units has the mean of theirs."""
+        if self.merges is None:
+            return self.centroids[None]
+        return torch.stack([self.centroids[units].mean(0) for units in self.merges.units])[None]
 
     @property
     def device(self) -> torch.device:
@@ -87,21 +104,27 @@ class UnitTokenizer(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of centroids, encoder and settings."""
+        """Hash of centroids, encoder, merges and settings."""
         settings = {"encoder": self.encoder.fingerprint, "deduplicate": self.deduplicate}
+        if self.merges:
+            settings["merges"] = self.merges.pairs.tolist()
         return module_fingerprint(nn.ParameterDict({"centroids": self.centroids}), settings)
 
     @torch.no_grad()
     def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
-        """Waveforms float [B, N] at 16 kHz -> units long [B, 1, T]; one per 320 samples, or fewer when deduplicated."""
+        """Waveforms float [B, N] at 16 kHz -> units long [B, 1, T]; one per 320 samples, or fewer (`shorten`)."""
         if layers not in (None, 1):
             raise InputError(f"units have 1 layer, got layers {layers}")
         features = self.encoder.encode(waveform, lengths)
-        units = [self.nearest(features.utterance(index)) for index in range(len(features.lengths))]
-        if self.deduplicate:
-            units = [row.unique_consecutive() for row in units]
-        return Codes.from_utterances([row[None] for row in units])
+        units = (self.nearest(features.utterance(index)) for index in range(len(features.lengths)))
+        return Codes.from_utterances([self.shorten(row)[None] for row in units])
 
     def nearest(self, frames: Tensor) -> Tensor:
         """The index of the nearest centroid of each frame, float [T, C] -> long [T]."""
         return torch.cdist(frames.to(self.centroids), self.centroids).argmin(1)
+
+    def shorten(self, units: Tensor) -> Tensor:
+        """The unit of each frame, long [T] -> codes long [S], S <= T: without repeats, and merged, if it is set so."""
+        if self.deduplicate:
+            units = units.unique_consecutive()
+        return self.merges.encode(units) if self.merges else units

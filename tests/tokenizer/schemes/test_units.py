@@ -1,8 +1,9 @@
 """Speech units: nearest centroids by independent computation, merged repeats, and the recipe that fits them."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tokenizer.codec.quantizer import ResidualVectorQuantizer
 from tokenizer.files import read_jsonl
 from tokenizer.pretrained import module_fingerprint
 from tokenizer.schemes.features import FeatureEncoder
+from tokenizer.schemes.merges import UnitMerges
 from tokenizer.schemes.units import UnitTokenizer
 from tokenizer.training.small_teachers import save_hubert, small_hubert
 from tokenizer.training.teachers import SemanticTeacher
@@ -75,6 +77,67 @@ def test_merged_repeats_are_those_of_the_plain_units(units: UnitTokenizer, noise
         expected = [unit for unit, _ in groupby(plain.utterance(index)[0].tolist())]
         assert merged.utterance(index).tolist() == [expected]
     assert merged.lengths[0] < plain.lengths[0] == 100 and plain.lengths.tolist() == [100, 10, 1]
+
+
+def merged_by_hand(units: list[int], pairs: list[list[int]], codes: dict[tuple[int, ...], int]) -> list[int]:
+    """One pair after the other, from left to right; codes: of the sequences of units."""
+    texts = {code: text for text, code in codes.items()}
+    for left, right in pairs:
+        rest, units = units, []
+        while rest:
+            joined = rest[:2] == [left, right]
+            units.append(codes[texts[left] + texts[right]] if joined else rest[0])
+            rest = rest[1 + joined :]
+    return units
+
+
+def test_frequent_sequences_become_codes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    steps = [torch.multinomial(torch.tensor([8.0, 4.0, 2.0, 1.0]), 200, True, generator=generator) for _ in range(5)]
+    spoken = [(step + 1).cumsum(0).remainder(6) for step in steps]
+    merges = UnitMerges.fit(spoken, clusters=7, size=20)
+    assert merges.units[:7] == [[unit] for unit in range(7)] and len(merges.units) == 20  # unit 6 was never heard
+    counts = Counter(pair for units in spoken for pair in pairwise(units.tolist()))
+    assert counts[tuple(merges.units[7])] == max(counts.values())
+    codes = {tuple(units): code for code, units in enumerate(merges.units)}
+    assert len(codes) == 20
+    for units in [*spoken, torch.tensor([6, 6, 2]), torch.tensor([3])]:
+        found = merges.encode(units).tolist()
+        assert found == merged_by_hand(units.tolist(), merges.pairs.tolist(), codes)
+        assert [unit for code in found for unit in merges.units[code]] == units.tolist()
+    assert len(merges.encode(spoken[0])) < 120
+
+
+def test_a_sequence_that_comes_about_in_two_ways_is_one_code() -> None:
+    merges = UnitMerges(torch.tensor([[0, 1], [1, 2], [3, 2], [0, 4]]), clusters=3)
+    assert merges.units == [[0], [1], [2], [0, 1], [1, 2], [0, 1, 2]]
+    assert merges.encode(torch.tensor([0, 1, 2, 0, 1])).tolist() == [5, 3]
+
+
+def test_without_anything_frequent_the_codes_are_the_units() -> None:
+    merges = UnitMerges.fit([torch.tensor([0, 1, 2])], clusters=3, size=10)
+    assert merges.units == [[0], [1], [2]] and merges.pairs.shape == (0, 2)
+    assert merges.encode(torch.tensor([0, 1, 2, 0])).tolist() == [0, 1, 2, 0]
+
+
+def test_merged_units_are_saved_with_their_merges(units: UnitTokenizer, noise: Noise, tmp_path: Path) -> None:
+    waveform, lengths = noise(64_000, batch=2), torch.tensor([64_000, 640])
+    plain = UnitTokenizer(units.encoder, units.centroids, deduplicate=True)
+    spoken = plain.encode(waveform, lengths)
+    merges = UnitMerges.fit([spoken.utterance(0)[0]], CLUSTERS, 2 * CLUSTERS)
+    merged = UnitTokenizer(units.encoder, units.centroids, True, merges)
+    codes = merged.encode(waveform, lengths)
+    for index in range(2):
+        assert codes.utterance(index).tolist() == [merges.encode(spoken.utterance(index)[0]).tolist()]
+    assert merged.codebook_size == 2 * CLUSTERS and merged.codebooks.shape == (1, 2 * CLUSTERS, WIDTH)
+    for code, own in enumerate(merges.units):
+        assert torch.allclose(merged.codebooks[0, code], torch.stack([units.centroids[unit] for unit in own]).mean(0))
+    merged.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.fingerprint == merged.fingerprint != plain.fingerprint
+    assert torch.equal(loaded.encode(waveform, lengths).ids, codes.ids)
+    with pytest.raises(ValueError, match="expected deduplicate=True"):
+        UnitTokenizer(units.encoder, units.centroids, False, merges)
 
 
 def test_the_codebook_is_the_centroids(units: UnitTokenizer, kmeans: KMeans) -> None:
@@ -171,6 +234,25 @@ def test_the_recipe_reports_results_and_skipped_recordings(work: Path, noise: No
     shares = torch.bincount(distances.argmin(1), minlength=10) / len(frames)
     assert results["perplexity"] == pytest.approx(torch.special.entr(shares).sum().exp().item(), rel=0.05)
     assert not list((work / "run").glob("*.part"))
+    spoken = [units.encode(noise(8_000, seed=i)).utterance(0) for i in range(1, 8)]
+    rate = 50 * sum(codes.shape[1] for codes in spoken) / len(frames)
+    assert results["codes"] == 10 and results["codes_per_second"] == pytest.approx(rate, rel=0.02)
+
+
+def test_the_recipe_merges_frequent_sequences(
+    hubert_folder: Path, recipe: Callable, work: Path, tmp_path: Path, noise: Noise
+) -> None:
+    module = recipe("fit_units.py")
+    places = {"model": str(hubert_folder), "data": str(work / "corpus"), "output": str(tmp_path / "run"), "layer": 1}
+    module.main(module.UnitsConfig(**places, splits=["train"], clusters=5, deduplicate=True, bpe=9))
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    units = load_tokenizer(tmp_path / "run")
+    assert isinstance(units, UnitTokenizer) and units.codebook_size == results["codes"] == 9
+    found = [units.encode(noise(8_000, seed=i)).ids.shape[2] for i in range(1, 8)]
+    assert results["codes_per_second"] == pytest.approx(50 * sum(found) / (7 * 25), rel=0.05) and sum(found) < 120
+    for wrong, message in (({"bpe": 9}, "needs deduplicate=true"), ({"bpe": 5, "deduplicate": True}, "more than clus")):
+        with pytest.raises(ValueError, match=message):
+            module.UnitsConfig(**places, clusters=5, **wrong)
 
 
 def test_the_seed_determines_the_result_and_frames_can_be_limited(
