@@ -32,7 +32,8 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 from speechllm import DataError, load_codes
 from speechllm.data.encoded import require_texts, transcribed
 from speechllm.data.shards import skipped_of_shards, summarize_shards
-from speechllm.data.spelling import cut_words, load_letters
+from speechllm.data.spelling import cut_words
+from speechllm.model import load_letters
 from speechllm.runs.machine import make_accelerator, provenance
 from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.run import report_skipped
@@ -49,7 +50,7 @@ def main(config: CutConfig) -> None:
     speech = transcribed(speech, normalizer=config.normalizer)
     if not len(speech):
         raise DataError(f"{spell_corpora(config.codes)}: no utterance has a transcript")
-    compressor = load_letters(config.letters, speech).to(make_accelerator().device)
+    compressor = load_letters(config.letters, speech.encoding).to(make_accelerator().device)
     with atomic_folder(run / "codes") as folder, progress_bar(None, "cut", total=len(speech), unit="utt") as bar:
         for done in cut_words(speech, compressor, config.words, folder, config.normalizer, config.seed):
             bar.update(done)

@@ -29,6 +29,7 @@ class EvalAsrConfig(Settings):
     normalizer: Literal["librispeech", "whisper_english", "none"] = "librispeech"  # of references and answers
     beams: Count = 1  # 1: greedy
     letters_weight: NonNegative = 0.0  # of the letters that a compressor heard, beside the language model; 0: none
+    letters: str | None = None  # the compressor, which hears them in the codes; null: its vectors are what is read
     fallback: bool = True  # decode runaway answers again, by beam search without repetitions
     shuffled_audio: bool = True  # also run the control
     shuffled_utterances: Several | None = 300  # of the control, evenly chosen; all when null
@@ -40,6 +41,8 @@ class EvalAsrConfig(Settings):
     def contradictions(self) -> Iterator[str]:
         if self.model is None and (self.base or self.beams > 1 or self.letters_weight):
             yield "base, beams and letters_weight are of a language model, but model is null"
+        if self.letters and not self.letters_weight:
+            yield "letters without letters_weight change nothing: set letters_weight, for example to 0.15"
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
@@ -179,7 +182,8 @@ def load(config: EvalAsrConfig) -> SpeechLLM | None:
         return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" and config.precision == "bf16" else None
-    return merge(load_speech_llm(config.model, device=device, dtype=dtype, base=config.base, with_codec=False))
+    options: dict[str, Any] = {"base": config.base, "with_codec": False, "letters": config.letters}
+    return merge(load_speech_llm(config.model, device=device, dtype=dtype, **options))
 
 
 def decoder(

@@ -147,11 +147,12 @@ from speechllm.data.conversations import (
 )
 from speechllm.data.encoded import require_texts, transcribed
 from speechllm.data.rows import mixed, read_rows
-from speechllm.data.spelling import letters_of_codes, load_letters
+from speechllm.data.spelling import letters_of_codes
 from speechllm.decoding import answer_bound
 from speechllm.evaluation.scripts import primary_rate
 from speechllm.extension import Extension
 from speechllm.messages import ConversationWriter
+from speechllm.model import load_letters
 from speechllm.prompt import label_counts, sentence
 from speechllm.reports.pages import finish_training
 from speechllm.runs.loop import TrainingLoop
@@ -201,7 +202,7 @@ def main(config: AsrConfig) -> None:
         accelerator.print(f"left out: {without_words} utterances whose transcript holds no words ({config.normalizer})")
     codec = load_tokenizer(config.codec)
     encoding.require(codec.fingerprint, config.codec)
-    letters = load_letters(config.letters, speech) if config.letters else None
+    letters = load_letters(config.letters, encoding) if config.letters else None
     run = Run(config.output, config, accelerator, config.trackers, free=[*MAY_CHANGE, *FREE])
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")

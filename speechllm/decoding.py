@@ -122,8 +122,9 @@ def recognize(
     features).
     static_cache: greedy decoding keeps keys and values in tensors that do not grow, so that on a GPU transformers
     compiles its steps. Does nothing with beams or letters_weight. Raises InputError for a family without such a cache.
-    letters_weight: above 0, answers consist of the compressor's letters only, and the log probability that these were
-    heard counts as much beside the language model's (`speechllm.letters`). Raises InputError for other speech.
+    letters_weight: above 0, answers consist of a compressor's letters only, and the log probability that these were
+    heard counts as much beside the language model's (`speechllm.letters`). Raises InputError without a compressor: one
+    whose vectors the model reads, or `SpeechLLM.letters`.
     """
     text_tokenizer, encoding = speech_llm.text_tokenizer, speech_llm.vocabulary.encoding
     if durations_s is None:
@@ -139,18 +140,27 @@ def recognize(
 
 
 def heard_letters(speech: Sequence[Speech], speech_llm: SpeechLLM, weight: float) -> Letters:
-    """What a compressor heard in each encoded utterance; raises InputError for the speech of anything else."""
-    labels = speech_llm.vocabulary.encoding.labels
-    if not labels:
-        raise InputError("letters_weight needs a language model that reads the speech of a compressor: set it to 0")
-    heard = [vectors for vectors in speech if isinstance(vectors, Tensor)]
-    return Letters(heard, labels, _spellings(speech_llm.text_tokenizer, speech_llm.vocabulary), weight)
+    """What a compressor heard in each encoded utterance; raises InputError where there is none."""
+    labels, compressor = tuple(speech_llm.vocabulary.encoding.labels), speech_llm.letters
+    heard = [one for one in speech if isinstance(one, Tensor)]
+    if compressor is not None:
+        labels = compressor.labels
+        with torch.no_grad():
+            heard = [compressor.compress_speech(codes) for codes in heard]
+    elif not labels:
+        raise InputError(
+            "letters_weight needs a language model that reads the vectors of a compressor, or a compressor over the "
+            "codes that it reads: give one as letters, or set letters_weight to 0"
+        )
+    return Letters(heard, labels, _spellings(speech_llm.text_tokenizer, speech_llm.vocabulary, labels), weight)
 
 
 @functools.lru_cache(maxsize=16)
-def _spellings(text_tokenizer: PreTrainedTokenizerBase, vocabulary: AudioVocabulary) -> Spellings:
+def _spellings(
+    text_tokenizer: PreTrainedTokenizerBase, vocabulary: AudioVocabulary, labels: tuple[str, ...]
+) -> Spellings:
     """Those of a model's answers, which take seconds to find: of as many models as stand on a page."""
-    return Spellings(text_tokenizer, vocabulary.encoding.labels, forbidden_ids(text_tokenizer, vocabulary))
+    return Spellings(text_tokenizer, labels, forbidden_ids(text_tokenizer, vocabulary))
 
 
 def answer(

@@ -17,16 +17,21 @@ from speechllm.vocabulary import AudioVocabulary, VocabularyError
 from tokenizer.interface import AudioTokenizer
 from tokenizer.loading import load_tokenizer
 from tokenizer.pretrained import check_folder, load_part
+from tokenizer.schemes.compressor import CtcCompressor
 
 
 @dataclass
 class SpeechLLM:
-    """Everything that `transcribe` needs. `codec` may be None if only encoded speech is transcribed."""
+    """Everything that `transcribe` needs. `codec` may be None if only encoded speech is transcribed.
+
+    letters: finds letters in the codes that the model reads, for joint decoding (`speechllm.letters`).
+    """
 
     model: PreTrainedModel | PeftModel
     text_tokenizer: PreTrainedTokenizerBase
     vocabulary: AudioVocabulary
     codec: AudioTokenizer | None = None
+    letters: CtcCompressor | None = None
 
     def __post_init__(self) -> None:
         """Replace the generation settings of the language model: a chat model's own would change what it answers."""
@@ -63,12 +68,13 @@ def load_speech_llm(
     dtype: torch.dtype | None = None,
     base: str | Path | None = None,
     with_codec: bool = True,
+    letters: str | Path | None = None,
 ) -> SpeechLLM:
     """Load what `SpeechLLM.save` wrote, in eval mode.
 
     codec: location of the codec, if not the subfolder; dtype: of the language model's weights, as stored by default;
     an adapter is merged first; base: location of an adapter's language model, if not the recorded one; with_codec:
-    without a codec only encoded speech can be transcribed.
+    without a codec only encoded speech can be transcribed; letters: location of a compressor over the codec's codes.
     Raises FileNotFoundError, VocabularyError, or DataError (for another codec than the vocabulary's, or another
     language model than the adapter's).
     """
@@ -89,7 +95,21 @@ def load_speech_llm(
             parameter.data = parameter.data.to(dtype)
     text_tokenizer = load_part(AutoTokenizer, folder, "the text tokenizer of a speech language model")
     vocabulary.check(model, text_tokenizer, folder)
-    return SpeechLLM(model.to(device).eval(), text_tokenizer, vocabulary, loaded_codec and loaded_codec.to(device))
+    hearing = None if letters is None else load_letters(letters, vocabulary.encoding).to(device)
+    loaded_codec = loaded_codec and loaded_codec.to(device)
+    return SpeechLLM(model.to(device).eval(), text_tokenizer, vocabulary, loaded_codec, hearing)
+
+
+def load_letters(name: str | Path, encoding: Encoding) -> CtcCompressor:
+    """The compressor of a folder, which must have been trained on as many layers as the encoded speech has.
+
+    Raises DataError unless it reads what encoded the speech.
+    """
+    compressor = load_tokenizer(name)
+    if not isinstance(compressor, CtcCompressor):
+        raise DataError(f"{name} is no compressor: train one on this speech with recipes/train_compressor.py")
+    encoding.require(compressor.base.fingerprint, str(name))
+    return compressor
 
 
 def _load_codec(folder: str | Path, codec: str | Path | None, vocabulary: AudioVocabulary) -> AudioTokenizer:

@@ -32,7 +32,7 @@ def serve(arguments: argparse.Namespace) -> int:
     family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
     listening = socket.create_server((arguments.host, arguments.port), family=family)  # before the model is loaded
     cut = load_cut(arguments.vad)
-    speech_llm = loaded(arguments.model, arguments.codec, arguments.base)
+    speech_llm = loaded(arguments.model, arguments.codec, arguments.base, arguments.letters)
     limits = Limits(arguments.max_requests, arguments.max_megabytes, arguments.max_duration, arguments.timeout)
     name = arguments.name or named(arguments.model)
     app = make_app(
@@ -70,14 +70,14 @@ def page(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def loaded(model: str, codec: str | None = None, base: str | None = None) -> "SpeechLLM":
+def loaded(model: str, codec: str | None = None, base: str | None = None, letters: str | None = None) -> "SpeechLLM":
     """A model for inference, on a GPU if there is one."""
     import torch
 
     from speechllm import load_speech_llm, merge
 
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", None)
-    return merge(load_speech_llm(model, codec, device, dtype, base))
+    return merge(load_speech_llm(model, codec, device, dtype, base, letters=letters))
 
 
 def named(model: str) -> str:

@@ -23,7 +23,7 @@ from speechllm.data.shards import (
 )
 from speechllm.encoding import Encoding
 from tokenizer.files import read_json, write_json
-from tokenizer.schemes.compressor import CtcCompressor, compress
+from tokenizer.schemes.compressor import CtcCompressor
 
 
 def compress_shards(source: str | Path, compressor: CtcCompressor, folder: str | Path) -> Iterator[int]:
@@ -46,8 +46,7 @@ def _compressed(table: pa.Table, base: Encoding, compressor: CtcCompressor, enco
     notes, column = table.schema.metadata, SPEECH["features"]
 
     def vectors(row: dict[str, Any]) -> np.ndarray:
-        states, scores = compressor.label_speech(cast(Tensor, speech_of(row, base)))
-        return compress(states, scores).cpu().flatten().numpy().astype(np.float16)
+        return compressor.compress_speech(cast(Tensor, speech_of(row, base))).flatten().numpy().astype(np.float16)
 
     stored = SPEECH[base.kind].name
     speech = pa.array([vectors({stored: one.values.to_numpy()}) for one in table[stored]], column.type)

@@ -17,24 +17,11 @@ from speechllm.encoding import DataError, Encoding
 from speechllm.extension import CodeLetters
 from tokenizer.corpus import spread
 from tokenizer.files import write_json
-from tokenizer.loading import load_tokenizer
 from tokenizer.schemes.compressor import BLANK, CtcCompressor
 
 SAMPLE = 2000  # utterances that tell what codes stand for
 SPACE = " "
 NOT_ALIGNED = "other letters than those of the compressor, or more than there are frames"
-
-
-def load_letters(name: str | Path, speech: EncodedSpeech) -> CtcCompressor:
-    """The compressor of a folder, which must have been trained on as many layers as `speech` has.
-
-    Raises DataError unless it reads what encoded the speech.
-    """
-    compressor = load_tokenizer(name)
-    if not isinstance(compressor, CtcCompressor):
-        raise DataError(f"{name} is no compressor: train one on this speech with recipes/train_compressor.py")
-    speech.encoding.require(compressor.base.fingerprint, str(name))
-    return compressor
 
 
 @torch.no_grad()

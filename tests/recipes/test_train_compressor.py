@@ -19,6 +19,7 @@ from speechllm import (
     load_speech_llm,
     load_tokenizer,
     speech_of,
+    transcribe_codes,
 )
 from speechllm.data.encoded import require_texts
 from speechllm.data.shards import encode_shards
@@ -116,7 +117,7 @@ def test_codes_are_cut_at_words_and_begin_as_letters(
 ) -> None:
     """What train_asr reads of these pieces are rows that the compressor's letters have made."""
     letters, codes, codec = train("letters") / "model", work / "codes", work / "codec"
-    cut_speech, train_asr = recipe("cut_speech.py"), recipe("train_asr.py")
+    cut_speech, train_asr, eval_asr = map(recipe, ("cut_speech.py", "train_asr.py", "eval_asr.py"))
     cut_speech.main(cut_speech.CutConfig(str(codes), str(letters), str(work / "cut"), ["train"], words=1))
     pieces, encoding = load_codes(work / "cut" / "codes")
     assert sorted(pieces["text"]) == sorted(["ab", "a", "b", "ba", "b", "ab", "a", "b"])
@@ -141,6 +142,14 @@ def test_codes_are_cut_at_words_and_begin_as_letters(
     found = rows[speech_llm.vocabulary.offset :][: len(expected)]
     assert encoding == load_codes(codes)[1] and known.sum() > 8
     torch.testing.assert_close(found[known], expected[known], rtol=0, atol=1e-5)
+    words = eval_asr.EvalAsrConfig(str(work / "asr"), str(codes), str(work / "joint"), shuffled_audio=False)
+    eval_asr.main(replace(words, letters=str(letters), letters_weight=2.0, fallback=False))
+    hearing = load_speech_llm(work / "asr", letters=letters)
+    jointly = transcribe_codes([speech_of(row, encoding) for row in load_codes(codes)[0]], hearing, letters_weight=2.0)
+    assert [row["hypothesis"] for row in read_jsonl(work / "joint" / "predictions.jsonl")] == jointly
+    assert any(jointly) and set("".join(jointly)) <= set("".join(load_tokenizer(letters).labels))
+    with pytest.raises(ValueError, match="letters without letters_weight change nothing"):
+        replace(words, letters=str(letters))
     again = train_asr.AsrConfig(*folders[:2], str(work / "again"), **settings | {"model": str(work / "asr" / "model")})
     with pytest.raises(VocabularyError, match="reads codes already: its rows cannot begin as letters"):
         train_asr.main(replace(again, letters=str(letters), small=train_asr.SmallModelConfig()))

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from speechllm import InputError, SpeechCodec, SpeechLLM, decoding, extend_vocabulary
-from speechllm.decoding import forbidden_ids, recognize
+from speechllm import DataError, InputError, SpeechCodec, SpeechLLM, decoding, extend_vocabulary, load_speech_llm, merge
+from speechllm.decoding import forbidden_ids, heard_letters, recognize
 from speechllm.letters import MISSED, HeardLetters, Prefixes, Spellings
 from speechllm.serving.engine import Engine
 from tokenizer.schemes.compressor import CtcCompressor
@@ -163,11 +164,39 @@ def test_the_weight_decides_between_model_and_letters(speech_llm: SpeechLLM) -> 
 
 
 def test_speech_without_letters_is_refused(make_speech_llm: Callable[..., SpeechLLM]) -> None:
-    without, message = make_speech_llm(), "letters_weight needs a language model that reads the speech of a compressor"
+    without, message = make_speech_llm(), "letters_weight needs a language model that reads the vectors of a compressor"
     with pytest.raises(InputError, match=message):
         recognize([torch.zeros(1, 4, dtype=torch.long)], without, letters_weight=0.5)
     with pytest.raises(InputError, match=message):
         Engine(without, letters_weight=0.5)
+
+
+def test_codes_are_decoded_with_the_letters_that_a_compressor_finds_in_them(
+    make_speech_llm: Callable[..., SpeechLLM], small_codec: SpeechCodec, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    compressor = CtcCompressor(small_codec, LABELS, width=64, depth=1).eval()
+    with torch.no_grad():
+        compressor.network.output.weight.mul_(40)  # hears something
+    words = make_speech_llm(tied=False)
+    nn.init.zeros_(words.model.lm_head.weight)  # has no opinion of its own
+    words.save(tmp_path / "words")
+    compressor.save_pretrained(tmp_path / "letters")
+    words = load_speech_llm(tmp_path / "words", letters=tmp_path / "letters")
+    codes = [torch.randint(16, (1, frames), generator=torch.Generator().manual_seed(frames)) for frames in (30, 12)]
+    heard = heard_letters(codes, words, 5.0)
+    assert [*heard.labels] == LABELS
+    for one, vectors_of_it in zip(codes, heard.heard, strict=True):
+        assert torch.equal(vectors_of_it, compressor.compress_speech(one))
+    options = {"beams": 2, "letters_weight": 5.0}
+    found = [recognize([one], words, durations_s=[1.0], **options)[0].text for one in codes]
+    spelled = [compressor.text(compressor.label_speech(one)[1]).strip() for one in codes]
+    assert found == spelled and all(spelled)
+    assert [one.text for one in recognize(codes, words, durations_s=[1.0, 1.0], **options)] == found
+    assert merge(words).letters is words.letters
+    CtcCompressor(compressor, LABELS, width=64, depth=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match="codes of different codecs mean different sounds"):
+        load_speech_llm(tmp_path / "words", letters=tmp_path / "other")
 
 
 def test_what_answers_many_callers_decodes_as_it_is_told(speech_llm: SpeechLLM) -> None:

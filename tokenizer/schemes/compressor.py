@@ -135,8 +135,7 @@ class CtcCompressor(nn.Module):
         vectors = []
         for samples in split_utterances(waveform, lengths):
             encoded = cast(Codes | Features, self.base.encode(samples[None]))
-            states, scores = self.label_speech(encoded.utterance(0))
-            vectors.append(compress(states, scores).cpu())
+            vectors.append(self.compress_speech(encoded.utterance(0)))
         return Features(nn.utils.rnn.pad_sequence(vectors, batch_first=True), torch.tensor([len(v) for v in vectors]))
 
     def label(self, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,6 +147,10 @@ class CtcCompressor(nn.Module):
     def label_speech(self, speech: Tensor) -> tuple[Tensor, Tensor]:
         """`label` of one utterance as the base encodes it, see `base_frames`."""
         return self.label(base_frames(self.base, speech))
+
+    def compress_speech(self, speech: Tensor) -> Tensor:
+        """The vectors of one utterance as the base encodes it, float [P, W + V], on the CPU."""
+        return compress(*self.label_speech(speech)).cpu()
 
     def text(self, scores: Tensor) -> str:
         """What the labels spell (greedy CTC decoding): log probabilities float [T, V] -> text."""

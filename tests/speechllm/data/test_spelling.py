@@ -15,7 +15,8 @@ from speechllm import DataError, Encoding, SpeechCodec, load_codes
 from speechllm.data import spelling
 from speechllm.data.encoded import EncodedSpeech, codes_of, transcribed
 from speechllm.data.shards import SCHEMA, SPEECH, skipped_of_shards, summarize_shards
-from speechllm.data.spelling import cut_words, letters_of_codes, load_letters, word_ends
+from speechllm.data.spelling import cut_words, letters_of_codes, word_ends
+from speechllm.model import load_letters
 from tokenizer.corpus import spread
 from tokenizer.schemes.compressor import CtcCompressor
 
@@ -86,16 +87,16 @@ def test_letters_of_other_codes_or_of_no_codes_are_refused(
     letters: Path, compressor: CtcCompressor, other_codec: SpeechCodec, speech: EncodedSpeech, tmp_path: Path
 ) -> None:
     assert letters_of_codes(None, speech) is None
-    assert load_letters(letters, speech).fingerprint == compressor.fingerprint
+    assert load_letters(letters, speech.encoding).fingerprint == compressor.fingerprint
     features = EncodedSpeech(speech.known, speech.stored, speech.places, Encoding.of(compressor))
     with pytest.raises(DataError, match="only codes have rows that can begin as letters, not features"):
         letters_of_codes(compressor, features)
     foreign = EncodedSpeech(speech.known, speech.stored, speech.places, Encoding.of(other_codec))
     with pytest.raises(DataError, match="encode the speech with the same codec"):
-        load_letters(letters, foreign)
+        load_letters(letters, foreign.encoding)
     other_codec.save_pretrained(tmp_path / "codec")
     with pytest.raises(DataError, match=r"codec is no compressor: train one .*train_compressor\.py"):
-        load_letters(tmp_path / "codec", speech)
+        load_letters(tmp_path / "codec", speech.encoding)
 
 
 # ---- where words end
