@@ -71,7 +71,7 @@ from tokenizer.corpus import spread
 from tokenizer.files import atomic_folder
 from tokenizer.prefetch import prefetch
 from tokenizer.progress import progress_bar
-from tokenizer.schemes.compressor import BLANK, CtcCompressor, base_frames
+from tokenizer.schemes.compressor import BLANK, CtcCompressor
 from tokenizer.training.step import remember_statistics
 from tokenizer.utterances import corpus_folders, short_names, spell_corpora
 
@@ -101,7 +101,9 @@ def main(config: CompressorConfig) -> None:
         return
     set_seed(config.seed)
     labels = ["", *sorted(set("".join(train["text"])))]
-    compressor = CtcCompressor(base, labels, config.width, config.depth, config.dropout).to(accelerator.device)
+    layers = encoding.layers if encoding.kind == "codes" else None
+    compressor = CtcCompressor(base, labels, config.width, config.depth, config.dropout, layers)
+    compressor.to(accelerator.device)
     network = compressor.network
     hours, millions = sum(train["duration_s"]) / 3600, sum(p.numel() for p in network.parameters()) / 1e6
     passes = config.steps * config.batch_size / len(train)
@@ -195,7 +197,7 @@ def read_batches(
     def read(order: list[int]) -> tuple[list[int], Batch]:
         chosen = list(order[process::processes]) or list(order[:1])
         rows = [train[int(i)] for i in chosen]
-        frames = [base_frames(compressor.base, speech_of(row, encoding)) for row in rows]
+        frames = [compressor.frames(speech_of(row, encoding)) for row in rows]
         targets = [torch.tensor([labels[letter] for letter in row["text"]]) for row in rows]
         sizes = [torch.tensor([len(x) for x in one]) for one in (frames, targets)]
         padded = [nn.utils.rnn.pad_sequence(one, batch_first=True) for one in (frames, targets)]

@@ -101,14 +101,16 @@ def load_speech_llm(
 
 
 def load_letters(name: str | Path, encoding: Encoding) -> CtcCompressor:
-    """The compressor of a folder, which must have been trained on as many layers as the encoded speech has.
-
-    Raises DataError unless it reads what encoded the speech.
-    """
+    """The compressor of a folder; raises DataError unless it reads this speech, or the first of its layers."""
     compressor = load_tokenizer(name)
     if not isinstance(compressor, CtcCompressor):
         raise DataError(f"{name} is no compressor: train one on this speech with recipes/train_compressor.py")
     encoding.require(compressor.base.fingerprint, str(name))
+    if compressor.layers > encoding.layers:
+        raise DataError(
+            f"{name} reads {compressor.layers} layers of codes, but the speech has {encoding.layers}: encode it with "
+            f"layers={compressor.layers}, or train a compressor on it"
+        )
     return compressor
 
 

@@ -132,6 +132,7 @@ def test_codes_are_cut_at_words_and_begin_as_letters(
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     small = train_asr.SmallModelConfig(num_key_value_heads=1, text_tokens=300, text_steps=1, **shape)
     settings = {"steps": 2, "warmup": 1, "learning_rate": 1e-9, "precision": "no", "model": None, "small": small}
+    settings["layers"] = 2  # as many as the compressor reads
     folders = str(work / "cut" / "codes"), str(codec), str(work / "asr")
     train_asr.main(train_asr.AsrConfig(*folders, **settings, letters=str(letters)))
     speech_llm = load_speech_llm(work / "asr" / "model")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tokenizer.errors import InputError
 from tokenizer.frames import frame_count, frame_mask, split_utterances
-from tokenizer.interface import AudioTokenizer, Codes, DiscreteTokenizer, Features, FeatureTokenizer
+from tokenizer.interface import AudioTokenizer, Codes, DiscreteTokenizer, Features, FeatureTokenizer, require_layers
 from tokenizer.pretrained import (
     SETTINGS_FILE,
     fill_weights,
@@ -77,13 +77,27 @@ class CtcCompressor(nn.Module):
 
     deduplicate = True
 
-    def __init__(self, base: AudioTokenizer, labels: Sequence[str], width: int, depth: int, dropout: float = 0.0):
-        """labels: V texts, the letters; the first one, the blank, is ""."""
+    def __init__(
+        self,
+        base: AudioTokenizer,
+        labels: Sequence[str],
+        width: int,
+        depth: int,
+        dropout: float = 0.0,
+        layers: int | None = None,
+    ):
+        """labels: V texts, the letters; the first one, the blank, is "". layers: codebooks that it reads, None: all."""
         super().__init__()
-        if not isinstance(base, DiscreteTokenizer | FeatureTokenizer):
+        if isinstance(base, DiscreteTokenizer):
+            require_layers(layers, base.num_codebooks)
+            self.layers = layers or base.num_codebooks
+            inputs = self.layers * base.codebooks.shape[2]
+        elif isinstance(base, FeatureTokenizer):
+            self.layers, inputs = 1, base.width
+        else:
             raise InputError(f"a compressor needs frames or codes, but {type(base).__name__} returns text")
         self.base, self.labels = base, tuple(labels)
-        self.network = CtcNetwork(base_width(base), len(labels), width, depth, dropout)
+        self.network = CtcNetwork(inputs, len(labels), width, depth, dropout)
         self.shape = {"width": width, "depth": depth}
 
     @classmethod
@@ -91,7 +105,8 @@ class CtcCompressor(nn.Module):
         """Load what `save_pretrained` wrote, in eval mode; base: the tokenizer in its subfolder."""
         settings, file = read_pretrained_json(name, SETTINGS_FILE), Path(name) / WEIGHTS_FILE
         with reading(Path(name) / SETTINGS_FILE, "the settings of a compressor"):
-            compressor = cls(base, settings["labels"], settings["width"], settings["depth"])
+            sizes = settings["width"], settings["depth"]
+            compressor = cls(base, settings["labels"], *sizes, layers=settings.get("layers"))
         fill_weights(compressor.network, read_weights(file, "the weights of a compressor"), file)
         return compressor.eval()
 
@@ -101,7 +116,8 @@ class CtcCompressor(nn.Module):
         self.base.save_pretrained(Path(folder) / BASE)
         weights = {name: weight.cpu().contiguous() for name, weight in self.network.state_dict().items()}
         save_file(weights, Path(folder) / WEIGHTS_FILE)
-        write_settings(folder, "compressor", labels=self.labels, **self.shape)
+        layers = {"layers": self.layers} if isinstance(self.base, DiscreteTokenizer) else {}
+        write_settings(folder, "compressor", labels=self.labels, **self.shape, **layers)
 
     def to(self, device: torch.device | str) -> Self:  # type: ignore[override]
         """Move the weights, also of a base that is no module."""
@@ -122,7 +138,7 @@ class CtcCompressor(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of base, labels and weights."""
+        """Hash of base, labels and weights, whose shapes tell the layers."""
         return module_fingerprint(self.network, {"base": self.base.fingerprint, "labels": self.labels})
 
     @property
@@ -134,7 +150,10 @@ class CtcCompressor(nn.Module):
         """Waveforms float [B, N] -> vectors float [B, P, W + V], one per letter."""
         vectors = []
         for samples in split_utterances(waveform, lengths):
-            encoded = cast(Codes | Features, self.base.encode(samples[None]))
+            if isinstance(self.base, DiscreteTokenizer):
+                encoded: Codes | Features = self.base.encode(samples[None], layers=self.layers)
+            else:
+                encoded = cast(Features, self.base.encode(samples[None]))
             vectors.append(self.compress_speech(encoded.utterance(0)))
         return Features(nn.utils.rnn.pad_sequence(vectors, batch_first=True), torch.tensor([len(v) for v in vectors]))
 
@@ -145,8 +164,25 @@ class CtcCompressor(nn.Module):
         return states[0], scores[0]
 
     def label_speech(self, speech: Tensor) -> tuple[Tensor, Tensor]:
-        """`label` of one utterance as the base encodes it, see `base_frames`."""
-        return self.label(base_frames(self.base, speech))
+        """`label` of one utterance as the base encodes it, see `frames`."""
+        return self.label(self.frames(speech))
+
+    def frames(self, speech: Tensor) -> Tensor:
+        """One utterance of the base, features [T, C] of any precision or codes long [Q, T], as frames float32 [T, C].
+
+        Codes are replaced by their vectors, those of several layers side by side. Raises InputError for fewer layers
+        than it reads; others that follow are ignored.
+        """
+        if not isinstance(self.base, DiscreteTokenizer):
+            return speech.float()
+        if len(speech) < self.layers:
+            raise InputError(
+                f"this compressor reads {self.layers} layers of codes, not {len(speech)}: encode the speech with "
+                f"layers={self.layers}, or train a compressor on these codes"
+            )
+        codebooks = self.base.codebooks  # not moved: an utterance is smaller than they are
+        codes = speech[: self.layers].to(codebooks.device)
+        return torch.cat([codebook[layer] for codebook, layer in zip(codebooks, codes, strict=False)], 1)
 
     def compress_speech(self, speech: Tensor) -> Tensor:
         """The vectors of one utterance as the base encodes it, float [P, W + V], on the CPU."""
@@ -234,23 +270,3 @@ def compress(states: Tensor, scores: Tensor) -> Tensor:
     means = torch.stack([part.mean(0) for part in vectors.split(counts.tolist())])
     letters = means[runs != BLANK]
     return letters if len(letters) else vectors.mean(0, keepdim=True)
-
-
-def base_width(base: AudioTokenizer) -> int:
-    """C, the dimensions of what `base_frames` returns."""
-    if isinstance(base, DiscreteTokenizer):
-        return base.codebooks.shape[0] * base.codebooks.shape[2]
-    return cast(FeatureTokenizer, base).width
-
-
-def base_frames(base: AudioTokenizer, speech: Tensor) -> Tensor:
-    """One utterance of a tokenizer, features [T, C] of any precision or codes long [Q, T], as frames float32 [T, C].
-
-    Codes are replaced by their vectors, those of several layers side by side; layers that are missing are zeros.
-    """
-    if not isinstance(base, DiscreteTokenizer):
-        return speech.float()
-    codebooks = base.codebooks  # not moved: an utterance is smaller than they are
-    codes = speech.to(codebooks.device)
-    vectors = torch.cat([codebook[layer] for codebook, layer in zip(codebooks, codes, strict=False)], 1)
-    return F.pad(vectors, (0, base_width(base) - vectors.shape[1]))

@@ -368,11 +368,14 @@ def test_transcribe_prints_a_text_per_file_and_decodes_runaways_again(
 ) -> None:
     speech_llm, files = make_speech_llm(), [str(folder / name) for name in ("a.flac", "broken.wav", "b.flac")]
     asked = []
-    monkeypatch.setattr(speechllm, "load_speech_llm", lambda *places: asked.append(places) or speech_llm, raising=False)
-    assert main(["transcribe", *files, "--model", "asr", "--beams", "2"]) == 1
+    monkeypatch.setattr(
+        speechllm, "load_speech_llm", lambda *places, **more: asked.append((*places, more)) or speech_llm, raising=False
+    )
+    assert main(["transcribe", *files, "--model", "asr", "--beams", "2", "--letters", "spelled"]) == 1
     printed = capsys.readouterr()
     texts = transcribe([files[0], files[2]], speech_llm, beams=2, fallback=True)
     assert texts != transcribe([files[0], files[2]], speech_llm) and asked[0][:2] == ("asr", None)
+    assert asked[0][-1] == {"letters": "spelled"}
     assert printed.out == "".join(f"{file}\t{text}\n" for file, text in zip(files[::2], texts, strict=True))
     assert printed.err.startswith("skipped: ") and "broken.wav" in printed.err
     monkeypatch.setattr("speechllm.cli.main.CHUNK", 1)  # in parts it is the same
@@ -387,7 +390,7 @@ def test_a_long_recording_is_transcribed_in_pieces(
     folder: Path, make_speech_llm: Callable, monkeypatch: pytest.MonkeyPatch, capsys: Capture, chunk: int
 ) -> None:
     speech_llm, files = make_speech_llm(), [str(folder / name) for name in ("a.flac", "b.flac")]
-    monkeypatch.setattr(speechllm, "load_speech_llm", lambda *places: speech_llm, raising=False)
+    monkeypatch.setattr(speechllm, "load_speech_llm", lambda *places, **_: speech_llm, raising=False)
     cut = functools.partial(pieces, longest_s=0.4)
     monkeypatch.setattr("speechllm.pieces.pieces", cut)
     monkeypatch.setattr("speechllm.cli.main.CHUNK", chunk)
@@ -402,7 +405,7 @@ def test_a_recording_that_breaks_while_it_is_read_is_skipped(
     folder: Path, make_speech_llm: Callable, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     speech_llm, files = make_speech_llm(), [str(folder / name) for name in ("a.flac", "b.flac")]
-    monkeypatch.setattr(speechllm, "load_speech_llm", lambda *places: speech_llm, raising=False)
+    monkeypatch.setattr(speechllm, "load_speech_llm", lambda *places, **_: speech_llm, raising=False)
     cut = functools.partial(pieces, longest_s=0.4)
 
     def breaking(file: str, *words: object, **more: object) -> Iterator[Piece]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from speechllm import Encoding, InputError, SpeechCodec, extend_vocabulary, load_tokenizer, transcription_example
 from speechllm.vocabulary import text_token_ids
 from tokenizer.interface import Features, FeatureTokenizer
-from tokenizer.schemes.compressor import CtcCompressor, CtcNetwork, LettersTeacher, base_frames, compress
+from tokenizer.schemes.compressor import CtcCompressor, CtcNetwork, LettersTeacher, compress
 from tokenizer.schemes.features import FeatureEncoder, load_semantic_teacher
 from tokenizer.schemes.units import UnitTokenizer
 from tokenizer.training.small_teachers import save_hubert, small_hubert
@@ -57,7 +57,7 @@ def test_it_is_a_tokenizer_of_features_that_have_no_time(compressor: CtcCompress
     assert vectors.shape[1] == 68 and 1 < len(vectors) <= 50
     torch.testing.assert_close(vectors[:, -4:].sum(1), torch.ones(len(vectors)))
     letters = vectors[:, -4:].argmax(1)
-    _, scores = compressor.label(base_frames(compressor.base, compressor.base.encode(noise(16_000)).utterance(0)))
+    _, scores = compressor.label_speech(compressor.base.encode(noise(16_000)).utterance(0))
     assert "".join(LABELS[letter] for letter in letters) == "".join(
         LABELS[label] for label, _ in groupby(scores.argmax(1).tolist())
     )
@@ -86,9 +86,26 @@ def test_codes_are_their_vectors_side_by_side(compressor: CtcCompressor, small_c
     codes = torch.tensor([[3, 1], [2, 5]])
     first, second = small_codec.codebooks
     expected = torch.stack([torch.cat([first[3], second[2]]), torch.cat([first[1], second[5]])])
-    assert torch.equal(base_frames(small_codec, codes), expected)
-    assert torch.equal(base_frames(small_codec, codes[:1])[:, : first.shape[1]], first[[3, 1]])
-    assert not base_frames(small_codec, codes[:1])[:, first.shape[1] :].any()
+    assert torch.equal(compressor.frames(codes), expected) and compressor.layers == 2
+
+
+def test_of_a_codec_it_reads_as_many_layers_as_it_was_made_for(
+    compressor: CtcCompressor, small_codec: SpeechCodec, noise: Noise, tmp_path: Path
+) -> None:
+    one = CtcCompressor(small_codec, LABELS, width=64, depth=1, layers=1).eval()
+    nn.init.normal_(one.network.output.weight, std=4.0)
+    codes, waveform = small_codec.encode(noise(16_000)).utterance(0), noise(16_000)
+    assert torch.equal(one.frames(codes), small_codec.codebooks[0][codes[0]])
+    assert torch.equal(one.compress_speech(codes), one.compress_speech(codes[:1]))
+    assert torch.equal(one.encode(waveform).utterance(0), one.compress_speech(codes))
+    one.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.layers == 1 and loaded.fingerprint == one.fingerprint != compressor.fingerprint
+    assert torch.equal(loaded.encode(waveform).values, one.encode(waveform).values)
+    with pytest.raises(InputError, match=r"reads 2 layers of codes, not 1: encode the speech with layers=2"):
+        compressor.label_speech(codes[:1])
+    with pytest.raises(InputError, match=r"layers must be 1\.\.2, got 3"):
+        CtcCompressor(small_codec, LABELS, width=64, depth=1, layers=3)
 
 
 def test_saved_and_loaded_it_is_the_same(compressor: CtcCompressor, noise: Noise, tmp_path: Path) -> None:
