@@ -131,6 +131,7 @@ def main(config: EvalAsrConfig) -> None:
         "speakers": speaker_error_rates(references, hypotheses, speakers, config.normalizer),
         "beams": config.beams,
         "letters_weight": config.letters_weight,
+        "letters_fingerprint": speech_llm.letters.fingerprint if speech_llm and speech_llm.letters else None,
         "fallback": count_runaways(found),
         "without_transcript": total - len(rows),  # not scored
         "audio_s": audio_s,

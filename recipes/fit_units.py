@@ -17,17 +17,19 @@ from typing import Annotated, Literal
 from speechllm.runs.config import parse_config
 from tokenizer.settings import Corpus, Count, Names, Positive, Rule, Seed, Settings
 
+Codes = Annotated[int, Rule("from 2 to 65536", lambda k: 2 <= k <= 65_536)]  # which are stored in 16 bits
+
 
 @dataclass
 class UnitsConfig(Settings):
     model: str  # folder or hub name of HuBERT, WavLM, wav2vec 2.0 or Whisper, or of a compressor
     data: Corpus  # corpus folder, or several as [A, B]: manifest.jsonl or LibriSpeech's layout
     output: str  # run folder; the tokenizer goes to its subfolder `model`
-    clusters: Annotated[int, Rule("from 2 to 65536", lambda k: 2 <= k <= 65_536)] = 500  # K
+    clusters: Codes = 500  # K
     layer: int | Literal["avg"] | None = 6  # hidden state; "avg": mean; null: as `features:` has it
     splits: Names | None = None  # all when null
     deduplicate: bool = False  # merge repeats of a unit
-    bpe: Count | None = None  # codes after byte-pair merges of frequent sequences, units included; null: no merges
+    bpe: Codes | None = None  # codes after byte-pair merges of frequent sequences, units included; null: no merges
     max_frames: Count = 500_000  # for k-means: 2.8 hours
     max_duration_s: Positive = 60.0  # longer utterances are skipped
     seed: Seed = 0
@@ -68,8 +70,7 @@ def main(config: UnitsConfig) -> None:
     run = claim_output(config.output, config)
     utterances = read_corpus(config.data, config.splits)
     encoder = FeatureEncoder.from_pretrained(config.model, config.layer).to(make_accelerator().device)
-    found, skipped = collect(utterances, encoder, config)
-    frames = np.concatenate(found) if found else np.empty((0, encoder.width), np.float32)
+    frames, sizes, skipped = collect(utterances, encoder, config)
     reasons = dict(Counter(row["reason"] for row in skipped))
     if len(frames) < config.clusters:
         raise SystemExit(
@@ -78,10 +79,11 @@ def main(config: UnitsConfig) -> None:
         )
     print(f"k-means: {len(frames)} frames, {config.clusters} clusters", flush=True)
     kmeans = MiniBatchKMeans(config.clusters, batch_size=10_000, n_init=5, random_state=config.seed).fit(frames)
-    units = UnitTokenizer(encoder, torch.from_numpy(kmeans.cluster_centers_), config.deduplicate)
-    spoken = torch.from_numpy(kmeans.labels_).long().split([len(one) for one in found])  # by utterance
+    spoken = torch.from_numpy(kmeans.labels_).long().split(sizes)
+    merges = None
     if config.bpe is not None:
-        units.merges = UnitMerges.fit(map(units.shorten, spoken), config.clusters, config.bpe)
+        merges = UnitMerges.fit((one.unique_consecutive() for one in spoken), config.clusters, config.bpe)
+    units = UnitTokenizer(encoder, torch.from_numpy(kmeans.cluster_centers_), config.deduplicate, merges)
 
     with atomic_folder(run / "model") as folder:
         units.save_pretrained(folder)
@@ -108,9 +110,10 @@ def main(config: UnitsConfig) -> None:
 
 def collect(
     utterances: Sequence[Utterance], encoder: FeatureEncoder, config: UnitsConfig
-) -> tuple[list[np.ndarray], list[dict[str, str]]]:
-    """Frames float [T_i, C] of utterances in random order, `max_frames` in all, and the skipped recordings."""
+) -> tuple[np.ndarray, list[int], list[dict[str, str]]]:
+    """Frames float [M, C] of utterances in random order, how many each has, and the skipped recordings."""
     found: list[np.ndarray] = []
+    missing = config.max_frames
     skipped: list[dict[str, str]] = []
     order = np.random.default_rng(config.seed).permutation(len(utterances))
     loaded = load_each([utterances[index] for index in order], max_duration_s=config.max_duration_s)
@@ -120,11 +123,13 @@ def collect(
                 skipped.append(skipped_row(utterance, waveform))
                 continue
             frames = encoder.encode(waveform[None].to(encoder.device)).utterance(0).numpy()
-            found.append(frames[: config.max_frames - bar.n])
+            found.append(frames[:missing])
             bar.update(len(found[-1]))
-            if bar.n >= config.max_frames:
+            missing -= len(found[-1])
+            if not missing:
                 break
-    return found, skipped
+    whole = np.concatenate(found) if found else np.empty((0, encoder.width), np.float32)
+    return whole, [len(frames) for frames in found], skipped
 
 
 if __name__ == "__main__":

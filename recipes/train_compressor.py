@@ -24,6 +24,7 @@ class CompressorConfig(Settings):
     codes: Corpus  # folder of encode_speech, or several as [A, B]
     codec: str  # the audio tokenizer that made them, as `load_tokenizer` takes it
     output: str  # run folder; the compressor goes to its subfolder `model`
+    layers: Count | None = None  # codebooks to read; all that the codes have when null
     splits: Names | None = None  # training splits, all when null
     dev_splits: Names | None = None  # for the WER of its letters, none when null
     normalizer: Literal["librispeech", "whisper_english", "none"] = "librispeech"  # of the transcripts
@@ -95,15 +96,18 @@ def main(config: CompressorConfig) -> None:
     dev = transcribed(dev, config.dev_utterances, config.normalizer) if dev is not None else []
     base = load_tokenizer(config.codec)
     encoding.require(base.fingerprint, config.codec)
+    if config.layers and config.layers > encoding.layers:
+        raise DataError(
+            f"{spell_corpora(config.codes)} holds {encoding.layers} layers of codes, fewer than layers={config.layers}"
+        )
     run = Run(config.output, config, accelerator, free=MAY_CHANGE)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
         return
     set_seed(config.seed)
     labels = ["", *sorted(set("".join(train["text"])))]
-    layers = encoding.layers if encoding.kind == "codes" else None
-    compressor = CtcCompressor(base, labels, config.width, config.depth, config.dropout, layers)
-    compressor.to(accelerator.device)
+    sizes = config.width, config.depth, config.dropout
+    compressor = CtcCompressor(base, labels, *sizes, config.layers or encoding.layers).to(accelerator.device)
     network = compressor.network
     hours, millions = sum(train["duration_s"]) / 3600, sum(p.numel() for p in network.parameters()) / 1e6
     passes = config.steps * config.batch_size / len(train)

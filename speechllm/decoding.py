@@ -94,9 +94,10 @@ def transcribe_codes(
     fallback: bool = False,
     static_cache: bool = False,
     letters_weight: float = 0.0,
+    durations_s: Sequence[float] | None = None,
 ) -> list[str]:
     """Texts of utterances given as codes long [Q, T], in the order given; the rest as in `recognize`."""
-    options = beams, fallback, None, static_cache, letters_weight
+    options = beams, fallback, durations_s, static_cache, letters_weight
     found = recognize(codes, speech_llm, batch_tokens, progress, *options)
     return [transcription.text for transcription in found]
 
@@ -118,8 +119,8 @@ def recognize(
     not depend on the batch. batch_tokens: prompts and answers decoded at a time, in tokens with the padding, each beam
     counted: bounds the memory, except that an utterance may be longer.
     fallback: decode runaway answers again, by beam search without repeated 5-grams, and replace them if that helps.
-    durations_s: of the utterances; may be None if the number of frames tells it (codes without merged repeats, and
-    features).
+    durations_s: of the utterances; may be None if the number of frames tells it: not for texts, a compressor's vectors
+    and codes with merged repeats.
     static_cache: greedy decoding keeps keys and values in tensors that do not grow, so that on a GPU transformers
     compiles its steps. Does nothing with beams or letters_weight. Raises InputError for a family without such a cache.
     letters_weight: above 0, answers consist of a compressor's letters only, and the log probability that these were
@@ -130,8 +131,8 @@ def recognize(
     if durations_s is None:
         axis = -1 if encoding.kind == "codes" else 0
         frames = [utterance.shape[axis] for utterance in speech if isinstance(utterance, Tensor)]
-        if len(frames) < len(speech):
-            raise ValueError("the duration of the speech is not known from texts: pass durations_s")
+        if len(frames) < len(speech) or (frames and encoding.deduplicated):
+            raise ValueError("how long this speech lasts is not known from what was encoded: pass durations_s")
         durations_s = [count / encoding.frame_rate for count in frames]
     prompts = [transcription_prompt(utterance, speech_llm.vocabulary, text_tokenizer) for utterance in speech]
     bounds = [answer_bound(duration_s) for duration_s in durations_s]

@@ -24,7 +24,7 @@ from tokenizer.schemes.compressor import CtcCompressor
 class SpeechLLM:
     """Everything that `transcribe` needs. `codec` may be None if only encoded speech is transcribed.
 
-    letters: finds letters in the codes that the model reads, for joint decoding (`speechllm.letters`).
+    letters: finds letters in the codes that the model reads, for joint decoding (`speechllm.letters`); not saved.
     """
 
     model: PreTrainedModel | PeftModel
@@ -75,8 +75,8 @@ def load_speech_llm(
     codec: location of the codec, if not the subfolder; dtype: of the language model's weights, as stored by default;
     an adapter is merged first; base: location of an adapter's language model, if not the recorded one; with_codec:
     without a codec only encoded speech can be transcribed; letters: location of a compressor over the codec's codes.
-    Raises FileNotFoundError, VocabularyError, or DataError (for another codec than the vocabulary's, or another
-    language model than the adapter's).
+    Raises FileNotFoundError, VocabularyError, or DataError (for another codec than the vocabulary's, another
+    language model than the adapter's, or letters of other codes).
     """
     folder = check_folder(folder, [], "a speech language model")
     adapter = (Path(folder) / "adapter_config.json").is_file()
@@ -95,9 +95,12 @@ def load_speech_llm(
             parameter.data = parameter.data.to(dtype)
     text_tokenizer = load_part(AutoTokenizer, folder, "the text tokenizer of a speech language model")
     vocabulary.check(model, text_tokenizer, folder)
-    hearing = None if letters is None else load_letters(letters, vocabulary.encoding).to(device)
     loaded_codec = loaded_codec and loaded_codec.to(device)
-    return SpeechLLM(model.to(device).eval(), text_tokenizer, vocabulary, loaded_codec, hearing)
+    compressor = None if letters is None else load_letters(letters, vocabulary.encoding)
+    if compressor is not None and loaded_codec is not None:
+        compressor.base = loaded_codec  # the same one: in memory once
+    compressor = compressor and compressor.to(device)
+    return SpeechLLM(model.to(device).eval(), text_tokenizer, vocabulary, loaded_codec, compressor)
 
 
 def load_letters(name: str | Path, encoding: Encoding) -> CtcCompressor:
@@ -105,11 +108,13 @@ def load_letters(name: str | Path, encoding: Encoding) -> CtcCompressor:
     compressor = load_tokenizer(name)
     if not isinstance(compressor, CtcCompressor):
         raise DataError(f"{name} is no compressor: train one on this speech with recipes/train_compressor.py")
+    if compressor.fingerprint == encoding.fingerprint:
+        raise DataError(f"the speech is this compressor's vectors already, with letters in them: leave {name} out")
     encoding.require(compressor.base.fingerprint, str(name))
     if compressor.layers > encoding.layers:
         raise DataError(
-            f"{name} reads {compressor.layers} layers of codes, but the speech has {encoding.layers}: encode it with "
-            f"layers={compressor.layers}, or train a compressor on it"
+            f"{name} reads {compressor.layers} layers of codes, not {encoding.layers}: train a compressor with "
+            f"layers={encoding.layers}"
         )
     return compressor
 

@@ -93,7 +93,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--model", required=True, help="folder that recipes/train_asr.py wrote")
     command.add_argument("--codec", help="another place of the codec than the model's subfolder `codec`")
     command.add_argument("--base", help=BASE)
-    command.add_argument("--letters", metavar="FOLDER", help=LETTERS)
     command.add_argument("--batch-tokens", type=COUNT, default=32_768, help=BATCH_TOKENS)
     longest = "seconds; longer recordings are skipped (default 7200); those of over 30 s are cut where it is quiet"
     command.add_argument("--max-duration", type=SECONDS, default=7200.0, help=longest)
@@ -115,7 +114,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--name", help="of the model, as callers see it; that of its folder by default")
     command.add_argument("--codec", help="another place of the codec than the model's subfolder `codec`")
     command.add_argument("--base", help=BASE)
-    command.add_argument("--letters", metavar="FOLDER", help=LETTERS)
     command.add_argument("--batch-size", type=COUNT, default=16, help="utterances transcribed together (default 16)")
     command.add_argument("--max-requests", type=COUNT, default=64, help="at a time; more are told to wait (default 64)")
     command.add_argument("--max-megabytes", type=SECONDS, default=512.0, help="of an upload (default 512)")
@@ -252,6 +250,7 @@ def _decoding() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--beams", type=COUNT, default=1, help="1, the default, is greedy")
     parser.add_argument("--letters-weight", type=WEIGHT, default=0.0, help="of a compressor's letters beside the model")
+    parser.add_argument("--letters", metavar="FOLDER", help=LETTERS)
     return parser
 
 
@@ -286,7 +285,7 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     from speechllm.pauses import load_cut
 
     cut = load_cut(arguments.vad)
-    speech_llm = loaded(arguments.model, arguments.codec, arguments.base, arguments.letters)
+    speech_llm = loaded(arguments.model, arguments)
     assert speech_llm.codec is not None
     found = _pieces(arguments.files, speech_llm.codec.sample_rate, arguments.max_duration, cut)
     texts: list[str] = []

@@ -32,7 +32,7 @@ def serve(arguments: argparse.Namespace) -> int:
     family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
     listening = socket.create_server((arguments.host, arguments.port), family=family)  # before the model is loaded
     cut = load_cut(arguments.vad)
-    speech_llm = loaded(arguments.model, arguments.codec, arguments.base, arguments.letters)
+    speech_llm = loaded(arguments.model, arguments)
     limits = Limits(arguments.max_requests, arguments.max_megabytes, arguments.max_duration, arguments.timeout)
     name = arguments.name or named(arguments.model)
     app = make_app(
@@ -65,19 +65,22 @@ def page(arguments: argparse.Namespace) -> int:
     engines: dict[str, Engine] = {}
     for model in arguments.models:
         name = named(model) if named(model) not in engines else f"{named(model)} {len(engines) + 1}"
-        engines[name] = Engine(loaded(model), beams=arguments.beams, letters_weight=arguments.letters_weight)
+        engines[name] = Engine(loaded(model, arguments), beams=arguments.beams, letters_weight=arguments.letters_weight)
     launch(make_page(engines, cut), arguments.host, arguments.port)
     return 0
 
 
-def loaded(model: str, codec: str | None = None, base: str | None = None, letters: str | None = None) -> "SpeechLLM":
-    """A model for inference, on a GPU if there is one."""
+def loaded(model: str, arguments: argparse.Namespace) -> "SpeechLLM":
+    """A model for inference, with the parts that the options name, on a GPU if there is one."""
+    if arguments.letters and not arguments.letters_weight:
+        raise ValueError("--letters without --letters-weight changes nothing: give both, for example 0.15")
     import torch
 
     from speechllm import load_speech_llm, merge
 
+    codec, base = getattr(arguments, "codec", None), getattr(arguments, "base", None)  # a page has no such options
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", None)
-    return merge(load_speech_llm(model, codec, device, dtype, base, letters=letters))
+    return merge(load_speech_llm(model, codec, device, dtype, base, letters=arguments.letters))
 
 
 def named(model: str) -> str:

@@ -141,7 +141,8 @@ REFUSED = {
     "eval_tokenizer": "probe_steps=-1 kmeans_utterances=0 train_splits=[]",
     "eval_rows": "rows=[] answer_tokens=0 beams=0 batch_tokens=0 splits=[] precision=x",
     "make_rows": "answer=[] weight=0 weight=-1",
-    "fit_units": "clusters=1 clusters=70000 bpe=0 bpe=600 max_frames=0 max_frames=10 max_duration_s=0 layer=last",
+    "fit_units": "clusters=1 clusters=70000 bpe=0 bpe=600 bpe=70000 max_frames=0 max_frames=10 max_duration_s=0 "
+    "layer=last",
     "import_speech": "splits=[]",
     "train_compressor": "width=0 depth=0 dropout=1 mask_s=-1 batch_size=0 steps=0 max_duration_s=0",
     "rehearse": "minutes=0 train_hours=0 test_hours=-1 recordings=0 weights=none seed=-1",

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -112,11 +113,24 @@ def test_letters_are_scored_without_a_language_model(
     assert [row["hypothesis"] for row in read_jsonl(run / "test" / "predictions.jsonl")] == spelled and any(spelled)
 
 
+def test_of_codes_with_more_layers_it_reads_as_many_as_it_is_told(
+    train: Callable[..., Path], work: Path, small_codec: SpeechCodec
+) -> None:
+    run, utterances = train("one_layer", layers=1), torch.load(work / "utterances.pt", weights_only=False)
+    compressor = load_tokenizer(run / "model")
+    assert compressor.layers == 1 and load_tokenizer(train("letters") / "model").layers == 2
+    list(encode_shards(utterances, compressor, work / "vectors_of_one"))  # of recordings, as of the codes
+    for row, other in zip(load_codes(run / "codes")[0], load_codes(work / "vectors_of_one")[0], strict=True):
+        assert np.array_equal(row["features"], other["features"])
+    with pytest.raises(DataError, match="holds 2 layers of codes, fewer than layers=3"):
+        train("three", layers=3)
+
+
 def test_codes_are_cut_at_words_and_begin_as_letters(
     train: Callable[..., Path], work: Path, recipe: Callable[[str], ModuleType]
 ) -> None:
     """What train_asr reads of these pieces are rows that the compressor's letters have made."""
-    letters, codes, codec = train("letters") / "model", work / "codes", work / "codec"
+    letters, codes, codec = train("one_layer", layers=1) / "model", work / "codes", work / "codec"
     cut_speech, train_asr, eval_asr = map(recipe, ("cut_speech.py", "train_asr.py", "eval_asr.py"))
     cut_speech.main(cut_speech.CutConfig(str(codes), str(letters), str(work / "cut"), ["train"], words=1))
     pieces, encoding = load_codes(work / "cut" / "codes")
@@ -132,7 +146,6 @@ def test_codes_are_cut_at_words_and_begin_as_letters(
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     small = train_asr.SmallModelConfig(num_key_value_heads=1, text_tokens=300, text_steps=1, **shape)
     settings = {"steps": 2, "warmup": 1, "learning_rate": 1e-9, "precision": "no", "model": None, "small": small}
-    settings["layers"] = 2  # as many as the compressor reads
     folders = str(work / "cut" / "codes"), str(codec), str(work / "asr")
     train_asr.main(train_asr.AsrConfig(*folders, **settings, letters=str(letters)))
     speech_llm = load_speech_llm(work / "asr" / "model")
@@ -147,6 +160,8 @@ def test_codes_are_cut_at_words_and_begin_as_letters(
     eval_asr.main(replace(words, letters=str(letters), letters_weight=2.0, fallback=False))
     hearing = load_speech_llm(work / "asr", letters=letters)
     jointly = transcribe_codes([speech_of(row, encoding) for row in load_codes(codes)[0]], hearing, letters_weight=2.0)
+    results = json.loads((work / "joint" / "results.json").read_text(encoding="utf-8"))
+    assert results["letters_fingerprint"] == hearing.letters.fingerprint
     assert [row["hypothesis"] for row in read_jsonl(work / "joint" / "predictions.jsonl")] == jointly
     assert any(jointly) and set("".join(jointly)) <= set("".join(load_tokenizer(letters).labels))
     with pytest.raises(ValueError, match="letters without letters_weight change nothing"):

@@ -195,7 +195,7 @@ def test_codes_are_decoded_with_the_letters_that_a_compressor_finds_in_them(
     assert [one.text for one in recognize(codes, words, durations_s=[1.0, 1.0], **options)] == found
     assert merge(words).letters is words.letters
     CtcCompressor(small_codec, LABELS, width=64, depth=1).save_pretrained(tmp_path / "two")
-    with pytest.raises(DataError, match=r"reads 2 layers of codes, but the speech has 1: encode it with layers=2"):
+    with pytest.raises(DataError, match=r"reads 2 layers of codes, not 1: train a compressor with layers=1"):
         load_speech_llm(tmp_path / "words", letters=tmp_path / "two")
     CtcCompressor(compressor, LABELS, width=64, depth=1).save_pretrained(tmp_path / "other")
     with pytest.raises(DataError, match="codes of different codecs mean different sounds"):

@@ -86,7 +86,7 @@ class CtcCompressor(nn.Module):
         dropout: float = 0.0,
         layers: int | None = None,
     ):
-        """labels: V texts, the letters; the first one, the blank, is "". layers: codebooks that it reads, None: all."""
+        """labels: V texts, the letters; the first one, the blank, is "". layers: codebooks it reads, None: all."""
         super().__init__()
         if isinstance(base, DiscreteTokenizer):
             require_layers(layers, base.num_codebooks)
@@ -96,7 +96,8 @@ class CtcCompressor(nn.Module):
             self.layers, inputs = 1, base.width
         else:
             raise InputError(f"a compressor needs frames or codes, but {type(base).__name__} returns text")
-        self.base, self.labels = base, tuple(labels)
+        self.base: AudioTokenizer = base
+        self.labels = tuple(labels)
         self.network = CtcNetwork(inputs, len(labels), width, depth, dropout)
         self.shape = {"width": width, "depth": depth}
 
@@ -105,8 +106,10 @@ class CtcCompressor(nn.Module):
         """Load what `save_pretrained` wrote, in eval mode; base: the tokenizer in its subfolder."""
         settings, file = read_pretrained_json(name, SETTINGS_FILE), Path(name) / WEIGHTS_FILE
         with reading(Path(name) / SETTINGS_FILE, "the settings of a compressor"):
-            sizes = settings["width"], settings["depth"]
-            compressor = cls(base, settings["labels"], *sizes, layers=settings.get("layers"))
+            layers, sizes = settings.get("layers"), (settings["width"], settings["depth"])
+            if layers is None and isinstance(base, DiscreteTokenizer) and base.num_codebooks > 1:
+                raise InputError(f"{name} does not say how many layers it reads, as none did once: train it again")
+            compressor = cls(base, settings["labels"], *sizes, layers=layers)
         fill_weights(compressor.network, read_weights(file, "the weights of a compressor"), file)
         return compressor.eval()
 
@@ -116,8 +119,7 @@ class CtcCompressor(nn.Module):
         self.base.save_pretrained(Path(folder) / BASE)
         weights = {name: weight.cpu().contiguous() for name, weight in self.network.state_dict().items()}
         save_file(weights, Path(folder) / WEIGHTS_FILE)
-        layers = {"layers": self.layers} if isinstance(self.base, DiscreteTokenizer) else {}
-        write_settings(folder, "compressor", labels=self.labels, **self.shape, **layers)
+        write_settings(folder, "compressor", labels=self.labels, **self.shape, layers=self.layers)
 
     def to(self, device: torch.device | str) -> Self:  # type: ignore[override]
         """Move the weights, also of a base that is no module."""
@@ -182,7 +184,7 @@ class CtcCompressor(nn.Module):
             )
         codebooks = self.base.codebooks  # not moved: an utterance is smaller than they are
         codes = speech[: self.layers].to(codebooks.device)
-        return torch.cat([codebook[layer] for codebook, layer in zip(codebooks, codes, strict=False)], 1)
+        return torch.cat([codebook[layer] for codebook, layer in zip(codebooks[: self.layers], codes, strict=True)], 1)
 
     def compress_speech(self, speech: Tensor) -> Tensor:
         """The vectors of one utterance as the base encodes it, float [P, W + V], on the CPU."""

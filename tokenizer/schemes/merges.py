@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, trainers
 from torch import Tensor
 
-FIRST = 0x10000  # units are spelled as characters from here on: 65,536 that no library treats as spaces or letters
+FIRST = 0x10000  # units are spelled as characters from here on: 65,536 that may stand beside each other in any order
 
 
 class UnitMerges:

@@ -34,6 +34,7 @@ class UnitTokenizer(nn.Module):
     num_codebooks = 1
     batched = True
     centroids: Tensor
+    codebooks: Tensor  # float [1, codes, C]: the centroids, and of a sequence of units the mean of theirs
 
     def __init__(
         self,
@@ -50,6 +51,8 @@ class UnitTokenizer(nn.Module):
             raise ValueError("merges are of units whose repeats are merged: expected deduplicate=True")
         self.encoder, self.deduplicate, self.merges = encoder, deduplicate, merges
         self.register_buffer("centroids", centroids)
+        codebook = centroids if merges is None else torch.stack([centroids[own].mean(0) for own in merges.units])
+        self.register_buffer("codebooks", codebook[None], persistent=False)
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "UnitTokenizer":
@@ -89,14 +92,7 @@ class UnitTokenizer(nn.Module):
 
     @property
     def codebook_size(self) -> int:
-        return len(self.merges.units) if self.merges else len(self.centroids)
-
-    @property
-    def codebooks(self) -> Tensor:
-        """The centroids, float [1, K, C]; a sequence of units has the mean of theirs."""
-        if self.merges is None:
-            return self.centroids[None]
-        return torch.stack([self.centroids[units].mean(0) for units in self.merges.units])[None]
+        return self.codebooks.shape[1]
 
     @property
     def device(self) -> torch.device:

@@ -371,11 +371,11 @@ def test_transcribe_prints_a_text_per_file_and_decodes_runaways_again(
     monkeypatch.setattr(
         speechllm, "load_speech_llm", lambda *places, **more: asked.append((*places, more)) or speech_llm, raising=False
     )
-    assert main(["transcribe", *files, "--model", "asr", "--beams", "2", "--letters", "spelled"]) == 1
+    assert main(["transcribe", *files, "--model", "asr", "--beams", "2"]) == 1
     printed = capsys.readouterr()
     texts = transcribe([files[0], files[2]], speech_llm, beams=2, fallback=True)
     assert texts != transcribe([files[0], files[2]], speech_llm) and asked[0][:2] == ("asr", None)
-    assert asked[0][-1] == {"letters": "spelled"}
+    assert asked[0][-1] == {"letters": None}
     assert printed.out == "".join(f"{file}\t{text}\n" for file, text in zip(files[::2], texts, strict=True))
     assert printed.err.startswith("skipped: ") and "broken.wav" in printed.err
     monkeypatch.setattr("speechllm.cli.main.CHUNK", 1)  # in parts it is the same

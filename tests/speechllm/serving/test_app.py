@@ -23,8 +23,8 @@ from fastapi import Request
 from fastapi.testclient import TestClient
 from torch import Tensor
 
+import speechllm
 from speechllm import SpeechLLM, convert_voice, load_audio, reconstruct, save_audio, transcribe
-from speechllm.cli import serve
 from speechllm.cli.main import main
 from speechllm.pieces import pieces
 from speechllm.serving import app as app_module
@@ -356,7 +356,9 @@ def test_the_command_serves_until_it_is_told_to_end(
     assert process.returncode == 0 and "Traceback" not in errors
 
 
-def test_beams_and_letters_reach_what_decodes(speech_llm: SpeechLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beams_and_letters_reach_what_decodes(
+    speech_llm: SpeechLLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     told: list[object] = []
 
     def engine(model: SpeechLLM, batch_size: int, observe: object, *decoding: object) -> SimpleNamespace:
@@ -370,9 +372,11 @@ def test_beams_and_letters_reach_what_decodes(speech_llm: SpeechLLM, monkeypatch
     monkeypatch.setattr(app_module, "Engine", engine)
     make_app(speech_llm, "tiny", beams=4, letters_weight=0.15)
     monkeypatch.setattr(app_module, "make_app", app)
-    monkeypatch.setattr(serve, "loaded", lambda *_: speech_llm)
-    assert main(["serve", "model", "--port", "0", "--beams", "3", "--letters-weight", "0.5"]) == 1
-    assert told == [(4, 0.15), {"beams": 3, "letters_weight": 0.5}]
+    monkeypatch.setattr(speechllm, "load_speech_llm", lambda *_, **more: told.append(more) or speech_llm, raising=False)
+    assert main(["serve", "model", "--port", "0", "--beams", "3", "--letters-weight", "0.5", "--letters", "l"]) == 1
+    assert told == [(4, 0.15), {"letters": "l"}, {"beams": 3, "letters_weight": 0.5}]
+    assert main(["serve", "model", "--port", "0", "--letters", "l"]) == 1
+    assert "--letters without --letters-weight changes nothing" in capsys.readouterr().err
 
 
 def test_a_host_that_others_reach_needs_a_key(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,9 +140,9 @@ def test_a_browser_shows_what_becomes_of_a_recording(
 
 def test_beams_and_letters_reach_what_decodes(page: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[object] = []
-    monkeypatch.setattr(serve, "loaded", lambda model: model)
+    monkeypatch.setattr(serve, "loaded", lambda model, arguments: (model, arguments.letters))
     monkeypatch.setattr(engine_module, "Engine", lambda model, **decoding: told.append((model, decoding)))
     monkeypatch.setattr(page, "make_page", lambda *_: None)
     monkeypatch.setattr(page, "launch", lambda *_: None)
-    assert main(["page", "a", "b", "--beams", "3", "--letters-weight", "0.5"]) == 0
-    assert told == [(model, {"beams": 3, "letters_weight": 0.5}) for model in ("a", "b")]
+    assert main(["page", "a", "b", "--beams", "3", "--letters-weight", "0.5", "--letters", "l"]) == 0
+    assert told == [((model, "l"), {"beams": 3, "letters_weight": 0.5}) for model in ("a", "b")]
