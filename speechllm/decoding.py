@@ -25,7 +25,7 @@ from transformers import (
 
 from speechllm.data.packing import PADDING, require_attention
 from speechllm.encoding import Speech
-from speechllm.greedy import greedy_answers, reads_packed
+from speechllm.greedy import contiguous_states, greedy_answers, reads_packed
 from speechllm.letters import Letters, Spellings
 from speechllm.model import SpeechLLM
 from speechllm.projector import model_inputs
@@ -325,7 +325,7 @@ def _generate(
         rules.append(_NoRepeats(ngram, prompt_size))
     if letters:
         rules.append(letters.scores(prompt_size, end_id))
-    with both_ways:
+    with both_ways, contiguous_states(model):
         answers = model.generate(
             **inputs,
             logits_processor=rules,

@@ -1,6 +1,7 @@
 """Greedy decoding of many prompts at once: they are read without padding, and a row leaves when its answer ends."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -137,3 +138,16 @@ def _independent(model: PreTrainedModel | PeftModel) -> bool:
     expected = torch.stack(alone).float()
     spread = (expected - expected.mean(1, keepdim=True)).norm(dim=1)
     return bool(((found.float() - expected).norm(dim=1) <= TOLERANCE * spread).all())
+
+
+@contextmanager
+def contiguous_states(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """While active, the output layer gets contiguous states.
+
+    `generate` cuts the last one out of each prompt's, for which torch on a CPU copies that layer once a row.
+    """
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    try:
+        yield
+    finally:
+        hook.remove()

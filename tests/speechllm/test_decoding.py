@@ -442,3 +442,16 @@ def test_the_generation_settings_of_a_base_model_change_nothing(
         saved = json.loads((tmp_path / "saved" / name / "generation_config.json").read_text())
         assert not set(saved) & set(CHATTY)
     assert any(answers[0]) and all(answer == answers[0] for answer in answers)
+
+
+def test_the_output_layer_gets_contiguous_states_while_answers_are_generated(
+    make_speech_llm: Callable[..., SpeechLLM],
+) -> None:
+    """Of a slice torch copies the layer once a row on a CPU."""
+    speech_llm, seen = make_speech_llm(), []
+    head = speech_llm.model.get_output_embeddings()
+    before = transcribe_codes(random_codes(9, 5), speech_llm, beams=2)
+    forward = head.forward
+    head.forward = lambda states: seen.append(states.is_contiguous()) or forward(states)
+    assert transcribe_codes(random_codes(9, 5), speech_llm, beams=2) == before
+    assert seen and all(seen) and not head._forward_pre_hooks
