@@ -5,7 +5,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -325,7 +325,9 @@ def _generate(
         rules.append(_NoRepeats(ngram, prompt_size))
     if letters:
         rules.append(letters.scores(prompt_size, end_id))
-    with both_ways, contiguous_states(model):
+    # with a static cache steps are compiled, which a new hook could make happen for each batch
+    contiguous = contiguous_states(model) if cache is None else nullcontext()
+    with both_ways, contiguous:
         answers = model.generate(
             **inputs,
             logits_processor=rules,
