@@ -33,7 +33,7 @@ class EvalAsrConfig(Settings):
     fallback: bool = True  # decode runaway answers again, by beam search without repetitions
     shuffled_audio: bool = True  # also run the control
     shuffled_utterances: Several | None = 300  # of the control, evenly chosen; all when null
-    precision: Literal["no", "bf16"] = "bf16"  # of the language model on a GPU
+    precision: Literal["no", "bf16"] | None = None  # of the language model; null: bf16 on a GPU, no on a CPU
     batch_tokens: Count = 32_768  # of prompts and answers decoded at a time; a beam counts as an answer
     static_cache: bool = False  # on a GPU, compile the steps of plain greedy decoding; takes a while first
     seed: Seed = 0
@@ -49,7 +49,6 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
     CONFIG = parse_config(EvalAsrConfig)
 
 import numpy as np
-import torch
 
 from speechllm import (
     DataError,
@@ -74,7 +73,7 @@ from speechllm.evaluation.error_rates import (
 from speechllm.evaluation.scripts import primary_rate
 from speechllm.evaluation.tables import plain
 from speechllm.reports.pages import write_recognition_report
-from speechllm.runs.machine import provenance
+from speechllm.runs.machine import decoding_device, provenance
 from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.run import read_log
 from tokenizer.corpus import spread
@@ -181,8 +180,7 @@ def load(config: EvalAsrConfig) -> SpeechLLM | None:
     """The language model that reads the speech, None without one."""
     if config.model is None:
         return None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" and config.precision == "bf16" else None
+    device, dtype = decoding_device(config.precision)
     options: dict[str, Any] = {"base": config.base, "with_codec": False, "letters": config.letters}
     return merge(load_speech_llm(config.model, device=device, dtype=dtype, **options))
 

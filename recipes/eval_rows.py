@@ -27,15 +27,13 @@ class EvalRowsConfig(Settings):
     splits: Names | None = None  # whose utterances the rows may name; all when null
     answer_tokens: Count = 128  # at most
     beams: Count = 1  # 1: greedy
-    precision: Literal["no", "bf16"] = "bf16"  # of the language model on a GPU
+    precision: Literal["no", "bf16"] | None = None  # of the language model; null: bf16 on a GPU, no on a CPU
     batch_tokens: Count = 32_768  # of prompts and answers decoded at a time; a beam counts as an answer
     static_cache: bool = False  # on a GPU, compile the steps of greedy decoding (beams=1); takes a while first
 
 
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
     CONFIG = parse_config(EvalRowsConfig)
-
-import torch
 
 from speechllm import DataError, load_codes, load_speech_llm, merge
 from speechllm.data.conversations import Conversations
@@ -45,7 +43,7 @@ from speechllm.evaluation.error_rates import mean_and_interval
 from speechllm.evaluation.tables import plain
 from speechllm.messages import ConversationWriter
 from speechllm.reports.pages import write_results_report
-from speechllm.runs.machine import provenance
+from speechllm.runs.machine import decoding_device, provenance
 from speechllm.runs.recipe import claim_output, run_recipe
 from tokenizer.files import write_json, write_jsonl
 
@@ -53,8 +51,7 @@ from tokenizer.files import write_json, write_jsonl
 def main(config: EvalRowsConfig) -> None:
     started = time.perf_counter()
     folder = claim_output(config.output, config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" and config.precision == "bf16" else None
+    device, dtype = decoding_device(config.precision)
     speech, encoding = load_codes(config.codes, config.splits)
     numbers = {name: number for number, name in enumerate(speech["id"])}
     rows, _ = mixed(*((read_rows(file, numbers), 1.0) for file in config.rows))

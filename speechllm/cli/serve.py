@@ -74,12 +74,11 @@ def loaded(model: str, arguments: argparse.Namespace) -> "SpeechLLM":
     """A model for inference, with the parts that the options name, on a GPU if there is one."""
     if arguments.letters and not arguments.letters_weight:
         raise ValueError("--letters without --letters-weight changes nothing: give both, for example 0.15")
-    import torch
-
     from speechllm import load_speech_llm, merge
+    from speechllm.runs.machine import decoding_device
 
     codec, base = getattr(arguments, "codec", None), getattr(arguments, "base", None)  # a page has no such options
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", None)
+    device, dtype = decoding_device()
     return merge(load_speech_llm(model, codec, device, dtype, base, letters=arguments.letters))
 
 

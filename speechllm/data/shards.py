@@ -56,7 +56,7 @@ def encode_shards(
     processes: int = 1,
     batch_s: float = 0.0,
 ) -> Iterator[int]:
-    """Encode utterances into shards; yields each shard's number of utterances when it is done.
+    """Encode utterances into shards; yields how many more are encoded, batch by batch, or kept, shard by shard.
 
     batch_s: seconds of speech to encode at a time, of utterances with similar lengths, by a codec that can; a shard
     does not depend on it, except for rounding. 0: one by one.
@@ -95,9 +95,10 @@ def encode_shards(
         part = utterances[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
         file = folder / f"codes_{shard:05d}.arrow"
         _rewrite_parquet(file)
-        if not _is_current(file, part):
-            _write_shard(file, part, codec, encoding, max_duration_s, batch_s)
-        yield len(part)
+        if _is_current(file, part):
+            yield len(part)
+        else:
+            yield from _write_shard(file, part, codec, encoding, max_duration_s, batch_s)
 
 
 def claim_codes(folder: str | Path) -> None:
@@ -151,7 +152,8 @@ def _write_shard(
     encoding: Encoding,
     max_duration_s: float,
     batch_s: float,
-) -> None:
+) -> Iterator[int]:
+    """Yields the size of each batch, of the last one when the shard is written."""
     rows: dict[int, dict[str, Any]] = {}  # by the utterance's place
     skipped: dict[int, dict[str, str]] = {}
     stamp = _stamp(utterances)  # before they are read: what is changed meanwhile is encoded again
@@ -160,7 +162,9 @@ def _write_shard(
     started = clock()
     batches = _batches(utterances, batch_s)
     loaded = load_each((utterances[i] for batch in batches for i in batch), codec.sample_rate, max_duration_s)
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        if number:
+            yield len(batches[number - 1])
         waveforms: dict[int, Tensor] = {}
         for place, (utterance, found) in zip(batch, loaded, strict=False):  # as many of them as the batch has
             if isinstance(found, AudioError):
@@ -184,6 +188,7 @@ def _write_shard(
         "recordings": json.dumps({"stamp": stamp, "content": _content(utterances)}),
     }
     write_rows(file, [row for _, row in sorted(rows.items())], encoding, notes)
+    yield len(batches[-1])
 
 
 def _batches(utterances: Sequence[Utterance], batch_s: float) -> list[list[int]]:

@@ -5,13 +5,16 @@ import os
 import platform
 import shlex
 import sys
+import timeit
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # who only starts others must not wait for these
+    import torch
     from accelerate import Accelerator
 
+SLOW = 5.0  # times as long in bfloat16 as in float32; a processor with arithmetic for it takes half as long
 PACKAGES = ("torch", "torchaudio", "transformers", "peft", "accelerate", "datasets", "jiwer", "speechbrain")
 
 
@@ -20,6 +23,7 @@ def make_accelerator(precision: str = "no") -> "Accelerator":
 
     The CPU must be requested explicitly: otherwise processes that are started together would each train alone. On it,
     numbers below 1.2e-38 count as 0: moving averages of gradients end there, and such steps take up to a fifth longer.
+    Says so, once a machine, where bf16 takes much longer than float32.
     """
     import torch
     from accelerate import Accelerator
@@ -27,7 +31,47 @@ def make_accelerator(precision: str = "no") -> "Accelerator":
 
     torch.set_flush_denormal(True)
     buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # which all processes change in the same way
-    return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available(), kwargs_handlers=[buffers])
+    cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[buffers])
+    if cpu and precision == "bf16" and accelerator.is_local_main_process:
+        warn_of_slow_bf16()
+    return accelerator
+
+
+def decoding_device(precision: str | None = None) -> "tuple[str, torch.dtype | None]":
+    """Where a language model decodes, and in which weights, as `load_speech_llm` takes them; None: as they are stored.
+
+    precision: bf16, no, or None: bf16 on a GPU, no on a CPU. Says so where bf16 takes much longer than float32.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda", None if precision == "no" else torch.bfloat16
+    if precision != "bf16":
+        return "cpu", None
+    warn_of_slow_bf16()
+    return "cpu", torch.bfloat16
+
+
+def warn_of_slow_bf16() -> None:
+    """Tell of a CPU without arithmetic in bfloat16, on stderr."""
+    if (times := bf16_slowdown()) > SLOW:
+        print(
+            f"warning: matrix products take {times:.0f} times as long in bfloat16 as in float32 on this processor: "
+            "set precision=no",
+            file=sys.stderr,
+        )
+
+
+def bf16_slowdown() -> float:
+    """How many times as long as in float32 the CPU takes for a matrix product in bfloat16."""
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        square = torch.ones(128, 128, dtype=dtype)
+        return min(timeit.repeat(lambda: square @ square, number=1, repeat=5))
+
+    return seconds(torch.bfloat16) / seconds(torch.float32)
 
 
 def command_line() -> str:

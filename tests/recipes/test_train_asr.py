@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -327,7 +328,9 @@ def test_the_recipe_supports_features_and_texts(
     assert len(texts) == len(found)
 
     eval_asr = recipe("eval_asr.py")
-    eval_asr.main(eval_asr.EvalAsrConfig(f"{output}/model", kind, f"{output}/test", splits=["dev"], fallback=False))
+    config = eval_asr.EvalAsrConfig(f"{output}/model", kind, f"{output}/test", splits=["dev"], fallback=False)
+    assert eval_asr.load(replace(config, precision="bf16")).model.dtype == torch.bfloat16
+    eval_asr.main(config)
     results = json.loads(Path(f"{output}/test/results.json").read_text(encoding="utf-8"))
     assert results["wer"] == done["dev_wer"] and results["config"]["splits"] == ["dev"]
     assert {row["split"] for row in read_jsonl(f"{output}/test/predictions.jsonl")} == {"dev"}

@@ -305,7 +305,7 @@ def test_eval_asr_counts_runaways_and_scores_the_final_answers(
         save_audio(tmp_path / f"{i}.wav", noise(4_000, seed=i)[0])
         utterances.append(Utterance(f"u{i}", str(tmp_path / f"{i}.wav"), 0.25, "test", "XXXXX X", speaker))
     speech_llm = with_chances(make_speech_llm(tied=False), {"<": {"x": 1.0}, "x": {"x": 0.9, ">": 0.1}})
-    assert list(encode_shards(utterances, speech_llm.codec, tmp_path / "codes")) == [3]
+    assert sum(encode_shards(utterances, speech_llm.codec, tmp_path / "codes")) == 3
     speech_llm.save(tmp_path / "model")
 
     eval_asr = recipe("eval_asr.py")
@@ -349,7 +349,7 @@ def test_eval_asr_scores_the_texts_as_they_were_given_split_by_split(
         save_audio(tmp_path / f"{i}.wav", noise(4_000, seed=i)[0])
         utterances.append(Utterance(f"u{i}", str(tmp_path / f"{i}.wav"), 0.25, split, text, "s"))
     speech_llm = make_speech_llm(tied=False)
-    assert list(encode_shards(utterances, speech_llm.codec, tmp_path / "codes")) == [3]
+    assert sum(encode_shards(utterances, speech_llm.codec, tmp_path / "codes")) == 3
     speech_llm.save(tmp_path / "run" / "model")
     (tmp_path / "run" / "done.json").write_text('{"normalizer": "none"}')
     eval_asr = recipe("eval_asr.py")

@@ -83,7 +83,7 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 def test_codes_are_those_of_the_codec_with_everything_known_about_the_utterance(
     tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
 ) -> None:
-    assert encode(speech, small_codec, tmp_path) == [3, 3, 3, 1]
+    assert encode(speech, small_codec, tmp_path) == [1] * 10
     rows, encoding = load_codes(tmp_path)
     assert encoding == Encoding(small_codec.fingerprint, RATE, 50.0, 2, 16) == Encoding.of(small_codec)
     assert rows[0]["codes"].dtype == "uint16"
@@ -229,7 +229,7 @@ def test_a_run_stopped_after_one_shard_continues_with_the_next(
     tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
 ) -> None:
     encode(speech, small_codec, tmp_path / "whole")
-    next(encode_shards(speech, small_codec, tmp_path / "stopped"))
+    list(itertools.islice(encode_shards(speech, small_codec, tmp_path / "stopped"), 5))  # in the second shard
     first = stamps(tmp_path / "stopped")
     assert list(first) == SHARDS[:1]
     with pytest.raises(DataError, match="stopped holds 3 of 10 utterances: run encode_speech again"):
@@ -290,7 +290,7 @@ def test_the_shards_of_several_processes_are_those_of_one(
         encode(speech, small_codec, tmp_path / "more", process=process, processes=processes)
         for process in range(processes)
     ]
-    assert sorted(sum(shares, [])) == [1, 3, 3, 3]
+    assert sum(map(sum, shares)) == 10
     assert content(tmp_path / "more") == content(tmp_path / "one")
 
 
@@ -386,7 +386,7 @@ def test_a_stopped_run_goes_on_with_the_batches_of_one_that_was_not(
     tmp_path: Path, speech: list[Utterance], features: FeatureEncoder
 ) -> None:
     encode(speech, features, tmp_path / "whole", batch_s=0.5)
-    next(encode_shards(speech, features, tmp_path / "stopped", batch_s=0.5))
+    list(itertools.islice(encode_shards(speech, features, tmp_path / "stopped", batch_s=0.5), 3))
     encode(speech, features, tmp_path / "stopped", batch_s=0.5)
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
 
@@ -436,7 +436,7 @@ REASONS = {"unreadable": 2, "silent": 1, "missing": 1, "empty": 1, "non-finite":
 def test_unusable_recordings_are_skipped_and_counted_by_reason(
     tmp_path: Path, bad_speech: list[Utterance], small_codec: SpeechCodec
 ) -> None:
-    assert encode(bad_speech, small_codec, tmp_path, max_duration_s=0.4) == [3, 3, 3]
+    assert sum(encode(bad_speech, small_codec, tmp_path, max_duration_s=0.4)) == 9
     rows, _ = load_codes(tmp_path)
     assert rows["id"] == ["u0", "u1"]
     summary = summarize_shards(tmp_path)

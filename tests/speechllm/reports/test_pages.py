@@ -435,7 +435,7 @@ def test_eval_asr_writes_the_page_of_its_run(
         save_audio(tmp_path / f"{i}.wav", noise(samples, seed=i)[0])
         path = str(tmp_path / f"{i}.wav")
         utterances.append(Utterance(f"u{i}", path, samples / RATE, "test", "RED LAMP", f"s{i}"))
-    assert list(encode_shards(utterances, small_codec, tmp_path / "codes")) == [2]
+    assert sum(encode_shards(utterances, small_codec, tmp_path / "codes")) == 2
     make_speech_llm().save(tmp_path / "run" / "model")
     (tmp_path / "run" / "log.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n')
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from speechllm.runs.machine import make_accelerator
+from speechllm.runs import machine
+from speechllm.runs.machine import decoding_device, make_accelerator
 
 
 def test_numbers_that_slow_a_processor_down_count_as_zero() -> None:
@@ -15,3 +16,48 @@ def test_numbers_that_slow_a_processor_down_count_as_zero() -> None:
     assert (small * factor).all()
     make_accelerator()
     assert not (small * factor).any()
+
+
+@pytest.mark.parametrize(("times", "words"), [(120.0, "120 times as long in bfloat16"), (0.5, "")])
+def test_a_processor_without_bfloat16_is_told_of(
+    times: float, words: str, new_accelerator: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "bf16_slowdown", lambda: times)
+    make_accelerator("bf16")
+    said = capsys.readouterr().err
+    assert words in said
+    assert ("precision=no" in said) == bool(words)
+
+
+def test_float32_is_not_timed(
+    new_accelerator: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "bf16_slowdown", lambda: pytest.fail("not asked for"))
+    make_accelerator("no")
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "expected"),
+    [
+        (True, None, ("cuda", torch.bfloat16)),
+        (True, "bf16", ("cuda", torch.bfloat16)),
+        (True, "no", ("cuda", None)),
+        (False, None, ("cpu", None)),
+        (False, "no", ("cpu", None)),
+        (False, "bf16", ("cpu", torch.bfloat16)),
+    ],
+)
+def test_a_model_decodes_in_bfloat16_on_gpus_and_where_it_is_asked_for(
+    gpu: bool,
+    precision: str | None,
+    expected: tuple[str, torch.dtype | None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(machine, "bf16_slowdown", lambda: 100.0)
+    assert decoding_device(precision) == expected
+    slow = expected == ("cpu", torch.bfloat16)
+    assert ("100 times as long" in capsys.readouterr().err) == slow
