@@ -202,7 +202,9 @@ def means(rows: Sequence[Row], name: int | str, seed: int) -> Row:
 
 def split_means(rows: Sequence[Row], names: Sequence[int | str], seed: int) -> dict[str, dict[int | str, Row]]:
     """`means` of each split by number of codebooks, if there are several splits."""
-    splits = {row["split"]: [other for other in rows if other["split"] == row["split"]] for row in rows}
+    splits: dict[str, list[Row]] = {}
+    for row in rows:
+        splits.setdefault(row["split"], []).append(row)
     if len(splits) < 2:
         return {}
     return {split: {name: means(own, name, seed) for name in names} for split, own in splits.items()}

@@ -315,16 +315,16 @@ def main(config: AsrConfig) -> None:
         validating = bool(dev) and loop.due(config.validate_every)
         if loop.due(config.log_every) or validating:
             loss, speech_loss = (accelerator.reduce(sums) / counts).tolist()
-            speech = {"speech_loss": speech_loss} if config.speech_loss else {}
+            more = {"speech_loss": speech_loss} if config.speech_loss else {}
             rate = optimizer.param_groups[0]["lr"]
-            loop.log(loss=loss, **speech, lr=rate, tokens=share.tokens)
+            loop.log(loss=loss, **more, lr=rate, tokens=share.tokens)
         if validating:
             # compiled layers are for training: when decoding every word has another shape
             stance = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
             with training.evaluation_weights(), stance:
-                texts = recognize_together(dev, encoding, speech_llm, accelerator, training.evaluators)
+                answers = recognize_together(dev, encoding, speech_llm, accelerator, training.evaluators)
                 if run.main:
-                    rates = dev_rates([row["text"] for row in dev], texts, config.normalizer)
+                    rates = dev_rates([row["text"] for row in dev], answers, config.normalizer)
                     run.log(loop.done, **rates)
                     training.record_validation(loop.done, rates[f"dev_{primary}"], keep=config.keep_best)
                     if training.best.validations_without_improvement == config.patience:
@@ -344,8 +344,8 @@ def main(config: AsrConfig) -> None:
                 speech_llm.save(folder)
     if run.main:
         best = {f"dev_{primary}": training.best.wer, "best_step": training.best.step} if dev else {}
-        texts = {"normalizer": config.normalizer} | ({"without_words": without_words} if without_words else {})
-        summary = {"steps": loop.done, "loss": loop.figures.get("loss"), **best, **texts}
+        kept = {"normalizer": config.normalizer} | ({"without_words": without_words} if without_words else {})
+        summary = {"steps": loop.done, "loss": loop.figures.get("loss"), **best, **kept}
         summary["codec_fingerprint"] = codec.fingerprint
         if after is not None:
             summary |= {"text_perplexity_before": before, "text_perplexity": after.perplexity}

@@ -147,19 +147,22 @@ def main(config: CompressorConfig) -> None:
             run.log(loop.done, dev_wer=letters_wer(compressor.eval(), dev, encoding, config.normalizer))
             compressor.train()
 
-    # 3. export
+    # 3. export, and compress the speech; each process its share
     if run.main:
-        compressor.eval()
         with atomic_folder(run.folder / "model") as folder:
             compressor.save_pretrained(folder)
-        with torch.no_grad(), progress_bar(None, "compress", unit="utt") as bar:
-            for source, folder in compressed_folders(config.codes, run.folder / "codes").items():
-                for count in compress_shards(source, compressor, folder):
-                    bar.update(count)
+    accelerator.wait_for_everyone()
+    compressor = CtcCompressor.from_pretrained(run.folder / "model", base).to(accelerator.device)
+    share = accelerator.process_index, accelerator.num_processes
+    with progress_bar(None, "compress", unit="utt", disable=not run.main) as bar:
+        for source, folder in compressed_folders(config.codes, run.folder / "codes").items():
+            for count in compress_shards(source, compressor, folder, *share):
+                bar.update(count)
+    accelerator.wait_for_everyone()
+    if run.main:
         scores = {"dev_wer": letters_wer(compressor, dev, encoding, config.normalizer)} if len(dev) else {}
         finish_training(run, {"steps": config.steps, **loop.figures, **scores, "fingerprint": compressor.fingerprint})
         print(f"compressor saved in {run.folder / 'model'} {scores}")
-    accelerator.wait_for_everyone()
 
 
 class CtcLoss(nn.Module):

@@ -57,12 +57,13 @@ class TeacherConfig(Settings):
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
     CONFIG = parse_config(TeacherConfig, shares_work=True)
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from speechllm import CorpusError, Utterance, pad_waveforms, read_corpus
+from speechllm import AudioError, CorpusError, Utterance, pad_waveforms, read_corpus
 from speechllm.data.batches import endless_batches
 from speechllm.reports.pages import finish_training
 from speechllm.runs.loop import Parts, TrainingLoop
@@ -194,8 +195,18 @@ class SemanticStudent(nn.Module):
         """Endless batches from step `start` on; each process gets its share."""
         lengths = [u.duration_s for u in self.utterances]
         orders = endless_batches(lengths, self.config.batch_size, self.config.seed, start)
-        shares = ([self.utterances[i] for i in batch[process::processes]] for batch in orders)
-        for loaded in prefetch(lambda share: [try_load(u) for u in share], shares, READ_AHEAD):
+
+        def read(order: np.ndarray) -> list[tuple[Utterance, Tensor | AudioError]]:
+            """This process's share of a batch, and of the others' as many as it takes to have a usable recording."""
+            size = len(order[process::processes])
+            loaded = []
+            for i in [*order[process::processes], *np.delete(order, np.s_[process::processes])]:
+                if len(loaded) >= size and any(isinstance(found, Tensor) for _, found in loaded):
+                    break
+                loaded.append(try_load(self.utterances[i]))
+            return loaded
+
+        for loaded in prefetch(read, orders, READ_AHEAD):
             pairs = list(keep_usable(loaded, self.skipped))
             if not pairs:
                 raise CorpusError(f"no recording of a batch of {len(loaded)} is usable, such as {loaded[0][0].path}")
@@ -284,19 +295,21 @@ class SpeakerStudent(nn.Module):
 
         def read(step: int) -> list[dict[str, Any]]:
             first = step * self.config.batch_size
-            return [crops[i] for i in range(first + process, first + self.config.batch_size, processes)]
+            share = range(first + process, first + self.config.batch_size, processes)
+            return [crops[i] for i in share or [first]]
 
         for items in prefetch(read, range(start, self.config.steps), READ_AHEAD):
             chosen = [self.utterances[item["utterance"]] for item in items]
             targets = torch.tensor([self.labels[u.speaker] for u in chosen])
-            yield chosen, (torch.stack([item["waveform"] for item in items]), targets)
+            lengths = torch.tensor([item["length"] for item in items])
+            yield chosen, (torch.stack([item["waveform"] for item in items]), lengths, targets)
 
-    def forward(self, waveform: Tensor, targets: Tensor) -> Tensor:
-        return self.criterion(self.classifier(self._embed(waveform)), targets[:, None])
+    def forward(self, waveform: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
+        return self.criterion(self.classifier(self._embed(waveform, lengths)), targets[:, None])
 
-    def _embed(self, waveform: Tensor) -> Tensor:
-        lengths = torch.ones(len(waveform), device=waveform.device)
-        return self.ecapa(self.normalization(self.features(waveform), lengths))
+    def _embed(self, waveform: Tensor, lengths: Tensor) -> Tensor:
+        shares = lengths / waveform.shape[1]  # as SpeechBrain counts them: what is behind is padding, and not heard
+        return self.ecapa(self.normalization(self.features(waveform), shares), shares)
 
     @torch.no_grad()
     def score(self, utterances: list[Utterance]) -> dict[str, float]:
@@ -305,7 +318,8 @@ class SpeakerStudent(nn.Module):
         speakers, embeddings = [], []
         for u, waveform in load_usable([u for u in utterances if u.speaker], skipped=self.skipped):
             speakers.append(u.speaker)
-            embeddings.append(self._embed(waveform[None].to(device))[0, 0].cpu())
+            lengths = torch.tensor([len(waveform)], device=device)
+            embeddings.append(self._embed(waveform[None].to(device), lengths)[0, 0].cpu())
         if len(set(speakers)) in (0, 1, len(speakers)):  # no pair of different speakers, or none of the same
             return {}
         voices = torch.stack(embeddings)

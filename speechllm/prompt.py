@@ -21,11 +21,13 @@ class Example:
     """input_ids long [S]; labels long [S], -100 at positions without a loss.
 
     features: float [P, C], those of the P placeholders among the ids; None without placeholders.
+    parts: long [S], as `AudioVocabulary.audio_parts`, where the ids, of which some are masked, no longer tell.
     """
 
     input_ids: Tensor
     labels: Tensor
     features: Tensor | None = None
+    parts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "run",
         parents=[_processes()],
-        usage="speechllm run [-h] [--processes N] recipe [--config FILE] [key=value ...]",
+        usage="speechllm run [-h] [--processes N | --accelerate FILE] recipe [--config FILE] [key=value ...]",
         help="a recipe: training, encoding, evaluation, the demo",
         epilog=f"Each recipe is a file in {shipped('recipes')} with a help of its own; --config takes a YAML of yours "
         f"or one of those in {shipped('configs')}, by the name it has there.",

@@ -3,7 +3,6 @@
 import argparse
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -81,9 +80,9 @@ def read_pairs(reference: str, hypothesis: str) -> tuple[list[str], list[str]]:
     lines = {file: read_lines(file) for file in (reference, hypothesis)}
     references, hypotheses = (_named(file, lines[file]) for file in (reference, hypothesis))
     if references is None and hypotheses is not None:
-        references = _named_as(lines[reference], hypotheses)
+        references = _named_as(reference, lines[reference], hypotheses)
     elif hypotheses is None and references is not None:
-        hypotheses = _named_as(lines[hypothesis], references)
+        hypotheses = _named_as(hypothesis, lines[hypothesis], references)
     if references is not None and hypotheses is not None:
         return _matched(reference, references, hypothesis, hypotheses)
     if references is not None or hypotheses is not None:
@@ -108,17 +107,24 @@ def _named(file: str, lines: list[str]) -> Named | None:
     pairs = [line.partition("\t") if tabbed else line.strip().partition(" ") for line in rows.values()]
     if not tabbed and (len(pairs) < 2 or not all(NAME.fullmatch(name) for name, *_ in pairs)):
         return None
-    if double := [name for name, count in Counter(name.strip() for name, *_ in pairs).items() if count > 1]:
-        found = [number for number, pair in zip(rows, pairs, strict=True) if pair[0].strip() == double[0]]
-        raise InputError(f"{file}: {double[0]} stands in line {found[0]} and in line {found[1]}: keep one of them")
-    return {name.strip(): text for name, _, text in pairs}
+    return _by_name(file, {number: (name.strip(), text) for number, (name, _, text) in zip(rows, pairs, strict=True)})
 
 
-def _named_as(lines: list[str], others: Named) -> Named | None:
+def _named_as(file: str, lines: list[str], others: Named) -> Named | None:
     """Texts by name, if each line without tabs begins with one of the names of another file."""
-    pairs = [line.strip().partition(" ") for line in lines if line.strip()]
+    pairs = {number: line.strip().partition(" ")[::2] for number, line in enumerate(lines, 1) if line.strip()}
     known = others.keys() | {PurePath(name).stem for name in others}
-    return {name: text for name, _, text in pairs} if pairs and all(name in known for name, *_ in pairs) else None
+    return _by_name(file, pairs) if pairs and all(name in known for name, _ in pairs.values()) else None
+
+
+def _by_name(file: str, pairs: dict[int, tuple[str, str]]) -> Named:
+    """Texts by name, of lines by number. Raises InputError for a name that stands in two of them."""
+    found: dict[str, tuple[int, str]] = {}
+    for number, (name, text) in pairs.items():
+        if name in found:
+            raise InputError(f"{file}: {name} stands in line {found[name][0]} and in line {number}: keep one of them")
+        found[name] = number, text
+    return {name: text for name, (_, text) in found.items()}
 
 
 def _matched(reference: str, references: Named, hypothesis: str, hypotheses: Named) -> tuple[list[str], list[str]]:

@@ -50,7 +50,9 @@ class Augmentation:
             start = random.integers(len(places) - size + 1)
             masked[places[start : start + size]] = True
         features = None if example.features is None else example.features[~masked[places]]
-        return replace(example, input_ids=ids.masked_fill(masked, self.vocabulary.start_id), features=features)
+        parts = self.vocabulary.audio_parts(ids) if self.vocabulary.prefix_attention else None
+        masked_ids = ids.masked_fill(masked, self.vocabulary.start_id)
+        return replace(example, input_ids=masked_ids, features=features, parts=parts)
 
     def change_tempo(self, example: Example, factor: float) -> Example:
         """Make each recording `factor` times as long by repeating or dropping frames at even intervals."""

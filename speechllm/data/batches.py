@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from speechllm.encoding import DataError
+
 BLOCK = 256  # examples whose lengths are looked up at once
 
 
@@ -46,7 +48,10 @@ def token_batches(
     from batch number `start` on. Each epoch is a random order, and a batch may span the end of one and the beginning of
     the next, so that every example is used equally often; with weights, float [count], that often in an epoch: 1.5 is
     once or twice, by chance. A pure function of its arguments, so that a resumed run continues at the same place.
+    Raises DataError where there is nothing to read.
     """
+    if not count or (weights is not None and not weights.any()):
+        raise DataError("nothing to train on: all weights are 0" if count else "nothing to train on: no examples")
     batch: list[int] = []
     number = total = 0
     for epoch in itertools.count():

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from speechllm.data.encoded import speech_of
@@ -21,27 +22,39 @@ from speechllm.data.shards import (
     shard_files,
     write_table,
 )
-from speechllm.encoding import Encoding
+from speechllm.encoding import DataError, Encoding
 from tokenizer.files import read_json, write_json
 from tokenizer.schemes.compressor import CtcCompressor
 
 
-def compress_shards(source: str | Path, compressor: CtcCompressor, folder: str | Path) -> Iterator[int]:
+def compress_shards(
+    source: str | Path, compressor: CtcCompressor, folder: str | Path, process: int = 0, processes: int = 1
+) -> Iterator[int]:
     """Write the shards of `source`, encoded by the compressor's base, into `folder` as the compressor's vectors.
 
     They are what `encode_shards` makes of the same recordings with the compressor, but for the float16 of stored
-    frames; no recording is read. Yields each shard's number of utterances; shards that are there are kept.
+    frames; no recording is read. Yields each shard's number of utterances. Each process writes every `processes`-th
+    shard; whole ones by this compressor are kept.
     """
     folder, encoding = Path(folder), Encoding.of(compressor)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / REQUEST, read_json(Path(source) / REQUEST) | request_of(encoding))
-    for file in shard_files(source):
-        if not (folder / file.name).exists():
+    for file in shard_files(source)[process::processes]:
+        if not _is_current(folder / file.name, encoding):
             vectors = _compressed(open_shard(file), shard_encoding(file), compressor, encoding)
             write_table(folder / file.name, vectors)
         yield len(open_shard(folder / file.name))
 
 
+def _is_current(file: Path, encoding: Encoding) -> bool:
+    """Whether a shard is there, whole, and encoded so, and not by what a training was before its last steps."""
+    try:
+        return file.exists() and shard_encoding(file) == encoding
+    except DataError:
+        return False
+
+
+@torch.no_grad()
 def _compressed(table: pa.Table, base: Encoding, compressor: CtcCompressor, encoding: Encoding) -> pa.Table:
     notes, column = table.schema.metadata, SPEECH["features"]
 

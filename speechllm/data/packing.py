@@ -86,7 +86,8 @@ def _audio_parts(
     """Of each example the numbers of the audio that its tokens are in, where they attend in both directions."""
     if vocabulary is None or not vocabulary.prefix_attention:
         return None
-    return [vocabulary.audio_parts(example.input_ids).to(device) for example in examples]
+    parts = (vocabulary.audio_parts(one.input_ids) if one.parts is None else one.parts for one in examples)
+    return [part.to(device) for part in parts]
 
 
 def _targets(examples: Sequence[Example]) -> list[Tensor]:

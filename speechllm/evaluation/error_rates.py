@@ -156,7 +156,10 @@ def _groups(names: Sequence[str], what: str, count: int) -> dict[str, list[int]]
     names = text_list(names, what)
     if len(names) != count:
         raise InputError(f"{count} references but {len(names)} {what}: there must be one for each reference")
-    return {name: [i for i, other in enumerate(names) if other == name] for name in sorted(set(names))}
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        places.setdefault(name, []).append(place)
+    return dict(sorted(places.items()))
 
 
 def paired_bootstrap(

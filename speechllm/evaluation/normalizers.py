@@ -47,6 +47,7 @@ def librispeech_normalizer(text: str) -> str:
     return " ".join(_OUTER_APOSTROPHE.sub(" ", "".join(kept)).split())
 
 
+@functools.lru_cache(maxsize=2**16)  # it takes a millisecond, and every measure of a text needs it
 def whisper_english_normalizer(text: str) -> str:
     """Whisper's English normaliser (Radford et al. 2022, appendix C): digits, American spelling, full contractions.
 

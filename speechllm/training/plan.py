@@ -19,10 +19,10 @@ def training_flops(model: Any, lengths: Sequence[int], labels: int, frozen: bool
     is applied to labelled tokens only; attention covers all earlier tokens.
     """
     config, passes = model.config.get_text_config(), 2 if frozen else 3
-    head = model.get_output_embeddings().weight.numel()
-    layers = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
+    head = model.get_output_embeddings().weight
+    layers = sum(p.numel() for p in model.parameters() if p.shape[:1] != head.shape[:1])  # all but embeddings and head
     attention = 2 * config.num_hidden_layers * config.hidden_size * sum(length**2 for length in lengths)
-    return passes * (2 * layers * sum(lengths) + 2 * head * labels + attention)
+    return passes * (2 * layers * sum(lengths) + 2 * head.numel() * labels + attention)
 
 
 def product_speed(device: torch.device, dtype: torch.dtype) -> float:

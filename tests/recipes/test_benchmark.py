@@ -224,10 +224,12 @@ def test_padding_is_masked_and_has_no_labels() -> None:
     assert batch["labels"].tolist() == [[-100, -100, 2, 3], [-100, 1, -100, -100]]
 
 
-def test_operations_are_counted_by_the_formula(make_qwen2: Callable, text_tokenizer: object) -> None:
-    model = make_qwen2(text_tokenizer)  # width 16, two layers
-    layers = sum(p.numel() for name, p in model.named_parameters() if "layers" in name)
-    head = model.lm_head.weight.numel()
-    once = 2 * layers * 14 + 2 * head * 4 + 2 * 2 * 16 * (100 + 16)
-    assert training_flops(model, [10, 4], 4, frozen=False) == 3 * once
-    assert training_flops(model, [10, 4], 4, frozen=True) == 2 * once
+def test_operations_are_counted_by_the_formula(language_model: torch.nn.Module) -> None:
+    config, head = language_model.config, language_model.get_output_embeddings()
+    outside = {id(p): p.numel() for part in (language_model.get_input_embeddings(), head) for p in part.parameters()}
+    layers = sum(p.numel() for p in language_model.parameters()) - sum(outside.values())
+    assert layers > 1000
+    attention = 2 * config.num_hidden_layers * config.hidden_size * (100 + 16)
+    once = 2 * layers * 14 + 2 * head.weight.numel() * 4 + attention
+    assert training_flops(language_model, [10, 4], 4, frozen=False) == 3 * once
+    assert training_flops(language_model, [10, 4], 4, frozen=True) == 2 * once

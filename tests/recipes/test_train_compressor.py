@@ -1,6 +1,7 @@
 """train_compressor: it learns letters, resumes as if never killed, and what it saves encodes speech."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,9 @@ from speechllm import (
     speech_of,
     transcribe_codes,
 )
+from speechllm.data.compression import compress_shards
 from speechllm.data.encoded import require_texts
-from speechllm.data.shards import encode_shards
+from speechllm.data.shards import encode_shards, open_shard, write_table
 from speechllm.data.spelling import letters_of_codes
 from speechllm.runs.run import read_log
 from speechllm.vocabulary import text_token_ids
@@ -97,6 +99,31 @@ def test_a_killed_training_ends_as_if_it_had_not_been(
         assert {**row, "features": None} == {**other, "features": None}
     requests = [(folder / "request.json").read_text() for folder in (work / "vectors", whole / "codes")]
     assert json.loads(requests[0]) == json.loads(requests[1])
+
+
+def test_vectors_of_a_network_that_was_trained_on_are_written_again(
+    train: Callable[..., Path], work: Path, small_codec: SpeechCodec
+) -> None:
+    """A run that is killed while it compresses trains its last steps again, and may end elsewhere in the last bits."""
+    compressor = load_tokenizer(train("letters") / "model")
+    two = work / "codes_of_two"
+    two.mkdir()
+    shutil.copy(work / "codes" / "request.json", two)
+    for number in (0, 1):
+        write_table(
+            two / f"codes_0000{number}.arrow", open_shard(work / "codes" / "codes_00000.arrow").slice(4 * number, 4)
+        )
+    whole, stopped = work / "vectors_whole", work / "vectors_stopped"
+    list(compress_shards(two, compressor, whole))
+    first = compressor.network.norm.bias.detach().clone()
+    compressor.network.norm.bias.data.add_(1e-3)
+    next(compress_shards(two, compressor, stopped))
+    (stopped / "codes_00001.arrow").write_bytes(b"cut short")
+    compressor.network.norm.bias.data.copy_(first)
+    for process in (1, 0):
+        assert list(compress_shards(two, compressor, stopped, process, 2)) == [4]
+    for file in two.glob("codes_*.arrow"):
+        assert (stopped / file.name).read_bytes() == (whole / file.name).read_bytes()
 
 
 def test_letters_are_scored_without_a_language_model(

@@ -1,5 +1,6 @@
 """train_tokenizer and train_teacher where something is wrong: settings, recordings, gradients (see test_recipes.py)."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,10 @@ from types import ModuleType
 import pytest
 import soundfile
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from speechllm import CorpusError, RunError, SpeechCodecConfig, Utterance, read_corpus
+from speechllm import CorpusError, RunError, SpeechCodecConfig, Utterance, load_audio, read_corpus
 from speechllm.runs.run import Run, read_log
 from tokenizer.corpus import spread
 from tokenizer.training.step import CodecLoss
@@ -241,6 +243,36 @@ def test_a_teacher_skips_unusable_recordings_and_lists_them(
     student = (module.SpeakerStudent if name == "speaker" else module.SemanticStudent)(config, dev).eval()
     assert student.score(dev) == student.score(dev[1:]) != {}
     assert student.score(dev[:1]) == {}
+
+
+@pytest.mark.parametrize("processes", [1, 3, 6, 9])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_process_has_a_recording_in_every_batch(
+    recipe: Callable[[str], ModuleType], corpus: Path, name: str, processes: int
+) -> None:
+    """One of six is unusable, and nine processes are more than a batch has."""
+    module = recipe("train_teacher.py")
+    config = module.TeacherConfig(data=str(corpus), output="", splits=["train"], steps=3, batch_size=6, **KINDS[name])
+    student = (module.SpeakerStudent if name == "speaker" else module.SemanticStudent)(
+        config, read_corpus(corpus, ["train"])
+    )
+    read = [list(itertools.islice(student.batches(0, process, processes), 3)) for process in range(processes)]
+    for batches in zip(*read, strict=True):
+        chosen = [utterance.id for utterances, _ in batches for utterance in utterances]
+        assert all(len(batch[0]) == len(utterances) >= 1 for utterances, batch in batches)
+        assert len(chosen) >= 5 and (name == "speaker" or f"u{DEV:02}" not in chosen)
+
+
+def test_a_speaker_teacher_does_not_hear_padding(recipe: Callable[[str], ModuleType], corpus: Path) -> None:
+    module = recipe("train_teacher.py")
+    config = module.TeacherConfig(data=str(corpus), output="", splits=["train"], **KINDS["speaker"])
+    student = module.SpeakerStudent(config, read_corpus(corpus, ["train"])).eval()
+    waveform = torch.stack([load_audio(corpus / f"u{DEV + i:02}.flac") for i in (1, 2)])
+    alone = student._embed(waveform, torch.tensor([RATE // 2] * 2))
+    padded = student._embed(F.pad(waveform, (0, RATE)), torch.tensor([RATE // 2] * 2))
+    heard = student._embed(F.pad(waveform, (0, RATE)), torch.tensor([3 * RATE // 2] * 2))
+    near, far = (F.cosine_similarity(other, alone, dim=-1).min() for other in (padded, heard))
+    assert near > 0.98 > far
 
 
 @pytest.mark.usefixtures("without_pictures")

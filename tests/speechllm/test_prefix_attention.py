@@ -23,6 +23,8 @@ from speechllm import (
     transcription_prompt,
 )
 from speechllm.confidence import word_confidences
+from speechllm.data.augmentation import Augmentation
+from speechllm.data.config import AugmentationConfig
 from speechllm.data.packing import PackingError, require_attention
 from speechllm.decoding import _generate, forbidden_ids
 from speechllm.greedy import greedy_answers
@@ -133,6 +135,24 @@ def test_only_audio_sees_what_comes_later_and_only_of_its_own(make: Callable[...
         expected |= parts == 2
     assert torch.equal(moved[0], expected)
     assert torch.equal(moved[1], torch.arange(len(ids)) >= changed[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_masked_tokens_open_no_audio(make: Callable[..., SpeechLLM], packing: bool) -> None:
+    """They become the marker that begins an audio; of an answer, no token may see a later one for that."""
+    speech_llm = make()
+    example = examples_of(speech_llm)[0]
+    answer = int((example.labels >= 0).nonzero()[0])
+    masked = Augmentation(AugmentationConfig(mask=0.9, spans=2), speech_llm.vocabulary, None)(example, (0,))
+    assert (masked.input_ids[answer:-1] == speech_llm.vocabulary.start_id).any()
+    assert torch.equal(masked.parts, speech_llm.vocabulary.audio_parts(example.input_ids))
+    ids, loss_of = masked.input_ids.clone(), LabelledLoss(speech_llm.model, speech_llm.vocabulary, packing)
+    ids[-1] -= 1  # the last token of the answer
+    labels = example.labels.clone()
+    labels[answer + 1 :] = -100  # the loss of the first one alone
+    losses = [loss_of([Example(one, labels, None, masked.parts)]) for one in (masked.input_ids, ids)]
+    assert torch.equal(*losses)
 
 
 def test_answers_are_those_of_teacher_forcing(make: Callable[..., SpeechLLM], tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_a_file_that_was_recognised_as_nothing_counts_as_deletions(wer: Callable
         ("a\tx\nb\ty\n", "a\tx\n", "1 are only in said (b): give both files the same utterances"),
         ("a\tx\n", "a\tx\nc\ty\n", "1 are only in heard (c): give both"),
         ("a\tx\nb\ty\n", "a\tx\na\ty\nb\ty\n", "heard: a stands in line 1 and in line 2: keep one of them"),
+        ("a\tx\nb\ty\n", "a x\nb y\nb z\n", "heard: b stands in line 2 and in line 3: keep one of them"),
         ("x/a.wav\tx\ny/a.wav\ty\n", "a\tx\n", "2 are only in said (x/a.wav, y/a.wav)"),
         (
             "a\tx\nb y\n",

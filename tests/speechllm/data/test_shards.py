@@ -643,6 +643,16 @@ def first_batches(
     return [batch.tolist() for batch in itertools.islice(batches, count)]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "weights", "message"), [([], None, "no examples"), ([3, 4], [0.0, 0.0], "all weights are 0")]
+)
+def test_where_nothing_would_ever_be_read_is_refused(
+    lengths: list[int], weights: list[float] | None, message: str
+) -> None:
+    with pytest.raises(DataError, match=f"nothing to train on: {message}"):
+        first_batches(lengths, 100, 1, weights=weights)
+
+
 @pytest.mark.parametrize("count, tokens", [(1, 30), (5, 30), (23, 100), (400, 250), (3, 10_000)])
 def test_batches_are_as_large_as_possible_and_examples_equally_frequent(count: int, tokens: int) -> None:
     lengths = [int(length) for length in some_lengths(count)]
