@@ -50,7 +50,6 @@ from speechllm import (
     DataError,
     Encoding,
     Utterance,
-    codebook_usage,
     load_audio,
     load_codes,
     read_corpus,
@@ -65,7 +64,13 @@ from speechllm.runs.recipe import holds_config, run_recipe
 from tokenizer.claims import claim_file
 from tokenizer.corpus import frame_phones
 from tokenizer.files import write_json
-from tokenizer.metrics.code_usage import label_information, log_mel_features, speaker_accuracy
+from tokenizer.metrics.code_usage import (
+    count_codes,
+    label_information,
+    log_mel_features,
+    speaker_accuracy,
+    usage_of_counts,
+)
 from tokenizer.metrics.probe import ctc_probe
 from tokenizer.utterances import spell_corpora
 
@@ -119,14 +124,9 @@ def report(config: EvalTokenizerConfig, results: dict[str, object]) -> None:
 
 def usage(codes: EncodedSpeech, encoding: Encoding) -> list[dict[str, object]]:
     """Usage statistics of every codebook, with the count of each code."""
-    joined = np.concatenate([codes_of(row, encoding).numpy() for row in codes], 1)
-    return [
-        {
-            **codebook_usage(layer, encoding.codebook_size),
-            "counts": np.bincount(layer, minlength=encoding.codebook_size).tolist(),
-        }
-        for layer in joined
-    ]
+    ids = (codes_of(row, encoding).numpy() for row in codes)
+    counts, _ = count_codes(ids, encoding.layers, encoding.codebook_size)
+    return [{**usage_of_counts(layer), "counts": layer.tolist()} for layer in counts]
 
 
 def speakers(codes: EncodedSpeech, encoding: Encoding) -> dict[str, float]:

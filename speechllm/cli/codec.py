@@ -21,9 +21,10 @@ def encode_files(arguments: argparse.Namespace) -> int:
     from tokenizer.loading import load_discrete
 
     codec, done = load_discrete(arguments.codec), 0
+    fingerprint = codec.fingerprint
     for file, waveform in usable(arguments.files, codec.sample_rate, longest(codec, arguments)):
         ids = codec.encode(waveform[None], layers=arguments.layers).ids[0].tolist()
-        row = {"file": file, "codec": codec.fingerprint, "samples": len(waveform), "codes": ids}
+        row = {"file": file, "codec": fingerprint, "samples": len(waveform), "codes": ids}
         print(json.dumps(row))  # in ASCII: names of files need not be UTF-8
         done += 1
     return int(done < len(arguments.files))
@@ -38,10 +39,11 @@ def decode_file(arguments: argparse.Namespace) -> int:
     from tokenizer.errors import InputError
 
     rows, codec = [], load_codec(arguments.codec)
+    own = codec.fingerprint
     for place, row in read_codes(arguments.codes):
         ids, samples, fingerprint = torch.tensor(row["codes"]), torch.tensor([row["samples"]]), row["codec"]
-        if fingerprint != codec.fingerprint:
-            raise DataError(f"{place} holds codes of codec {fingerprint}, {arguments.codec} is {codec.fingerprint}")
+        if fingerprint != own:
+            raise DataError(f"{place} holds codes of codec {fingerprint}, {arguments.codec} is {own}")
         codes = Codes(ids[None], torch.tensor([ids.shape[1]]), samples)
         try:
             codes.require(codec.num_codebooks, codec.codebook_size, codec.sample_rate / codec.frame_rate)
@@ -132,11 +134,12 @@ def count_codebooks(arguments: argparse.Namespace) -> int:
     import numpy as np
     from tqdm import tqdm
 
-    from speechllm import codebook_usage, read_corpus
+    from speechllm import read_corpus
     from speechllm.reports.plots import code_usage_figure, figure_format, save_figure
     from tokenizer.claims import claim_file
     from tokenizer.files import write_json
     from tokenizer.loading import load_discrete
+    from tokenizer.metrics.code_usage import count_codes, usage_of_counts
 
     if bool(arguments.files) == bool(arguments.data):
         raise ValueError("give either audio files or a corpus folder with --data")
@@ -147,23 +150,22 @@ def count_codebooks(arguments: argparse.Namespace) -> int:
     codec = load_discrete(arguments.codec)
     files = arguments.files or [utterance.path for utterance in read_corpus(arguments.data, arguments.split)]
     recordings = usable(tqdm(files, "encode", unit="utt"), codec.sample_rate, longest(codec, arguments))
-    ids = [codec.encode(waveform[None]).ids[0].numpy().astype(np.uint16) for _, waveform in recordings]
-    if not ids:
+    codes = (codec.encode(waveform[None]).ids[0].cpu().numpy() for _, waveform in recordings)
+    counts, used = count_codes(codes, codec.num_codebooks, codec.codebook_size)
+    if not used:
         raise ValueError("none of the recordings can be used")
-    layers = np.concatenate(ids, 1)
-    usage = [codebook_usage(layer, codec.codebook_size) for layer in layers]
+    usage = [usage_of_counts(count) for count in counts]
     print(f"layer  used of {codec.codebook_size}  dead  perplexity")
     for layer, row in enumerate(usage):
         print(f"{layer:5}  {row['used']:7}  {row['dead']:4}  {row['perplexity']:10.1f}")
-    counts = [np.bincount(layer, minlength=codec.codebook_size) for layer in layers]
     if arguments.output:
         numbers = [{**row, "counts": count.tolist()} for row, count in zip(usage, counts, strict=True)]
-        summary = {"codec_fingerprint": codec.fingerprint, "recordings": len(ids), "frames": layers.shape[1]}
+        summary = {"codec_fingerprint": codec.fingerprint, "recordings": used, "frames": int(counts[0].sum())}
         write_json(arguments.output, {**summary, "layers": numbers})
     if arguments.picture:
         shares = [np.sort(count[count > 0])[::-1] / count.sum() for count in counts]
         save_figure(code_usage_figure(shares, [codec.codebook_size] * len(counts)), arguments.picture)
-    return int(len(ids) < len(files))
+    return int(used < len(files))
 
 
 def import_codec(arguments: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ from speechllm.encoding import DataError, Encoding, Speech
 from tokenizer.audio import AudioError, hash_recording
 from tokenizer.claims import claim_folder
 from tokenizer.corpus import Utterance, load_each, skipped_row
+from tokenizer.errors import InputError
 from tokenizer.files import atomic_file, read_json, write_json
 from tokenizer.interface import AudioTokenizer
 from tokenizer.reading import reading
@@ -255,11 +256,15 @@ def _fingerprint(parts: Iterable[object]) -> str:
 
 
 def stored(speech: Speech) -> str | np.ndarray:
-    """One utterance's speech as it is stored in its column."""
+    """One utterance's speech as it is stored in its column. Raises InputError for features that float16 cannot hold."""
     if isinstance(speech, str):
         return speech
-    values = speech.flatten().numpy()
-    return values.astype(np.float16 if speech.is_floating_point() else np.uint16)
+    if not speech.is_floating_point():
+        return speech.flatten().numpy().astype(np.uint16)
+    values = speech.flatten().half()
+    if not values.isfinite().all():
+        raise InputError("features are NaN or beyond float16, in which they are stored: this encoder cannot be used")
+    return values.numpy()
 
 
 def skipped_of_shards(folder: str | Path) -> list[dict[str, str]]:

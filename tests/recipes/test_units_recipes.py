@@ -14,6 +14,7 @@ from speechllm.runs.run import read_log
 from tokenizer.schemes.compressor import CtcCompressor
 from tokenizer.schemes.features import FeatureEncoder
 from tokenizer.training.small_teachers import save_hubert, small_hubert
+from tokenizer.training.step import average_weights
 
 RATE, CLUSTERS = 16_000, 8
 pytestmark = [
@@ -74,6 +75,7 @@ def test_layer_0_of_the_trained_codec_is_the_units(
     module.main(settings("killed"))
     assert read_log(units.parent / "killed") == read_log(units.parent / "whole")
     codec, own = load_tokenizer(units.parent / "whole" / "model"), load_tokenizer(units)
+    assert average_weights(codec, 0.9).module.units is codec.units
     assert codec.fingerprint == load_tokenizer(units.parent / "killed").fingerprint
     waveform = noise(RATE, seed=9)
     assert torch.equal(codec.encode(waveform).ids[:, :1], own.encode(waveform).ids)

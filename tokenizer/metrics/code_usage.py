@@ -1,6 +1,6 @@
 """What the codes of a trained tokenizer contain: codebook usage, phone and speaker information."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,15 @@ from tokenizer.rates import HOP_LENGTH
 def codebook_usage(ids: np.ndarray, size: int) -> dict[str, float]:
     """Usage of one codebook over a corpus, ids int [M]: used and dead codes, and perplexity exp(entropy)."""
     return usage_of_counts(np.bincount(ids, minlength=size))
+
+
+def count_codes(utterances: Iterable[np.ndarray], layers: int, size: int) -> tuple[np.ndarray, int]:
+    """How often each code occurs in utterances, ids int [Q, T_i] -> counts int [Q, K], and how many utterances."""
+    counts, read = np.zeros((layers, size), int), 0
+    for ids in utterances:
+        counts += np.stack([np.bincount(layer, minlength=size) for layer in ids])
+        read += 1
+    return counts, read
 
 
 def usage_of_counts(counts: np.ndarray) -> dict[str, float]:

@@ -62,7 +62,9 @@ def swap_layers(source: Codes, target: Codes, layers: Sequence[int], matching: s
         source_ids, target_ids = source.utterance(index), target.utterance(index)
         length = source_ids.shape[1]
         if kinds is not None:
-            swapped[layers, :length] = _shifted(source_ids, target_ids, layers, codebooks, kinds)
+            for several in (layers[:1], layers[1:]) if layers[0] == 0 else (layers,):
+                if several:  # the vectors of layer 0 and those of the others may be of two spaces
+                    swapped[several, :length] = _shifted(source_ids, target_ids, several, codebooks, kinds)
             continue
         if matching == "position":
             frames = torch.arange(length, device=ids.device) % target_ids.shape[1]

@@ -23,6 +23,8 @@ class PublishedCodec(nn.Module):
     frames, as by its feature extractor. EnCodec uses its largest bandwidth.
     """
 
+    codebooks: Tensor  # float [Q, K, D]; for DAC in the space of its search, before the projection to the latents
+
     def __init__(self, model: Any):
         """Raises InputError for another model, or an EnCodec that is stereo or stores loudness besides its codes."""
         super().__init__()
@@ -33,6 +35,7 @@ class PublishedCodec(nn.Module):
             raise InputError("this EnCodec is stereo or stores loudness besides its codes: use one like encodec_24khz")
         self.model = model.eval().requires_grad_(False)
         self.hop_length = config.frame_size if config.model_type == "mimi" else config.hop_length
+        self.register_buffer("codebooks", torch.stack(self._codebooks()), persistent=False)
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "PublishedCodec":
@@ -59,16 +62,11 @@ class PublishedCodec(nn.Module):
 
     @property
     def num_codebooks(self) -> int:
-        return len(self._codebooks())
+        return len(self.codebooks)
 
     @property
     def codebook_size(self) -> int:
         return self.model.config.codebook_size
-
-    @property
-    def codebooks(self) -> Tensor:
-        """Float [Q, K, D]; for DAC in the low-dimensional space of its search, before the projection to the latents."""
-        return torch.stack(self._codebooks())
 
     @property
     def additive(self) -> bool:

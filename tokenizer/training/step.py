@@ -84,7 +84,8 @@ class CodecLoss(nn.Module):
         if criterion.adversary is not None:
             metrics["discriminator"] = criterion.adversary.train_step(original, reconstruction)
         features = None
-        if criterion.perceptual_model is not None and window == frames:  # then a distillation may need the same
+        whole = window == frames and bool((lengths == waveform.shape[1]).all())
+        if criterion.perceptual_model is not None and whole:  # then a distillation may need the same
             features = criterion.perceptual_model(original)
         loss, losses = criterion(reconstruction, original, features, shares)
         metrics |= losses | {"commitment": quantized.commitment.detach()}
@@ -167,4 +168,6 @@ def average_weights(codec: SpeechCodec, decay: float | None) -> AveragedModel | 
     """
     if decay is None:
         return None
-    return AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
+    averaged = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
+    object.__setattr__(averaged.module, "units", codec.units)  # frozen, and as large as a whole encoder
+    return averaged

@@ -31,7 +31,7 @@ from speechllm import (
 )
 from speechllm.data.batches import grouped_batches, token_batches
 from speechllm.data.encoded import require_texts, transcribed
-from speechllm.data.shards import open_shard, skipped_of_shards, summarize_shards, write_table
+from speechllm.data.shards import open_shard, skipped_of_shards, stored, summarize_shards, write_table
 from tokenizer.errors import InputError
 from tokenizer.files import read_jsonl
 from tokenizer.schemes.features import FeatureEncoder
@@ -292,6 +292,13 @@ def test_the_shards_of_several_processes_are_those_of_one(
     ]
     assert sum(map(sum, shares)) == 10
     assert content(tmp_path / "more") == content(tmp_path / "one")
+
+
+@pytest.mark.parametrize("value", [1e5, float("nan"), -float("inf")])
+def test_features_that_float16_cannot_hold_are_refused(value: float) -> None:
+    assert stored(torch.tensor([[1.0, 65504.0]])).tolist() == [1.0, 65504.0]
+    with pytest.raises(InputError, match="NaN or beyond float16"):
+        stored(torch.tensor([[1.0, value]]))
 
 
 def test_any_process_may_be_the_first_to_write(

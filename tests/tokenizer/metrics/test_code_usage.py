@@ -10,7 +10,7 @@ from torchaudio.functional import melscale_fbanks
 
 from speechllm import InputError, codebook_usage
 from tokenizer.codec.log_mel import BANDS, LogMel
-from tokenizer.metrics.code_usage import label_information, log_mel_features, speaker_accuracy
+from tokenizer.metrics.code_usage import count_codes, label_information, log_mel_features, speaker_accuracy
 
 
 @pytest.fixture
@@ -21,6 +21,14 @@ def random() -> np.random.Generator:
 def test_uniform_use_has_the_perplexity_of_the_size() -> None:
     usage = codebook_usage(np.tile(np.arange(32), 5), 32)
     assert usage == {"used": 32, "dead": 0, "perplexity": pytest.approx(32)}
+
+
+def test_codes_of_utterances_are_counted_together(random: np.random.Generator) -> None:
+    utterances = [random.integers(0, 6, (3, size)) for size in (4, 1, 9)]
+    counts, read = count_codes(iter(utterances), 3, 7)
+    assert read == 3 and count_codes([], 2, 5)[0].tolist() == [[0] * 5] * 2
+    for layer, row in zip(np.concatenate(utterances, 1), counts, strict=True):
+        assert [int((layer == code).sum()) for code in range(7)] == row.tolist()
 
 
 def test_one_code_has_perplexity_1_and_leaves_the_others_dead() -> None:

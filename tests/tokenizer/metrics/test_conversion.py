@@ -111,6 +111,16 @@ def test_by_mean_a_shift_by_nothing_finds_the_codes_again() -> None:
     assert torch.equal(swap_layers(source, source, [1, 2], "mean", books).ids, source.ids)
 
 
+def test_by_mean_layer_0_may_have_a_space_of_its_own() -> None:
+    """As in Mimi, where the sum of its vector and those of the other layers means nothing."""
+    torch.manual_seed(0)
+    books = torch.cat([100 + torch.randn(1, 8, 2), torch.randn(2, 8, 2) * torch.tensor([1.0, 0.01])[:, None, None]])
+    source = Codes.from_utterances([torch.randint(8, (3, 30))])
+    found = swap_layers(source, source, [0, 1, 2], "mean", books).ids
+    assert torch.equal(found, source.ids)
+    assert torch.equal(swap_layers(source, source, [0], "mean", books).ids, source.ids[:, :1])
+
+
 @pytest.mark.parametrize("layers", [[], [3], [-1], [0, 3]])
 def test_layers_that_are_not_there_are_refused(layers: list[int]) -> None:
     with pytest.raises(InputError, match="layers must be numbers from 0 to 2"):

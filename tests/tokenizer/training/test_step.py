@@ -79,9 +79,9 @@ def step(
     codec: SpeechCodec, waveform: Tensor, criterion: ReconstructionLoss, *distillations: DistillationLoss, **options
 ) -> dict:
     codec.zero_grad()
-    targets = options.pop("targets", {})
+    targets, lengths = options.pop("targets", {}), options.pop("lengths", LENGTHS)
     loss_of = CodecLoss(codec, criterion, distillations)
-    loss, metrics = loss_of({"waveform": waveform, "length": LENGTHS, **targets}, **options)
+    loss, metrics = loss_of({"waveform": waveform, "length": lengths, **targets}, **options)
     loss.backward()
     return metrics | loss_of.caps.update()
 
@@ -272,10 +272,30 @@ def test_a_teacher_of_both_semantic_losses_runs_once_on_the_original(
 
     teacher = Counting()
     criterion = ReconstructionLoss({"speech_features": 1.0}, mel, perceptual_model=teacher)
-    step(codec, waveform, criterion, DistillationLoss("content", 0, teacher, Student()))
+    full = torch.full((B,), N)
+    step(codec, waveform, criterion, DistillationLoss("content", 0, teacher, Student()), lengths=full)
     assert len(calls) == 1
     step(codec, waveform, criterion, DistillationLoss("content", 0, teacher, Student()), window=5)
     assert [len(call[0]) for call in calls[1:]] == [5 * 320, N]
+
+
+def test_the_target_of_a_short_crop_is_what_the_teacher_hears_in_the_recording(
+    codec: SpeechCodec, mel: MultiScaleMelLoss, waveform: Tensor
+) -> None:
+    """The loss of speech features fills padding by repeating the speech, which the teacher must not hear."""
+    heard = []
+
+    class Listening(Teacher):
+        def forward(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
+            heard.append((waveform.detach(), lengths))
+            return self.features(waveform)
+
+    teacher, lengths = Listening(), torch.tensor([N, N // 2])
+    padded = waveform[:2] * (torch.arange(N) < lengths[:, None])
+    criterion = ReconstructionLoss({"speech_features": 1.0}, mel, perceptual_model=teacher)
+    step(codec, padded, criterion, DistillationLoss("content", 0, teacher, Student()), lengths=lengths)
+    ((recording, given),) = [one for one in heard if one[1] is not None]
+    assert torch.equal(recording, padded) and torch.equal(given, lengths)
 
 
 @pytest.mark.parametrize("balanced", [True, False])
