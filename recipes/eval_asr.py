@@ -1,6 +1,6 @@
 """Transcribe encoded utterances and report the word error rate, with an interval and a control.
 
-    python recipes/eval_asr.py model=RUN/model codes=CODES output=RESULTS splits=[test-clean]
+    python recipes/eval_asr.py model=RUN/model codes=CODES output=RESULTS splits=test-clean
 
 The control transcribes utterances, 300 by default, from another one's audio: its WER shows whether the model uses the
 audio. Runaway answers (empty, looped, refused, too long) are counted and decoded again. With model=null the texts of a

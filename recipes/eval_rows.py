@@ -1,6 +1,6 @@
 """Answer rows of messages with a speech language model and count the right answers, task by task.
 
-    python recipes/eval_rows.py model=RUN/model codes=CODES rows=[ROWS.jsonl] output=RESULTS splits=[test]
+    python recipes/eval_rows.py model=RUN/model codes=CODES rows=ROWS.jsonl output=RESULTS splits=test
 
 ROWS.jsonl: rows of messages as train_asr reads them (recipes/README.md), each with the right answer as its last
 message. An answer is right if it equals that; where that is an object or a list in JSON, if it is the same value.

@@ -1,6 +1,6 @@
 """Information in the codes: codebook use, content of layer 0 compared with log-mel k-means, voice in layers 0 and 1.
 
-    python recipes/eval_tokenizer.py codes=CODES data=CORPUS output=results.json test_splits=[test]
+    python recipes/eval_tokenizer.py codes=CODES data=CORPUS output=results.json test_splits=test
 
 Content needs codes at a fixed rate, and a phone alignment (see recipes/align_speech.py) or texts of single words; it is
 measured on the utterances that have them.

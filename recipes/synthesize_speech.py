@@ -312,11 +312,19 @@ def prepare_folder(out: Path, arguments: dict[str, int | str]) -> bool:
     return not (out / "manifest.jsonl").exists()
 
 
+def folder(word: str) -> Path:
+    """The folder OUT; `output=OUT`, as other recipes take it, is a mistake."""
+    key, _, value = word.partition("=")
+    if key in ("out", "output") and value:
+        raise argparse.ArgumentTypeError(f"give the folder alone, {value}, and options as --train 100")
+    return Path(word)
+
+
 def main() -> None:
     """Make the corpus, unless the folder already holds it."""
     style = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=style)
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the corpus; created if needed")
+    parser.add_argument("out", type=folder, metavar="OUT", help="folder for the corpus; created if needed")
     for split, count in {"train": 4000, "dev": 200, "test": 200}.items():
         parser.add_argument(f"--{split}", type=argument(Count), default=count, help=f"utterances of the {split} split")
     parser.add_argument("--texts", type=Path, metavar="FILE", help="sentences of the train split, one a line")

@@ -27,9 +27,10 @@ from speechllm.data.packing import PADDING, require_attention
 from speechllm.encoding import Speech
 from speechllm.greedy import contiguous_states, greedy_answers, reads_packed
 from speechllm.letters import Letters, Spellings
+from speechllm.messages import ConversationWriter
 from speechllm.model import SpeechLLM
 from speechllm.projector import model_inputs
-from speechllm.prompt import Example, collate_prompts, join_features, transcription_prompt
+from speechllm.prompt import Example, collate_prompts, conversation_example, join_features, transcription
 from speechllm.vocabulary import AudioVocabulary
 from tokenizer.audio import load_audio
 from tokenizer.errors import InputError
@@ -134,7 +135,8 @@ def recognize(
         if len(frames) < len(speech) or (frames and encoding.deduplicated):
             raise ValueError("how long this speech lasts is not known from what was encoded: pass durations_s")
         durations_s = [count / encoding.frame_rate for count in frames]
-    prompts = [transcription_prompt(utterance, speech_llm.vocabulary, text_tokenizer) for utterance in speech]
+    writer = ConversationWriter(speech_llm.vocabulary, text_tokenizer)
+    prompts = [conversation_example(transcription(utterance), writer, answering=True) for utterance in speech]
     bounds = [answer_bound(duration_s) for duration_s in durations_s]
     letters = heard_letters(speech, speech_llm, letters_weight) if letters_weight else None
     return answer(prompts, bounds, speech_llm, batch_tokens, progress, beams, fallback, static_cache, letters)

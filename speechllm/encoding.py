@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
@@ -43,38 +43,24 @@ class Encoding:
 
         Raises DataError for codebooks that the codec does not have.
         """
-        if not isinstance(codec, DiscreteTokenizer):
-            if layers not in (None, 1):
-                raise DataError(f"layers={layers}, but only codes have layers, and {type(codec).__name__} returns none")
-            if isinstance(codec, FeatureTokenizer):
-                return Encoding(
-                    fingerprint=codec.fingerprint,
-                    sample_rate=codec.sample_rate,
-                    frame_rate=codec.frame_rate,
-                    layers=1,
-                    codebook_size=1,
-                    kind="features",
-                    width=codec.width,
-                    deduplicated=getattr(codec, "deduplicate", False),
-                    labels=getattr(codec, "labels", ()),
-                )
-            return Encoding(
-                fingerprint=codec.fingerprint,
-                sample_rate=codec.sample_rate,
-                frame_rate=codec.frame_rate,
-                layers=0,
-                codebook_size=0,
-                kind="text",
-            )
-        if layers is not None and not 1 <= layers <= codec.num_codebooks:
-            raise DataError(f"layers must be 1..{codec.num_codebooks}, got {layers}")
+        shape: dict[str, Any]
+        if isinstance(codec, DiscreteTokenizer):
+            if layers is not None and not 1 <= layers <= codec.num_codebooks:
+                raise DataError(f"layers must be 1..{codec.num_codebooks}, got {layers}")
+            shape = {"layers": layers or codec.num_codebooks, "codebook_size": codec.codebook_size}
+        elif layers not in (None, 1):
+            raise DataError(f"layers={layers}, but only codes have layers, and {type(codec).__name__} returns none")
+        elif isinstance(codec, FeatureTokenizer):
+            labels = getattr(codec, "labels", ())
+            shape = {"layers": 1, "codebook_size": 1, "kind": "features", "width": codec.width, "labels": labels}
+        else:
+            shape = {"layers": 0, "codebook_size": 0, "kind": "text"}
         return Encoding(
             fingerprint=codec.fingerprint,
             sample_rate=codec.sample_rate,
             frame_rate=codec.frame_rate,
-            layers=codec.num_codebooks if layers is None else layers,
-            codebook_size=codec.codebook_size,
             deduplicated=getattr(codec, "deduplicate", False),
+            **shape,
         )
 
     def encode(self, codec: AudioTokenizer, waveform: Tensor) -> Speech:

@@ -139,6 +139,15 @@ def test_foreign_folder_is_refused(recipe: ModuleType, tmp_path: Path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_the_folder_is_no_key(
+    recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        call(recipe, monkeypatch, "output=corpus")
+    assert "give the folder alone, corpus" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
 def test_a_missing_engine_is_reported_with_the_remedy(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
