@@ -5,7 +5,8 @@
 
 Each curve is a list of evaluations, folders of recipes/eval_asr.py, and the place of each on the axis. Both axes are
 logarithmic, bars are 95 % intervals. A power law (Hestness et al. 2017) is a straight line there: dotted, the one that
-fits a curve of three points or more best, up to `until`; how far it can be trusted beyond the points, nobody measured.
+fits a curve of three points or more best, up to `until`, but for those with law: false (speech of another kind was
+added, say); how far it can be trusted beyond the points, nobody measured.
 Prints the points and the lines as a Markdown table.
 """
 
@@ -23,6 +24,7 @@ class CurveConfig(Settings):
     name: str
     at: list[Positive]  # hours, steps, ..., one for each evaluation
     results: Names  # folders of eval_asr
+    law: bool = True  # whether a dotted line goes on from its points
 
     def contradictions(self) -> Iterator[str]:
         if len(self.at) != len(self.results):
@@ -67,11 +69,12 @@ def main(config: ScalingConfig) -> None:
         for name, curve in found.items()
     }
     until = config.until or max(curve[:, 0].max() for curve in curves.values())
-    save_figure(scaling_figure(curves, config.label, until, rate), config.output)
+    laws = {curve.name for curve in config.curves if curve.law}
+    save_figure(scaling_figure(curves, config.label, until, rate, laws), config.output)
     rows = []
     for name, curve in curves.items():
         rows += [[name, f"{at:g}", cell(measure, ".1%")] for at, measure in found[name]]
-        if (line := power_law(curve)) and until > curve[:, 0].max():
+        if name in laws and (line := power_law(curve)) and until > curve[:, 0].max():
             rows.append([name, f"{until:g}", f"{line(until):.1%} on the dotted line, if it goes on"])
     print(Table(f"{rate} against {config.label}", ["curve", config.label, rate], rows).markdown())
     print(f"{config.output} drawn")

@@ -4,7 +4,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from html import escape
 from numbers import Real
 from pathlib import Path
@@ -176,28 +176,35 @@ def cost_figure(lines: Mapping[str, np.ndarray]) -> Any:
     return figure
 
 
-def scaling_figure(curves: Mapping[str, np.ndarray], label: str, until: float, rate: str) -> Any:
+def scaling_figure(
+    curves: Mapping[str, np.ndarray], label: str, until: float, rate: str, laws: Collection[str] | None = None
+) -> Any:
     """An error rate, WER or CER, on logarithmic axes.
 
     curves: float [points, 4] of place, value and the bounds of its interval by name.
-    Dotted: the `power_law` of each, up to `until`.
+    Dotted: the `power_law` of each, up to `until`, or of those named by `laws` alone.
     """
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure, (axis,) = _panels(1, 1, 3.6, 6.5)
     for name, points in curves.items():
         at, value, low, high = points.T
         bounds = 100 * np.maximum([value - low, high - value], 0)
         (line, *_) = axis.errorbar(at, 100 * value, bounds, fmt="o-", markersize=4, capsize=2, label=name)
-        if law := power_law(points):
+        if (laws is None or name in laws) and (law := power_law(points)):
             ends = np.array([at.min(), until])
             axis.plot(ends, 100 * law(ends), ":", lw=1, color=line.get_color())
     axis.set(xscale="log", yscale="log", xlabel=label, ylabel=f"{rate} (%)")
+    ticks = [until]  # where something was measured, if there is room for it
+    for place in sorted({float(place) for points in curves.values() for place in points[:, 0]}, reverse=True):
+        if place < 0.8 * ticks[-1]:
+            ticks.append(place)
+    axis.set_xticks(ticks)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
     for both in (axis.xaxis, axis.yaxis):
+        both.set_minor_locator(NullLocator())
         both.set_major_formatter("{x:g}")
-        both.set_minor_formatter(LogFormatter())  # 2000, and nothing where there is no room
-    axis.tick_params(which="minor", labelsize=7)
-    axis.grid(alpha=0.25, which="both")
+    axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False)
     return figure
 

@@ -48,6 +48,14 @@ def test_a_power_law_is_found_and_drawn_on(
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("hours", "WER (%)")
     dotted = [line for line in axis.lines if line.get_linestyle() == ":"]
     assert len(dotted) == 1 and dotted[0].get_xydata() == pytest.approx(np.array([[2, 56.5685], [64, 10]]), rel=1e-4)
+    assert axis.get_xticks().tolist() == [64, 8, 4, 2]
+    (axis,) = scaling_figure({"whole": curve}, "hours", 8.5, "WER", laws=()).axes
+    assert [line.get_linestyle() for line in axis.lines].count(":") == 0
+    assert axis.get_xticks().tolist() == [8.5, 4, 2]  # where there is room
+    draw.main(
+        draw.ScalingConfig([draw.CurveConfig("added", at, results, law=False)], str(tmp_path / "y.svg"), until=64)
+    )
+    assert "| added | 64" not in capsys.readouterr().out
 
 
 def test_the_rate_that_leads_is_drawn(
