@@ -367,6 +367,11 @@ def audio_format(path: str | Path) -> str:
     return kind
 
 
+def fit_length(waveform: Tensor, length: int) -> Tensor:
+    """A waveform float [N], cut or zero-padded at its end to `length` samples."""
+    return torch.nn.functional.pad(waveform[:length], (0, max(0, length - len(waveform))))
+
+
 def pad_waveforms(waveforms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Stack waveforms float [N_i] into float [B, N], zero-padded at the end, with lengths long [B] in samples."""
     lengths = torch.tensor([waveform.shape[0] for waveform in waveforms])

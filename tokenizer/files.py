@@ -87,6 +87,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     part, before = _part(folder), _part(folder.with_name(f"{folder.name}.before"))
     if not is_free(folder) and not locked(folder.parent):
         raise OutputError(f"{folder} already exists: choose another folder or delete it")
+    shutil.rmtree(part, ignore_errors=True)  # of a killed process that had this one's number, as in a container
     part.mkdir(parents=True)
     try:
         yield part

@@ -16,7 +16,7 @@ from fastapi import FastAPI, File, Form, Request, Response, UploadFile, WebSocke
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, FailFast, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from torch import Tensor
@@ -38,16 +38,20 @@ from tokenizer.settings import layer_numbers
 
 T = TypeVar("T")
 TRANSCRIPTIONS, LIVE = "/v1/audio/transcriptions", "/v1/audio/live"
+ENCODE, RECONSTRUCT, CONVERT = "/v1/codec/encode", "/v1/codec/reconstruct", "/v1/codec/convert"
+UPLOADS = frozenset({TRANSCRIPTIONS, ENCODE, RECONSTRUCT, CONVERT})  # which take files
 FORM_LIMITS: Any = {"max_files": 2, "max_fields": 16, "max_part_size": 2**16}
 WHOLE_S = 180.0  # longest recording for the codec's own paths, which take it as a whole
 
+Code = Annotated[int, Field(ge=0, lt=2**31)]
 Recording = Annotated[UploadFile, File(description="an audio file: FLAC, WAV, Ogg Vorbis or Opus, MP3")]
 
 
 class CodesOfRecording(BaseModel):
     """Codes [layers][frames] of the server's codec and the number of samples that they were made from."""
 
-    codes: list[list[Annotated[int, Field(ge=0, lt=2**31)]]] = Field(min_length=1)
+    # of the first wrong code alone, because a body may hold a million
+    codes: Annotated[list[Annotated[list[Code], FailFast()]], FailFast()] = Field(min_length=1)
     samples: int | None = Field(None, ge=1, lt=2**48)
     codec: str | None = None  # the fingerprint of the codec that made them, if it is to be checked
 
@@ -109,8 +113,13 @@ class Service:
             limit = min(WHOLE_S, self.limits.duration_s)
             return await run_in_threadpool(load_audio, path, self.codec.sample_rate, max_duration_s=limit)
 
-    async def call(self, function: Any, *arguments: Any) -> Any:
-        return await asyncio.wrap_future(self.engine.call(lambda: function(*arguments)))
+    async def work(self, request: Request, function: Any, *arguments: Any) -> Any:
+        """What a function gives in the model's thread, unless the caller leaves before its turn."""
+
+        async def result() -> Any:
+            return await asyncio.wrap_future(self.engine.call(lambda: function(*arguments)))
+
+        return await while_connected(request, result())
 
 
 @contextlib.asynccontextmanager
@@ -175,7 +184,7 @@ def make_app(
     add_codec(app, service)
     add_watching(app, service)
     paths = frozenset(path for route in app.routes if (path := getattr(route, "path", "")))
-    app.add_middleware(Door, limits=service.limits, metrics=service.metrics, paths=paths, key=key)
+    app.add_middleware(Door, limits=service.limits, metrics=service.metrics, paths=paths, uploads=UPLOADS, key=key)
     return app
 
 
@@ -226,8 +235,13 @@ def add_transcription(app: FastAPI, service: Service) -> None:
         response_format: Annotated[answers.Form, Form()] = "json",
         temperature: Annotated[float, Form(description="0: the answer is not drawn at random")] = 0.0,
         stream: Annotated[bool, Form(description="texts as they come, as server-sent events")] = False,
+        timestamps: Annotated[
+            list[str], Form(alias="timestamp_granularities[]", description="segment: words have no times")
+        ] = [],  # noqa: B006
     ) -> Response:
         service.check_model(model)
+        if unknown := [kind for kind in timestamps if kind != "segment"]:
+            raise Refused(400, f"timestamp_granularities[]: there are times of segments, not of {unknown[0]}", "times")
         if prompt.strip():
             raise Refused(400, "prompt: the model answers the prompt that it was trained with: leave it out", "prompt")
         if temperature:
@@ -274,16 +288,16 @@ def _event(kind: str, **content: Any) -> str:
 def add_codec(app: FastAPI, service: Service) -> None:
     """Codes and sounds of the model's codec: encode, decode, reconstruct, convert."""
 
-    @app.post("/v1/codec/encode")
-    async def encode(file: Recording) -> dict[str, Any]:
+    @app.post(ENCODE)
+    async def encode(request: Request, file: Recording) -> dict[str, Any]:
         """Codes [layers][frames] of a recording."""
         codec, waveform = service.discrete(), await service.waveform(file)
-        codes = await service.call(lambda: codec.encode(waveform[None].to(codec.device)).ids[0].tolist())
+        codes = await service.work(request, lambda: codec.encode(waveform[None].to(codec.device)).ids[0].tolist())
         held = {"codec": service.fingerprint, "frame_rate": codec.frame_rate, "samples": len(waveform)}
         return held | {"codes": codes}
 
     @app.post("/v1/codec/decode", response_class=Response)
-    async def decode(body: CodesOfRecording) -> Response:
+    async def decode(request: Request, body: CodesOfRecording) -> Response:
         """The sound of codes, as a WAV file."""
         codec = service.decoder()
         if body.codec not in (None, service.fingerprint):
@@ -296,18 +310,21 @@ def add_codec(app: FastAPI, service: Service) -> None:
         ids, samples = torch.tensor(body.codes)[None], None if body.samples is None else torch.tensor([body.samples])
         codes = Codes(ids, torch.tensor([ids.shape[2]]), samples)
         codes.require(codec.num_codebooks, codec.codebook_size, codec.sample_rate / codec.frame_rate)
-        return _sound(await service.call(lambda: codec.decode(codes)[0].cpu()), codec.sample_rate)
+        return _sound(await service.work(request, lambda: codec.decode(codes)[0].cpu()), codec.sample_rate)
 
-    @app.post("/v1/codec/reconstruct", response_class=Response)
-    async def reconstructed(file: Recording, layers: Annotated[int | None, Form()] = None) -> Response:
+    @app.post(RECONSTRUCT, response_class=Response)
+    async def reconstructed(
+        request: Request, file: Recording, layers: Annotated[int | None, Form()] = None
+    ) -> Response:
         """A recording as its codes give it back, from so many codebooks (all of them), as a WAV file."""
         codec, waveform = service.decoder(), await service.waveform(file)
         (count,) = layer_counts(codec, [codec.num_codebooks if layers is None else layers])
-        sounds = await service.call(reconstruct, codec, waveform, [count])
+        sounds = await service.work(request, reconstruct, codec, waveform, [count])
         return _sound(sounds[count], codec.sample_rate)
 
-    @app.post("/v1/codec/convert", response_class=Response)
+    @app.post(CONVERT, response_class=Response)
     async def convert(
+        request: Request,
         source: Recording,
         target: Recording,
         layers: Annotated[str, Form(description="those to take from the target, as 1,2; 0 is the first")] = "1",
@@ -316,7 +333,7 @@ def add_codec(app: FastAPI, service: Service) -> None:
         """What the source says in the voice of the target, by taking the codes of `layers` from it, as a WAV file."""
         codec, taken = service.decoder(), layer_numbers(layers)
         waveforms = await service.waveform(source), await service.waveform(target)
-        converted = await service.call(convert_voice, codec, *waveforms, taken, matching)
+        converted = await service.work(request, convert_voice, codec, *waveforms, taken, matching)
         return _sound(converted, codec.sample_rate)
 
 

@@ -70,9 +70,20 @@ class Door:
     A body is refused when it turns out to be too long, also where no length was stated.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, paths: frozenset[str], key: str | None = None):
-        """paths: those that are counted under their own name. key: what callers must show as bearer token, if any."""
-        self.app, self.limits, self.metrics, self.paths = app, limits, metrics, paths
+    def __init__(
+        self,
+        app: ASGIApp,
+        limits: Limits,
+        metrics: Metrics,
+        paths: frozenset[str],
+        uploads: frozenset[str],
+        key: str | None = None,
+    ):
+        """paths: those that are counted under their own name; uploads: those of them that take files.
+
+        key: what callers must show as bearer token, if any.
+        """
+        self.app, self.limits, self.metrics, self.paths, self.uploads = app, limits, metrics, paths, uploads
         self.key = key.encode() if key else None
         self.working = 0
 
@@ -146,8 +157,9 @@ class Door:
 
     def _most_bytes(self, scope: Scope) -> float:
         """Of a body; one that holds no file is short."""
-        uploads = dict(scope["headers"]).get(b"content-type", b"").startswith(b"multipart/")
-        return MEGABYTE * (self.limits.megabytes if uploads else min(self.limits.megabytes, MOST_MEGABYTES_OF_JSON))
+        form = dict(scope["headers"]).get(b"content-type", b"").startswith(b"multipart/")
+        long = form and scope["path"] in self.uploads
+        return MEGABYTE * (self.limits.megabytes if long else min(self.limits.megabytes, MOST_MEGABYTES_OF_JSON))
 
     def _too_large(self, scope: Scope) -> Refused:
         most = self._most_bytes(scope) / MEGABYTE

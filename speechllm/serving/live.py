@@ -9,6 +9,7 @@ import numpy as np
 import soxr
 import torch
 from fastapi import WebSocket, WebSocketDisconnect
+from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
 from speechllm.pauses import Cut, quietest
@@ -65,7 +66,8 @@ class LiveSpeech:
         self.waveform = torch.cat([self.waveform, samples])
         self.new_s += len(samples) / self.rate
         while len(self.waveform) > self.longest_s * self.rate:
-            cut = self.cut(self.waveform[: round(self.longest_s * self.rate)], self.rate)
+            settling = self.waveform[: round(self.longest_s * self.rate)]
+            cut = await run_in_threadpool(self.cut, settling, self.rate)  # a network may look for the pause
             yield await self._settle(cut // self.hop * self.hop)
         if last:
             if len(self.waveform):
@@ -133,13 +135,17 @@ async def transcribe_live(socket: WebSocket, speech: LiveSpeech, max_duration_s:
     Binary messages hold samples, a text message ends the speech. What comes while the model works is taken together.
     Speech beyond `max_duration_s` and faults end with an `error`.
     """
-    arrived: asyncio.Queue[bytes | None] = asyncio.Queue(WAITING)  # when it is full, nothing more is read
+    arrived: asyncio.Queue[bytes | WebSocketDisconnect | None] = asyncio.Queue(WAITING)  # when full, no more is read
 
     async def listen() -> None:
-        with contextlib.suppress(WebSocketDisconnect, KeyError):  # KeyError: a text message
+        try:
             while len(content := await socket.receive_bytes()) <= MOST_BYTES:
                 await arrived.put(content)
-        await arrived.put(None)
+            await arrived.put(None)
+        except KeyError:  # a text message
+            await arrived.put(None)
+        except WebSocketDisconnect as left:
+            await arrived.put(left)
 
     listening = asyncio.create_task(listen())
     try:
@@ -148,7 +154,9 @@ async def transcribe_live(socket: WebSocket, speech: LiveSpeech, max_duration_s:
             parts = [await asyncio.wait_for(arrived.get(), SILENCE_S)]
             while not arrived.empty():
                 parts.append(arrived.get_nowait())
-            content, last = b"".join(part for part in parts if part is not None), None in parts
+            if isinstance(parts[-1], WebSocketDisconnect):
+                raise parts[-1]
+            content, last = b"".join(part for part in parts if isinstance(part, bytes)), None in parts
             if speech.heard_s + len(content) / SAMPLE.itemsize / speech.sample_rate > max_duration_s:
                 raise InputError(f"at most {max_duration_s:g} s of speech are taken")
             step = SAMPLE.itemsize * round(STEP_S * speech.sample_rate)

@@ -250,3 +250,13 @@ def test_on_a_disk_without_locks_the_file_decides(
     else:
         with pytest.raises(OutputError, match=f"if it has ended, delete {tmp_path / LOCK}"):
             lock(tmp_path / LOCK, tmp_path)
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(tmp_path: Path) -> None:
+    """As in a container, where a program has the same number after every start."""
+    left = tmp_path / f".model.{os.getpid()}.part"
+    left.mkdir()
+    (left / "half").touch()
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "weights").touch()
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["weights"] and not left.exists()

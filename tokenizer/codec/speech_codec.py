@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tokenizer.audio import pad_waveforms
+from tokenizer.audio import fit_length, pad_waveforms
 from tokenizer.codec.config import SpeechCodecConfig
 from tokenizer.codec.convnext import ConvNeXtDecoder, ConvNeXtEncoder
 from tokenizer.codec.log_mel import LogMelEncoder
@@ -186,11 +186,8 @@ class SpeechCodec(
         Each utterance is decoded separately. Raises InputError for codes that this codec cannot have made.
         """
         codes.require(self.num_codebooks, self.codebook_size, self.hop_length)
-        samples = codes.sizes(self.hop_length)
-        waveform = self.codebooks.new_zeros(len(codes), int(samples.max()))
-        for index, length in enumerate(samples.tolist()):
-            waveform[index, :length] = self._decode(codes.utterance(index))[:length]
-        return waveform
+        sizes = enumerate(codes.sizes(self.hop_length).tolist())
+        return pad_waveforms([fit_length(self._decode(codes.utterance(index)), size) for index, size in sizes])[0]
 
     def _encode_each(self, utterances: list[Tensor], layers: int | None) -> list[Tensor]:
         """Utterances float [N_i] -> the codes of each, long [Q', T_i]."""

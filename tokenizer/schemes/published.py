@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.audio import pad_waveforms
+from tokenizer.audio import fit_length, pad_waveforms
 from tokenizer.errors import InputError
 from tokenizer.frames import split_utterances
 from tokenizer.interface import Codes, require_layers
@@ -97,11 +97,9 @@ class PublishedCodec(nn.Module):
         codes that this codec cannot have made.
         """
         codes.require(self.num_codebooks, self.codebook_size, self.hop_length)
-        waveforms = []
-        for index, size in enumerate(codes.sizes(self.hop_length).tolist()):
-            speech = self._decode(codes.utterance(index)[None].to(self.device)).flatten()[:size]
-            waveforms.append(F.pad(speech, (0, size - len(speech))))
-        return pad_waveforms(waveforms)[0]
+        sizes = enumerate(codes.sizes(self.hop_length).tolist())
+        sounds = ((self._decode(codes.utterance(index)[None].to(self.device)).flatten(), size) for index, size in sizes)
+        return pad_waveforms([fit_length(*sound) for sound in sounds])[0]
 
     def _codebooks(self) -> list[Tensor]:
         quantizer = self.model.quantizer

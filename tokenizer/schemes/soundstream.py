@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenizer.audio import pad_waveforms
+from tokenizer.audio import fit_length, pad_waveforms
 from tokenizer.frames import frame_count, split_utterances
 from tokenizer.interface import Codes, require_layers
 from tokenizer.pretrained import check_folder
@@ -82,7 +82,7 @@ class SoundStream:
         """
         codes.require(self.num_codebooks, self.codebook_size, HOP_LENGTH)
         sizes = enumerate(codes.sizes(HOP_LENGTH).tolist())
-        return pad_waveforms([self._decode(codes.utterance(index))[:size] for index, size in sizes])[0]
+        return pad_waveforms([fit_length(self._decode(codes.utterance(index)), size) for index, size in sizes])[0]
 
     def _encode(self, samples: Tensor, layers: int | None) -> Tensor:
         """One utterance float [N] -> codes long [layers, T]."""

@@ -21,6 +21,7 @@ import torch
 import uvicorn
 from fastapi import Request
 from fastapi.testclient import TestClient
+from pydantic import ValidationError
 from torch import Tensor
 
 import speechllm
@@ -110,6 +111,7 @@ def test_an_error_in_a_stream_is_its_last_event(client: TestClient, tmp_path: Pa
         ({"temperature": "0.4"}, 400, "temperature: answers are not drawn at random"),
         ({"temperature": "warm"}, 400, "temperature: "),
         ({"response_format": "docx"}, 400, "response_format: "),
+        ({"timestamp_granularities[]": ["segment", "word"]}, 400, "timestamp_granularities[]: there are times of segm"),
     ],
 )
 def test_what_cannot_be_done_is_refused(
@@ -184,6 +186,19 @@ def test_codes_that_no_recording_gives_are_refused(client: TestClient, body: dic
     assert status == 400 and said.startswith(message)
 
 
+def test_of_many_wrong_codes_the_first_is_named() -> None:
+    with pytest.raises(ValidationError) as error:
+        app_module.CodesOfRecording(codes=[[1, -1, 2**40, -1], [-1] * 1000])
+    assert [one["loc"] for one in error.value.errors()] == [("codes", 0, 1)]
+
+
+def test_a_sound_may_be_longer_than_its_frames_by_part_of_one(client: TestClient, speech_llm: SpeechLLM) -> None:
+    hop = round(RATE / speech_llm.codec.frame_rate)
+    response = client.post("/v1/codec/decode", json={"codes": [[1, 2, 3]], "samples": 3 * hop + hop // 2})
+    found, _ = soundfile.read(io.BytesIO(response.content))
+    assert len(found) == 3 * hop + hop // 2 and not found[3 * hop :].any()
+
+
 def test_layers_that_are_none_are_refused(client: TestClient, recording: Path) -> None:
     for layers in ("a", "0", "99"):
         response = client.post("/v1/codec/reconstruct", files=named(file=recording), data={"layers": layers})
@@ -236,8 +251,9 @@ def test_pages_from_elsewhere_may_not_ask_a_server_without_a_key(client: TestCli
 def test_forms_are_small_beside_their_file(client: TestClient, recording: Path) -> None:
     assert refusal(ask(client, recording, language="e" * 10**5))[0] == 400
     assert refusal(ask(client, recording, **{f"field_{i}": "" for i in range(20)}))[0] == 400
-    response = client.post("/v1/codec/decode", content=b" " * 5_000_000, headers={"content-type": "application/json"})
-    assert refusal(response)[0] == 413
+    for headers in ({"content-type": "application/json"}, _boundary()):
+        response = client.post("/v1/codec/decode", content=b" " * 5_000_000, headers=headers)
+        assert refusal(response)[0] == 413
 
 
 def test_what_takes_too_long_is_given_up(speech_llm: SpeechLLM, recording: Path) -> None:
@@ -422,7 +438,7 @@ def test_what_is_refused_is_read_before_the_answer_unless_it_is_long_or_slow(
     chunk: int | None, chunks: int, read: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(door, "LINGER_S", 0.05)
-    entrance = door.Door(None, Limits(), door.Metrics(), frozenset(), key="key")
+    entrance = door.Door(None, Limits(), door.Metrics(), frozenset(), frozenset(), key="key")
     happened: list[object] = []
 
     async def receive() -> dict[str, object]:

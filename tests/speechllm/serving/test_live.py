@@ -160,6 +160,18 @@ def test_a_fault_is_told_and_not_taken_for_a_speaker_who_left(engine: Engine, mo
     assert sent == [{"type": "error", "message": "the server failed; its log says why"}, 1011]
 
 
+def test_nothing_is_transcribed_for_a_speaker_who_has_left(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    added = []
+
+    class Socket:
+        async def receive_bytes(self) -> bytes:
+            raise WebSocketDisconnect
+
+    monkeypatch.setattr(LiveSpeech, "add", lambda *words: added.append(words))
+    asyncio.run(transcribe_live(Socket(), LiveSpeech(engine, RATE), 60))
+    assert not added
+
+
 def test_many_seconds_at_once_are_encoded_one_after_the_other(
     speech_llm: SpeechLLM, noise: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
