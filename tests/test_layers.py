@@ -18,7 +18,7 @@ LAYERS = {
     "tokenizer: interface, rates, files": tuple(
         "interface rates errors locks tables files claims reading frames settings progress prefetch".split()
     ),
-    "tokenizer: audio, corpus, pretrained": ("audio", "corpus", "utterances", "pretrained", "ravdess"),
+    "tokenizer: audio, corpus, pretrained": ("audio", "headers", "corpus", "utterances", "pretrained", "ravdess"),
     "tokenizer.codec": ("codec",),
     "tokenizer.metrics": ("metrics",),
     "tokenizer.training": ("training",),

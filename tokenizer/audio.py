@@ -5,11 +5,11 @@ import hashlib
 import io
 import math
 import os
-import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_file
+from tokenizer.headers import UNKNOWN, Mp3, Stretched, Uncounted, is_cut_ogg, missing_s, unstated_s
 
 SILENCE_PEAK = 1e-6  # below this peak a recording holds digital silence: nothing was recorded
 LOUDEST_PEAK = 4.0  # above this peak the samples of a float file are in other units than [-1, 1]
@@ -26,16 +27,7 @@ RATES = range(2_000, 1_000_001)  # Hz; of a recording of speech
 CANCELLED = 0.01  # share of the channels' energy below which their average is what is left of opposite phases
 HEADER_TOLERANCE_S = 0.1  # a decoder may lose part of a frame at the end
 BLOCK = 2**18  # samples read at a time
-UNKNOWN = 2**63 - 1  # libsndfile's number of frames for a FLAC file that does not state it
 DENSEST = 100  # samples a byte: headers that state more are not believed
-OGG_PAGE = 65_307  # bytes of the longest page
-STREAMED = 0x7FFFF000  # bytes: sizes from here on are what programs write into a pipe, where they do not know the size
-# What libsndfile notes when a container states more bytes than the file has, such as "data : 64000 (should be 31978)"
-CUT = re.compile(r"^\s*(?:data|SSND|BODY|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)$", re.MULTILINE)
-# and when samples follow where the next chunk should be, because the size of the last one is too small
-MORE = re.compile(r"^Length : (\d+)$.*Unknown chunk marker \(\w+\) at position (\w+)\. Exiting parser", re.M | re.S)
-RIFF = re.compile(r"^RIFF : (\d+)", re.MULTILINE)
-SPHERE_COUNT = re.compile(rb"\ANIST_1A\n.*^sample_count -i (\d+)", re.MULTILINE | re.DOTALL)  # the same for NIST SPHERE
 
 
 class AudioError(InputError):
@@ -118,7 +110,7 @@ def audio_duration(path: str | Path) -> float:
     """
     with _open(path, path, whole=False) as file:
         frames = file.frames
-        if frames > os.stat(path).st_size * DENSEST:
+        if not file.stated or frames > os.stat(path).st_size * DENSEST:
             frames = sum(len(block) for block in _blocks(file))
         return frames / file.samplerate
 
@@ -171,48 +163,33 @@ class _Forward(soundfile.SoundFile):
         return False
 
 
-class _Uncounted:
-    """A FLAC stream with the number of samples in its header set to 0, so that it is decoded to its end.
-
-    The number is the last 36 bits before byte 26 (RFC 9639, section 8.2).
-    """
-
-    COUNT = range(21, 26)
-
-    def __init__(self, stream: io.FileIO | io.BytesIO, head: bytes):
-        self.stream, self.first = stream, head[self.COUNT[0]] & 0xF0
-        self.seek, self.tell = stream.seek, stream.tell
-
-    def readinto(self, buffer: memoryview) -> int:
-        start, size = self.tell(), self.stream.readinto(buffer)
-        for place in self.COUNT:
-            if start <= place < start + size:
-                buffer[place - start : place - start + 1] = bytes([self.first if place == self.COUNT[0] else 0])
-        return size
-
-
 @contextlib.contextmanager
 def _open(source: str | Path | bytes, name: str | Path, whole: bool = True) -> Iterator[_Forward]:
     """The recording in a file or of its content; whatever goes wrong until it is closed becomes an AudioError.
 
-    `whole`: it is read to its end, whatever number of samples a FLAC header states.
+    `whole`: it is read to its end, whatever number of samples a FLAC header states; an MP3 that states none always is.
     """
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open_recording(source) as stream:
-            head, cut = stream.read(1024), _is_cut_ogg(stream)
+            head, cut, mp3 = stream.read(1024), is_cut_ogg(stream), Mp3.of(stream)
+            joined = mp3 is not None and mp3.goes_on(stream)
             stream.seek(0)
-            flac = head.startswith(b"fLaC\0\0\0\x22") and len(head) > _Uncounted.COUNT[-1]
+            flac = head.startswith(b"fLaC\0\0\0\x22") and len(head) > Uncounted.COUNT[-1]
             # by its descriptor, because soundfile takes the ending .raw, not the content, for the format
-            content = stream if isinstance(source, bytes) else stream.fileno()
-            with _Forward(_Uncounted(stream, head) if flac and whole else content, closefd=False) as file:
+            content: Any = stream if isinstance(source, bytes) else stream.fileno()
+            if flac and whole:
+                content = Uncounted(stream, head)
+            elif mp3 and not mp3.counted:
+                content = Stretched(stream)
+            with _Forward(content, closefd=False) as file:
                 count = int.from_bytes(head[21:26]) % 2**36 if flac else file.frames
-                file.stated = count if count < UNKNOWN else 0
+                file.stated = count if count < UNKNOWN and not isinstance(content, Stretched) else 0
                 if file.samplerate not in RATES:
                     detail = f"states {file.samplerate} Hz, expected {RATES[0]} to {RATES[-1]} Hz: convert it again"
                     raise AudioError(name, "sample rate", detail)
-                if cut or _missing_s(file, head) > HEADER_TOLERANCE_S:
+                if cut or missing_s(file, head) > HEADER_TOLERANCE_S:
                     raise AudioError(name, "truncated", "ends before its last sample: fetch or convert it again")
-                if _unstated_s(file) > HEADER_TOLERANCE_S:
+                if joined or unstated_s(file) > HEADER_TOLERANCE_S:
                     raise AudioError(name, "truncated", "holds more than its header states: fetch or convert it again")
                 yield file
     except AudioError:
@@ -222,38 +199,6 @@ def _open(source: str | Path | bytes, name: str | Path, whole: bool = True) -> I
     except (soundfile.SoundFileError, OSError, TypeError, ValueError, RuntimeError) as error:
         reason = getattr(error, "error_string", error)  # libsndfile's own, without the number of the descriptor
         raise AudioError(name, "unreadable", f"not a readable audio file ({reason})") from error
-
-
-def _is_cut_ogg(stream: io.FileIO | io.BytesIO) -> bool:
-    """Whether the last page of an Ogg file is incomplete, or not marked as the last one (RFC 3533, section 6)."""
-    stream.seek(0)
-    if stream.read(4) != b"OggS":
-        return False
-    stream.seek(max(0, stream.seek(0, os.SEEK_END) - OGG_PAGE))
-    _, capture, page = (stream.read() or b"").rpartition(b"OggS")
-    if not capture or len(page) < 23:
-        return True
-    head = 23 + page[22]
-    return not page[1] & 4 or len(page) < head + sum(page[23:head])
-
-
-def _missing_s(file: soundfile.SoundFile, head: bytes) -> float:
-    """Seconds that the container states and the file does not have; libsndfile takes what is there without a word."""
-    if count := SPHERE_COUNT.search(head):
-        return int(count[1]) / file.samplerate - file.frames / file.samplerate
-    sizes = [(int(stated), int(there)) for stated, there in CUT.findall(file.extra_info)]
-    shares = [stated / there - 1 for stated, there in sizes if there and stated % 2**32 < STREAMED]
-    return max(shares, default=0) * file.frames / file.samplerate
-
-
-def _unstated_s(file: soundfile.SoundFile) -> float:
-    """Seconds that lie in a container behind the samples that it states, where another chunk should be."""
-    if not (found := MORE.search(file.extra_info)):
-        return 0.0
-    end, place = int(found[1]), int(found[2], 0)
-    if riff := RIFF.search(file.extra_info):
-        end = min(end, int(riff[1]) + 8)  # a tag may follow
-    return (end - place) / place * file.frames / file.samplerate
 
 
 def _blocks(file: soundfile.SoundFile, frames: int | None = None) -> Iterator[np.ndarray]:

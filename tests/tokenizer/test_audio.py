@@ -250,6 +250,36 @@ def test_what_follows_the_container_of_a_wav_file_is_no_sound(tmp_path: Path) ->
     assert len(load_audio(tmp_path / "a.wav")) == 4 * RATE
 
 
+def mp3(seconds: float, mode: str = "VARIABLE") -> bytes:
+    """Noise, then next to nothing, so that a variable bit rate varies; its first frame states the samples (Xing)."""
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, round(seconds * RATE)).astype("float32")
+    samples[len(samples) // 4 :] *= 0.001
+    file = io.BytesIO()
+    soundfile.write(file, samples, RATE, format="MP3", bitrate_mode=mode, compression_level=0.3)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["VARIABLE", "CONSTANT"])
+@pytest.mark.parametrize("tag", [b"", b"ID3\x04\0\0\0\0\x02\x10" + bytes(272)], ids=["plain", "tagged"])
+def test_an_mp3_file_that_states_no_samples_is_read_to_its_end(tmp_path: Path, mode: str, tag: bytes) -> None:
+    content, path = mp3(12.0, mode), tmp_path / "a.mp3"
+    assert b"Xing" in content[:64] or b"Info" in content[:64]
+    path.write_bytes(tag + content[content.index(content[:2], 4) :])  # without the frame that states them
+    for seconds in (len(load_audio(path)) / RATE, audio_duration(path), inspect_audio(path.read_bytes()).duration_s):
+        assert seconds == pytest.approx(12.0, abs=0.15)
+    assert len(load_audio(path, start_s=10.0)) / RATE == pytest.approx(2.0, abs=0.15)
+    assert len(load_audio(path, start_s=5.0, duration_s=3.0)) == 3 * RATE
+    assert reason_for(path, max_duration_s=11.0) == "too long"
+
+
+@pytest.mark.parametrize("between", [b"", b"ID3\x04\0\0\0\0\x02\x10" + bytes(272)], ids=["plain", "tagged"])
+def test_joined_mp3_files_are_not_used_in_part(tmp_path: Path, between: bytes) -> None:
+    (tmp_path / "a.mp3").write_bytes(mp3(2.0) + between + mp3(2.0))
+    assert every_reason(tmp_path / "a.mp3") == "truncated"
+    (tmp_path / "b.mp3").write_bytes(mp3(2.0) + b"TAG" + bytes(125))  # what many players write behind it
+    assert len(load_audio(tmp_path / "b.mp3")) == 2 * RATE
+
+
 TRUNCATED = [
     *(("WAV", subtype) for subtype in ("PCM_16", "FLOAT", "IMA_ADPCM", "ULAW")),
     *(("AIFF", None), ("AU", None), ("W64", None), ("RF64", None), ("NIST", None)),
