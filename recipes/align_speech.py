@@ -53,8 +53,9 @@ def main(config: AlignConfig) -> None:
     utterances = read_corpus(config.data, config.splits)
     with ProcessPoolExecutor(available_cpus(), initializer=follow_parent) as pool:
         results = list(tqdm(pool.map(align, utterances, chunksize=8), "align", len(utterances), unit="utt"))
+    place = os.path.realpath(folder)  # from where the system goes up, should a link lead here
     rows = [
-        {**asdict(utterance), "path": os.path.relpath(utterance.path, folder), "phones": phones}
+        {**asdict(utterance), "path": os.path.relpath(os.path.realpath(utterance.path), place), "phones": phones}
         for utterance, (phones, _) in zip(utterances, results, strict=True)
         if utterance.duration_s  # otherwise there is no recording, and the manifest would be refused
     ]

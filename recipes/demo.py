@@ -215,6 +215,12 @@ def split_by_speaker(utterances: list[Utterance]) -> dict[str, str]:
     return {name: held_out.get(speaker, "train") for name, speaker in speakers.items()}
 
 
+def unseen_speakers(manifest: list[dict[str, object]]) -> bool:
+    """Whether the speakers of the test split are known, and in no other split."""
+    tested = {row.get("speaker") for row in manifest if row["split"] == "test"}
+    return None not in tested and tested.isdisjoint(row.get("speaker") for row in manifest if row["split"] != "test")
+
+
 def collect(config: DemoConfig, run: Path, stages: Stages) -> dict[str, object]:
     """The content of results.json."""
     evaluation = read_json(run / "evaluation" / "results.json")
@@ -228,6 +234,7 @@ def collect(config: DemoConfig, run: Path, stages: Stages) -> dict[str, object]:
         **{name: evaluation[name] for name in RATES if name in evaluation},
         "utterances": evaluation["utterances"],
         "words": evaluation["words"],
+        "unseen_speakers": unseen_speakers(read_jsonl(run / "corpus" / "manifest.jsonl")),
         "normalizer": evaluation["normalizer"],
         "tokens_per_second": evaluation["tokens_per_second"],
         "corpus": "synthetic speech (espeak-ng)" if config.data is None else spell_corpora(config.data),
@@ -281,7 +288,8 @@ def summary(run: Path, results: dict[str, object]) -> str:
     low, high = results[f"{rate}_ci95"]
     lines = [
         f"\n{rate.upper()} {results[rate]:.1%} (95 % interval {low:.1%} to {high:.1%}) on {results['utterances']} "
-        f"utterances of unseen speakers, at {results['tokens_per_second']:.1f} tokens/s",
+        f"utterances{' of unseen speakers' * results['unseen_speakers']}, at "
+        f"{results['tokens_per_second']:.1f} tokens/s",
     ]
     if (control := results.get(f"{rate}_shuffled_audio")) is not None:
         lines.append(f"{rate.upper()} with another utterance's audio {control:.1%}")

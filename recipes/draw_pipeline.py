@@ -51,6 +51,8 @@ def main(config: DrawConfig) -> None:
     with torch.no_grad():
         codes = codec.encode(waveform[None])
     ids = speech_llm.vocabulary.token_ids(codes.first(speech_llm.vocabulary.encoding.layers))
+    frames = codes.ids.shape[2]
+    places = speech_llm.vocabulary.arrangement(frames).argsort()[:frames].tolist()
     words = speech_llm.text_tokenizer.convert_ids_to_tokens(ids.tolist())
     name = speech_llm.model.config.model_type.capitalize()
     answer = transcribe([config.audio], speech_llm, fallback=True)[0]
@@ -62,7 +64,7 @@ def main(config: DrawConfig) -> None:
         label(172, "codes", f"{codec.frame_rate:g} frames/s"),
         *cells(codes.ids[0, :LAYERS], codec.codebook_size),
         label(294, "prompt", "with new words"),
-        *prompt(words, codes.ids[0, 0], codec.codebook_size),
+        *prompt(words, codes.ids[0, 0], places, codec.codebook_size),
         label(358, "text", f"answer of {name}"),
         f'<path d="M{LEFT} 360h30m-8 -6l8 6l-8 6" fill="none" stroke="{PALE}" stroke-width="2"/>',
         text(LEFT + 46, 368, answer, 24, INK, 'font-weight="600"'),
@@ -114,12 +116,15 @@ def cells(ids: Tensor, codes: int) -> list[str]:
     return parts
 
 
-def prompt(words: list[str], row: Tensor, codes: int) -> list[str]:
-    """The prompt with some words from the middle in their colours, and lines from the cells they stand for."""
+def prompt(words: list[str], row: Tensor, places: list[int], codes: int) -> list[str]:
+    """The prompt with some words from the middle in their colours, and lines from the cells they stand for.
+
+    places: of the word of each frame's code in layer 0, behind the marker.
+    """
     first = len(row) * 4 // 7
     spelt = range(first, min(first + SHOWN, len(row)))
     shown = [("Transcribe this speech", None), (words[0], None), ("…", None)]
-    shown += [(words[1 + frame], frame) for frame in spelt] + [("…", None), (words[-1], None)]
+    shown += [(words[1 + places[frame]], frame) for frame in spelt] + [("…", None), (words[-1], None)]
     parts, x, y = [], float(LEFT), 276
     cell = (RIGHT - LEFT) / len(row)
     for word, frame in shown:

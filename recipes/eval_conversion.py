@@ -62,7 +62,6 @@ from speechllm import (
     Codec,
     QualityError,
     Utterance,
-    load_audio,
     load_codec,
     read_corpus,
     save_audio,
@@ -74,6 +73,7 @@ from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import claim_output, run_recipe
 from tokenizer.audio import resample
+from tokenizer.corpus import load_utterance
 from tokenizer.errors import InputError
 from tokenizer.files import write_json, write_jsonl
 from tokenizer.loading import load_recognizer
@@ -184,7 +184,7 @@ def record_failure(row: Row, method: str | None) -> Iterator[None]:
 def load_sounds(pair: Pair, rate: int) -> dict[str, Tensor]:
     """The recordings of a pair by role, float [N]; without "reference" or "voice" if the pair has none."""
     recordings = {role: recording for role, recording in vars(pair).items() if recording is not None}
-    return {role: load_audio(r.path, rate, max_duration_s=MAX_SCORED_S) for role, r in recordings.items()}
+    return {role: load_utterance(recording, rate, MAX_SCORED_S) for role, recording in recordings.items()}
 
 
 @torch.no_grad()

@@ -50,7 +50,6 @@ from speechllm import (
     DataError,
     Encoding,
     Utterance,
-    load_audio,
     load_codes,
     read_corpus,
     word_error_rate,
@@ -62,7 +61,7 @@ from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import holds_config, run_recipe
 from tokenizer.claims import claim_file
-from tokenizer.corpus import frame_phones
+from tokenizer.corpus import frame_phones, load_utterance
 from tokenizer.files import write_json
 from tokenizer.metrics.code_usage import (
     count_codes,
@@ -178,7 +177,7 @@ def log_mel_clusters(
     """The baseline: k-means of log-mel frames, with as many clusters as the codebook has codes."""
 
     def features(row: Row) -> np.ndarray:
-        return log_mel_features(load_audio(corpus[row["id"]].path))
+        return log_mel_features(load_utterance(corpus[row["id"]]))
 
     chosen = np.random.default_rng(config.seed).permutation(len(train))[: config.kmeans_utterances]
     fit = np.concatenate([features(train[int(i)]) for i in chosen])

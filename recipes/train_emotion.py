@@ -74,7 +74,7 @@ from speechllm.evaluation.error_rates import mean_and_interval
 from speechllm.reports.pages import write_emotion_report
 from speechllm.reports.plots import confusion_figure, save_figure
 from speechllm.runs.loop import Parts, TrainingLoop
-from speechllm.runs.machine import make_accelerator, versions
+from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import Run, read_log
 from speechllm.training.emotion import (
@@ -122,7 +122,7 @@ def main(config: EmotionConfig) -> None:
             "skipped": len(rows) - len(speech),  # other emotions, or ids that are not RAVDESS names
             "tokens_per_second": tokens_per_second(rows, speech),
             "codec_fingerprint": encoding.fingerprint,
-            "versions": versions(),
+            **run.provenance,
         }
         report(run, results, found, control, config, encoding)
         run.finish({name: results[name] for name in ("accuracy", "ci95_actors", "accuracy_shuffled_labels")})
@@ -260,7 +260,7 @@ def report(
     log = [{"step": i, "loss": loss, "loss with shuffled labels": other} for i, (loss, other) in enumerate(losses, 1)]
     layers = "+".join(map(str, config.layers))
     title = f"{config.codec}, layer {layers}: emotions"
-    write_emotion_report(folder / "report.html", title, results | run.provenance, log)
+    write_emotion_report(folder / "report.html", title, results, log)
     low, high = results["ci95_actors"]
     print("| codec | layers | tokens/s | accuracy | 95 % over actors | mean recall | shuffled labels | chance |")
     print("|---|---|---|---|---|---|---|---|")

@@ -63,6 +63,7 @@ from speechllm.runs.signals import Interrupted
 from speechllm.small_model import small_qwen2, small_text_tokenizer
 from tokenizer.files import atomic_folder
 from tokenizer.tables import require_utf8
+from tokenizer.training.crops import require_equal_shares
 from tokenizer.training.distributed import mean_over_processes
 
 
@@ -110,8 +111,7 @@ class RunCallback(TrainerCallback):
 
 def main(config: TextConfig) -> None:
     accelerator = make_accelerator(config.precision)
-    if config.batch_size % accelerator.num_processes:
-        raise RunError(f"batch_size {config.batch_size} is not divisible by {accelerator.num_processes} processes")
+    require_equal_shares(config.batch_size, accelerator.num_processes)
     run = Run(config.output, config, accelerator, free=MAY_CHANGE)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
@@ -188,7 +188,8 @@ def sentences(config: TextConfig) -> tuple[Dataset, Dataset]:
     for file in (file for part in files.values() for file in part if Path(file).is_file()):
         require_utf8(file)
     texts = load_dataset("text", data_files=found)
-    texts = texts.map(lambda text: {"text": librispeech_normalizer(text)}, input_columns="text", desc="normalise")
+    normalize = lambda lines: {"text": [*map(librispeech_normalizer, lines)]}  # noqa: E731
+    texts = texts.map(normalize, batched=True, input_columns="text", desc="normalise")
     texts = texts.filter(bool, input_columns="text", desc="empty lines")
     if config.held_out:
         return texts["train"], texts["held_out"]
@@ -210,7 +211,7 @@ def blocks(texts: Dataset, text_tokenizer: PreTrainedTokenizerBase, size: int) -
 
 def trainer_settings(config: TextConfig, checkpoints: Path, batch_size: int) -> TrainingArguments:
     """The configuration as settings of transformers; batch_size: per process."""
-    return TrainingArguments(
+    settings = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=config.steps,
         per_device_train_batch_size=batch_size,
@@ -230,6 +231,9 @@ def trainer_settings(config: TextConfig, checkpoints: Path, batch_size: int) -> 
         seed=config.seed,
         report_to="none",
     )
+    if settings.n_gpu > 1:  # the Trainer would multiply the batch by the GPUs that no launcher has given a process
+        settings._n_gpu = 1
+    return settings
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ from tokenizer.corpus import load_usable, spread
 from tokenizer.files import atomic_folder
 from tokenizer.loading import load_codec, load_discrete
 from tokenizer.schemes.features import load_semantic_teacher
-from tokenizer.training.crops import Crops, StepSampler
+from tokenizer.training.crops import Crops, StepSampler, require_equal_shares
 from tokenizer.training.discriminators import Adversary, make_discriminators
 from tokenizer.training.distillation import AcousticDistillation, SemanticDistillation, SpeakerDistillation
 from tokenizer.training.feature_cache import UnitIds, fill_caches
@@ -207,6 +207,7 @@ Distillations = dict[str, DistillationLoss]  # by name
 
 def main(config: TokenizerConfig) -> None:
     accelerator = make_accelerator(config.precision)
+    require_equal_shares(config.batch_size, accelerator.num_processes)
     utterances = read_corpus(config.data, config.splits)
     held_out = spread(read_corpus(config.data, config.dev_splits), config.dev_utterances) if config.dev_splits else []
     run = Run(config.output, config, accelerator, free=MAY_CHANGE)

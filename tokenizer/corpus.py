@@ -1,5 +1,6 @@
 """Reading speech corpora: a folder with a manifest, or in LibriSpeech's or RAVDESS's layout, as utterances."""
 
+import functools
 import json
 import logging
 import math
@@ -61,7 +62,7 @@ def read_corpus(data: Corpora, splits: Sequence[str] | None = None) -> list[Utte
     MissingSplitError for splits that no corpus has.
     """
     folders = corpus_folders(data)
-    corpora = [_read_folder(folder) for folder in folders]
+    corpora = [_read_folder(folder, splits) for folder in folders]
     if len(folders) > 1:
         corpora = join(folders, corpora)
     found = sorted({utterance.split for own in corpora for utterance in own})
@@ -79,14 +80,14 @@ def read_corpus(data: Corpora, splits: Sequence[str] | None = None) -> list[Utte
     return joined
 
 
-def _read_folder(folder: Path) -> list[Utterance]:
-    """All utterances of one corpus."""
+def _read_folder(folder: Path, splits: Sequence[str] | None) -> list[Utterance]:
+    """All utterances of one corpus; without a manifest, those of other splits than `splits` have the duration 0."""
     if not folder.is_dir():
         problem = "is a file, no corpus folder" if folder.exists() else "no such corpus folder"
         several = "; several are [A, B]" if "," in str(folder) else ""
         raise CorpusError(f"{folder}: {problem} (recipes/import_speech.py makes one from a hub data set){several}")
     try:
-        rows = _read_manifest(manifest) if (manifest := _manifest(folder)) else _read_layout(folder)
+        rows = _read_manifest(manifest) if (manifest := _manifest(folder)) else _read_layout(folder, splits)
         places = [place for place, _ in rows]
         refuse_repeats(places, [one.id for _, one in rows], "id", "give every utterance an id of its own")
     except TableError as error:
@@ -149,13 +150,14 @@ COLUMNS = {
 }
 
 
-def _read_layout(folder: Path) -> list[Row]:
+def _read_layout(folder: Path, splits: Sequence[str] | None) -> list[Row]:
     """The utterances of a folder without a manifest."""
     files = [*_visible_files(str(folder))]
     chapters = [(place, name, names) for place, names in files for name in names if name.endswith(TRANSCRIPT)]
     if chapters:
+        read = functools.partial(_read_chapter, splits=splits)
         with ThreadPoolExecutor(READERS) as pool:
-            rows = [row for chapter in pool.map(lambda chapter: _read_chapter(*chapter), chapters) for row in chapter]
+            rows = [row for chapter in pool.map(read, *zip(*chapters, strict=True)) for row in chapter]
         recordings = {os.path.join(place, name) for place, names in files for name in names if name.endswith(".flac")}
         if more := recordings.difference(utterance.path for _, utterance in rows):
             logger.info("%s: %s recordings have no transcript and are left out", folder, f"{len(more):,}")
@@ -187,10 +189,10 @@ def _visible_files(folder: str, above: frozenset[tuple[int, int]] = frozenset())
             yield from _visible_files(entry.path, above | {here})
 
 
-def _read_chapter(folder: str, transcript: str, names: list[str]) -> list[Row]:
+def _read_chapter(folder: str, transcript: str, names: list[str], splits: Sequence[str] | None) -> list[Row]:
     above = Path(os.path.abspath(folder)).parent
     split, speaker = _readable(above.parent.name), _readable(above.name)
-    rows, there = [], set(names)
+    rows, there = [], set(names if splits is None or split in splits else ())  # recordings to be opened
     for number, line in enumerate(read_lines(os.path.join(folder, transcript)), 1):
         name, _, text = line.strip().partition(" ")
         if not name:

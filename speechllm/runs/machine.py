@@ -7,6 +7,7 @@ import shlex
 import sys
 import timeit
 from dataclasses import asdict
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:  # who only starts others must not wait for these
     import torch
     from accelerate import Accelerator
 
+# one process may have a share that takes hours longer; who dies ends the others through the launcher at once
+PATIENCE = timedelta(days=7)
 SLOW = 5.0  # times as long in bfloat16 as in float32; a processor with arithmetic for it takes half as long
 PACKAGES = ("torch", "torchaudio", "transformers", "peft", "accelerate", "datasets", "jiwer", "speechbrain")
 
@@ -27,12 +30,15 @@ def make_accelerator(precision: str = "no") -> "Accelerator":
     """
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     torch.set_flush_denormal(True)
-    buffers = DistributedDataParallelKwargs(broadcast_buffers=False)  # which all processes change in the same way
+    settings = [
+        DistributedDataParallelKwargs(broadcast_buffers=False),  # which all processes change in the same way
+        InitProcessGroupKwargs(timeout=PATIENCE),
+    ]
     cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[buffers])
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=settings)
     if cpu and precision == "bf16" and accelerator.is_local_main_process:
         warn_of_slow_bf16()
     return accelerator

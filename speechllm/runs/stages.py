@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import re
 import shlex
@@ -11,8 +12,8 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Container, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class Stages:
         encoding: dict[str, Any] = {}  # the commands that encode speech, by their output
         asked: dict[tuple[Path, ...], list[Asked]] = defaultdict(list)
         for stage, (recipe, *words) in commands.items():
-            file = words.pop(0).removeprefix(CONFIG) if words[0].startswith(CONFIG) else None
+            file, words = configuration(words)
             try:
                 config: Any = load_config(classes[recipe], file, words)
             except ConfigError as error:
@@ -83,6 +84,9 @@ class Stages:
                 if encoded and encoded.splits and (left_out := [name for name in named if name not in encoded.splits]):
                     there = ", ".join(encoded.splits)
                     problems[f"{where}: {', '.join(left_out)} is not encoded, only {there}"].append(stage)
+        for stage, command in commands.items():
+            if changed := self._changed(stage, [command]):
+                problems[changed].append(stage)
         for data, places in asked.items():
             for problem, at in missing_splits(data, places).items():
                 problems[problem] += at
@@ -129,9 +133,11 @@ class Stages:
             self.call(name, lambda: self._run(words, at_once), [commands[name]])
 
         with ThreadPoolExecutor(at_once) as pool:
+            jobs = [pool.submit(stage, name) for name in commands]
             try:
-                for running in [pool.submit(stage, name) for name in commands]:
-                    running.result()
+                wait(jobs)  # an error of one must not end the waiting for the others, in which Ctrl-C is heard
+                for job in jobs:
+                    job.result()
             except KeyboardInterrupt:  # which only this thread receives: the others wait for their recipes
                 self.interrupted = True
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -146,6 +152,8 @@ class Stages:
         each other in small models; with small ones they wait for each other's gradients.
         """
         processes = torch.cuda.device_count() or processes or 2 ** min(3, available_cpus().bit_length() - 1)
+        config = self._config(command)
+        processes = math.gcd(processes, getattr(config, "batch_size", processes))  # which take equal shares of it
         words = ["python", *recipe_command(f"{self.recipes}/{command[0]}", command[1:], processes)]
         self.call(name, lambda: self._run([words], processes), [command])
 
@@ -155,16 +163,10 @@ class Stages:
         asked: the commands; a configuration file counts by its content, not its name. Raises RunError if the stage was
         done with other settings.
         """
-        given = [setting for command in asked for word in command for setting in expand(word)]
-        here = re.compile(rf"(?<![\w./-]){re.escape(str(self.file.parent))}(?=/|$)")
-        words = [here.sub("RUN", word) for word in given]  # the folder may move
-        before = self.done.get(name, {"seconds": 0.0, "finished": False, "words": words})
-        if before["finished"] and before.get("words", words) not in (words, given):  # `given` by earlier versions
-            changed = set(before["words"]) ^ set(words)
-            raise RunError(
-                f"[{name}] was done with other settings ({', '.join(sorted(changed))}) in {self.file.parent}: "
-                "choose another output folder"
-            )
+        words = self._settings(asked)
+        if changed := self._changed(name, asked):
+            raise RunError(f"[{name}] {changed}")
+        before = self.done.get(name, {"seconds": 0.0, "finished": False})
         if before["finished"]:
             print(f"[{name}] done before, in {before['seconds']:.0f} s")
             return
@@ -179,6 +181,29 @@ class Stages:
                 self.done[name] = {"seconds": seconds, "finished": finished, "words": words}
                 write_json(self.file, self.done)
         print(f"[{name}] {seconds:.0f} s", flush=True)
+
+    def _config(self, command: list[str]) -> Any:
+        """The configuration of a command."""
+        recipe, *words = command
+        return load_config(config_class(self.recipes / recipe), *configuration(words))
+
+    def _settings(self, asked: Sequence[list[str]]) -> list[str]:
+        """What commands say; a configuration file by its content."""
+        return self._movable(setting for command in asked for word in command for setting in expand(word))
+
+    def _movable(self, words: Iterable[str]) -> list[str]:
+        """Words with RUN for the folder, which may move."""
+        here = re.compile(rf"(?<![\w./-]){re.escape(str(self.file.parent))}(?=/|$)")
+        return [here.sub("RUN", word) for word in words]
+
+    def _changed(self, name: str, asked: Sequence[list[str]]) -> str:
+        """What is wrong if a stage was done with other settings, else nothing."""
+        before, words = self.done.get(name, {"finished": False}), self._settings(asked)
+        held = self._movable(before.get("words", words))
+        if not before["finished"] or held == words:
+            return ""
+        changed = ", ".join(sorted(set(held) ^ set(words)))
+        return f"was done with other settings ({changed}) in {self.file.parent}: choose another output folder"
 
     def _run(self, commands: list[list[str]], processes: int = 1) -> None:
         threads = max(1, available_cpus() // (len(commands) * processes))
@@ -239,6 +264,13 @@ def origin(recipe: str, key: str, file: str | None, words: Sequence[str]) -> str
     """Where a command has the value of a key from: its own words or a file, else the recipe's default."""
     given = [word for word in words if word.startswith(f"{key}=")]
     return f"{recipe} {given[-1]}" if given else f"{recipe}, {key} in {file}" if file else f"{recipe}, {key} by default"
+
+
+def configuration(words: list[str]) -> tuple[str | None, list[str]]:
+    """The file behind --config, None without one, and the other words of a command."""
+    if words and words[0].startswith(CONFIG):
+        return words[0].removeprefix(CONFIG), words[1:]
+    return None, words
 
 
 def config_class(recipe: Path) -> type:

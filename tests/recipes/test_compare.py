@@ -1,7 +1,9 @@
 """The comparison: its plan, refused settings, a complete one on tiny models, and its page."""
 
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, wait
 from pathlib import Path
 from types import ModuleType
 
@@ -22,10 +24,12 @@ from speechllm.evaluation.error_rates import seeds_error_rate
 from speechllm.evaluation.guidance import guidance, overlap
 from speechllm.evaluation.tables import markdown
 from speechllm.reports.comparison_page import write_comparison
+from speechllm.runs import stages as stages_module
 from speechllm.runs.config import load_config
 from speechllm.runs.machine import available_cpus
 from speechllm.runs.stages import Stages
 
+ROOT = Path(__file__).parents[2]
 RATE = 16_000
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 ASR = {
@@ -379,6 +383,48 @@ def test_changes_to_a_finished_stage_are_refused(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("steps: 2\n")
     with pytest.raises(RunError, match=r"\[b\] was done with other settings \(steps=1, steps=2\)"):
         Stages(tmp_path, tmp_path).stage("b", command)
+
+
+def test_changes_to_finished_stages_are_refused_before_any_other_runs(tmp_path: Path) -> None:
+    command = ["train_text.py", "text=[a.txt]", f"output={tmp_path / 'text'}"]
+    done = {"a": {"seconds": 1.0, "finished": True, "words": ["train_text.py", "text=[b.txt]", "output=RUN/text"]}}
+    (tmp_path / "stages.json").write_text(json.dumps(done))
+    stages = Stages(tmp_path, ROOT / "recipes")
+    with pytest.raises(RunError, match=r"\[a\] was done with other settings \(text=\[a.txt\], text=\[b.txt\]\)"):
+        stages.check({"b": command, "a": command})
+    done["a"]["words"][1] = "text=[a.txt]"
+    (tmp_path / "stages.json").write_text(json.dumps(done))
+    Stages(tmp_path, ROOT / "recipes").check({"b": command, "a": command})
+
+
+def test_an_interrupt_after_a_failure_ends_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = "import sys, time; open(sys.argv[1], 'w').close(); sys.exit(1) if sys.argv[1][-1] == 'a' else time.sleep(99)"
+    (tmp_path / "job.py").write_text(job)
+    monkeypatch.setattr(stages_module, "available_cpus", lambda: 2)
+
+    def interrupted(jobs: list) -> None:
+        wait(jobs, return_when=FIRST_EXCEPTION)
+        while not (tmp_path / "b").exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages_module, "wait", interrupted)
+    stages, started = Stages(tmp_path, tmp_path), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        stages.side_by_side({name: ["job.py", str(tmp_path / name)] for name in "abcd"})
+    assert time.monotonic() - started < 60 and not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("batch_size, processes, shared", [(8, 4, 4), (6, 4, 2), (7, 4, 1)])
+def test_a_training_gets_as_many_processes_as_can_share_its_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, processes: int, shared: int
+) -> None:
+    monkeypatch.setattr(stages_module.torch.cuda, "device_count", lambda: 0)
+    stages, asked = Stages(tmp_path, ROOT / "recipes"), []
+    monkeypatch.setattr(stages, "_run", lambda commands, several: asked.append(several))
+    words = ["--config=tokenizer/small.yaml", "data=x", "output=y", f"batch_size={batch_size}"]
+    stages.launch("codec", ["train_tokenizer.py", *words], processes)
+    assert asked == [shared]
 
 
 def test_a_failure_affects_only_its_own_stage(tmp_path: Path) -> None:

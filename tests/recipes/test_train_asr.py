@@ -45,6 +45,7 @@ from speechllm.evaluation.normalizers import NORMALIZERS
 from speechllm.runs.run import read_log
 from speechllm.small_model import small_qwen2, small_text_tokenizer
 from speechllm.training import validation
+from speechllm.training.checkpoints import TrainingState, trained_weights
 from speechllm.training.plan import SIZES as SIZES_OF_PRODUCTS
 from speechllm.training.validation import dev_rates
 from tokenizer.files import read_jsonl, write_jsonl
@@ -173,7 +174,34 @@ def test_the_run_has_its_logs_and_results(work: Work) -> None:
     assert bool(list((work.folder / "whole").rglob("events.out.tfevents*"))) == bool(is_tensorboard_available())
 
 
-def test_the_weights_of_the_best_validation_are_exported(work: Work) -> None:
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_the_average_at_the_best_validation_is_exported(
+    work: Work, here: Callable, monkeypatch: pytest.MonkeyPatch, keep_best: bool
+) -> None:
+    rates, averages = iter([0.9, 0.3, 0.6]), []
+    follow, record = TrainingState.follow, TrainingState.record_validation
+
+    def following(state: TrainingState) -> None:
+        follow(state)
+        now = trained_weights(state.model)
+        last = averages[-1] if averages else now
+        averages.append({name: 0.8 * last[name] + 0.2 * now[name] for name in now})
+
+    def recording(state: TrainingState, step: int, wer: float, keep: bool) -> None:
+        record(state, step, next(rates), keep)
+
+    monkeypatch.setattr(TrainingState, "follow", following)
+    monkeypatch.setattr(TrainingState, "record_validation", recording)
+    output = f"best_{keep_best}"
+    words = f"{SMALL} weight_average=0.8 steps=6 validate_every=2 learning_rate=3e-2 keep_best={keep_best}".lower()
+    here(f"{words} output={output}")
+    assert len(averages) == 6 and work.done(output)["best_step"] == 4
+    found, expected = work.weights(output), averages[3 if keep_best else 5]
+    assert_close(found, {name: expected[name] for name in found}, atol=1e-6)
+    assert any((averages[3][name] - averages[5][name]).abs().max() > 1e-3 for name in found)
+
+
+def test_the_exported_model_has_the_rate_of_the_best_validation(work: Work) -> None:
     speech_llm = load_speech_llm(work.folder / "whole" / "model")
     dev, encoding = load_codes(work.folder / "codes", ["dev"])
     hypotheses = transcribe_codes([speech_of(row, encoding) for row in dev], speech_llm)

@@ -267,8 +267,12 @@ def test_a_killed_run_keeps_finished_folds_and_gives_the_same_result(
     monkeypatch.setattr(recipe(RECIPE), "run_fold", killed_at(3))
     train(codes, tmp_path / "run", "epochs=2")
     assert answered == ["0", "1", "shuffled labels"]
-    for name in ("results.json", "predictions.jsonl", "folds/1.json"):
+    for name in ("predictions.jsonl", "folds/1.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    found, whole = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "whole"))
+    made = {"config", "command", "seconds"}  # how each was made
+    assert found.keys() == whole.keys() >= made and found["config"]["epochs"] == 2
+    assert all(found[name] == whole[name] for name in found.keys() - made)
 
 
 @pytest.mark.usefixtures("new_accelerator")

@@ -15,7 +15,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from speechllm import DataError, RunError, SpeechCodec, extend_vocabulary
+from speechllm import DataError, InputError, SpeechCodec, extend_vocabulary
 from speechllm.runs.run import read_log
 from speechllm.runs.signals import Interrupted
 from speechllm.small_model import SmallShape, small_text_tokenizer
@@ -236,7 +236,7 @@ def test_impossible_settings_are_reported(
     with pytest.raises(DataError, match="shorter than a block of 5000 tokens"):
         train_text.main(replace(config, block=5000, output=f"{config.output}_2"))
     monkeypatch.setattr(train_text, "make_accelerator", lambda _: SimpleNamespace(num_processes=3))
-    with pytest.raises(RunError, match="batch_size 4 is not divisible by 3 processes"):
+    with pytest.raises(InputError, match="batch_size 4 must be a multiple of the number of processes, 3"):
         train_text.main(config)
 
 

@@ -350,3 +350,17 @@ def test_an_adapter_without_its_rows_or_updates_is_refused(
     save_file({name: value for name, value in load_file(file).items() if part not in name}, file)
     with pytest.raises(InputError, match=part):
         load_speech_llm(tmp_path / "adapter")
+
+
+def test_an_update_has_the_rank_scale_and_dropout_that_were_asked_for(make_speech_llm: Callable) -> None:
+    speech_llm = make_speech_llm()
+    speech_llm.model.name_or_path = "base"
+    model = prepare_adapter(speech_llm.model, speech_llm.vocabulary, "lora", rank=4, alpha=12, dropout=0.5).eval()
+    layers = [one for name, one in model.named_modules() if name.endswith("q_proj") and hasattr(one, "lora_A")]
+    assert layers
+    for layer in layers:
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        torch.nn.init.normal_(b)
+        x = torch.randn(3, a.shape[1])
+        assert_close(layer(x), layer.base_layer(x) + 12 / 4 * (x @ a.T @ b.T))
+        assert len(a) == 4 and layer.lora_dropout["default"].p == 0.5

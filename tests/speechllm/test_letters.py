@@ -148,6 +148,18 @@ def test_without_an_opinion_of_its_own_the_model_writes_what_was_heard(speech_ll
         assert recognize([one], speech_llm, **options | {"durations_s": [1.0]})[0].text == text
 
 
+def test_a_runaway_is_decoded_again_with_its_own_letters(speech_llm: SpeechLLM) -> None:
+    speech = [vectors(*"abxe"), vectors(*"ab" * 30)]
+    found = recognize(speech, speech_llm, fallback=True, letters_weight=5.0, durations_s=[1.0, 5.0])
+    assert found[0].text == "abxe" and found[1].repaired and found[1].text.startswith("ababab")
+
+
+def test_beams_are_compared_by_the_sum_of_log_probabilities(speech_llm: SpeechLLM) -> None:
+    """Their mean would prefer the longer answer: the model finds each token as unlikely as the end."""
+    (found,) = recognize([vectors(*"ab")], speech_llm, beams=12, letters_weight=1.0, durations_s=[1.0])
+    assert found.text == ""
+
+
 def test_the_weight_decides_between_model_and_letters(speech_llm: SpeechLLM) -> None:
     head = speech_llm.model.lm_head
     speech_llm.model.lm_head = nn.Linear(head.in_features, head.out_features)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from speechllm import AudioError, CorpusError, InputError, Utterance, load_audio, read_corpus
 from speechllm.runs.machine import available_cpus
+from tokenizer import corpus as corpus_module
 from tokenizer.corpus import frame_phones, load_each, load_usable
 from tokenizer.prefetch import prefetch
 from tokenizer.training.crops import Crops, StepSampler
@@ -162,7 +163,7 @@ def test_a_csv_manifest_without_its_header_is_refused(tmp_path: Path) -> None:
         read_corpus(tmp_path)
 
 
-def test_librispeech_layout_is_read(tmp_path: Path) -> None:
+def test_librispeech_layout_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for split, speaker in (("dev-clean", "84"), ("train-clean-100", "7")):
         chapter = tmp_path / "LibriSpeech" / split / speaker / "121"
         names = [f"{speaker}-121-000{n}" for n in range(2)]
@@ -174,8 +175,11 @@ def test_librispeech_layout_is_read(tmp_path: Path) -> None:
     assert [utterance.id for utterance in found] == ["84-121-0000", "84-121-0001", "7-121-0000", "7-121-0001"]
     path = tmp_path / "LibriSpeech/dev-clean/84/121/84-121-0000.flac"
     assert found[0] == Utterance("84-121-0000", str(path), 0.5, "dev-clean", "GO DO YOU HEAR", "84")
-    assert read_corpus(tmp_path, ["train-clean-100"]) == found[2:]
     assert read_corpus(tmp_path / "LibriSpeech") == found
+    opened, duration = [], corpus_module._flac_duration
+    monkeypatch.setattr(corpus_module, "_flac_duration", lambda path: opened.append(str(path)) or duration(path))
+    assert read_corpus(tmp_path, ["train-clean-100"]) == found[2:]
+    assert sorted(opened) == [utterance.path for utterance in found[2:]]  # and none of the 280,000 of other splits
 
 
 def test_a_transcript_without_its_recording_is_named(tmp_path: Path) -> None:

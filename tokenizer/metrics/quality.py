@@ -58,7 +58,7 @@ def speech_quality(original: Tensor | np.ndarray, reconstruction: Tensor | np.nd
     Raises QualityError (reasons: non-finite, lengths differ, too short, too long, silent, pesq failed) for a pair that
     cannot be scored, and ImportError if pesq or pystoi is not installed.
     """
-    pesq, pystoi = _packages()
+    pesq, pystoi = scorers()
     a, b = _pair_resampled(original, reconstruction, sample_rate)
     clean, degraded = a.numpy(), b.numpy()
     try:  # let pesq raise, because otherwise it returns negative numbers, which would distort averages
@@ -93,7 +93,8 @@ def reconstruct(codec: Codec, waveform: Tensor, counts: Sequence[int]) -> dict[i
     return {count: codec.decode(codes.first(count))[0].cpu() for count in counts}
 
 
-def _packages() -> tuple[Any, Any]:
+def scorers() -> tuple[Any, Any]:
+    """The packages pesq and pystoi; raises ImportError, which says what to install, if one is missing."""
     try:
         import pesq
         import pystoi

@@ -109,12 +109,17 @@ def _order(seed: int, epoch: int, per_epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(per_epoch)
 
 
+def require_equal_shares(batch_size: int, processes: int) -> None:
+    """Raise InputError unless the processes can have equally large shares of a batch."""
+    if batch_size % processes:
+        raise InputError(f"batch_size {batch_size} must be a multiple of the number of processes, {processes}")
+
+
 class StepSampler:
     """Batch sampler of the steps start..stop-1: the indices of one of `processes` equal shares of every batch."""
 
     def __init__(self, batch_size: int, start: int, stop: int, process: int = 0, processes: int = 1):
-        if batch_size % processes:
-            raise InputError(f"batch_size {batch_size} must be a multiple of the number of processes, {processes}")
+        require_equal_shares(batch_size, processes)
         self.batch_size = batch_size
         self.start = start
         self.stop = stop

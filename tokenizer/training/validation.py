@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizer.codec.speech_codec import SpeechCodec
+from tokenizer.errors import InputError
 from tokenizer.metrics.code_usage import usage_of_counts
-from tokenizer.metrics.quality import QualityError, layer_counts, speech_quality
+from tokenizer.metrics.quality import QualityError, layer_counts, scorers, speech_quality
 from tokenizer.training.distillation import SemanticDistillation
 from tokenizer.training.losses import MultiScaleMelLoss
 from tokenizer.training.step import DistillationLoss
@@ -35,15 +36,17 @@ class BestWeights:
     HIGHER = ("pesq_wb", "stoi")  # of these figures the highest is best, of losses the lowest
 
     def __init__(self, figure: str):
+        if figure in self.HIGHER:
+            scorers()  # without which a training would end at its first validation
         self.figure = figure
         self.step, self.validations_without_improvement = 0, 0
         self.score = -math.inf if figure in self.HIGHER else math.inf
         self.weights: dict[str, Tensor] | None = None
 
     def record(self, step: int, metrics: Mapping[str, float], codec: SpeechCodec) -> None:
-        """Keep a copy of the weights if the validation is the best. ValueError if it lacks the figure."""
+        """Keep a copy of the weights if the validation is the best. Raises InputError if it lacks the figure."""
         if (score := metrics.get(f"dev_{self.figure}")) is None:
-            raise ValueError(f"the validation has no dev_{self.figure}: no utterance of the dev splits could be scored")
+            raise InputError(f"the validation has no dev_{self.figure}: no utterance of the dev splits could be scored")
         if score > self.score if self.figure in self.HIGHER else score < self.score:
             self.step, self.score, self.validations_without_improvement = step, score, 0
             self.weights = {name: value.to("cpu", copy=True) for name, value in codec.state_dict().items()}

@@ -447,7 +447,11 @@ def test_merge_makes_of_an_adapter_a_model_to_train_further(
     speech_llm = make_speech_llm()
     speech_llm.model.save_pretrained(tmp_path / "base")
     speech_llm.model.name_or_path = str(tmp_path / "base")
+    plain = speech_llm.model(torch.arange(20)[None]).logits
     speech_llm.model = prepare_adapter(speech_llm.model, speech_llm.vocabulary, rank=2, alpha=4)
+    for name, weight in speech_llm.model.named_parameters():
+        if "lora_B" in name:  # which begins at 0, so that an adapter does nothing
+            torch.nn.init.normal_(weight)
     speech_llm.save(tmp_path / "adapter")
     assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "out")
@@ -455,6 +459,7 @@ def test_merge_makes_of_an_adapter_a_model_to_train_further(
     assert further.vocabulary == speech_llm.vocabulary
     ids = torch.arange(20)[None]
     assert torch.equal(further.model(ids).logits, merge(speech_llm).model(ids).logits)
+    assert not torch.allclose(further.model(ids).logits, plain, atol=0.01)
     assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")]) == 1
     assert "already exists" in capsys.readouterr().err
 

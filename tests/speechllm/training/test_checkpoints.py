@@ -57,9 +57,10 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(tmp_path: Path, decay
     train(first, 0, 4)
     with first.evaluation_weights():
         first.record_validation(4, 0.5, keep=True)
+        first.record_validation(4, 0.7, keep=True)
     torch.save({"step": 4, **first.state_dict()}, tmp_path / "state.pt")
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert second.best.wer == 0.5 and second.best.step == 4 and second.best.validations_without_improvement == 0
+    assert second.best.wer == 0.5 and second.best.step == 4 and second.best.validations_without_improvement == 1
     with first.evaluation_weights():
         assert same(second.best.weights, trained_weights(first.evaluated))
     train(second, 4, 7)

@@ -259,6 +259,15 @@ def test_the_generators_losses_lead_to_real_speech(adversary: Adversary, noise: 
     assert all(last < first for first, last in zip(history[0], history[-1], strict=True))
 
 
+def test_a_batch_without_finite_gradients_teaches_nothing(adversary: Adversary, pair: tuple[Tensor, Tensor]) -> None:
+    real, fake = pair
+    adversary.train_step(real, fake)
+    before = [parameter.detach().clone() for parameter in adversary.parameters()]
+    adversary.train_step(real, fake * torch.inf)
+    assert all(torch.equal(p, q) for p, q in zip(before, adversary.parameters(), strict=True))
+    assert adversary.train_step(real, fake).isfinite()
+
+
 def test_both_sides_can_share_one_autocast(adversary: Adversary, pair: tuple[Tensor, Tensor]) -> None:
     """autocast caches bf16 copies of trainable parameters, which are outdated after a step and must not be used."""
     real, fake = pair[0], pair[1].requires_grad_()

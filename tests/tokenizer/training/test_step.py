@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speechllm import SpeechCodec, SpeechCodecConfig
+from tokenizer.training import step as step_module
 from tokenizer.training.discriminators import Adversary, MultiScaleSTFTDiscriminator
 from tokenizer.training.gradients import GradientCaps
 from tokenizer.training.losses import Balancer, MultiScaleMelLoss, ReconstructionLoss
@@ -339,6 +340,39 @@ def test_only_the_chosen_window_is_decoded(codec: SpeechCodec, mel: MultiScaleMe
     codec.decoder.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape))
     step(codec, waveform, ReconstructionLoss({"mel": 1.0}, mel), window=5)
     assert sizes == [(B, 1, 5 * codec.hop_length)]
+
+
+def test_a_window_is_compared_with_its_own_part_of_the_recording(
+    codec: SpeechCodec, mel: MultiScaleMelLoss, waveform: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts, seen = (3, 0, 7), {}
+    monkeypatch.setattr(step_module, "draw_starts", lambda frames, window: torch.tensor(starts))
+    monkeypatch.setattr(
+        codec, "reconstruct", lambda z, original: seen.update(z=z, original=original) or codec.decoder(z)[:, 0]
+    )
+    batch = {"waveform": waveform, "length": torch.full((B,), N)}
+    CodecLoss(codec.eval(), ReconstructionLoss({"mel": 1.0}, mel))(batch, window=5)
+    output, hop = codec.quantizer(codec.latents(waveform)).output, codec.hop_length
+    for row, start in enumerate(starts):
+        assert torch.equal(seen["original"][row], waveform[row, hop * start : hop * (start + 5)])
+        torch.testing.assert_close(seen["z"][row], output[row, :, start : start + 5])
+
+
+def test_each_utterance_is_decoded_from_as_many_codebooks_as_were_drawn_for_it(
+    codec: SpeechCodec, mel: MultiScaleMelLoss, waveform: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(codec, "reconstruct", lambda z, original: seen.append(z) or codec.decoder(z)[:, 0])
+    counts = torch.tensor([1, codec.num_codebooks, 2])
+    batch = {"waveform": waveform, "length": torch.full((B,), N)}
+    CodecLoss(codec.eval(), ReconstructionLoss({"mel": 1.0}, mel))(batch, counts)
+    ids = codec.quantizer.encode(codec.latents(waveform))
+    for row, count in enumerate(counts.tolist()):
+        expected = codec.quantizer.decode(ids[row : row + 1, :count])[0]
+        torch.testing.assert_close(seen[0][row], expected, rtol=1e-4, atol=1e-5)
+    drawn = step_module.draw_layers([1, 3], 600, torch.device("cpu"))
+    assert sorted(drawn.unique().tolist()) == [1, 3] and 200 < int((drawn == 1).sum()) < 400
+    assert step_module.draw_layers(None, 4, torch.device("cpu")) is None
 
 
 def test_balanced_weights_are_shares_whatever_the_scale_of_a_loss() -> None:
