@@ -163,6 +163,7 @@ def main(config: CompressorConfig) -> None:
         scores = {"dev_wer": letters_wer(compressor, dev, encoding, config.normalizer)} if len(dev) else {}
         finish_training(run, {"steps": config.steps, **loop.figures, **scores, "fingerprint": compressor.fingerprint})
         print(f"compressor saved in {run.folder / 'model'} {scores}")
+    accelerator.wait_for_everyone()
 
 
 class CtcLoss(nn.Module):
