@@ -8,8 +8,6 @@ from .data.encoded import speech_of as speech_of
 
 # speech on disk, encoded
 from .data.shards import encode_shards as encode_shards
-from .decoding import transcribe as transcribe
-from .decoding import transcribe_codes as transcribe_codes
 
 # errors
 from .encoding import DataError as DataError
@@ -71,5 +69,7 @@ from .speech import save_audio as save_audio
 from .speech import speech_quality as speech_quality
 from .speech import swap_layers as swap_layers
 from .training.loss import LabelledLoss as LabelledLoss
+from .transcription import transcribe as transcribe
+from .transcription import transcribe_codes as transcribe_codes
 from .vocabulary import AudioVocabulary as AudioVocabulary
 from .vocabulary import VocabularyError as VocabularyError

@@ -1,13 +1,12 @@
-"""Speech in, text out."""
+"""Encoded speech in, text out."""
 
 import functools
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +31,6 @@ from speechllm.model import SpeechLLM
 from speechllm.projector import model_inputs
 from speechllm.prompt import Example, collate_prompts, conversation_example, join_features, transcription
 from speechllm.vocabulary import AudioVocabulary
-from tokenizer.audio import load_audio
 from tokenizer.errors import InputError
 
 TOKENS_PER_SECOND = 12  # upper bound of an answer's length; fast English speech has about 6 text tokens per second
@@ -55,52 +53,6 @@ class Transcription:
     text: str
     runaway: str | None = None
     repaired: bool = False
-
-
-def transcribe(
-    speech: Iterable[str | Path | Tensor],
-    speech_llm: SpeechLLM,
-    batch_tokens: int = BATCH_TOKENS,
-    progress: bool = False,
-    beams: int = 1,
-    fallback: bool = False,
-    static_cache: bool = False,
-    letters_weight: float = 0.0,
-) -> list[str]:
-    """Texts of recordings, given as files or as waveforms float [N] at the codec's rate, in the order given.
-
-    They are encoded one by one, so that an iterator need hold no more than one waveform in memory.
-
-    beams, fallback, static_cache, letters_weight: as in `recognize`. Raises AudioError for an unusable file.
-    """
-    codec = speech_llm.codec
-    if codec is None:
-        raise ValueError("this SpeechLLM has no codec: load it with load_speech_llm, or use transcribe_codes")
-    encoded, durations_s = [], []
-    for item in tqdm(speech, "encode", disable=not progress):
-        waveform = item if isinstance(item, Tensor) else load_audio(item, codec.sample_rate)
-        encoded.append(speech_llm.vocabulary.encoding.encode(codec, waveform))
-        durations_s.append(len(waveform) / codec.sample_rate)
-    options = beams, fallback, durations_s, static_cache, letters_weight
-    found = recognize(encoded, speech_llm, batch_tokens, progress, *options)
-    return [transcription.text for transcription in found]
-
-
-def transcribe_codes(
-    codes: Sequence[Tensor],
-    speech_llm: SpeechLLM,
-    batch_tokens: int = BATCH_TOKENS,
-    progress: bool = False,
-    beams: int = 1,
-    fallback: bool = False,
-    static_cache: bool = False,
-    letters_weight: float = 0.0,
-    durations_s: Sequence[float] | None = None,
-) -> list[str]:
-    """Texts of utterances given as codes long [Q, T], in the order given; the rest as in `recognize`."""
-    options = beams, fallback, durations_s, static_cache, letters_weight
-    found = recognize(codes, speech_llm, batch_tokens, progress, *options)
-    return [transcription.text for transcription in found]
 
 
 def recognize(

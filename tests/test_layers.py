@@ -30,7 +30,7 @@ LAYERS = {
     ),
     "speechllm: model": ("model", "adapters", "pauses", "pieces"),
     "speechllm.data": ("data",),
-    "speechllm: decoding, export": ("decoding", "letters", "greedy", "confidence", "export"),
+    "speechllm: decoding, export": ("decoding", "transcription", "letters", "greedy", "confidence", "export"),
     "speechllm.training": ("training",),
     "speechllm.runs": ("runs",),
     "speechllm.reports": ("reports",),

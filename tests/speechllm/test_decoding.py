@@ -35,6 +35,7 @@ from speechllm.decoding import (
     runaway_reason,
 )
 from speechllm.greedy import greedy_answers, reads_packed
+from speechllm.pieces import pieces
 from speechllm.prompt import transcription_prompt
 
 pytestmark = pytest.mark.numeric
@@ -396,6 +397,18 @@ def test_a_waveform_its_file_and_its_codes_give_the_same_text(
     ]
     settings = {"beams": 2, "fallback": True}
     assert transcribe(files, speech_llm, **settings) == transcribe_codes(codes, speech_llm, **settings) != texts
+
+
+def test_a_long_file_is_transcribed_in_pieces(
+    tmp_path: Path, make_speech_llm: MakeSpeechLLM, noise: Callable[..., Tensor]
+) -> None:
+    speech_llm = make_speech_llm(layers=2)
+    save_audio(tmp_path / "long.flac", noise(32 * 16_000, seed=0)[0])
+    save_audio(tmp_path / "short.flac", noise(9_000, seed=1)[0])
+    cut = [piece.waveform for piece in pieces(tmp_path / "long.flac", 16_000)]
+    assert len(cut) == 2
+    short, *texts = transcribe([tmp_path / "short.flac", *cut], speech_llm)
+    assert transcribe([tmp_path / "long.flac", tmp_path / "short.flac"], speech_llm) == [" ".join(texts), short]
 
 
 def test_a_recording_that_cannot_be_used_is_named(tmp_path: Path, make_speech_llm: MakeSpeechLLM) -> None:
