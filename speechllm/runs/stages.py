@@ -115,10 +115,10 @@ class Stages:
         if failed:
             raise SystemExit("some stages failed, see above: the same command retries them")
 
-    def stage(self, name: str, *commands: list[str]) -> None:
-        """Run recipes concurrently, sharing the processor cores; stop the job if one fails."""
+    def stage(self, name: str, *commands: list[str], at_once: int = 1) -> None:
+        """Run recipes concurrently, sharing the processor cores with as many stages; stop the job if one fails."""
         words = [["python", f"{self.recipes}/{recipe}", *rest] for recipe, *rest in commands]
-        self.call(name, lambda: self._run(words), commands)
+        self.call(name, lambda: self._run(words, at_once), commands)
 
     def side_by_side(self, commands: Mapping[str, list[str]]) -> None:
         """Run independent recipes, each as its own stage, as many at a time as there are cores.
@@ -127,13 +127,8 @@ class Stages:
         others finish before the job stops.
         """
         at_once = min(len(commands), available_cpus())
-
-        def stage(name: str) -> None:
-            words = [["python", f"{self.recipes}/{commands[name][0]}", *commands[name][1:]]]
-            self.call(name, lambda: self._run(words, at_once), [commands[name]])
-
         with ThreadPoolExecutor(at_once) as pool:
-            jobs = [pool.submit(stage, name) for name in commands]
+            jobs = [pool.submit(self.stage, name, command, at_once=at_once) for name, command in commands.items()]
             try:
                 wait(jobs)  # an error of one must not end the waiting for the others, in which Ctrl-C is heard
                 for job in jobs:
