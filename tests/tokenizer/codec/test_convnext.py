@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchaudio.transforms import MelSpectrogram
 
-from speechllm import SpeechCodec, SpeechCodecConfig
+from speechllm import SpeechCodecConfig
 from tokenizer.codec import convnext
 from tokenizer.codec.convnext import (
     REACH,
@@ -154,14 +153,7 @@ def test_a_causal_window_gives_most_of_a_frame_to_its_own_spectra() -> None:
     assert (shares[0] + shares[:2].sum()) / 2 > 0.5  # the frame's first step, and its second
 
 
-def test_a_codec_is_saved_and_loaded_with_its_body(tmp_path: Path, noise: Callable[..., Tensor]) -> None:
-    torch.manual_seed(0)
-    codec = SpeechCodec(SpeechCodecConfig(**SMALL, dimension=8, num_codebooks=2, codebook_size=8)).eval()
-    codec.save_pretrained(tmp_path)
-    loaded = SpeechCodec.from_pretrained(tmp_path)
-    codes = loaded.encode(noise(5_000))
-    assert loaded.fingerprint == codec.fingerprint and codes.ids.shape == (1, 2, 16)
-    assert torch.equal(loaded.decode(codes), codec.decode(codes))
+def test_settings_that_do_not_fit_the_body_are_refused() -> None:
     with pytest.raises(InputError, match="body convnext needs"):
         SpeechCodecConfig(**SMALL, strides=(2, 5, 5))
     for settings in ({}, {**SMALL, "causal": True}):

@@ -127,9 +127,7 @@ def test_the_gradients_are_those_of_the_sum_of_all_losses(
         assert_equal(gradients(student), own)
 
 
-def test_padding_has_no_gradient_and_changes_nothing(
-    codec: SpeechCodec, mel: MultiScaleMelLoss, waveform: Tensor
-) -> None:
+def test_padding_has_no_gradient(codec: SpeechCodec, mel: MultiScaleMelLoss, waveform: Tensor) -> None:
     seen = []
     criterion = ReconstructionLoss({"time": 1.0, "mel": 1.0}, mel)
     codec.decoder.register_forward_hook(lambda module, inputs, output: output.register_hook(seen.append) and None)
@@ -137,9 +135,6 @@ def test_padding_has_no_gradient_and_changes_nothing(
     padding = torch.arange(N) >= LENGTHS[:, None]
     assert padding.any() and not seen[0][:, 0][padding].any()
     assert (seen[0][:, 0][~padding] != 0).float().mean() > 0.99
-    reconstruction = waveform.flip(1)
-    alone, _ = criterion(reconstruction, waveform, shares=False)
-    assert alone.shape == ()
     for size in (1, 3, 8):
         repeated = repeat_speech(torch.arange(8.0)[None], torch.tensor([size]))
         assert repeated[0].tolist() == [i % size for i in range(8)]
