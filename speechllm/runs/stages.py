@@ -134,9 +134,10 @@ class Stages:
                 for job in jobs:
                     job.result()
             except KeyboardInterrupt:  # which only this thread receives: the others wait for their recipes
-                self.interrupted = True
+                with self.lock:  # none is just being started
+                    self.interrupted, running = True, list(self.running)
                 pool.shutdown(wait=False, cancel_futures=True)
-                self._end(list(self.running))
+                self._end(running)
                 raise
 
     def launch(self, name: str, command: list[str], processes: int | None = None) -> None:

@@ -150,7 +150,7 @@ def test_the_paper_is_reproduced_in_miniature(paper: dict[str, str], run: Callab
     lines = commands(paper)
     assert {name for name, _ in lines} == set(WRITTEN) and len(lines) == 8
     lora = "configs/asr/qwen2-1.5b_lora.yaml"  # which the text names, with other values of the same commands
-    assert lora in SECTION and "steps=35700" in SECTION and "`splits=[train-clean-100]`" in SECTION
+    assert lora in SECTION and "steps=35700" in SECTION and '"splits=[train-clean-100]"' in SECTION
     for changed in ("train_tokenizer.py", "train_asr.py"):
         words = next(words for name, words in lines if name == changed)
         words = [re.sub("output=runs/(.*)", r"output=runs/\g<1>100", word) for word in words]

@@ -6,11 +6,12 @@ that looks ahead waits for the inputs that its outputs depend on.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tokenizer.codec.config import SpeechCodecConfig
 from tokenizer.codec.convnext import (
     SUBFRAMES,
     ConvNeXtBlock,
@@ -21,16 +22,50 @@ from tokenizer.codec.convnext import (
     Neighbours,
 )
 from tokenizer.codec.log_mel import BANDS, MEL_HOP, LogMel, Residual
+from tokenizer.codec.quantizer import ResidualVectorQuantizer
 from tokenizer.codec.seanet import LSTM, RESIDUAL_KERNEL, Conv1d, ConvTranspose1d, ResidualUnit
 from tokenizer.errors import InputError
 from tokenizer.frames import frame_count
 from tokenizer.interface import Codes, require_layers
 from tokenizer.rates import HOP_LENGTH
 
-if TYPE_CHECKING:  # that module imports this one
-    from tokenizer.codec.speech_codec import SpeechCodec
-
 Stage = Callable[[Tensor, bool], Tensor]  # new inputs [1, C, n], whether they are the last ones -> new outputs
+
+
+class Staged(Protocol):
+    """An encoder or decoder."""
+
+    @property
+    def stages(self) -> Sequence[Layer]:
+        """Its layers, from the first to the last."""
+
+
+class StreamableCodec(Protocol):
+    """The parts of a `SpeechCodec` that a stream needs; that module imports this one."""
+
+    config: SpeechCodecConfig
+    training: bool
+
+    @property
+    def encoder(self) -> Staged: ...
+
+    @property
+    def decoder(self) -> Staged: ...
+
+    @property
+    def latent_norm(self) -> nn.Module | None: ...
+
+    @property
+    def quantizer(self) -> ResidualVectorQuantizer: ...
+
+    @property
+    def codebooks(self) -> Tensor: ...
+
+    @property
+    def num_codebooks(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 class _Windowed:
@@ -149,7 +184,7 @@ def _sides(kernel: int, stride: int, causal: bool) -> tuple[int, int]:
 class _Stream:
     """A chain of stages that processes one utterance, from its first chunk to its last."""
 
-    def __init__(self, codec: "SpeechCodec", layers: Sequence[Layer]) -> None:
+    def __init__(self, codec: StreamableCodec, layers: Sequence[Layer]) -> None:
         self._codec = codec
         causal, reflect = codec.config.causal, codec.config.pad_mode == "reflect"
         self._stages = [_stage(layer, causal, reflect) for layer in layers]
@@ -165,7 +200,7 @@ class _Stream:
         return x
 
 
-def _check(codec: "SpeechCodec") -> None:
+def _check(codec: StreamableCodec) -> None:
     if not codec.config.causal:
         raise InputError(
             "this codec looks ahead, so it cannot work on a stream: use codec.encode and codec.decode on whole "
@@ -181,7 +216,7 @@ class ChunkedEncoder(_Stream):
     first: long [T], the codes of layer 0, of a codec that has them from elsewhere.
     """
 
-    def __init__(self, codec: "SpeechCodec", layers: int | None = None, first: Tensor | None = None) -> None:
+    def __init__(self, codec: StreamableCodec, layers: int | None = None, first: Tensor | None = None) -> None:
         norm = [] if codec.latent_norm is None else [codec.latent_norm]
         super().__init__(codec, [*codec.encoder.stages, *norm])
         self._layers, self._first = layers, first
@@ -209,7 +244,7 @@ class StreamingEncoder(ChunkedEncoder):
     >>> ids = [encoder.push(samples) for samples in microphone] + [encoder.finish()]
     """
 
-    def __init__(self, codec: "SpeechCodec", layers: int | None = None) -> None:
+    def __init__(self, codec: StreamableCodec, layers: int | None = None) -> None:
         _check(codec)
         require_layers(layers, codec.num_codebooks)
         super().__init__(codec, layers)
@@ -233,7 +268,7 @@ class StreamingEncoder(ChunkedEncoder):
 class ChunkedDecoder(_Stream):
     """Decodes an utterance chunk by chunk, which may stay without samples until the next one."""
 
-    def __init__(self, codec: "SpeechCodec") -> None:
+    def __init__(self, codec: StreamableCodec) -> None:
         super().__init__(codec, codec.decoder.stages)
 
     @torch.no_grad()
@@ -249,7 +284,7 @@ class StreamingDecoder(ChunkedDecoder):
     Raises InputError for a codec that is not causal, ValueError in training mode.
     """
 
-    def __init__(self, codec: "SpeechCodec") -> None:
+    def __init__(self, codec: StreamableCodec) -> None:
         _check(codec)
         super().__init__(codec)
 
