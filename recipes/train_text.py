@@ -188,8 +188,12 @@ def sentences(config: TextConfig) -> tuple[Dataset, Dataset]:
     for file in (file for part in files.values() for file in part if Path(file).is_file()):
         require_utf8(file)
     texts = load_dataset("text", data_files=found)
-    normalize = lambda lines: {"text": [*map(librispeech_normalizer, lines)]}  # noqa: E731
-    texts = texts.map(normalize, batched=True, input_columns="text", desc="normalise")
+    texts = texts.map(
+        lambda lines: {"text": [*map(librispeech_normalizer, lines)]},
+        batched=True,
+        input_columns="text",
+        desc="normalise",
+    )
     texts = texts.filter(bool, input_columns="text", desc="empty lines")
     if config.held_out:
         return texts["train"], texts["held_out"]

@@ -85,7 +85,7 @@ class Stages:
                     there = ", ".join(encoded.splits)
                     problems[f"{where}: {', '.join(left_out)} is not encoded, only {there}"].append(stage)
         for stage, command in commands.items():
-            if changed := self._changed(stage, [command]):
+            if changed := self._changed(stage, self._settings([command])):
                 problems[changed].append(stage)
         for data, places in asked.items():
             for problem, at in missing_splits(data, places).items():
@@ -160,7 +160,7 @@ class Stages:
         done with other settings.
         """
         words = self._settings(asked)
-        if changed := self._changed(name, asked):
+        if changed := self._changed(name, words):
             raise RunError(f"[{name}] {changed}")
         before = self.done.get(name, {"seconds": 0.0, "finished": False})
         if before["finished"]:
@@ -192,9 +192,9 @@ class Stages:
         here = re.compile(rf"(?<![\w./-]){re.escape(str(self.file.parent))}(?=/|$)")
         return [here.sub("RUN", word) for word in words]
 
-    def _changed(self, name: str, asked: Sequence[list[str]]) -> str:
-        """What is wrong if a stage was done with other settings, else nothing."""
-        before, words = self.done.get(name, {"finished": False}), self._settings(asked)
+    def _changed(self, name: str, words: list[str]) -> str:
+        """What is wrong if a stage was done with other settings than these `_settings`, else nothing."""
+        before = self.done.get(name, {"finished": False})
         held = self._movable(before.get("words", words))
         if not before["finished"] or held == words:
             return ""

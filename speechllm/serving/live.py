@@ -139,10 +139,9 @@ async def transcribe_live(socket: WebSocket, speech: LiveSpeech, max_duration_s:
 
     async def listen() -> None:
         try:
-            while len(content := await socket.receive_bytes()) <= MOST_BYTES:
-                await arrived.put(content)
-            await arrived.put(None)
-        except KeyError:  # a text message
+            with contextlib.suppress(KeyError):  # a text message
+                while len(content := await socket.receive_bytes()) <= MOST_BYTES:
+                    await arrived.put(content)
             await arrived.put(None)
         except WebSocketDisconnect as left:
             await arrived.put(left)

@@ -84,8 +84,8 @@ class CodecLoss(nn.Module):
         if criterion.adversary is not None:
             metrics["discriminator"] = criterion.adversary.train_step(original, reconstruction)
         features = None
-        whole = window == frames and bool((lengths == waveform.shape[1]).all())
-        if criterion.perceptual_model is not None and whole:  # then a distillation may need the same
+        if criterion.perceptual_model is not None and window == frames and bool((lengths == waveform.shape[1]).all()):
+            # then a distillation may need the same
             features = criterion.perceptual_model(original)
         loss, losses = criterion(reconstruction, original, features, shares)
         metrics |= losses | {"commitment": quantized.commitment.detach()}
