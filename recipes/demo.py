@@ -216,9 +216,11 @@ def split_by_speaker(utterances: list[Utterance]) -> dict[str, str]:
 
 
 def unseen_speakers(manifest: list[dict[str, object]]) -> bool:
-    """Whether the speakers of the test split are known, and in no other split."""
-    tested = {row.get("speaker") for row in manifest if row["split"] == "test"}
-    return None not in tested and tested.isdisjoint(row.get("speaker") for row in manifest if row["split"] != "test")
+    """Whether all speakers are known, and those of the test split in no other."""
+    tested, others = (
+        {row.get("speaker") for row in manifest if (row["split"] == "test") is test} for test in (True, False)
+    )
+    return None not in tested | others and tested.isdisjoint(others)
 
 
 def collect(config: DemoConfig, run: Path, stages: Stages) -> dict[str, object]:

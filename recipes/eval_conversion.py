@@ -77,7 +77,7 @@ from tokenizer.corpus import load_utterance
 from tokenizer.errors import InputError
 from tokenizer.files import write_json, write_jsonl
 from tokenizer.loading import load_recognizer
-from tokenizer.metrics.conversion import matchings_of
+from tokenizer.metrics.conversion import branches_of, matchings_of
 from tokenizer.metrics.evaluators import recognized_text, speaker_embedding
 from tokenizer.metrics.freevc import FreeVC
 from tokenizer.metrics.prosody import align_voices, mel_cepstral_distortion, pitch_correlation, voice_frames
@@ -192,12 +192,12 @@ def convert(
     sounds: dict[str, Tensor], codec: Codec, layers: list[list[int]], freevc: FreeVC | None
 ) -> dict[str, Tensor]:
     """The converted speech by method, and the two bounds, float [N] on the CPU."""
-    device, codebooks = codec.device, codec.codebooks
+    device, codebooks, branches = codec.device, codec.codebooks, branches_of(codec)
     source, target = (codec.encode(sounds[role][None].to(device)) for role in ("source", "target"))
     codes = {f"source, {n} codebooks": source.first(n) for n in sorted({max(chosen) + 1 for chosen in layers})}
     for chosen in layers:
         for matching in matchings_of(codec):
-            swapped = swap_layers(source, target, chosen, matching, codebooks)
+            swapped = swap_layers(source, target, chosen, matching, codebooks, branches)
             codes[f"swap {numbers(chosen)}, by {matching}"] = swapped
     converted = {name: codec.decode(one)[0].cpu() for name, one in codes.items()}
     if freevc is not None:

@@ -37,7 +37,7 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 
 from speechllm import DataError, load_codes, load_speech_llm, merge
 from speechllm.data.conversations import Conversations
-from speechllm.data.rows import mixed, read_rows, same_answer
+from speechllm.data.rows import read_rows, same_answer
 from speechllm.decoding import answer
 from speechllm.evaluation.error_rates import mean_and_interval
 from speechllm.evaluation.tables import plain
@@ -54,7 +54,7 @@ def main(config: EvalRowsConfig) -> None:
     device, dtype = decoding_device(config.precision)
     speech, encoding = load_codes(config.codes, config.splits)
     numbers = {name: number for number, name in enumerate(speech["id"])}
-    rows, _ = mixed(*((read_rows(file, numbers), 1.0) for file in config.rows))
+    rows = [row for file in config.rows for row in read_rows(file, numbers)]
     if unanswered := [row.name for row in rows if row.turns[-1].role != "assistant"]:
         raise DataError(f"{unanswered[0]}: the last message is not the assistant's, expected the right answer there")
     speech_llm = merge(load_speech_llm(config.model, device=device, dtype=dtype, base=config.base, with_codec=False))

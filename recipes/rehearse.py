@@ -87,6 +87,7 @@ from speechllm.runs.rehearsal import (
     memory_gb,
     noise_corpus,
     random_speech,
+    size_gb,
     timed,
     try_stage,
 )
@@ -99,7 +100,7 @@ from tokenizer.corpus import load_each, spread
 from tokenizer.files import write_json
 from tokenizer.training.crops import Crops, StepSampler
 from tokenizer.training.small_teachers import random_ecapa, random_hubert
-from tokenizer.training.step import CodecLoss, average_weights, draw_layers, parameter_groups
+from tokenizer.training.step import CodecLoss, average_weights, draw_layers, parameter_groups, remember_statistics
 
 Row = dict[str, Any]
 
@@ -201,14 +202,14 @@ def train_codec(rehearsal: Rehearsal) -> Row:
     averaged = average_weights(codec, config.weight_average)
     crops = Crops(rehearsal.utterances, config.crop_s, config.codec.sample_rate, config.seed)
     sampler = StepSampler(config.batch_size, 0, 2 * LONGEST)
-    workers = {"num_workers": config.num_workers, "persistent_workers": config.num_workers > 0}
-    batches = iter(DataLoader(crops, batch_sampler=sampler, **workers))
+    batches = iter(DataLoader(crops, batch_sampler=sampler, num_workers=config.num_workers))
     window = None if config.decode_s is None else round(config.decode_s * codec.frame_rate)
     loss_of.train()
 
     def learn(batch: dict[str, torch.Tensor]) -> None:
         optimizer.zero_grad()
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        remember_statistics(loss_of, balancer=criterion.balancer)
         num_layers = draw_layers(config.quantizer_dropout, len(batch["length"]), device)
         with rehearsal.autocast(config.precision):
             loss, _ = loss_of(batch, num_layers, window)
@@ -220,14 +221,15 @@ def train_codec(rehearsal: Rehearsal) -> Row:
             averaged.update_parameters(codec)
 
     found = rehearsal.measure(lambda: next(batches), learn)
-    states = 4 * sum(p.numel() for p in loss_of.parameters()) * (4 if averaged else 3) / 1e9
+    best = codec if config.best and config.dev_splits else None
+    held = [x.state_dict() for x in (loss_of, optimizer, criterion.adversary, averaged, best) if x is not None]
     return {
         **found,
         "flops": count_flops(lambda: learn(next(batches))),  # without LSTMs
         "precision": config.precision,
         "steps": config.steps,
         "hours": config.steps * found["step_s"] / 3600,
-        "disk_gb": states * KEPT_CHECKPOINTS,
+        "disk_gb": KEPT_CHECKPOINTS * size_gb(held) + size_gb(codec.state_dict()),
         "speed": f"{config.batch_size * config.crop_s / found['step_s']:.3g} s of speech/s",
     }
 
@@ -275,10 +277,9 @@ def fine_tune(rehearsal: Rehearsal) -> Row:
         model = prepare_adapter(model, vocabulary, config.train, **vars(config.lora))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    learn_speech = config.speech_loss > 0
     speech = random_speech(vocabulary.encoding, rehearsal.utterances)
     examples = [
-        transcription_example(codes, one.text or "", vocabulary, speech_llm.text_tokenizer, learn_speech)
+        transcription_example(codes, one.text or "", vocabulary, speech_llm.text_tokenizer, config.speech_loss > 0)
         for one, codes in zip(rehearsal.utterances, speech, strict=True)
     ]
     loss_of = LabelledLoss(model.to(device), vocabulary, config.packing)
@@ -307,9 +308,8 @@ def fine_tune(rehearsal: Rehearsal) -> Row:
 
     found = rehearsal.measure(lambda: [examples[i] for i in next(order)], learn)
     flops, tokens = (median(each) for each in zip(*sizes, strict=True))
-    trained, all_weights = (
-        4 * sum(p.numel() for p in model.parameters() if p.requires_grad or whole) / 1e9 for whole in (False, True)
-    )
+    trained = size_gb([p for p in model.parameters() if p.requires_grad])
+    whole = size_gb([*model.parameters()]) if config.train == "full" else trained
     states = 3 + (config.weight_average is not None) + (config.keep_best and bool(config.dev_splits))
     return {
         **found,
@@ -317,7 +317,7 @@ def fine_tune(rehearsal: Rehearsal) -> Row:
         "precision": config.precision,
         "steps": config.steps,
         "hours": config.steps * found["step_s"] / 3600,
-        "disk_gb": states * trained * KEPT_CHECKPOINTS + (all_weights if config.train == "full" else trained),
+        "disk_gb": KEPT_CHECKPOINTS * states * trained + whole,
         "speed": f"{tokens / found['step_s']:.3g} tokens/s",
     }
 

@@ -198,10 +198,9 @@ class SemanticStudent(nn.Module):
 
         def read(order: np.ndarray) -> list[tuple[Utterance, Tensor | AudioError]]:
             """This process's share of a batch, and of the others' as many as it takes to have a usable recording."""
-            size = len(order[process::processes])
-            loaded = []
-            for i in [*order[process::processes], *np.delete(order, np.s_[process::processes])]:
-                if len(loaded) >= size and any(isinstance(found, Tensor) for _, found in loaded):
+            own, loaded = order[process::processes], []
+            for i in dict.fromkeys([*own, *order]):
+                if len(loaded) >= len(own) and any(isinstance(found, Tensor) for _, found in loaded):
                     break
                 loaded.append(try_load(self.utterances[i]))
             return loaded
@@ -295,8 +294,9 @@ class SpeakerStudent(nn.Module):
 
         def read(step: int) -> list[dict[str, Any]]:
             first = step * self.config.batch_size
-            share = range(first + process, first + self.config.batch_size, processes)
-            return [crops[i] for i in share or [first]]
+            share = [*range(first + process, first + self.config.batch_size, processes)]
+            share += [first, first + 1][len(share) :]  # batch normalisation needs two
+            return [crops[i] for i in share]
 
         for items in prefetch(read, range(start, self.config.steps), READ_AHEAD):
             chosen = [self.utterances[item["utterance"]] for item in items]

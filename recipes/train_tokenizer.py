@@ -210,6 +210,7 @@ def main(config: TokenizerConfig) -> None:
     require_equal_shares(config.batch_size, accelerator.num_processes)
     utterances = read_corpus(config.data, config.splits)
     held_out = spread(read_corpus(config.data, config.dev_splits), config.dev_utterances) if config.dev_splits else []
+    best = BestWeights(config.best) if config.best and config.dev_splits else None
     run = Run(config.output, config, accelerator, free=MAY_CHANGE)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
@@ -226,7 +227,6 @@ def main(config: TokenizerConfig) -> None:
     groups = parameter_groups(loss_of, config.weight_decay)
     optimizer = optim.AdamW(groups, config.learning_rate, tuple(config.betas), fused=True)
     averaged = average_weights(codec, config.weight_average)
-    best = BestWeights(config.best) if config.best else None
 
     # 2. resume a killed run, or go on with a trained codec
     parts = Parts(loss=loss_of, optimizer=optimizer)

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from speechllm.pauses import Cut, quietest
-from tokenizer.audio import inspect_audio, load_audio
+from tokenizer.audio import audio_duration, inspect_audio, load_audio
 
 LONGEST_S = 30.0
 END_S = 0.05  # what is left of a recording and shorter than this is no piece
@@ -43,11 +43,10 @@ def pieces(
     cut: says where.
     Raises AudioError, before the first piece, for a recording that cannot be used or exceeds `max_duration_s`.
     """
-    total_s = inspect_audio(path, max_duration_s=max_duration_s).duration_s
-    if total_s <= longest_s:
-        yield Piece(0.0, load_audio(path, sample_rate), sample_rate)
+    if audio_duration(path) <= longest_s:
+        yield Piece(0.0, load_audio(path, sample_rate, max_duration_s=max_duration_s), sample_rate)
         return
-    start_s = 0.0
+    total_s, start_s = inspect_audio(path, max_duration_s=max_duration_s).duration_s, 0.0
     while total_s - start_s > END_S:
         waveform = load_audio(path, sample_rate, start_s=start_s, duration_s=longest_s)
         if start_s + longest_s < total_s:

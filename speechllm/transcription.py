@@ -25,7 +25,8 @@ def transcribe(
     """Texts of recordings, given as files or as waveforms float [N] at the codec's rate, in the order given.
 
     They are encoded one by one, so that an iterator need hold no more than one waveform in memory. A file of more than
-    30 s is read and transcribed in `pieces`, cut where it is quiet; a waveform is taken as a whole.
+    30 s is read and transcribed in `pieces`, cut where it is quiet; a waveform is taken as a whole, as eval_asr takes
+    what encode_speech has encoded.
 
     beams, fallback, static_cache, letters_weight: as in `recognize`. Raises AudioError for an unusable file.
     """

@@ -1,6 +1,7 @@
 """Reading and writing audio files as float waveforms, with one clear error for every file that cannot be used."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import math
@@ -109,10 +110,17 @@ def audio_duration(path: str | Path) -> float:
     Raises AudioError (reasons: missing, unreadable, truncated, sample rate).
     """
     with _open(path, path, whole=False) as file:
-        frames = file.frames
-        if not file.stated or frames > os.stat(path).st_size * DENSEST:
-            frames = sum(len(block) for block in _blocks(file))
-        return frames / file.samplerate
+        status = os.stat(path)
+        if file.stated and file.frames <= status.st_size * DENSEST:
+            return file.frames / file.samplerate
+    return _counted_s(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2**16)
+def _counted_s(path: str | Path, size: int, changed_ns: int) -> float:
+    """Seconds of the samples that a recording of this size and time has; a training asks for them at every crop."""
+    with _open(path, path, whole=False) as file:
+        return sum(map(len, _blocks(file))) / file.samplerate
 
 
 def open_recording(path: str | Path) -> io.FileIO:
@@ -172,7 +180,7 @@ def _open(source: str | Path | bytes, name: str | Path, whole: bool = True) -> I
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open_recording(source) as stream:
             head, cut, mp3 = stream.read(1024), is_cut_ogg(stream), Mp3.of(stream)
-            joined = mp3 is not None and mp3.goes_on(stream)
+            following = mp3.following(stream) if mp3 else 0.0
             stream.seek(0)
             flac = head.startswith(b"fLaC\0\0\0\x22") and len(head) > Uncounted.COUNT[-1]
             # by its descriptor, because soundfile takes the ending .raw, not the content, for the format
@@ -189,7 +197,7 @@ def _open(source: str | Path | bytes, name: str | Path, whole: bool = True) -> I
                     raise AudioError(name, "sample rate", detail)
                 if cut or missing_s(file, head) > HEADER_TOLERANCE_S:
                     raise AudioError(name, "truncated", "ends before its last sample: fetch or convert it again")
-                if joined or unstated_s(file) > HEADER_TOLERANCE_S:
+                if following * file.frames / file.samplerate + unstated_s(file) > HEADER_TOLERANCE_S:
                     raise AudioError(name, "truncated", "holds more than its header states: fetch or convert it again")
                 yield file
     except AudioError:

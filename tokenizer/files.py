@@ -107,6 +107,7 @@ def _replace_own(folder: Path, part: Path, before: Path) -> None:
         held = set(os.listdir(folder))
         for name in held - set(written.get(folder.name, held)) - set(names):
             os.replace(folder / name, part / name)
+        shutil.rmtree(before, ignore_errors=True)  # as `part` in `atomic_folder`
         os.replace(folder, before)
     write_json(record, written | {folder.name: sorted(names)})
 

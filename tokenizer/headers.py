@@ -10,9 +10,8 @@ import soundfile
 UNKNOWN = 2**63 - 1  # libsndfile's number of frames for a FLAC file that does not state it
 OGG_PAGE = 65_307  # bytes of the longest page
 STREAMED = 0x7FFFF000  # bytes: sizes from here on are what programs write into a pipe, where they do not know the size
-STRETCH = (
-    20  # times as many bytes as a file has: its frames have from 8 to 320 kbit/s, and the first one is seldom last
-)
+# times as many bytes as a file has: its frames have from 8 to 320 kbit/s, and the first one is seldom last
+STRETCH = 20
 # What libsndfile notes when a container states more bytes than the file has, such as "data : 64000 (should be 31978)"
 CUT = re.compile(r"^\s*(?:data|SSND|BODY|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)$", re.MULTILINE)
 # and when samples follow where the next chunk should be, because the size of the last one is too small
@@ -70,7 +69,7 @@ class Stretched:
 class Mp3:
     """What the first frame of an MP3 states: whether the number of samples, and the byte that the stream ends before.
 
-    end: 0 if it does not say.
+    counted: in a way that libsndfile heeds, which is not that of VBRI. end: 0 if it does not say.
     """
 
     counted: bool
@@ -87,18 +86,17 @@ class Mp3:
         frame = stream.read(64) or b""
         if not _begins_mp3(frame):
             return None
-        for name, flags, count in ((b"Xing", 4, 12), (b"Info", 4, 12), (b"VBRI", None, 10)):
-            if (place := frame.find(name)) > 0:
-                said = 3 if flags is None else int.from_bytes(frame[place + flags : place + flags + 4])
-                end = start + int.from_bytes(frame[place + count : place + count + 4]) if said & 3 == 3 else 0
-                return Mp3(bool(said & 1), end)
-        return Mp3(False, 0)
+        place = max(frame.find(b"Xing"), frame.find(b"Info"))
+        said, frames, size = (int.from_bytes(frame[at : at + 4]) for at in range(place + 4, place + 16, 4))
+        counted = place > 0 and bool(said & 1 and frames)  # 0 is what an encoder leaves that was killed
+        return Mp3(counted, start + size if counted and said & 2 and size else 0)
 
-    def goes_on(self, stream: Stream) -> bool:
-        """Whether another stream follows the one that the header is of, as in files that were joined."""
+    def following(self, stream: Stream) -> float:
+        """How many times as long as the stream that the header is of another one behind it is, as in joined files."""
+        size = stream.seek(0, os.SEEK_END)
         stream.seek(self.end)
-        following = stream.read(4) or b""
-        return self.end > 0 and (following.startswith(b"ID3") or _begins_mp3(following))
+        head = stream.read(4) or b""
+        return size / self.end - 1 if self.end and (head.startswith(b"ID3") or _begins_mp3(head)) else 0.0
 
 
 def _begins_mp3(frame: bytes) -> bool:

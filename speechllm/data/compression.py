@@ -4,9 +4,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from speechllm.data.shards import (
     request_of,
     shard_encoding,
     shard_files,
+    stored,
     write_table,
 )
 from speechllm.encoding import DataError, Encoding
@@ -34,34 +34,31 @@ def compress_shards(
 
     They are what `encode_shards` makes of the same recordings with the compressor, but for the float16 of stored
     frames; no recording is read. Yields each shard's number of utterances. Each process writes every `processes`-th
-    shard; whole ones by this compressor are kept.
+    shard; whole ones by this compressor, of what the source holds now, are kept.
     """
     folder, encoding = Path(folder), Encoding.of(compressor)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / REQUEST, read_json(Path(source) / REQUEST) | request_of(encoding))
+    if process == 0:
+        write_json(folder / REQUEST, read_json(Path(source) / REQUEST) | request_of(encoding))
     for file in shard_files(source)[process::processes]:
-        if not _is_current(folder / file.name, encoding):
-            vectors = _compressed(open_shard(file), shard_encoding(file), compressor, encoding)
-            write_table(folder / file.name, vectors)
-        yield len(open_shard(folder / file.name))
+        table, base = open_shard(file), shard_encoding(file)
+        kept = table.select(SCHEMA.names)  # and what the shard says of itself, beside its encoding
+        kept = kept.replace_schema_metadata(table.schema.metadata | {b"encoding": json.dumps(asdict(encoding))})
+        if not _is_current(folder / file.name, kept):
+            write_table(folder / file.name, kept.append_column(SPEECH["features"], _vectors(table, base, compressor)))
+        yield len(table)
 
 
-def _is_current(file: Path, encoding: Encoding) -> bool:
-    """Whether a shard is there, whole, and encoded so, and not by what a training was before its last steps."""
+def _is_current(file: Path, kept: pa.Table) -> bool:
+    """Whether a shard is there, whole, and what would be written now, but for its vectors."""
     try:
-        return file.exists() and shard_encoding(file) == encoding
+        return file.exists() and open_shard(file).select(SCHEMA.names).equals(kept, check_metadata=True)
     except DataError:
         return False
 
 
 @torch.no_grad()
-def _compressed(table: pa.Table, base: Encoding, compressor: CtcCompressor, encoding: Encoding) -> pa.Table:
-    notes, column = table.schema.metadata, SPEECH["features"]
-
-    def vectors(row: dict[str, Any]) -> np.ndarray:
-        return compressor.compress_speech(cast(Tensor, speech_of(row, base))).flatten().numpy().astype(np.float16)
-
-    stored = SPEECH[base.kind].name
-    speech = pa.array([vectors({stored: one.values.to_numpy()}) for one in table[stored]], column.type)
-    kept = table.select(SCHEMA.names).append_column(column, speech)
-    return kept.replace_schema_metadata(notes | {b"encoding": json.dumps(asdict(encoding))})
+def _vectors(table: pa.Table, base: Encoding, compressor: CtcCompressor) -> pa.Array:
+    column = SPEECH[base.kind].name
+    speech = (cast(Tensor, speech_of({column: one.values.to_numpy()}, base)) for one in table[column])
+    return pa.array([stored(compressor.compress_speech(one)) for one in speech], SPEECH["features"].type)

@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 import numpy as np
 
 from speechllm.data.conversations import LazyRows, Row
+from speechllm.encoding import DataError
 from speechllm.messages import Audio, Message, Role
 from tokenizer.errors import InputError
 from tokenizer.tables import json_rows, optional_text, read_text, shown
@@ -92,7 +93,8 @@ def _part(part: Any, numbers: Mapping[str, int]) -> str | Audio:
 def mixed(*sources: tuple[Sequence[Row], float]) -> tuple[Sequence[Row], np.ndarray | None]:
     """Rows of several sources as one, and how often each is to be read in an epoch: None if each is read once.
 
-    sources: rows with a weight, by which those of the rows are multiplied.
+    sources: rows with a weight, by which those of the rows are multiplied. Raises DataError if there are rows and all
+    weights are 0.
     """
     ends = np.cumsum([len(rows) for rows, _ in sources])
 
@@ -101,6 +103,8 @@ def mixed(*sources: tuple[Sequence[Row], float]) -> tuple[Sequence[Row], np.ndar
         return sources[source][0][place - int(ends[source])]  # from the end of that source
 
     weights = np.concatenate([weight * _weights(rows) for rows, weight in sources])
+    if len(weights) and not weights.any():
+        raise DataError(f"nothing to read: all {len(weights)} rows have a weight of 0")
     return LazyRows(int(ends[-1]), pick), None if (weights == 1).all() else weights
 
 

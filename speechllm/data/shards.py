@@ -175,14 +175,17 @@ def _write_shard(
         encoded = encoding.encode_batch(codec, [*waveforms.values()]) if waveforms else []
         for (place, waveform), speech in zip(waveforms.items(), encoded, strict=True):
             utterance = utterances[place]
-            rows[place] = {
-                "id": utterance.id,
-                "split": utterance.split,
-                "speaker": utterance.speaker,
-                "text": utterance.text,
-                "duration_s": len(waveform) / codec.sample_rate,
-                SPEECH[encoding.kind].name: stored(speech),
-            }
+            try:
+                rows[place] = {
+                    "id": utterance.id,
+                    "split": utterance.split,
+                    "speaker": utterance.speaker,
+                    "text": utterance.text,
+                    "duration_s": len(waveform) / codec.sample_rate,
+                    SPEECH[encoding.kind].name: stored(speech),
+                }
+            except InputError as error:
+                skipped[place] = skipped_row(utterance, AudioError(utterance.path, "no features", str(error)))
     notes = {
         "skipped": json.dumps([row for _, row in sorted(skipped.items())]),
         "seconds": json.dumps(clock() - started),
@@ -263,7 +266,7 @@ def stored(speech: Speech) -> str | np.ndarray:
         return speech.flatten().numpy().astype(np.uint16)
     values = speech.flatten().half()
     if not values.isfinite().all():
-        raise InputError("features are NaN or beyond float16, in which they are stored: this encoder cannot be used")
+        raise InputError("features that are NaN or beyond float16, in which they are stored")
     return values.numpy()
 
 

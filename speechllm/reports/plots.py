@@ -195,9 +195,10 @@ def scaling_figure(
             ends = np.array([at.min(), until])
             axis.plot(ends, 100 * law(ends), ":", lw=1, color=line.get_color())
     axis.set(xscale="log", yscale="log", xlabel=label, ylabel=f"{rate} (%)")
-    ticks = [until]  # where something was measured, if there is room for it
-    for place in sorted({float(place) for points in curves.values() for place in points[:, 0]}, reverse=True):
-        if place < 0.8 * ticks[-1]:
+    places = {float(place) for line in axis.get_lines() for place in line.get_xdata()}
+    ticks: list[float] = []  # where something was measured, or a law ends, if there is room for it
+    for place in sorted(places, reverse=True):
+        if not ticks or place < 0.8 * ticks[-1]:
             ticks.append(place)
     axis.set_xticks(ticks)
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))

@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # who only starts others must not wait for these
     import torch
     from accelerate import Accelerator
 
-# one process may have a share that takes hours longer; who dies ends the others through the launcher at once
-PATIENCE = timedelta(days=7)
+# one process may have a share that takes hours longer; where one dies, the launcher ends the others of its machine
+PATIENCE = timedelta(days=1)
 SLOW = 5.0  # times as long in bfloat16 as in float32; a processor with arithmetic for it takes half as long
 PACKAGES = ("torch", "torchaudio", "transformers", "peft", "accelerate", "datasets", "jiwer", "speechbrain")
 
@@ -44,19 +44,18 @@ def make_accelerator(precision: str = "no") -> "Accelerator":
     return accelerator
 
 
-def decoding_device(precision: str | None = None) -> "tuple[str, torch.dtype | None]":
-    """Where a language model decodes, and in which weights, as `load_speech_llm` takes them; None: as they are stored.
+def decoding_device(precision: str | None = None) -> "tuple[str, torch.dtype]":
+    """Where a language model decodes, and in which weights, whichever it is stored in.
 
-    precision: bf16, no, or None: bf16 on a GPU, no on a CPU. Says so where bf16 takes much longer than float32.
+    precision: bf16, no (float32), or None: bf16 on a GPU, no on a CPU. Says so where bf16 takes much longer.
     """
     import torch
 
-    if torch.cuda.is_available():
-        return "cuda", None if precision == "no" else torch.bfloat16
-    if precision != "bf16":
-        return "cpu", None
-    warn_of_slow_bf16()
-    return "cpu", torch.bfloat16
+    gpu = torch.cuda.is_available()
+    half = precision == "bf16" or (precision is None and gpu)
+    if half and not gpu:
+        warn_of_slow_bf16()
+    return "cuda" if gpu else "cpu", torch.bfloat16 if half else torch.float32
 
 
 def warn_of_slow_bf16() -> None:

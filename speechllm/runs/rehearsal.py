@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from speechllm.encoding import Encoding
@@ -151,6 +152,11 @@ def busy_share(work: Callable[[], Any], device: torch.device) -> float | None:
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         seconds, _ = timed(work, device)
     return sum(event.self_device_time_total for event in recorded.key_averages()) / 1e6 / seconds
+
+
+def size_gb(state: Any) -> float:
+    """What the tensors of a state take in a checkpoint."""
+    return sum(x.nbytes for x in tree_leaves(state) if isinstance(x, Tensor)) / 1e9
 
 
 def device_name(device: torch.device) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 import os
 import re
 import shlex
@@ -65,13 +64,15 @@ class Stages:
         problems: dict[str, list[str]] = defaultdict(list)  # and the stages that have each
         encoding: dict[str, Any] = {}  # the commands that encode speech, by their output
         asked: dict[tuple[Path, ...], list[Asked]] = defaultdict(list)
-        for stage, (recipe, *words) in commands.items():
-            file, words = configuration(words)
+        for stage, command in commands.items():
+            recipe, (file, words) = command[0], configuration(command[1:])
             try:
                 config: Any = load_config(classes[recipe], file, words)
             except ConfigError as error:
                 problems[f"{recipe}: {error}"].append(stage)
                 continue
+            if changed := self._changed(stage, self._settings([command])):
+                problems[changed].append(stage)
             encoded = encoding.get(str(getattr(config, "codes", "")))  # of several folders, none is encoded here
             source = config if hasattr(config, "data") else encoded
             if source is None:
@@ -84,9 +85,6 @@ class Stages:
                 if encoded and encoded.splits and (left_out := [name for name in named if name not in encoded.splits]):
                     there = ", ".join(encoded.splits)
                     problems[f"{where}: {', '.join(left_out)} is not encoded, only {there}"].append(stage)
-        for stage, command in commands.items():
-            if changed := self._changed(stage, self._settings([command])):
-                problems[changed].append(stage)
         for data, places in asked.items():
             for problem, at in missing_splits(data, places).items():
                 problems[problem] += at
@@ -128,8 +126,8 @@ class Stages:
         """
         at_once = min(len(commands), available_cpus())
         with ThreadPoolExecutor(at_once) as pool:
-            jobs = [pool.submit(self.stage, name, command, at_once=at_once) for name, command in commands.items()]
             try:
+                jobs = [pool.submit(self.stage, name, command, at_once=at_once) for name, command in commands.items()]
                 wait(jobs)  # an error of one must not end the waiting for the others, in which Ctrl-C is heard
                 for job in jobs:
                     job.result()
@@ -148,8 +146,8 @@ class Stages:
         each other in small models; with small ones they wait for each other's gradients.
         """
         processes = torch.cuda.device_count() or processes or 2 ** min(3, available_cpus().bit_length() - 1)
-        config = self._config(command)
-        processes = math.gcd(processes, getattr(config, "batch_size", processes))  # which take equal shares of it
+        batch_size = getattr(self._config(command), "batch_size", 0)  # of which they take equal shares
+        processes = max(count for count in range(1, processes + 1) if batch_size % count == 0)
         words = ["python", *recipe_command(f"{self.recipes}/{command[0]}", command[1:], processes)]
         self.call(name, lambda: self._run([words], processes), [command])
 

@@ -240,8 +240,9 @@ def add_transcription(app: FastAPI, service: Service) -> None:
         ] = [],  # noqa: B006
     ) -> Response:
         service.check_model(model)
-        if unknown := [kind for kind in timestamps if kind != "segment"]:
-            raise Refused(400, f"timestamp_granularities[]: there are times of segments, not of {unknown[0]}", "times")
+        if unknown := [kind[:100] for kind in timestamps if kind != "segment"]:
+            message = f"timestamp_granularities[]: there are times of segments, not of {unknown[0]!r}"
+            raise Refused(400, message, "times")
         if prompt.strip():
             raise Refused(400, "prompt: the model answers the prompt that it was trained with: leave it out", "prompt")
         if temperature:

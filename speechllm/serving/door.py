@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import math
 import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -156,14 +157,17 @@ class Door:
         return read
 
     def _most_bytes(self, scope: Scope) -> float:
-        """Of a body; one that holds no file is short."""
-        form = dict(scope["headers"]).get(b"content-type", b"").startswith(b"multipart/")
-        long = form and scope["path"] in self.uploads
-        return MEGABYTE * (self.limits.megabytes if long else min(self.limits.megabytes, MOST_MEGABYTES_OF_JSON))
+        """Of a body; one that holds no file is short, but where nobody reads it."""
+        short = scope["path"] in self.paths and not self._holds_file(scope)
+        return MEGABYTE * min(self.limits.megabytes, MOST_MEGABYTES_OF_JSON if short else math.inf)
+
+    def _holds_file(self, scope: Scope) -> bool:
+        kind = dict(scope["headers"]).get(b"content-type", b"")
+        return scope["path"] in self.uploads and kind.startswith(b"multipart/")
 
     def _too_large(self, scope: Scope) -> Refused:
-        most = self._most_bytes(scope) / MEGABYTE
-        return Refused(413, f"at most {most:g} MB are taken: split the recording", "too_large")
+        advice = ": split the recording" if self._holds_file(scope) else ""
+        return Refused(413, f"at most {self._most_bytes(scope) / MEGABYTE:g} MB are taken{advice}", "too_large")
 
 
 async def _read_on(receive: Receive) -> None:

@@ -138,13 +138,15 @@ async def transcribe_live(socket: WebSocket, speech: LiveSpeech, max_duration_s:
     arrived: asyncio.Queue[bytes | WebSocketDisconnect | None] = asyncio.Queue(WAITING)  # when full, no more is read
 
     async def listen() -> None:
+        end: WebSocketDisconnect | None = None
         try:
-            with contextlib.suppress(KeyError):  # a text message
-                while len(content := await socket.receive_bytes()) <= MOST_BYTES:
-                    await arrived.put(content)
-            await arrived.put(None)
+            while len(content := await socket.receive_bytes()) <= MOST_BYTES:
+                await arrived.put(content)
+        except KeyError:  # a text message
+            pass
         except WebSocketDisconnect as left:
-            await arrived.put(left)
+            end = left
+        await arrived.put(end)
 
     listening = asyncio.create_task(listen())
     try:

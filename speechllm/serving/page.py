@@ -23,7 +23,7 @@ from tokenizer.metrics.quality import layer_counts, reconstruct
 from tokenizer.settings import layer_numbers
 
 SHOWN_S = 30.0  # of a recording, as tokens and as sound
-KEPT_S = 3600  # recordings and sounds, before they are deleted
+SWEEP_S, KEPT_S = 3600, 86_400  # how often recordings and sounds are deleted, and how old they are: some are in use
 GOLDEN_ANGLE = 137.508  # degrees between the hues of neighbouring codes
 STYLE = """
 .codes { line-height: 1.1; word-break: break-all } .codes span { display: inline-block; width: 0.55em; height: 1.3em }
@@ -36,7 +36,7 @@ def make_page(engines: dict[str, Engine], cut: Cut = quietest) -> gr.Blocks:
 
     cut: says where long recordings have pauses.
     """
-    with gr.Blocks(title="speechllm", analytics_enabled=False, delete_cache=(KEPT_S, KEPT_S)) as page:
+    with gr.Blocks(title="speechllm", analytics_enabled=False, delete_cache=(SWEEP_S, KEPT_S)) as page:
         gr.Markdown(f"# {' and '.join(engines)}\nSpeak, or drop a recording. Everything stays on this machine.")
         with gr.Tab("Transcribe"):
             _transcribe_tab(engines, cut)

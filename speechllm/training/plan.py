@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 SHARE = 0.4  # share of a device's speed in one large matrix product that a training may reach
 SIZES = {"cpu": 512, "cuda": 8192}  # of the square matrices in that product
@@ -19,10 +20,12 @@ def training_flops(model: Any, lengths: Sequence[int], labels: int, frozen: bool
     is applied to labelled tokens only; attention covers all earlier tokens.
     """
     config, passes = model.config.get_text_config(), 2 if frozen else 3
-    head = model.get_output_embeddings().weight
-    layers = sum(p.numel() for p in model.parameters() if p.shape[:1] != head.shape[:1])  # all but embeddings and head
+    head = model.get_output_embeddings()
+    looked_up = (part for part in model.modules() if isinstance(part, nn.Embedding) or part is head)
+    others = {id(p) for part in looked_up for p in part.parameters()}
+    layers = sum(p.numel() for p in model.parameters() if id(p) not in others)
     attention = 2 * config.num_hidden_layers * config.hidden_size * sum(length**2 for length in lengths)
-    return passes * (2 * layers * sum(lengths) + 2 * head.numel() * labels + attention)
+    return passes * (2 * layers * sum(lengths) + 2 * head.weight.numel() * labels + attention)
 
 
 def product_speed(device: torch.device, dtype: torch.dtype) -> float:

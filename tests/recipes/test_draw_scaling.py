@@ -51,7 +51,10 @@ def test_a_power_law_is_found_and_drawn_on(
     assert axis.get_xticks().tolist() == [64, 8, 4, 2]
     (axis,) = scaling_figure({"whole": curve}, "hours", 8.5, "WER", laws=()).axes
     assert [line.get_linestyle() for line in axis.lines].count(":") == 0
-    assert axis.get_xticks().tolist() == [8.5, 4, 2]  # where there is room
+    assert axis.get_xticks().tolist() == [8, 4, 2]  # no line goes further
+    for until, ticks in ((8.5, [8.5, 4, 2]), (3, [8, 4, 3, 2])):  # where there is room
+        (axis,) = scaling_figure({"whole": curve}, "hours", until, "WER").axes
+        assert axis.get_xticks().tolist() == ticks
     draw.main(
         draw.ScalingConfig([draw.CurveConfig("added", at, results, law=False)], str(tmp_path / "y.svg"), until=64)
     )

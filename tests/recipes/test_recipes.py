@@ -4,7 +4,7 @@ import json
 import runpy
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -430,6 +430,18 @@ def test_the_demo_checks_the_configurations_of_its_stages_first(tmp_path: Path, 
     with pytest.raises(SystemExit, match="crop_s must be at least"):
         here("demo.py", f"output={tmp_path / 'new'}", f"speaker_teacher={tmp_path / 'a #1.yaml'}")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "others, tested, unseen",
+    [("ab", "c", True), ("ab", "ac", False), (["a", None], "c", False), ("ab", [None], False), ("", "c", True)],
+)
+def test_speakers_are_unseen_where_all_are_known_and_none_is_in_two_splits(
+    recipe: Callable[[str], ModuleType], others: Iterable[str | None], tested: Iterable[str | None], unseen: bool
+) -> None:
+    rows = [{"split": "train", "speaker": name} for name in others]
+    rows += [{"split": "test", "speaker": name} for name in tested]
+    assert recipe("demo.py").unseen_speakers(rows) is unseen
 
 
 def test_the_steps_of_a_stage_of_the_demo_take_scale_and_seed(

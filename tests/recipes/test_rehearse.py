@@ -8,9 +8,13 @@ from types import ModuleType
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
-from speechllm.runs.rehearsal import count_flops, measure_steps, noise_corpus, try_stage
+from speechllm.runs.config import load_config
+from speechllm.runs.rehearsal import count_flops, measure_steps, noise_corpus, size_gb, try_stage
+from speechllm.runs.run import Run
 from speechllm.training import plan
+from tokenizer.files import write_jsonl
 
 TOKENIZER = {
     "codec": {"sample_rate": 2000, "n_filters": 4, "dimension": 8, "num_codebooks": 2, "codebook_size": 8},
@@ -68,6 +72,30 @@ def test_every_stage_is_measured(rehearse: Callable, tmp_path: Path, capsys: pyt
     printed = capsys.readouterr().out
     assert "| fine-tuning | yes |" in printed and "| all |" in printed
     assert "Rehearsal" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_disk_of_the_codec_is_that_of_its_checkpoints(
+    rehearse: Callable, recipe: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_gb = rehearse({"dev_splits": ["train"]}, None)["stages"]["codec training"]["disk_gb"]
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    rows = [
+        {"id": one.id, "path": one.path, "duration_s": one.duration_s, "split": "train"}
+        for one in noise_corpus(corpus, 2, 2000)
+    ]
+    write_jsonl(corpus / "manifest.jsonl", rows)
+    monkeypatch.setattr(Run, "_delete_checkpoints", lambda self: None)
+    training = recipe("train_tokenizer.py")
+    words = f"data={corpus} output={tmp_path / 'run'} steps=3 save_every=1 validate_every=1"
+    with torch.enable_grad():
+        training.main(load_config(training.TokenizerConfig, tmp_path / "tokenizer.yaml", words.split()))
+    checkpoints = [*(tmp_path / "run" / "checkpoints").iterdir()]
+    parts = ("loss", "optimizer", "averaged", "adversary", "best")
+    kept = sum(size_gb([torch.load(file)[part] for part in parts]) for file in checkpoints)
+    model_gb = size_gb(load_file(tmp_path / "run" / "model" / "model.safetensors"))
+    assert len(checkpoints) == 2 and disk_gb == pytest.approx(kept + model_gb)
 
 
 def test_a_stage_that_cannot_run_leaves_the_others(rehearse: Callable, capsys: pytest.CaptureFixture) -> None:

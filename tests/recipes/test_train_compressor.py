@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 import torch
@@ -124,6 +125,12 @@ def test_vectors_of_a_network_that_was_trained_on_are_written_again(
         assert list(compress_shards(two, compressor, stopped, process, 2)) == [4]
     for file in two.glob("codes_*.arrow"):
         assert (stopped / file.name).read_bytes() == (whole / file.name).read_bytes()
+    spoken = open_shard(file := two / "codes_00001.arrow")
+    texts = pa.array(["OTHER WORDS"] * 4)
+    write_table(file, spoken.set_column(spoken.schema.get_field_index("text"), spoken.schema.field("text"), texts))
+    assert list(compress_shards(two, compressor, stopped)) == [4, 4]
+    assert open_shard(stopped / file.name)["text"].to_pylist() == texts.to_pylist()
+    assert (stopped / "codes_00000.arrow").read_bytes() == (whole / "codes_00000.arrow").read_bytes()
 
 
 def test_letters_are_scored_without_a_language_model(

@@ -259,12 +259,25 @@ def mp3(seconds: float, mode: str = "VARIABLE") -> bytes:
     return file.getvalue()
 
 
+def uncounted(content: bytes, way: str) -> bytes:
+    """The same MP3 without the frame that states the samples, or with one that says 0 or says it as VBRI does."""
+    place, end = max(content.find(b"Xing"), content.find(b"Info")), content.index(content[:2], 4)
+    assert 0 < place < end
+    size = content[place + 12 : place + 16]
+    first = {
+        "not": b"",
+        "zero": content[: place + 8] + bytes(8) + content[place + 16 : end],
+        "VBRI": content[:4] + bytes(32) + b"VBRI\0\1\0\0\0\0" + size + b"\0\0\1\0" + bytes(end - 54),
+    }
+    return first[way] + content[end:]
+
+
+@pytest.mark.parametrize("way", ["not", "zero", "VBRI"])
 @pytest.mark.parametrize("mode", ["VARIABLE", "CONSTANT"])
 @pytest.mark.parametrize("tag", [b"", b"ID3\x04\0\0\0\0\x02\x10" + bytes(272)], ids=["plain", "tagged"])
-def test_an_mp3_file_that_states_no_samples_is_read_to_its_end(tmp_path: Path, mode: str, tag: bytes) -> None:
-    content, path = mp3(12.0, mode), tmp_path / "a.mp3"
-    assert b"Xing" in content[:64] or b"Info" in content[:64]
-    path.write_bytes(tag + content[content.index(content[:2], 4) :])  # without the frame that states them
+def test_an_mp3_file_that_states_no_samples_is_read_to_its_end(tmp_path: Path, mode: str, tag: bytes, way: str) -> None:
+    path = tmp_path / "a.mp3"
+    path.write_bytes(tag + uncounted(mp3(12.0, mode), way))
     for seconds in (len(load_audio(path)) / RATE, audio_duration(path), inspect_audio(path.read_bytes()).duration_s):
         assert seconds == pytest.approx(12.0, abs=0.15)
     assert len(load_audio(path, start_s=10.0)) / RATE == pytest.approx(2.0, abs=0.15)
@@ -278,6 +291,11 @@ def test_joined_mp3_files_are_not_used_in_part(tmp_path: Path, between: bytes) -
     assert every_reason(tmp_path / "a.mp3") == "truncated"
     (tmp_path / "b.mp3").write_bytes(mp3(2.0) + b"TAG" + bytes(125))  # what many players write behind it
     assert len(load_audio(tmp_path / "b.mp3")) == 2 * RATE
+    content = bytearray(mp3(2.0))
+    place = max(content.find(b"Xing"), content.find(b"Info")) + 12
+    content[place : place + 4] = struct.pack(">I", content.rindex(content[:2]))  # bytes, without the last frame
+    (tmp_path / "c.mp3").write_bytes(content)
+    assert len(load_audio(tmp_path / "c.mp3")) == 2 * RATE
 
 
 TRUNCATED = [

@@ -254,9 +254,11 @@ def test_on_a_disk_without_locks_the_file_decides(
 
 def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(tmp_path: Path) -> None:
     """As in a container, where a program has the same number after every start."""
-    left = tmp_path / f".model.{os.getpid()}.part"
-    left.mkdir()
-    (left / "half").touch()
-    with atomic_folder(tmp_path / "model") as folder:
-        (folder / "weights").touch()
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["weights"] and not left.exists()
+    run = claim_folder(tmp_path / "run", "train")
+    for _ in range(2):  # a new model, and one in the place of another
+        for name in (f".model.{os.getpid()}.part", f".model.before.{os.getpid()}.part"):
+            (run / name).mkdir()
+            (run / name / "half").touch()
+        with atomic_folder(run / "model") as folder:
+            (folder / "weights").touch()
+        assert [path.name for path in (run / "model").iterdir()] == ["weights"] and not [*run.glob(".model*")]

@@ -123,6 +123,11 @@ class SpeechCodec(
         return self.config.codebook_dim is None
 
     @property
+    def branches(self) -> list[range]:
+        """The layers of each cascade: all, or the first one and the others beside it."""
+        return self.quantizer.branches
+
+    @property
     def bounded(self) -> bool:
         """Whether memory does not grow with the utterance: every layer but a bidirectional LSTM works in chunks."""
         config = self.config

@@ -25,7 +25,8 @@ def convert_voice(codec: Codec, source: Tensor, target: Tensor, layers: Sequence
             f"matching {matching} adds up the vectors of layers, which are of different spaces in this codec"
         )
     source_codes, target_codes = (codec.encode(waveform[None].to(codec.device)) for waveform in (source, target))
-    return codec.decode(swap_layers(source_codes, target_codes, layers, matching, codec.codebooks))[0].cpu()
+    swapped = swap_layers(source_codes, target_codes, layers, matching, codec.codebooks, branches_of(codec))
+    return codec.decode(swapped)[0].cpu()
 
 
 def matchings_of(codec: Codec) -> tuple[str, ...]:
@@ -33,7 +34,19 @@ def matchings_of(codec: Codec) -> tuple[str, ...]:
     return MATCHINGS if getattr(codec, "additive", True) else MATCHINGS[:-1]
 
 
-def swap_layers(source: Codes, target: Codes, layers: Sequence[int], matching: str, codebooks: Tensor) -> Codes:
+def branches_of(codec: Codec) -> Sequence[range] | None:
+    """The layers whose vectors add up, of a codec whose first codebook may have a space of its own; None: all."""
+    return getattr(codec, "branches", None)
+
+
+def swap_layers(
+    source: Codes,
+    target: Codes,
+    layers: Sequence[int],
+    matching: str,
+    codebooks: Tensor,
+    branches: Sequence[range] | None = None,
+) -> Codes:
     """Take the codes of `layers` (0 is the first) from the target, the others from the source, utterance by utterance.
 
     matching determines the target frame for each source frame:
@@ -44,8 +57,9 @@ def swap_layers(source: Codes, target: Codes, layers: Sequence[int], matching: s
     "mean": none. What the layers stand for is shifted by the difference between target and source in the mean of each
         kind of content (k-means of layer 0's code vectors), and searched for again: the voice changes, and what happens
         from frame to frame, the words, stays.
-    codebooks: code vectors float [Q, K, D]. The result is as long as the source. It ends with the last swapped layer,
-    because higher ones refine a residual that the swap has changed: [1] is decoded from two layers, as in the paper.
+    codebooks: code vectors float [Q, K, D]. branches: layers whose vectors add up, see `branches_of`; None: all.
+    The result is as long as the source. It ends with the last swapped layer, because higher ones refine a residual that
+    the swap has changed: [1] is decoded from two layers, as in the paper.
     Raises InputError for layers out of range or an unknown matching, ValueError for unequal numbers of utterances.
     """
     depth = min(source.ids.shape[1], target.ids.shape[1])
@@ -62,9 +76,9 @@ def swap_layers(source: Codes, target: Codes, layers: Sequence[int], matching: s
         source_ids, target_ids = source.utterance(index), target.utterance(index)
         length = source_ids.shape[1]
         if kinds is not None:
-            for several in (layers[:1], layers[1:]) if layers[0] == 0 else (layers,):
-                if several:  # the vectors of layer 0 and those of the others may be of two spaces
-                    swapped[several, :length] = _shifted(source_ids, target_ids, several, codebooks, kinds)
+            for branch in branches or [range(depth)]:
+                if together := [layer for layer in layers if layer in branch]:
+                    swapped[together, :length] = _shifted(source_ids, target_ids, together, codebooks, kinds)
             continue
         if matching == "position":
             frames = torch.arange(length, device=ids.device) % target_ids.shape[1]

@@ -74,6 +74,12 @@ class PublishedCodec(nn.Module):
         return self.model.config.model_type != "dac"
 
     @property
+    def branches(self) -> list[range]:
+        """The layers of each cascade: Mimi has its first one beside the others."""
+        split = self.model.config.model_type == "mimi"
+        return [range(1), range(1, self.num_codebooks)] if split else [range(self.num_codebooks)]
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 

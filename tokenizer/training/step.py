@@ -168,6 +168,9 @@ def average_weights(codec: SpeechCodec, decay: float | None) -> AveragedModel | 
     """
     if decay is None:
         return None
+    units = codec.units
+    object.__setattr__(codec, "units", None)  # frozen, and as large as a whole encoder: not to be copied
     averaged = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
-    object.__setattr__(averaged.module, "units", codec.units)  # frozen, and as large as a whole encoder
+    for one in (codec, averaged.module):
+        object.__setattr__(one, "units", units)
     return averaged

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from speechllm import DataError
 from speechllm.data.conversations import LazyRows, Row
 from speechllm.data.rows import mixed, read_rows, same_answer
 from speechllm.messages import Audio, Message
@@ -76,6 +77,9 @@ def test_sources_are_one_after_the_other_with_their_weights() -> None:
     assert [row.name for row in both] == ["lazy 0", "lazy 1", "a", "b"] and weights.tolist() == [1, 1, 4, 2]
     assert mixed((lazy, 1.0))[1] is None and mixed((LazyRows(0, both.make), 0.0), (rows[:1], 1.0))[1] is None
     assert both[-1].name == "b" and [row.name for row in both[1:3]] == ["lazy 1", "a"]
+    with pytest.raises(DataError, match="all 2 rows have a weight of 0"):
+        mixed((rows, 0.0))
+    assert len(mixed((rows[:0], 1.0))[0]) == 0
 
 
 @pytest.mark.parametrize(

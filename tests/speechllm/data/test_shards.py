@@ -410,6 +410,22 @@ def test_a_batch_holds_similar_lengths_and_no_more_seconds_than_asked_for(
     assert all(len(batch) * max(batch) <= 0.5 * RATE for batch in found)
 
 
+def test_a_recording_whose_features_float16_cannot_hold_is_skipped(
+    tmp_path: Path, speech: list[Utterance], features: FeatureEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, encode_batch = len(load_audio(speech[1].path)), Encoding.encode_batch
+
+    def overflowing(self: Encoding, codec: AudioTokenizer, waveforms: list[Tensor]) -> list:
+        found = encode_batch(self, codec, waveforms)
+        return [1e9 * x if len(waveform) == size else x for x, waveform in zip(found, waveforms, strict=True)]
+
+    monkeypatch.setattr(Encoding, "encode_batch", overflowing)
+    assert sum(encode(speech[:3], features, tmp_path, batch_s=0.5)) == 3
+    assert load_codes(tmp_path)[0]["id"] == [speech[0].id, speech[2].id]
+    (row,) = skipped_of_shards(tmp_path)
+    assert (row["id"], row["reason"]) == (speech[1].id, "no features") and "beyond float16" in row["detail"]
+
+
 def test_a_tokenizer_that_does_not_say_it_can_is_given_one_utterance_at_a_time(
     tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,16 +43,16 @@ def test_float32_is_not_timed(
     [
         (True, None, ("cuda", torch.bfloat16)),
         (True, "bf16", ("cuda", torch.bfloat16)),
-        (True, "no", ("cuda", None)),
-        (False, None, ("cpu", None)),
-        (False, "no", ("cpu", None)),
+        (True, "no", ("cuda", torch.float32)),
+        (False, None, ("cpu", torch.float32)),
+        (False, "no", ("cpu", torch.float32)),
         (False, "bf16", ("cpu", torch.bfloat16)),
     ],
 )
 def test_a_model_decodes_in_bfloat16_on_gpus_and_where_it_is_asked_for(
     gpu: bool,
     precision: str | None,
-    expected: tuple[str, torch.dtype | None],
+    expected: tuple[str, torch.dtype],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -27,10 +27,11 @@ from torch import Tensor
 import speechllm
 from speechllm import SpeechLLM, convert_voice, load_audio, reconstruct, save_audio, transcribe
 from speechllm.cli.main import main
+from speechllm.pauses import quietest
 from speechllm.pieces import pieces
 from speechllm.serving import app as app_module
 from speechllm.serving import door
-from speechllm.serving.app import TRANSCRIPTIONS, make_app, while_connected
+from speechllm.serving.app import TRANSCRIPTIONS, Service, make_app, while_connected
 from speechllm.serving.door import Limits, Refused
 from speechllm.serving.hosts import is_loopback
 
@@ -253,7 +254,9 @@ def test_forms_are_small_beside_their_file(client: TestClient, recording: Path) 
     assert refusal(ask(client, recording, **{f"field_{i}": "" for i in range(20)}))[0] == 400
     for headers in ({"content-type": "application/json"}, _boundary()):
         response = client.post("/v1/codec/decode", content=b" " * 5_000_000, headers=headers)
-        assert refusal(response)[0] == 413
+        assert refusal(response) == (413, "at most 4 MB are taken")
+    form = {"file": ("a.wav", b" " * 5_000_000)}  # which nobody reads, so that its length is not what is wrong
+    assert refusal(client.post("/v1/audio/translations", files=form))[0] == 404
 
 
 def test_what_takes_too_long_is_given_up(speech_llm: SpeechLLM, recording: Path) -> None:
@@ -285,6 +288,19 @@ def test_nothing_is_computed_for_a_caller_who_has_left(speech_llm: SpeechLLM) ->
     with pytest.raises(Refused, match="the caller has left"):
         asyncio.run(while_connected(Request({"type": "http"}, receive), work()))
     assert cancelled == [True]
+
+
+def test_the_model_does_not_work_for_a_caller_who_has_left(client: TestClient, speech_llm: SpeechLLM) -> None:
+    service, asked = Service(speech_llm, "tiny", Limits(), 1, quietest, 1, 0.0), Future()
+    service.engine.close()
+    service.engine = SimpleNamespace(call=lambda work: asked)
+
+    async def receive() -> dict:
+        return {"type": "http.disconnect"}
+
+    with pytest.raises(Refused, match="the caller has left"):
+        asyncio.run(service.work(Request({"type": "http"}, receive), print))
+    assert asked.cancelled()
 
 
 # ---- over a socket

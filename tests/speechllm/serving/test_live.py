@@ -164,11 +164,17 @@ def test_nothing_is_transcribed_for_a_speaker_who_has_left(engine: Engine, monke
     added = []
 
     class Socket:
+        def __init__(self, *content: bytes):
+            self.content = iter(content)
+
         async def receive_bytes(self) -> bytes:
+            if content := next(self.content, b""):
+                return content
             raise WebSocketDisconnect
 
     monkeypatch.setattr(LiveSpeech, "add", lambda *words: added.append(words))
-    asyncio.run(transcribe_live(Socket(), LiveSpeech(engine, RATE), 60))
+    for socket in (Socket(), Socket(b"1234", b"5678")):
+        asyncio.run(transcribe_live(socket, LiveSpeech(engine, RATE), 60))
     assert not added
 
 

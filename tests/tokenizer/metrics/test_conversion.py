@@ -111,14 +111,24 @@ def test_by_mean_a_shift_by_nothing_finds_the_codes_again() -> None:
     assert torch.equal(swap_layers(source, source, [1, 2], "mean", books).ids, source.ids)
 
 
-def test_by_mean_layer_0_may_have_a_space_of_its_own() -> None:
+def test_by_mean_layer_0_may_have_a_space_of_its_own(make_codec: Callable[..., SpeechCodec]) -> None:
     """As in Mimi, where the sum of its vector and those of the other layers means nothing."""
     torch.manual_seed(0)
     books = torch.cat([100 + torch.randn(1, 8, 2), torch.randn(2, 8, 2) * torch.tensor([1.0, 0.01])[:, None, None]])
     source = Codes.from_utterances([torch.randint(8, (3, 30))])
-    found = swap_layers(source, source, [0, 1, 2], "mean", books).ids
-    assert torch.equal(found, source.ids)
-    assert torch.equal(swap_layers(source, source, [0], "mean", books).ids, source.ids[:, :1])
+    branches = [range(1), range(1, 3)]
+    assert torch.equal(swap_layers(source, source, [0, 1, 2], "mean", books, branches).ids, source.ids)
+    assert torch.equal(swap_layers(source, source, [0], "mean", books, branches).ids, source.ids[:, :1])
+    assert conversion.branches_of(make_codec(num_codebooks=3, quantizer="split")) == branches
+    assert conversion.branches_of(make_codec(num_codebooks=3)) == [range(3)]
+
+
+def test_by_mean_what_one_layer_leaves_the_next_one_codes() -> None:
+    """In a cascade the vectors of all layers together are what is searched for."""
+    books = torch.stack([torch.arange(8.0)[:, None], (torch.arange(8.0)[:, None] - 4) / 8])
+    found = swap_layers(codes([[0] * 40, [4] * 40]), codes([[1] * 40, [7] * 40]), [0, 1], "mean", books).utterance(0)
+    reached = books[0, found[0]] + books[1, found[1]]  # from 0 to 1.375, with emphasis
+    torch.testing.assert_close(reached, torch.full_like(reached, conversion.EMPHASIS * 1.375), atol=0.063, rtol=0)
 
 
 @pytest.mark.parametrize("layers", [[], [3], [-1], [0, 3]])
