@@ -156,7 +156,10 @@ from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.run import read_log
 from speechllm.runs.stages import Stages
+from tokenizer.corpus import CorpusError, read_corpus
 from tokenizer.files import read_json, read_jsonl, write_json, write_text
+from tokenizer.ravdess import parse_ravdess
+from tokenizer.utterances import spell_corpora
 
 
 def main(config: CompareConfig) -> None:
@@ -164,6 +167,8 @@ def main(config: CompareConfig) -> None:
     claim_output(run, config, None if (run / "demo.json").exists() else "stages.json")
     commands, stages = plan(config, run), Stages(run, RECIPES)
     stages.check(commands, CHANGES)
+    if any("emotion" in tasks_of(system, config) for system in config.systems):
+        require_emotions(config.emotion_data or config.data)
     try:
         stages.run(commands, SHARED, SINGLE)
     finally:  # also after a failure: with the results so far
@@ -176,6 +181,12 @@ def main(config: CompareConfig) -> None:
         title = "Comparison of tokenizers"
         write_comparison(run / "report.html", title=title, results=results, tables=tables, provenance=made)
     print(page)
+
+
+def require_emotions(data: Corpus) -> None:
+    """Raise CorpusError, before the hours of training, for a corpus without the names by which RAVDESS is labelled."""
+    if not any(parse_ravdess(utterance.id) for utterance in read_corpus(data)):
+        raise CorpusError(f"{spell_corpora(data)}: no name of RAVDESS, which the task emotion needs: set emotion_data")
 
 
 def plan(config: CompareConfig, run: Path) -> Commands:

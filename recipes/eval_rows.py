@@ -2,9 +2,10 @@
 
     python recipes/eval_rows.py model=RUN/model codes=CODES rows=ROWS.jsonl output=RESULTS splits=test
 
-ROWS.jsonl: rows of messages as train_asr reads them (recipes/README.md), each with the right answer as its last
-message. An answer is right if it equals that; where that is an object or a list in JSON, if it is the same value.
-Writes RESULTS/results.json, RESULTS/predictions.jsonl and RESULTS/report.html.
+ROWS.jsonl: rows of messages as train_asr reads them (recipes/README.md). Where the last message is the assistant's, it
+is the right answer, which the model does not see: its own is right if it equals that; where that is an object or a list
+in JSON, if it is the same value. Rows that end with a question are answered and not counted. Writes
+RESULTS/results.json, RESULTS/predictions.jsonl and RESULTS/report.html.
 """
 
 import time
@@ -35,12 +36,12 @@ class EvalRowsConfig(Settings):
 if __name__ == "__main__":  # help and mistakes are answered before torch is loaded
     CONFIG = parse_config(EvalRowsConfig)
 
-from speechllm import DataError, load_codes, load_speech_llm, merge
-from speechllm.data.conversations import Conversations
+from speechllm import load_codes, load_speech_llm, merge
+from speechllm.data.conversations import Conversations, Row
 from speechllm.data.rows import read_rows, same_answer
 from speechllm.decoding import answer
 from speechllm.evaluation.error_rates import mean_and_interval
-from speechllm.evaluation.tables import plain
+from speechllm.evaluation.tables import Table, cell, markdown
 from speechllm.messages import ConversationWriter
 from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import decoding_device, provenance
@@ -54,9 +55,7 @@ def main(config: EvalRowsConfig) -> None:
     device, dtype = decoding_device(config.precision)
     speech, encoding = load_codes(config.codes, config.splits)
     numbers = {name: number for number, name in enumerate(speech["id"])}
-    rows = [row for file in config.rows for row in read_rows(file, numbers)]
-    if unanswered := [row.name for row in rows if row.turns[-1].role != "assistant"]:
-        raise DataError(f"{unanswered[0]}: the last message is not the assistant's, expected the right answer there")
+    rows = [row for file in config.rows for row in read_rows(file, numbers, learnt=False)]
     speech_llm = merge(load_speech_llm(config.model, device=device, dtype=dtype, base=config.base, with_codec=False))
     speech_llm.vocabulary.require(encoding)
     writer = ConversationWriter(speech_llm.vocabulary, speech_llm.text_tokenizer)
@@ -70,40 +69,48 @@ def main(config: EvalRowsConfig) -> None:
         beams=config.beams,
         static_cache=config.static_cache,
     )
-    predictions = [
-        {"row": row.name, "task": row.task, "reference": (right := row.answers[-1]), "hypothesis": given.text}
-        | {"correct": same_answer(right, given.text)}
-        for row, given in zip(rows, found, strict=True)
-    ]
-    tasks = sorted({row.task for row in rows})
+    predictions = [prediction(row, given.text) for row, given in zip(rows, found, strict=True)]
+    tasks = sorted({row.task for row in rows if row.answered})
     results: dict[str, Any] = {
         "tasks": {task: score([one for one in predictions if one["task"] == task]) for task in tasks},
+        "unanswered": sum(not row.answered for row in rows),  # rows without a right answer to compare with
         "codec_fingerprint": encoding.fingerprint,
         **provenance(config, time.perf_counter() - started),
     }
     write_jsonl(folder / "predictions.jsonl", predictions)
     write_json(folder / "results.json", results)
-    write_results_report(folder / "report.html", f"{config.model}: {', '.join(tasks)}", results)
-    print("| task | rows | correct | 95 % interval | most frequent answer |")
-    print("|---|---|---|---|---|")
-    for task, result in results["tasks"].items():
-        low, high = result["ci95"]
-        print(
-            f"| {task} | {result['rows']} | {result['correct']:.1%} | {plain(low, '.1%')} to {plain(high, '.1%')} | "
-            f"{result['most_frequent']:.1%} |"
-        )
+    tables = [table(results["tasks"])] if tasks else []
+    write_results_report(folder / "report.html", f"{config.model}: answers", results, tables)
+    print(markdown(tables) + f"answers in {folder / 'predictions.jsonl'}")
+
+
+def prediction(row: Row, text: str) -> dict[str, Any]:
+    """The answer to a row, and whether it is right, where the row says what is."""
+    right = {"reference": row.answers[-1], "correct": same_answer(row.answers[-1], text)} if row.answered else {}
+    return {"row": row.name, "task": row.task, "hypothesis": text, **right}
 
 
 def score(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Share of right answers, and that of always giving the most frequent one."""
-    correct = mean_and_interval([one["correct"] for one in predictions])
-    most = Counter(one["reference"] for one in predictions).most_common(1)[0][1]
+    """Share of right answers, and that of always giving the most frequent one, of the rows that say what is right."""
+    counted = [one for one in predictions if "correct" in one]
+    correct = mean_and_interval([one["correct"] for one in counted])
+    most = Counter(one["reference"] for one in counted).most_common(1)[0][1]
     return {
-        "rows": len(predictions),
+        "rows": len(counted),
         "correct": correct["mean"],
         "ci95": correct["ci95"],
-        "most_frequent": most / len(predictions),
+        "most_frequent": most / len(counted),
     }
+
+
+def table(tasks: dict[str, dict[str, Any]]) -> Table:
+    """The scores, a row for each task."""
+    head = ["task", "rows", "correct", "most frequent answer"]
+    rows = [
+        [task, str(one["rows"]), cell({**one, "mean": one["correct"]}, ".1%"), f"{one['most_frequent']:.1%}"]
+        for task, one in tasks.items()
+    ]
+    return Table("Answers", head, rows)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,8 @@ class AsrConfig(Settings):
             yield "speech_loss predicts codes that prefix_attention shows already: set one of them"
         if self.transcription_weight == 0 and not self.rows:
             yield "transcription_weight=0 leaves nothing to train on without rows"
+        if self.transcription_weight == 0 and self.dev_splits and (self.keep_best or self.patience is not None):
+            yield "transcription_weight=0 trains no transcription, which dev_splits measure: set dev_splits=null"
         if self.model is None and self.small.text_steps >= self.steps:
             yield f"small.text_steps must be below steps = {self.steps}, got {self.small.text_steps}: no audio is heard"
         if self.patience is not None and not self.dev_splits:
@@ -137,14 +139,7 @@ from speechllm import (
     prepare_adapter,
 )
 from speechllm.data.augmentation import Augmentation
-from speechllm.data.conversations import (
-    Conversations,
-    LazyRows,
-    Row,
-    StepExamples,
-    step_examples,
-    transcription_rows,
-)
+from speechllm.data.conversations import Conversations, LazyRows, Row, StepExamples, step_examples, transcription_rows
 from speechllm.data.encoded import require_texts, transcribed
 from speechllm.data.rows import mixed, read_rows
 from speechllm.data.spelling import letters_of_codes

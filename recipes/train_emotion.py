@@ -71,6 +71,7 @@ from torch import Tensor
 from speechllm import Codes, DataError, Encoding, load_codes, load_tokenizer
 from speechllm.data.batches import endless_batches
 from speechllm.evaluation.error_rates import mean_and_interval
+from speechllm.evaluation.tables import Table, cell
 from speechllm.reports.pages import write_emotion_report
 from speechllm.reports.plots import confusion_figure, save_figure
 from speechllm.runs.loop import Parts, TrainingLoop
@@ -261,14 +262,11 @@ def report(
     layers = "+".join(map(str, config.layers))
     title = f"{config.codec}, layer {layers}: emotions"
     write_emotion_report(folder / "report.html", title, results, log)
-    low, high = results["ci95_actors"]
-    print("| codec | layers | tokens/s | accuracy | 95 % over actors | mean recall | shuffled labels | chance |")
-    print("|---|---|---|---|---|---|---|---|")
-    print(
-        f"| {config.codec} ({encoding.fingerprint[:8]}) | {layers} | {results['tokens_per_second']:.0f} | "
-        f"{results['accuracy']:.1%} | {low:.1%} to {high:.1%} | {results['unweighted_average_recall']:.1%} | "
-        f"{results['accuracy_shuffled_labels']:.1%} | {results['chance']:.1%} |"
-    )
+    accuracy = cell({"mean": results["accuracy"], "ci95": results["ci95_actors"]}, ".1%")
+    head = ["codec", "layers", "tokens/s", "accuracy (95 % over actors)", "mean recall", "shuffled labels", "chance"]
+    row = [f"{config.codec} ({encoding.fingerprint[:8]})", layers, f"{results['tokens_per_second']:.0f}", accuracy]
+    row += [f"{results[name]:.1%}" for name in ("unweighted_average_recall", "accuracy_shuffled_labels", "chance")]
+    print(Table("Emotions", head, [row]).markdown())
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class TeacherConfig(Settings):
     batch_size: Count = 32  # over all processes
     learning_rate: Positive = 2e-3
     warmup: Count = 30  # steps
-    max_duration_s: Positive = 12.0  # longer utterances are skipped
+    max_duration_s: Positive = 12.0  # longer utterances are left out where the whole is read: not of a speaker's crops
     crop_s: CropLength = 1.0  # speaker: seconds per example
     save_every: Count = 200  # steps between checkpoints
     seed: Seed = 0
@@ -87,8 +87,10 @@ Batch = tuple[list[Utterance], tuple[Tensor, ...]]  # and what the student's `fo
 
 def main(config: TeacherConfig) -> None:
     accelerator = make_accelerator()
-    utterances = short_enough(config, config.splits)
-    dev = spread(short_enough(config, config.dev_splits), 8 * config.batch_size) if config.dev_splits else []
+    corpus = read_corpus(config.data, config.splits)
+    utterances = corpus if config.kind == "speaker" else short_enough(corpus, config)
+    dev = short_enough(read_corpus(config.data, config.dev_splits), config) if config.dev_splits else []
+    dev = spread(dev, 8 * config.batch_size)
     run = Run(config.output, config, accelerator, free=MAY_CHANGE)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
@@ -102,6 +104,8 @@ def main(config: TeacherConfig) -> None:
         f"{config.kind} teacher: {len(student.utterances)} utterances, {config.steps} steps, "
         f"{sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters"
     )
+    if longer := len(corpus) - len(utterances):
+        accelerator.print(f"left out: {longer} utterances are longer than max_duration_s = {config.max_duration_s:g}")
     model = accelerator.prepare(student)
     parameters = student.groups() if config.init else student.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
@@ -142,9 +146,13 @@ def main(config: TeacherConfig) -> None:
     accelerator.wait_for_everyone()
 
 
-def short_enough(config: TeacherConfig, splits: list[str] | None) -> list[Utterance]:
-    """The utterances of some splits that are not too long."""
-    return [u for u in read_corpus(config.data, splits) if u.duration_s <= config.max_duration_s]
+def short_enough(utterances: list[Utterance], config: TeacherConfig) -> list[Utterance]:
+    """Those that are not too long. Raises CorpusError if all are."""
+    short = [u for u in utterances if u.duration_s <= config.max_duration_s]
+    if not short:
+        found = f"all utterances are longer than max_duration_s = {config.max_duration_s:g}: raise it"
+        raise CorpusError(f"{spell_corpora(config.data)}: {found}")
+    return short
 
 
 def numbered(names: Iterable[str], start: int = 0) -> dict[str, int]:

@@ -41,8 +41,8 @@ def reading(
 def unreachable(name: str | Path, expected: str) -> str:
     """The message about a hub name that cannot be had."""
     return (
-        f"{name}: no such folder, and no hub model that can be reached: expected {expected}; without a network, "
-        "download it elsewhere and give its folder"
+        f"{name}: no such folder, and no hub model that can be reached: expected {expected}; if it is gated or "
+        "private, log in with hf auth login; without a network, download it elsewhere and give its folder"
     )
 
 

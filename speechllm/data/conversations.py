@@ -31,6 +31,11 @@ class Row:
     weight: float = 1.0
 
     @property
+    def answered(self) -> bool:
+        """Whether the last message is an answer."""
+        return self.turns[-1].role == "assistant"
+
+    @property
     def answers(self) -> list[str]:
         """What the assistant says, one text per message."""
         return ["".join(map(str, turn.parts)) for turn in self.turns if turn.role == "assistant"]
@@ -93,8 +98,9 @@ class Conversations:
         return conversation_example(self._turns(place), self.writer, self.learn_speech)
 
     def prompt(self, place: int) -> Example:
-        """The model's input before the last message of a row."""
-        return conversation_example(self._turns(place)[:-1], self.writer, answering=True)
+        """The model's input before the answer that a row ends with, or after a row without one."""
+        turns = self._turns(place)
+        return conversation_example(turns[: len(turns) - self.rows[place].answered], self.writer, answering=True)
 
     def _turns(self, place: int) -> list[Message]:
         return [replace(turn, parts=tuple(map(self._heard, turn.parts))) for turn in self.rows[place].turns]

@@ -19,18 +19,19 @@ class RowError(InputError):
     """A row of messages that cannot be used; the message names the file and the row."""
 
 
-def read_rows(file: str | Path, numbers: Mapping[str, int]) -> list[Row]:
+def read_rows(file: str | Path, numbers: Mapping[str, int], learnt: bool = True) -> list[Row]:
     """The rows of a JSONL file, in the form of chats: {"messages": [...], "task": ..., "weight": ...} in each line.
 
     A message is {"role": "system", "user" or "assistant", "content": a text or a list of parts}; a part is
     {"type": "text", "text": ...} or {"type": "audio", "id": an utterance's}; assistants answer in text. task: a name
     under which answers are scored; weight: how often the row is read in an epoch, 1 if not given.
-    numbers: of the encoded utterances, by their ids. Raises RowError or TableError for the first row that is wrong.
+    numbers: of the encoded utterances, by their ids. learnt: whether a row must hold an answer, as for training. Raises
+    RowError or TableError for the first row that is wrong.
     """
     rows = []
     for place, cells in json_rows(str(file), read_text(file)):
         try:
-            rows.append(_row(cells, numbers, place))
+            rows.append(_row(cells, numbers, place, learnt))
         except ValueError as error:
             raise RowError(f"{place}: {error}") from error
     if not rows:
@@ -38,12 +39,12 @@ def read_rows(file: str | Path, numbers: Mapping[str, int]) -> list[Row]:
     return rows
 
 
-def _row(cells: dict[str, Any], numbers: Mapping[str, int], place: str) -> Row:
+def _row(cells: dict[str, Any], numbers: Mapping[str, int], place: str, learnt: bool) -> Row:
     messages = cells.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages is {shown(messages)}, expected a list of messages")
     turns = [_message(message, numbers) for message in messages]
-    if not any(turn.role == "assistant" for turn in turns):
+    if learnt and not any(turn.role == "assistant" for turn in turns):
         raise ValueError("no message by the assistant, expected an answer to learn")
     if any(turn.role == "assistant" and not "".join(map(str, turn.parts)).strip() for turn in turns):
         raise ValueError("an answer of the assistant is empty, expected text")

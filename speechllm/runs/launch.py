@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from speechllm.runs.config import shipped
 from speechllm.runs.signals import (
     Interrupted,
@@ -23,6 +25,7 @@ from speechllm.runs.signals import (
     say_interrupted,
 )
 from tokenizer.errors import InputError
+from tokenizer.reading import reading
 
 
 def find_recipe(name: str) -> Path:
@@ -51,6 +54,13 @@ def recipe_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
+def processes_of(file: Path) -> int:
+    """How many processes a configuration of Accelerate starts on each machine that need a GPU each."""
+    with reading(file, "a configuration of Accelerate", "write one with accelerate config"):
+        asked = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return 0 if asked.get("use_cpu") else asked.get("num_processes", 0) // asked.get("num_machines", 1)
+
+
 def launch(how: int | Path, file: str, words: Sequence[str]) -> int:
     """Start the processes, wait for them and return the exit code. The processes print their own errors.
 
@@ -64,9 +74,11 @@ def launch(how: int | Path, file: str, words: Sequence[str]) -> int:
     from speechllm.runs.machine import available_cpus
 
     gpus, own = torch.cuda.device_count(), dict(os.environ)
+    each = how if isinstance(how, int) else processes_of(how) if gpus else 0
+    if 0 < gpus < each:
+        mend = f"use --processes {gpus}" if isinstance(how, int) else f"copy {how} and change num_processes"
+        raise InputError(f"{each} processes need one GPU each, but there are {gpus}: {mend}")
     if isinstance(how, int):
-        if 0 < gpus < how:
-            raise InputError(f"{how} processes need one GPU each, but there are {gpus}: use --processes {gpus}")
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // how)))
     # forwarded to the processes, which save a checkpoint: torch's own, and the one by which Slurm announces the end
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")

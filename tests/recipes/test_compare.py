@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import yaml
 
-from speechllm import ConfigError, InputError, RunError, paired_bootstrap, word_error_rate
+from speechllm import ConfigError, CorpusError, InputError, RunError, paired_bootstrap, word_error_rate
 from speechllm.evaluation.comparison import (
     comparison_tables,
     difference_table,
@@ -202,6 +202,20 @@ def test_the_comparison_at_the_papers_size_would_be_accepted(
     )
     with pytest.raises(RunError, match=r"; ours: tokenizer\] train_tokenizer.py splits=train-clean-100: .* no split"):
         Stages(tmp_path, compare.RECIPES).check(compare.plan(changed, tmp_path / "run"))
+
+
+def test_a_corpus_without_emotions_is_refused_before_anything_is_trained(
+    compare: ModuleType, config_of: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Stages, "check", lambda *_: None)
+    monkeypatch.setattr(Stages, "run", lambda *_: pytest.fail("began"))
+    (tmp_path / "a.wav").touch()
+    (tmp_path / "manifest.jsonl").write_text('{"path": "a.wav", "duration_s": 1, "id": "03-01-05-01-02-02-16"}\n')
+    compare.require_emotions([str(tmp_path)])
+    (tmp_path / "manifest.jsonl").write_text('{"path": "a.wav", "duration_s": 1}\n')
+    keys = {"tasks": ["emotion"], "emotion": "e.yaml", "data": str(tmp_path), "output": str(tmp_path / "run")}
+    with pytest.raises(CorpusError, match="no name of RAVDESS, which the task emotion needs: set emotion_data"):
+        compare.main(config_of(systems=[{"name": "a", "tokenizer": "x"}], **keys))
 
 
 @pytest.mark.parametrize("name", ["exp #2", "12:30", "a, b", "it's", 'a "b"', "a=b", "a\nb", "[x]", "caf\udce9"])

@@ -408,6 +408,7 @@ def rows(work: Work) -> Work:
     ]
     write_jsonl(work.folder / "count.jsonl", asked)
     write_jsonl(work.folder / "text.jsonl", [{"messages": [{"role": "user", "content": "LAMP"}, said("RED")]}])
+    write_jsonl(work.folder / "open.jsonl", [{"messages": asked[0]["messages"][:1], "task": "count"}])
     write_jsonl(work.folder / "bad.jsonl", [asked[0], {"messages": [{"role": "user", "content": ask}]}])
     (work.folder / "held_out.txt").write_text("TURN ON\n\nTHE LAMP IS RED\n", encoding="utf-8")
     return work
@@ -429,22 +430,31 @@ def test_other_tasks_are_learnt_beside_transcription_and_answers_counted(
     count = [len(ids) - 1 for ids in small_text_tokenizer(TEXTS, 300)(["TURN ON", "THE LAMP IS RED"])["input_ids"]]
     assert (done["text_words"], done["text_tokens"]) == (6, sum(count))  # each line's first token is not predicted
     eval_rows = recipe("eval_rows.py")
-    config = eval_rows.EvalRowsConfig("tasks/model", "codes", ["count.jsonl", "text.jsonl"], "answers", answer_tokens=5)
-    eval_rows.main(config)
+    files = ["open.jsonl", "count.jsonl", "text.jsonl"]
+    eval_rows.main(eval_rows.EvalRowsConfig("tasks/model", "codes", files, "answers", answer_tokens=5))
     results = json.loads(Path("answers/results.json").read_text(encoding="utf-8"))
-    found = read_jsonl("answers/predictions.jsonl")
+    asked, *found = read_jsonl("answers/predictions.jsonl")
     assert {task: one["rows"] for task, one in results["tasks"].items()} == {"count": 12, "untitled": 1}
     assert [row["reference"] for row in found[-2:]] == ["u11", "RED"] and found[0]["row"] == "count.jsonl, row 1"
     assert results["tasks"]["count"]["correct"] == sum(row["correct"] for row in found[:12]) / 12
+    assert results["unanswered"] == 1 and asked == {
+        "row": "open.jsonl, row 1",
+        "task": "count",
+        "hypothesis": found[0]["hypothesis"],  # to the same question about the same recording
+    }
+    assert "| count | 12 | " in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"bad\.jsonl, row 2: no message by the assistant"):
         here(f"{BASE} model=base output=never", "rows=[{file: bad.jsonl}]")
     assert not (rows.folder / "never").exists()
 
 
-def test_only_other_tasks_need_no_transcripts(rows: Work, here: Callable) -> None:
+def test_only_other_tasks_need_no_transcripts(rows: Work, here: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"{BASE} model=base transcription_weight=0 dev_splits=null steps=2 output=only"
     here(words, "rows=[{file: count.jsonl}]")
     assert rows.done("only")["steps"] == 2
+    with pytest.raises(SystemExit):  # the best checkpoint would be that of a task that is not learnt
+        here(f"{BASE} model=base transcription_weight=0 output=never", "rows=[{file: count.jsonl}]")
+    assert "transcription_weight=0 trains no transcription, which dev_splits measure" in capsys.readouterr().err
 
 
 # ---- started in this process

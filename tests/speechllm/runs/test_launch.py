@@ -137,7 +137,7 @@ def test_several_processes_of_a_recipe_that_would_all_do_the_same_are_refused(tm
     assert ended.stderr.startswith("eval_asr.py does not share its work")
 
 
-def test_on_gpus_accelerate_starts_them_and_each_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_gpus_accelerate_starts_them_and_each_needs_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from speechllm.runs import launch
 
     asked = []
@@ -151,6 +151,12 @@ def test_on_gpus_accelerate_starts_them_and_each_needs_one(monkeypatch: pytest.M
     assert arguments.training_script_args == ["--config", "x.yaml", "steps=1"]
     with pytest.raises(ValueError, match="3 processes need one GPU each, but there are 2"):
         launch.launch(3, "job.py", [])
+    for name, start in (("fsdp2", "8 processes need one GPU each, but there are 2: copy"), ("two_machines", "8 proc")):
+        with pytest.raises(ValueError, match=start):
+            launch.launch(ROOT / "configs" / "accelerate" / f"{name}.yaml", "job.py", [])
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(ValueError, match=r"bad\.yaml is not a configuration of Accelerate"):
+        launch.launch(tmp_path / "bad.yaml", "job.py", [])
 
 
 def test_a_configuration_of_accelerate_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
