@@ -98,9 +98,10 @@ from speechllm.training.kernels import compile_layers, require_liger, use_liger
 from speechllm.training.optimization import make_optimizer
 from tokenizer.corpus import load_each, spread
 from tokenizer.files import write_json
+from tokenizer.training.averaging import average_weights
 from tokenizer.training.crops import Crops, StepSampler
 from tokenizer.training.small_teachers import random_ecapa, random_hubert
-from tokenizer.training.step import CodecLoss, average_weights, draw_layers, parameter_groups, remember_statistics
+from tokenizer.training.step import CodecLoss, draw_layers, parameter_groups, remember_statistics
 
 Row = dict[str, Any]
 
@@ -361,9 +362,6 @@ def decode(rehearsal: Rehearsal) -> Row:
         "disk_gb": None,
         "speed": f"{3600 * hours / found['step_s']:.3g} s of speech/s",
     }
-
-
-# ---- models without a network
 
 
 def language_model(rehearsal: Rehearsal) -> SpeechLLM:

@@ -87,7 +87,7 @@ class AsrConfig(Settings):
     gradient_checkpointing: bool = False  # less memory for one third more computation
     compile: bool = False  # the layers, by torch.compile; takes minutes first
     liger: bool = False  # kernels of the extra `liger`, on a CUDA GPU
-    weight_average: Decay | None = None  # decay of a moving average of the weights, which is evaluated and exported
+    weight_average: Decay | None = None  # largest decay of a moving average of the weights, which is exported
     validate_every: Count = 1000  # steps
     dev_utterances: Count = 100  # at most, evenly chosen, for the WER while training
     keep_best: bool = True  # export the best checkpoint instead of the last one

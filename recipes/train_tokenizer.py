@@ -108,7 +108,7 @@ class TokenizerConfig(Settings):
     start: str | None = None  # folder or hub name of a codec of the same configuration, to train on; null: a new one
     linear_start: bool = False  # of a new codec of body convnext: begin as the best linear code of the spectra
     codebook_decay: Share = 0.99  # of the codebooks' moving averages; 0.99 is too slow for a few hundred steps
-    weight_average: Decay | None = None  # decay of a moving average of the weights, which is exported; null: none
+    weight_average: Decay | None = None  # largest decay of a moving average of the weights, which is exported
     steps: Count = 200_000
     batch_size: Count = 32  # crops over all processes
     crop_s: CropLength = 3.0  # seconds per crop
@@ -185,20 +185,14 @@ from tokenizer.corpus import load_usable, spread
 from tokenizer.files import atomic_folder
 from tokenizer.loading import load_codec, load_discrete
 from tokenizer.schemes.features import load_semantic_teacher
+from tokenizer.training.averaging import average_weights
 from tokenizer.training.crops import Crops, StepSampler, require_equal_shares
 from tokenizer.training.discriminators import Adversary, make_discriminators
 from tokenizer.training.distillation import AcousticDistillation, SemanticDistillation, SpeakerDistillation
 from tokenizer.training.feature_cache import UnitIds, fill_caches
 from tokenizer.training.initialization import initialize_codec, start_from
 from tokenizer.training.losses import Balancer, MultiScaleMelLoss, ReconstructionLoss
-from tokenizer.training.step import (
-    CodecLoss,
-    DistillationLoss,
-    average_weights,
-    draw_layers,
-    parameter_groups,
-    remember_statistics,
-)
+from tokenizer.training.step import CodecLoss, DistillationLoss, draw_layers, parameter_groups, remember_statistics
 from tokenizer.training.teachers import SpeakerTeacher
 from tokenizer.training.validation import BestWeights, validate_codec
 

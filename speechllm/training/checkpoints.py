@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from tokenizer.training.averaging import decay_at
+
 
 @dataclass
 class Best:
@@ -30,8 +32,9 @@ class TrainingState:
     """The state of a training: weights, optimizer moments, average of the weights, best checkpoint.
 
     evaluated: the model that is validated and exported, within `evaluation_weights`: the trained model, in the first
-    `evaluators` processes, or with FSDP an unsharded copy, in the main process. decay: per step, of an exponential
-    moving average of the trained weights, which is evaluated in their place. Create this before `accelerator.prepare`.
+    `evaluators` processes, or with FSDP an unsharded copy, in the main process. decay: per step, at most (`decay_at`),
+    of a moving average of the trained weights, which is evaluated in their place. Create this before
+    `accelerator.prepare`.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, decay: float | None = None):
@@ -42,6 +45,7 @@ class TrainingState:
         self.evaluators = 1 if self.sharded else accelerator.num_processes
         self.decay = decay
         self.average: dict[str, Tensor] = {}  # starts at the first step
+        self.updates = 0  # of the average
         self.best = Best()
         needs_copy = self.main and self.sharded
         self.evaluated = copy.deepcopy(model).to(accelerator.device) if needs_copy else model
@@ -52,9 +56,11 @@ class TrainingState:
             return
         weights = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         if self.average:
-            torch._foreach_lerp_([self.average[name] for name in weights], [*weights.values()], 1 - self.decay)
+            share = 1 - decay_at(self.decay, self.updates)
+            torch._foreach_lerp_([self.average[name] for name in weights], [*weights.values()], share)
         else:
             self.average = {name: weight.clone() for name, weight in weights.items()}
+        self.updates += 1
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
@@ -93,6 +99,7 @@ class TrainingState:
             "model": trained_weights(self.model, self.main),
             "optimizer": _unsharded(self.optimizer.state_dict(), self.main),
             "average": _unsharded(self.average, self.main),
+            "updates": self.updates,
             "best": dict(vars(self.best)),
         }
 
@@ -100,7 +107,7 @@ class TrainingState:
         """Restore what `state_dict` returned. Every process must call it."""
         load_weights(self.model, state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
-        self.best = Best(**state["best"])
+        self.best, self.updates = Best(**state["best"]), state["updates"]
         parameters = dict(self.model.named_parameters())
         self.average = {name: value.to(parameters[name], copy=True) for name, value in state["average"].items()}
 

@@ -13,8 +13,8 @@ from speechllm import ConfigError, InputError, SpeechCodecConfig, load_tokenizer
 from speechllm.runs.run import read_log
 from tokenizer.schemes.compressor import CtcCompressor
 from tokenizer.schemes.features import FeatureEncoder
+from tokenizer.training.averaging import average_weights
 from tokenizer.training.small_teachers import save_hubert, small_hubert
-from tokenizer.training.step import average_weights
 
 RATE, CLUSTERS = 16_000, 8
 pytestmark = [

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.frames import frame_mask
@@ -158,19 +157,3 @@ def remember_statistics(*modules: nn.Module, balancer: Balancer | None = None) -
             balancer.load_state_dict(balance)
 
     return restore
-
-
-def average_weights(codec: SpeechCodec, decay: float | None) -> AveragedModel | None:
-    """Moving average of all weights, which sounds cleaner than any single step; None without decay.
-
-    Codebooks are those of the last step: averaged over its dead codes, which start anew elsewhere, and, if normalised,
-    off the sphere, a codebook shrinks to its centre and uses a few codes only.
-    """
-    if decay is None:
-        return None
-    units = codec.units
-    object.__setattr__(codec, "units", None)  # frozen, and as large as a whole encoder: not to be copied
-    averaged = AveragedModel(codec, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=False)
-    for one in (codec, averaged.module):
-        object.__setattr__(one, "units", units)
-    return averaged

@@ -80,12 +80,12 @@ def test_only_trained_weights_are_saved_and_later_steps_do_not_change_them() -> 
 
 
 def test_the_exponential_moving_average_is_evaluated() -> None:
-    training = make_training(decay=0.75)
+    training = make_training(decay=0.75)  # of more steps: it rises
     expected = None
     for step in range(5):
         train(training, step, step + 1)
-        now = trained_weights(training.model)
-        expected = now if expected is None else {name: 0.75 * expected[name] + 0.25 * now[name] for name in now}
+        now, share = trained_weights(training.model), (1 + step) / (10 + step)
+        expected = now if expected is None else {n: share * expected[n] + (1 - share) * now[n] for n in now}
     last = trained_weights(training.model)
     with training.evaluation_weights():
         for name, value in trained_weights(training.evaluated).items():

@@ -7,17 +7,11 @@ from torch import Tensor, nn
 
 from speechllm import SpeechCodec, SpeechCodecConfig
 from tokenizer.training import step as step_module
+from tokenizer.training.averaging import average_weights, decay_at
 from tokenizer.training.discriminators import Adversary, MultiScaleSTFTDiscriminator
 from tokenizer.training.gradients import GradientCaps
 from tokenizer.training.losses import Balancer, MultiScaleMelLoss, ReconstructionLoss
-from tokenizer.training.step import (
-    CodecLoss,
-    DistillationLoss,
-    average_weights,
-    draw_starts,
-    parameter_groups,
-    repeat_speech,
-)
+from tokenizer.training.step import CodecLoss, DistillationLoss, draw_starts, parameter_groups, repeat_speech
 
 B, N, D, P = 3, 6_400, 8, 6
 LENGTHS = torch.tensor([6_400, 5_000, 6_400])
@@ -217,7 +211,8 @@ def test_weights_are_averaged_and_codebooks_are_those_of_the_last_step(codec: Sp
             tensor.add_(1.0)
     averaged.update_parameters(codec)
     for found, weight in zip(averaged.module.parameters(), weights, strict=True):
-        torch.testing.assert_close(found, weight + 0.25)
+        torch.testing.assert_close(found, weight + 9 / 11)
+    assert [decay_at(0.75, updates) for updates in (1, 26, 27, 10**6)] == [2 / 11, 0.75, 0.75, 0.75]
     assert torch.equal(averaged.module.quantizer.codebooks, codec.quantizer.codebooks)
 
 
