@@ -6,8 +6,8 @@ Runs the codec's training with its teachers, encoding, fine-tuning and decoding 
 the other, with the corpus `data` or with noise of LibriSpeech's lengths; with random weights of the published shapes,
 so that nothing is downloaded, or with the real ones. A table says of each stage whether it fits, its peak memory, the
 time of a step, the share of the speed of a large matrix product (MFU, measured here), what bounds it, and the hours and
-the disk of the whole. A stage that does not fit does not end the others. Validation, checkpoints and features of
-teachers on disk are not counted. Writes REHEARSAL/results.json and report.html.
+the disk of the whole. A stage that does not fit does not end the others. The time of validation and checkpoints is
+not counted, nor are features of teachers on disk. Writes REHEARSAL/results.json and report.html.
 """
 
 import functools
@@ -253,7 +253,7 @@ def encode(rehearsal: Rehearsal) -> Row:
     if reading_s > (1 - WAITING) * found["step_s"]:
         found["bound"] = "loader"
     waveform = torch.zeros(round(10 * codec.sample_rate))
-    size_gb = sum(file.stat().st_size for file in shards.rglob("*") if file.is_file()) / 1e9 / next(numbers)
+    shards_gb = sum(file.stat().st_size for file in shards.rglob("*") if file.is_file()) / 1e9 / next(numbers)
     passes = rehearsal.config.train_hours / hours
     return {
         **found,
@@ -261,7 +261,7 @@ def encode(rehearsal: Rehearsal) -> Row:
         "precision": "no",
         "steps": passes,
         "hours": passes * found["step_s"] / 3600,
-        "disk_gb": passes * size_gb,
+        "disk_gb": passes * shards_gb,
         "speed": f"{3600 * hours / found['step_s']:.3g} s of speech/s",
     }
 

@@ -44,7 +44,7 @@ class TeacherConfig(Settings):
     batch_size: Count = 32  # over all processes
     learning_rate: Positive = 2e-3
     warmup: Count = 30  # steps
-    max_duration_s: Positive = 12.0  # longer utterances are left out where the whole is read: not of a speaker's crops
+    max_duration_s: Positive = 12.0  # longer utterances are left out, but not by a speaker teacher, which reads crops
     crop_s: CropLength = 1.0  # speaker: seconds per example
     save_every: Count = 200  # steps between checkpoints
     seed: Seed = 0
@@ -88,9 +88,9 @@ Batch = tuple[list[Utterance], tuple[Tensor, ...]]  # and what the student's `fo
 def main(config: TeacherConfig) -> None:
     accelerator = make_accelerator()
     corpus = read_corpus(config.data, config.splits)
-    utterances = corpus if config.kind == "speaker" else short_enough(corpus, config)
-    dev = short_enough(read_corpus(config.data, config.dev_splits), config) if config.dev_splits else []
-    dev = spread(dev, 8 * config.batch_size)
+    held_out = read_corpus(config.data, config.dev_splits) if config.dev_splits else []
+    utterances, dev = (short_enough(split, config) for split in (corpus, held_out))
+    longer, dev = len(corpus) + len(held_out) - len(utterances) - len(dev), spread(dev, 8 * config.batch_size)
     run = Run(config.output, config, accelerator, free=MAY_CHANGE)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
@@ -104,7 +104,7 @@ def main(config: TeacherConfig) -> None:
         f"{config.kind} teacher: {len(student.utterances)} utterances, {config.steps} steps, "
         f"{sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters"
     )
-    if longer := len(corpus) - len(utterances):
+    if longer:
         accelerator.print(f"left out: {longer} utterances are longer than max_duration_s = {config.max_duration_s:g}")
     model = accelerator.prepare(student)
     parameters = student.groups() if config.init else student.parameters()
@@ -147,9 +147,9 @@ def main(config: TeacherConfig) -> None:
 
 
 def short_enough(utterances: list[Utterance], config: TeacherConfig) -> list[Utterance]:
-    """Those that are not too long. Raises CorpusError if all are."""
-    short = [u for u in utterances if u.duration_s <= config.max_duration_s]
-    if not short:
+    """Those that are not too long, for a speaker teacher all. Raises CorpusError if none is left of some."""
+    short = [u for u in utterances if config.kind == "speaker" or u.duration_s <= config.max_duration_s]
+    if utterances and not short:
         found = f"all utterances are longer than max_duration_s = {config.max_duration_s:g}: raise it"
         raise CorpusError(f"{spell_corpora(config.data)}: {found}")
     return short
@@ -303,8 +303,8 @@ class SpeakerStudent(nn.Module):
         def read(step: int) -> list[dict[str, Any]]:
             first = step * self.config.batch_size
             share = [*range(first + process, first + self.config.batch_size, processes)]
-            share += [first, first + 1][len(share) :]  # batch normalisation needs two
-            return [crops[i] for i in share]
+            others = [i for i in (first, first + 1) if i not in share]
+            return [crops[i] for i in [*share, *others[: max(0, 2 - len(share))]]]  # batch normalisation needs two
 
         for items in prefetch(read, range(start, self.config.steps), READ_AHEAD):
             chosen = [self.utterances[item["utterance"]] for item in items]

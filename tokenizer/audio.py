@@ -116,7 +116,7 @@ def audio_duration(path: str | Path) -> float:
     return _counted_s(path, status.st_size, status.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=2**16)
+@functools.cache
 def _counted_s(path: str | Path, size: int, changed_ns: int) -> float:
     """Seconds of the samples that a recording of this size and time has; a training asks for them at every crop."""
     with _open(path, path, whole=False) as file:

@@ -23,6 +23,7 @@ from speechllm.data.shards import (
     write_table,
 )
 from speechllm.encoding import DataError, Encoding
+from tokenizer.errors import InputError
 from tokenizer.files import read_json, write_json
 from tokenizer.schemes.compressor import CtcCompressor
 
@@ -59,6 +60,11 @@ def _is_current(file: Path, kept: pa.Table) -> bool:
 
 @torch.no_grad()
 def _vectors(table: pa.Table, base: Encoding, compressor: CtcCompressor) -> pa.Array:
-    column = SPEECH[base.kind].name
-    speech = (cast(Tensor, speech_of({column: one.values.to_numpy()}, base)) for one in table[column])
-    return pa.array([stored(compressor.compress_speech(one)) for one in speech], SPEECH["features"].type)
+    column, vectors = SPEECH[base.kind].name, []
+    for name, one in zip(table["id"], table[column], strict=True):
+        speech = cast(Tensor, speech_of({column: one.values.to_numpy()}, base))
+        try:
+            vectors.append(stored(compressor.compress_speech(speech)))
+        except InputError as error:
+            raise InputError(f"utterance {name}, compressed: {error}") from error
+    return pa.array(vectors, SPEECH["features"].type)

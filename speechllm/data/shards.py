@@ -29,6 +29,7 @@ from tokenizer.reading import reading
 
 REQUEST = "request.json"  # what the shards of a folder are made of
 SHARD_SIZE = 500  # utterances per file
+NO_FEATURES = "no features"  # reason for which a recording is skipped: none that can be stored
 
 logger = logging.getLogger(__name__)
 SCHEMA = pa.schema(
@@ -185,7 +186,10 @@ def _write_shard(
                     SPEECH[encoding.kind].name: stored(speech),
                 }
             except InputError as error:
-                skipped[place] = skipped_row(utterance, AudioError(utterance.path, "no features", str(error)))
+                skipped[place] = skipped_row(utterance, AudioError(utterance.path, NO_FEATURES, str(error)))
+    without = [row["detail"] for row in skipped.values() if row["reason"] == NO_FEATURES]
+    if without and not rows:  # better said now than behind the last recording of a corpus
+        raise InputError(f"{without[0]}; so it is with all recordings of {file.name}: use another encoder")
     notes = {
         "skipped": json.dumps([row for _, row in sorted(skipped.items())]),
         "seconds": json.dumps(clock() - started),
@@ -266,7 +270,7 @@ def stored(speech: Speech) -> str | np.ndarray:
         return speech.flatten().numpy().astype(np.uint16)
     values = speech.flatten().half()
     if not values.isfinite().all():
-        raise InputError("features that are NaN or beyond float16, in which they are stored")
+        raise InputError("features are NaN or beyond float16, in which they are stored")
     return values.numpy()
 
 

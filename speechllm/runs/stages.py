@@ -141,9 +141,10 @@ class Stages:
     def launch(self, name: str, command: list[str], processes: int | None = None) -> None:
         """Run one recipe on all GPUs, or in several processes if there is none.
 
-        processes: without a GPU; when None the largest power of two up to the number of cores, at most 8 (processes
-        share a batch equally). With large batches they are faster than one with several threads, which mostly wait for
-        each other in small models; with small ones they wait for each other's gradients.
+        processes: without a GPU; when None the largest power of two up to the number of cores, at most 8. Of these as
+        many are started as can share the recipe's `batch_size` equally. With large batches they are faster than one
+        with several threads, which mostly wait for each other in small models; with small ones they wait for each
+        other's gradients.
         """
         processes = torch.cuda.device_count() or processes or 2 ** min(3, available_cpus().bit_length() - 1)
         batch_size = getattr(self._config(command), "batch_size", 0)  # of which they take equal shares

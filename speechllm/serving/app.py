@@ -231,7 +231,7 @@ def add_transcription(app: FastAPI, service: Service) -> None:
         file: Recording,
         model: Annotated[str, Form(description="the id that /v1/models names")],
         language: Annotated[str, Form(description="is repeated in the answer; the model hears what it hears")] = "",
-        prompt: Annotated[str, Form(description="none: a model answers the prompt that it was trained with")] = "",
+        prompt: Annotated[str, Form(description='none: the model answers "Transcribe this speech"')] = "",
         response_format: Annotated[answers.Form, Form()] = "json",
         temperature: Annotated[float, Form(description="0: the answer is not drawn at random")] = 0.0,
         stream: Annotated[bool, Form(description="texts as they come, as server-sent events")] = False,
@@ -244,7 +244,7 @@ def add_transcription(app: FastAPI, service: Service) -> None:
             message = f"timestamp_granularities[]: there are times of segments, not of {unknown[0]!r}"
             raise Refused(400, message, "times")
         if prompt.strip():
-            raise Refused(400, "prompt: the model answers the prompt that it was trained with: leave it out", "prompt")
+            raise Refused(400, 'prompt: the model answers "Transcribe this speech": leave it out', "prompt")
         if temperature:
             raise Refused(400, "temperature: answers are not drawn at random: leave it out or say 0", "temperature")
         if stream:

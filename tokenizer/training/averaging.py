@@ -1,4 +1,4 @@
-"""Moving averages of weights, which short trainings do not begin with."""
+"""Moving averages of weights, in which the first steps soon no longer count."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ from tokenizer.codec.speech_codec import SpeechCodec
 def decay_at(decay: float, updates: int) -> float:
     """The decay at the next update of an average that has had so many.
 
-    It rises from 2/11 to `decay`, so that no average reaches back over more than a ninth of the steps so far: with
-    0.999 from the start on, the first step would have a third of the weight after a thousand.
+    It rises from 2/11 to `decay`, so that an average reaches back over about a ninth of the steps so far: with 0.999
+    from the start on, the first step would have a third of the weight after a thousand.
     """
     return min(decay, (1 + updates) / (10 + updates))
 
@@ -28,8 +28,9 @@ def average_weights(codec: SpeechCodec, decay: float | None) -> AveragedModel | 
         return None
 
     @torch.no_grad()
-    def update(averages: Sequence[Tensor], weights: Sequence[Tensor], updates: Tensor | int) -> None:
-        torch._foreach_lerp_([*averages], [*weights], 1 - decay_at(decay, int(updates)))
+    def update(averages: Sequence[Tensor], weights: Sequence[Tensor], _: Tensor | int) -> None:
+        updates = int(averaged.n_averaged)  # which lies on the CPU: what is given would have to wait for a GPU
+        torch._foreach_lerp_([*averages], [*weights], 1 - decay_at(decay, updates))
 
     units = codec.units
     object.__setattr__(codec, "units", None)  # frozen, and as large as a whole encoder: not to be copied

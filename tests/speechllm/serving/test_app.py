@@ -108,7 +108,7 @@ def test_an_error_in_a_stream_is_its_last_event(client: TestClient, tmp_path: Pa
     "form, status, message",
     [
         ({"model": "whisper-1"}, 404, "there is no model 'whisper-1' here, but 'tiny'"),
-        ({"prompt": "Names: Ann"}, 400, "prompt: the model answers the prompt"),
+        ({"prompt": "Names: Ann"}, 400, 'prompt: the model answers "Transcribe'),
         ({"temperature": "0.4"}, 400, "temperature: answers are not drawn at random"),
         ({"temperature": "warm"}, 400, "temperature: "),
         ({"response_format": "docx"}, 400, "response_format: "),
@@ -290,7 +290,7 @@ def test_nothing_is_computed_for_a_caller_who_has_left(speech_llm: SpeechLLM) ->
     assert cancelled == [True]
 
 
-def test_the_model_does_not_work_for_a_caller_who_has_left(client: TestClient, speech_llm: SpeechLLM) -> None:
+def test_the_model_does_not_work_for_a_caller_who_has_left(speech_llm: SpeechLLM) -> None:
     service, asked = Service(speech_llm, "tiny", Limits(), 1, quietest, 1, 0.0), Future()
     service.engine.close()
     service.engine = SimpleNamespace(call=lambda work: asked)
