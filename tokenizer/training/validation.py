@@ -1,5 +1,6 @@
 """Validation of a codec during training: all metrics in one pass over a few utterances, and the best weights so far."""
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.errors import InputError
 from tokenizer.metrics.code_usage import usage_of_counts
-from tokenizer.metrics.quality import QualityError, layer_counts, scorers, speech_quality
+from tokenizer.metrics.quality import QualityError, layer_counts, pesq_and_stoi, scorers
 from tokenizer.training.distillation import SemanticDistillation
 from tokenizer.training.losses import MultiScaleMelLoss
 from tokenizer.training.step import DistillationLoss
@@ -96,7 +97,8 @@ def validate_codec(
             latents = codec.quantizer.decode(quantized.ids[:, :count])
             reconstruction = codec.decoder(latents)[:, 0, : waveform.shape[1]]
             found = {"mel": float(mel(reconstruction, waveform))}
-            found |= _quality(waveform[0], reconstruction[0], codec.sample_rate)
+            with contextlib.suppress(QualityError, ImportError):  # silence, or no extra `eval`: the others remain
+                found |= pesq_and_stoi(waveform[0], reconstruction[0], codec.sample_rate)
             values |= {name + suffix: value for name, value in found.items()}
         for distillation in distillations:
             values |= _distillation_metrics(distillation, quantized.layers[distillation.layer], waveform)
@@ -110,14 +112,6 @@ def validate_codec(
         usage = usage_of_counts(row)
         metrics |= {f"dev_perplexity_{layer}": usage["perplexity"], f"dev_dead_{layer}": usage["dead"]}
     return Validation(metrics, counts)
-
-
-def _quality(original: Tensor, reconstruction: Tensor, sample_rate: int) -> dict[str, float]:
-    try:
-        quality = speech_quality(original.cpu(), reconstruction.cpu(), sample_rate)
-    except (QualityError, ImportError):  # silence, or the extra `eval` is not installed: the other metrics remain
-        return {}
-    return {"pesq_wb": quality.pesq_wb, "stoi": quality.stoi}
 
 
 def _distillation_metrics(distillation: DistillationLoss, layer: Tensor, waveform: Tensor) -> dict[str, float]:

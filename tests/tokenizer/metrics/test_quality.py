@@ -13,7 +13,7 @@ from torchaudio.functional import melscale_fbanks
 
 from speechllm import InputError, Quality, QualityError, SpeechCodec, reconstruct, speech_quality
 from tokenizer.audio import resample
-from tokenizer.metrics.quality import layer_counts
+from tokenizer.metrics.quality import layer_counts, pesq_and_stoi
 
 pesq = pytest.importorskip("pesq")
 pystoi = pytest.importorskip("pystoi")
@@ -76,6 +76,7 @@ def test_the_mel_distance_is_that_of_numpy(original: Tensor, reconstruction: Ten
 
 def test_an_original_is_its_own_best_reconstruction(original: Tensor) -> None:
     best = speech_quality(original, original, RATE)
+    assert pesq_and_stoi(original, original, RATE) == {"pesq_wb": best.pesq_wb, "stoi": best.stoi}
     assert best.pesq_wb == pytest.approx(4.644, abs=1e-3) and best.pesq_nb == pytest.approx(4.549, abs=1e-3)
     assert best.stoi == pytest.approx(1) and best.mel_distance == 0
     assert 100 < best.si_sdr < 160  # finite: it can stand in JSON
