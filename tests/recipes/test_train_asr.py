@@ -183,9 +183,9 @@ def test_the_average_at_the_best_validation_is_exported(
 
     def following(state: TrainingState) -> None:
         follow(state)
-        now = trained_weights(state.model)
-        last = averages[-1] if averages else now
-        averages.append({name: 0.8 * last[name] + 0.2 * now[name] for name in now})
+        now, steps = trained_weights(state.model), len(averages)
+        last, share = averages[-1] if averages else now, (1 + steps) / (10 + steps)  # below 0.8
+        averages.append({name: share * last[name] + (1 - share) * now[name] for name in now})
 
     def recording(state: TrainingState, step: int, wer: float, keep: bool) -> None:
         record(state, step, next(rates), keep)
