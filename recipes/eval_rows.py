@@ -70,10 +70,11 @@ def main(config: EvalRowsConfig) -> None:
         static_cache=config.static_cache,
     )
     predictions = [prediction(row, given.text) for row, given in zip(rows, found, strict=True)]
-    tasks = sorted({row.task for row in rows if row.answered})
+    counted = [one for one in predictions if "correct" in one]
+    tasks = sorted({one["task"] for one in counted})
     results: dict[str, Any] = {
-        "tasks": {task: score([one for one in predictions if one["task"] == task]) for task in tasks},
-        "unanswered": sum(not row.answered for row in rows),  # rows without a right answer to compare with
+        "tasks": {task: score([one for one in counted if one["task"] == task]) for task in tasks},
+        "unanswered": len(predictions) - len(counted),  # rows without a right answer to compare with
         "codec_fingerprint": encoding.fingerprint,
         **provenance(config, time.perf_counter() - started),
     }
@@ -91,15 +92,14 @@ def prediction(row: Row, text: str) -> dict[str, Any]:
 
 
 def score(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Share of right answers, and that of always giving the most frequent one, of the rows that say what is right."""
-    counted = [one for one in predictions if "correct" in one]
-    correct = mean_and_interval([one["correct"] for one in counted])
-    most = Counter(one["reference"] for one in counted).most_common(1)[0][1]
+    """Share of right answers, and that of always giving the most frequent one."""
+    correct = mean_and_interval([one["correct"] for one in predictions])
+    most = Counter(one["reference"] for one in predictions).most_common(1)[0][1]
     return {
-        "rows": len(counted),
+        "rows": len(predictions),
         "correct": correct["mean"],
         "ci95": correct["ci95"],
-        "most_frequent": most / len(counted),
+        "most_frequent": most / len(predictions),
     }
 
 

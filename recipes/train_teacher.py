@@ -90,7 +90,8 @@ def main(config: TeacherConfig) -> None:
     corpus = read_corpus(config.data, config.splits)
     held_out = read_corpus(config.data, config.dev_splits) if config.dev_splits else []
     utterances, dev = (short_enough(split, config) for split in (corpus, held_out))
-    longer, dev = len(corpus) + len(held_out) - len(utterances) - len(dev), spread(dev, 8 * config.batch_size)
+    longer = len(corpus) + len(held_out) - len(utterances) - len(dev)
+    dev = spread(dev, 8 * config.batch_size)
     run = Run(config.output, config, accelerator, free=MAY_CHANGE)
     if run.summary:
         accelerator.print(f"{config.output} is finished: {run.summary}")
