@@ -5,12 +5,13 @@
 Tasks: content (of the codes), quality (the paper's Table 1), conversion (2), emotion (3), asr (4). Every step is one of
 the other recipes, run as a separate command (printed before it starts); all commands are checked before the first one
 runs. Finished steps are skipped and a killed step is resumed, so the same command can be repeated at any time, also
-with another system, task or seed; changes to a finished step are refused. Writes RUN/results.json,
-RUN/table.md and RUN/report.html. More: configs/compare/schemes.yaml, configs/compare/initialization.yaml.
+with another system, task or seed; changes to a finished step are refused. Writes RUN/results.json, RUN/table.md and
+RUN/report.html, of the systems, tasks and seeds that are asked for. More: configs/compare/schemes.yaml,
+configs/compare/initialization.yaml.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -154,7 +155,7 @@ from speechllm.evaluation.tables import markdown
 from speechllm.reports.comparison_page import write_comparison
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import claim_output, run_recipe
-from speechllm.runs.run import read_log
+from speechllm.runs.run import RunError, read_log
 from speechllm.runs.stages import Stages
 from tokenizer.corpus import CorpusError, read_corpus
 from tokenizer.files import read_json, read_jsonl, write_json, write_text
@@ -315,27 +316,48 @@ def with_teachers(commands: Commands, config: CompareConfig, run: Path) -> Comma
 
 
 def collect(system: SystemConfig, config: CompareConfig, run: Path, seconds: dict[str, float]) -> dict[str, Any]:
-    """All results of one system so far."""
-    folder = run / system.name
+    """All results of one system so far, of the tasks that are asked for: of others the settings are not known."""
+    folder, tasks = run / system.name, tasks_of(system, config)
+    require_one_tokenizer(system, config, run)
     notes = (read_json(encoded(system, task, config, run)[1] / "done.json") for task in ENCODED[::-1])
     note = next(filter(None, notes), {})  # preferably that of asr
     log = [line for line in read_log(folder / "tokenizer") if "dev_mel" in line]
     trainings = {task: [f"{system.name}: {task} {seed}" for seed in config.seeds] for task in ("asr", "emotion")}
     trainings["tokenizer"] = [f"{owner(system, config).name}: tokenizer"]
     durations = {what: [seconds[stage] for stage in found if stage in seconds] for what, found in trainings.items()}
+    read: dict[str, Callable[[], dict[str, Any]]] = {
+        "content": lambda: read_json(folder / "content.json"),
+        "quality": lambda: scored(folder / "quality", "codebooks", "utterances.jsonl", ("id",)),
+        "conversion": lambda: scored(folder / "conversion", "methods", "pairs.jsonl", ("source", "target")),
+        "emotion": lambda: pool_emotion(*of_seeds(folder, "emotion_{}", config.seeds)),
+        "asr": lambda: pool_recognition(*of_seeds(folder, "asr_{}/test", config.seeds)),
+    }
     return {
         "like": system.like,
         "encoding": note.get("encoding", {}),
         "parameters": note.get("parameters"),
         "rtf": note.get("real_time_factor"),
-        "content": read_json(folder / "content.json"),
-        "quality": scored(folder / "quality", "codebooks", "utterances.jsonl", ("id",)),
-        "conversion": scored(folder / "conversion", "methods", "pairs.jsonl", ("source", "target")),
-        "emotion": pool_emotion(*of_seeds(folder, "emotion_{}", config.seeds)),
-        "asr": pool_recognition(*of_seeds(folder, "asr_{}/test", config.seeds)),
+        **{task: read[task]() if task in tasks else {} for task in read},
         "validation": log[-1] if log else {},
         "minutes": {what: float(np.mean(found)) / 60 for what, found in durations.items() if found},
     }
+
+
+def require_one_tokenizer(system: SystemConfig, config: CompareConfig, run: Path) -> None:
+    """Raise RunError if results of a system are of several tokenizers, one having been put in another's place."""
+    places = {
+        "content": ["content.json"],
+        "quality": ["quality/results.json"],
+        "conversion": ["conversion/results.json"],
+        "emotion": [f"emotion_{seed}/results.json" for seed in config.seeds],
+        "asr": [f"asr_{seed}/test/results.json" for seed in config.seeds],
+    }
+    files = [place for task in tasks_of(system, config) for place in places[task]]
+    read = {file: read_json(run / system.name / file).get("codec_fingerprint") for file in files}
+    found = {file: fingerprint for file, fingerprint in read.items() if fingerprint}
+    if len(set(found.values())) > 1:
+        told = ", ".join(f"{file} of {fingerprint[:8]}" for file, fingerprint in found.items())
+        raise RunError(f"{run / system.name}: results of several tokenizers ({told}): compare in a new output folder")
 
 
 def scored(folder: Path, settings: str, file: str, names: Sequence[str]) -> dict[str, Any]:

@@ -68,6 +68,7 @@ from speechllm.evaluation.error_rates import (
     character_errors,
     results_verdict,
     speaker_error_rates,
+    speakers_interval,
     split_error_rates,
 )
 from speechllm.evaluation.scripts import primary_rate
@@ -128,6 +129,10 @@ def main(config: EvalAsrConfig) -> None:
         "training_normalizer": read_json(run_folder / "done.json").get("normalizer") if run_folder else None,
         "splits": split_error_rates(references, hypotheses, splits, config.normalizer, config.seed),
         "speakers": speaker_error_rates(references, hypotheses, speakers, config.normalizer),
+        # of the rate to go by, with speakers resampled in place of utterances
+        "ci95_speakers": speakers_interval(
+            references, hypotheses, speakers, config.normalizer, primary_rate(references), config.seed
+        ),
         "beams": config.beams,
         "letters_weight": config.letters_weight,
         "letters_fingerprint": speech_llm.letters.fingerprint if speech_llm and speech_llm.letters else None,
@@ -221,6 +226,9 @@ def summary(score: WordErrorRate, results: dict[str, Any]) -> str:
             of_split = [f"{rate.upper()} {plain(found[rate], '.2%')}" for rate in ("wer", "cer")]
             lines.append(f"{split}: {', '.join(of_split)} ({found['words']} words of {found['utterances']} utterances)")
     rate = results["primary"]
+    if found := results["ci95_speakers"]:
+        bounds = " to ".join(f"{bound:.2%}" for bound in found)
+        lines.append(f"{rate.upper()} over its {len(results['speakers'])} speakers: 95 % interval {bounds}")
     if f"{rate}_shuffled_audio" in results:
         lines.append(f"{rate.upper()} with another utterance's audio {results[f'{rate}_shuffled_audio']:.2%}")
     return "\n".join([*lines, results_verdict(results)])

@@ -169,6 +169,8 @@ def collect(
     failed: dict[str, Row] = {}
     embed = functools.cache(lambda name: speaker_embedding(speaker, sounds[name], sample_rate))
     for name, future in waiting.futures.items():
+        if recognizer is not None and utterance.text and name in sounds:  # also of what PESQ and STOI refuse
+            row["recognized"][name] = recognized_text(recognizer, sounds[name], sample_rate)
         try:
             scores = asdict(future.result())
             if speaker is not None:
@@ -178,8 +180,6 @@ def collect(
             failed.setdefault(str(error), failure)["codebooks"].append(name)
             continue
         row["scores"][name] = scores
-        if recognizer is not None and utterance.text:
-            row["recognized"][name] = recognized_text(recognizer, sounds[name], sample_rate)
     return row | {"failed": list(failed.values())}
 
 

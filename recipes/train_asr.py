@@ -293,7 +293,9 @@ def main(config: AsrConfig) -> None:
         optimizer.zero_grad()
         for i, part in enumerate(share.parts):
             accelerator.sync_gradients = i + 1 == len(share.parts)
-            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(loss_of):
+            # with FSDP each part is added to the sharded gradients: else every process would hold all of them
+            at_once = accelerator.sync_gradients or training.sharded
+            with nullcontext() if at_once else accelerator.no_sync(loss_of):
                 losses = loss_of(part)
                 accelerator.backward((weights * losses).sum() * accelerator.num_processes)
             sums += losses.detach()
@@ -302,7 +304,7 @@ def main(config: AsrConfig) -> None:
         norm = accelerator.clip_grad_norm_(loss_of.parameters(), config.clip)
         names = functools.partial(source.names, share.rows)
         if loop.skips(norm, weights * sums, recordings=names):
-            continue  # with DeepSpeed there is no norm
+            continue
         optimizer.step()
         training.follow()
 

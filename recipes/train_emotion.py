@@ -9,6 +9,7 @@ should be at chance. Folds are distributed over processes; a killed run, started
 RUN/results.json, RUN/predictions.jsonl, RUN/confusion.png and RUN/report.html.
 """
 
+import hashlib
 import math
 import shutil
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ from tokenizer.settings import DISTINCT, NOT_EMPTY, Count, Natural, NonNegative,
 CONTROL = "shuffled labels"
 Distinct = Annotated[list[Natural], NOT_EMPTY, DISTINCT]
 SAVE_EVERY = 200  # steps between checkpoints
+HEARD = "speech.json"  # which codes the folds of a run are of
 
 
 @dataclass
@@ -102,6 +104,7 @@ def main(config: EmotionConfig) -> None:
     codebooks = codec.codebooks[config.layers].detach().float().cpu()
     folds = actor_folds([one.actor for one in speech], config.folds, config.seed)
     run = Run(config.output, config, accelerator)
+    require_same_speech(run, speech, encoding)
     accelerator.print(f"emotion: {len(speech)} of {len(rows)} encoded utterances, {sum(map(len, folds))} actors")
 
     # 2. one classifier per fold, and one for the control; distributed over the processes
@@ -127,6 +130,22 @@ def main(config: EmotionConfig) -> None:
         }
         report(run, results, found, control, config, encoding)
         run.finish({name: results[name] for name in ("accuracy", "ci95_actors", "accuracy_shuffled_labels")})
+
+
+def require_same_speech(run: Run, speech: Sequence[EmotionalSpeech], encoding: Encoding) -> None:
+    """Raise DataError if the folds of this run so far are of other codes, which a configuration does not tell."""
+    content = hashlib.sha256()
+    for one in speech:
+        content.update(one.id.encode() + one.codes.numpy().tobytes())
+    heard = {"codec": encoding.fingerprint, "codes": content.hexdigest()[:16]}
+    held = read_json(run.folder / HEARD)
+    if held and held != heard:
+        raise DataError(
+            f"{run.folder} holds answers about other codes ({held} in place of {heard}): choose another output folder "
+            "or delete this one"
+        )
+    if run.main:
+        write_json(run.folder / HEARD, heard)
 
 
 def run_fold(
@@ -217,7 +236,9 @@ def score(found: Sequence[dict[str, Any]], control: dict[str, Any]) -> dict[str,
     for row in rows:
         confusion[EMOTIONS.index(row["emotion"]), EMOTIONS.index(row["answer"])] += 1
     totals = confusion.sum(1)
-    overall = mean_and_interval([row["answer"] == row["emotion"] for row in rows])
+    overall, permuted = (
+        mean_and_interval([row["answer"] == row["emotion"] for row in part]) for part in (rows, control["rows"])
+    )
     actors = sorted({row["actor"] for row in rows})
     by_actor = [accuracy([row for row in rows if row["actor"] == actor]) for actor in actors]
     return {
@@ -225,7 +246,8 @@ def score(found: Sequence[dict[str, Any]], control: dict[str, Any]) -> dict[str,
         "ci95": overall["ci95"],
         "ci95_actors": mean_and_interval(by_actor)["ci95"],
         "unweighted_average_recall": float((confusion.diagonal()[totals > 0] / totals[totals > 0]).mean()),
-        "accuracy_shuffled_labels": accuracy(control["rows"]),
+        "accuracy_shuffled_labels": permuted["mean"],
+        "accuracy_shuffled_labels_ci95": permuted["ci95"],  # over the utterances of its fold
         "chance": float(totals.max() / totals.sum()),  # of always choosing the most frequent emotion
         "utterances": len(rows),
         "actors": len(actors),
@@ -265,7 +287,8 @@ def report(
     accuracy = cell({"mean": results["accuracy"], "ci95": results["ci95_actors"]}, ".1%")
     head = ["codec", "layers", "tokens/s", "accuracy (95 % over actors)", "mean recall", "shuffled labels", "chance"]
     row = [f"{config.codec} ({encoding.fingerprint[:8]})", layers, f"{results['tokens_per_second']:.0f}", accuracy]
-    row += [f"{results[name]:.1%}" for name in ("unweighted_average_recall", "accuracy_shuffled_labels", "chance")]
+    control_cell = {"mean": results["accuracy_shuffled_labels"], "ci95": results["accuracy_shuffled_labels_ci95"]}
+    row += [f"{results['unweighted_average_recall']:.1%}", cell(control_cell, ".1%"), f"{results['chance']:.1%}"]
     print(Table("Emotions", head, [row]).markdown())
 
 

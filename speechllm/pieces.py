@@ -43,7 +43,7 @@ def pieces(
     cut: says where.
     Raises AudioError, before the first piece, for a recording that cannot be used or exceeds `max_duration_s`.
     """
-    if audio_duration(path) <= longest_s:
+    if audio_duration(path, longest_s) <= longest_s:
         yield Piece(0.0, load_audio(path, sample_rate, max_duration_s=max_duration_s), sample_rate)
         return
     total_s, start_s = inspect_audio(path, max_duration_s=max_duration_s).duration_s, 0.0

@@ -29,6 +29,7 @@ CANCELLED = 0.01  # share of the channels' energy below which their average is w
 HEADER_TOLERANCE_S = 0.1  # a decoder may lose part of a frame at the end
 BLOCK = 2**18  # samples read at a time
 DENSEST = 100  # samples a byte: headers that state more are not believed
+COUNTED = 2**18  # recordings whose counted lengths are kept
 
 
 class AudioError(InputError):
@@ -104,23 +105,29 @@ def inspect_audio(
         return AudioInfo(levels.frames / file.samplerate, file.format)
 
 
-def audio_duration(path: str | Path) -> float:
+def audio_duration(path: str | Path, most_s: float = math.inf) -> float:
     """Seconds of a recording by its header, or counted where no header states them or they cannot be true.
 
-    Raises AudioError (reasons: missing, unreadable, truncated, sample rate).
+    most_s: beyond which they are not counted on. Raises AudioError (reasons: missing, unreadable, truncated, sample
+    rate).
     """
     with _open(path, path, whole=False) as file:
         status = os.stat(path)
         if file.stated and file.frames <= status.st_size * DENSEST:
             return file.frames / file.samplerate
-    return _counted_s(path, status.st_size, status.st_mtime_ns)
+    return _counted_s(path, status.st_size, status.st_mtime_ns, most_s)
 
 
-@functools.cache
-def _counted_s(path: str | Path, size: int, changed_ns: int) -> float:
+@functools.lru_cache(COUNTED)
+def _counted_s(path: str | Path, size: int, changed_ns: int, most_s: float) -> float:
     """Seconds of the samples that a recording of this size and time has; a training asks for them at every crop."""
+    frames = 0
     with _open(path, path, whole=False) as file:
-        return sum(map(len, _blocks(file))) / file.samplerate
+        for block in _blocks(file):
+            frames += len(block)
+            if frames > most_s * file.samplerate:
+                break
+        return frames / file.samplerate
 
 
 def open_recording(path: str | Path) -> io.FileIO:
@@ -300,15 +307,17 @@ def _resample(blocks: Iterable[np.ndarray], rate: int, new_rate: int) -> np.ndar
 
 def save_audio(path: str | Path, waveform: Tensor, sample_rate: int = 16_000) -> None:
     """Write a waveform float [N] as 16-bit audio, atomically; the file extension selects the format."""
-    samples, kind = waveform.detach().clamp(-1, 1).cpu().numpy(), audio_format(path)
+    content = audio_content(waveform, sample_rate, audio_format(path))
     with atomic_file(path) as part:
-        soundfile.write(os.fsencode(part), samples, sample_rate, format=kind)
+        part.write_bytes(content)  # which says that a disk is full, as libsndfile does not
 
 
-def wav_content(waveform: Tensor, sample_rate: int) -> bytes:
-    """The content of a 16-bit WAV file that holds a waveform float [N]."""
-    content = io.BytesIO()
-    soundfile.write(content, waveform.clamp(-1, 1).numpy(), sample_rate, format="WAV", subtype="PCM_16")
+def audio_content(waveform: Tensor, sample_rate: int, kind: str = "WAV") -> bytes:
+    """The content of a 16-bit audio file that holds a waveform float [N]; kind: its format."""
+    samples, content = waveform.detach().clamp(-1, 1).cpu().numpy(), io.BytesIO()
+    with soundfile.SoundFile(content, "w", sample_rate, 1, format=kind) as file:
+        for start in range(0, len(samples), BLOCK):  # Vorbis's encoder crashes on minutes at once
+            file.write(samples[start : start + BLOCK])
     return content.getvalue()
 
 

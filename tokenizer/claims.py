@@ -39,10 +39,13 @@ def claim_folder(folder: str | Path, job: str, own: Callable[[Path], bool] | Non
 def new_folder(folder: str | Path, *sources: str | Path) -> Path:
     """Check the place of a folder that `atomic_folder` will write at once.
 
-    sources: what is read. Raises OutputError unless it is new or empty, outside the sources, and can be written.
+    sources: what is read. Raises OutputError unless it is new or empty, outside the sources, and can be written; also
+    for the present folder, which a shell would lose.
     """
     folder = Path(folder)
     outside(folder, *sources)
+    if folder.resolve() == Path.cwd():
+        raise OutputError(f"{folder} is the present folder, which cannot be replaced: name a new one")
     if not is_free(folder):
         raise OutputError(f"{folder} already exists: choose another folder or delete it")
     above = next(parent for parent in folder.absolute().parents if parent.exists())

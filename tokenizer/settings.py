@@ -21,6 +21,7 @@ Count = Annotated[int, Rule("at least 1", lambda n: n >= 1)]
 Several = Annotated[int, Rule("at least 2", lambda n: n >= 2)]
 Natural = Annotated[int, Rule("at least 0", lambda n: n >= 0)]
 Seed = Annotated[int, Rule("from 0 to 4294967295", lambda n: 0 <= n < 2**32)]  # as numpy takes it
+Port = Annotated[int, Rule("from 0 to 65535", lambda n: 0 <= n < 2**16)]
 Positive = Annotated[float, Rule("above 0", lambda x: x > 0)]
 NonNegative = Annotated[float, Rule("at least 0", lambda x: x >= 0)]
 Share = Annotated[float, Rule("at least 0 and below 1", lambda x: 0 <= x < 1)]

@@ -48,13 +48,14 @@ def convert_rows(text: str, file: str, columns: Mapping[str, Convert]) -> Iterat
         for name, convert in columns.items():
             try:
                 row[name] = convert(cells.get(name))
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:
+                expected = "a smaller number" if isinstance(error, OverflowError) else error
                 found = (
                     f"{name} is {shown(cells[name])}"
                     if name in cells
                     else f"no {name} (there is {', '.join(cells) or 'nothing'})"
                 )
-                raise TableError(f"{place}: {found}, expected {error}") from error
+                raise TableError(f"{place}: {found}, expected {expected}") from error
         if not cells.keys() <= columns.keys():
             ignored.update(dict.fromkeys(cells))
         yield place, row

@@ -24,9 +24,10 @@ from speechllm.cli.scores import FORMATS, compare_files, score_files
 from speechllm.cli.serve import loaded, page, serve
 from speechllm.runs.config import find_config, shipped, spell_unprintable
 from speechllm.runs.launch import find_recipe, recipe_command, recipe_environment
+from speechllm.runs.recipe import out_of_space
 from speechllm.runs.signals import end_with_parent, interruptible, say_interrupted
 from tokenizer.errors import InputError
-from tokenizer.settings import Count, NonNegative, Positive, argument, layer_numbers
+from tokenizer.settings import Count, NonNegative, Port, Positive, argument, layer_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ BASE = "another place of the language model under an adapter than the recorded o
 LETTERS = "a compressor over the model's codes, for --letters-weight; none is needed where the model reads its vectors"
 VAD = "cut where Silero VAD hears no speech: an ONNX file of it, or `silero` for the package's (extra `vad`)"
 ONE_LINE = dict.fromkeys(map(ord, "\t\r\n"), " ")  # a text must not look like a further line or column
-COUNT, SECONDS, WEIGHT = argument(Count), argument(Positive), argument(NonNegative)
+COUNT, SECONDS, WEIGHT, PORT = map(argument, (Count, Positive, NonNegative, Port))
 CHUNK = 64  # pieces of recordings in memory
 BATCH_TOKENS = "prompts and answers decoded at a time, in tokens (default 32768); fewer need less memory"
 WHOLE = "longer recordings are skipped or refused (default 180)"
@@ -61,9 +62,12 @@ def main(argv: list[str] | None = None) -> int:
             return arguments.run(arguments)
     except KeyboardInterrupt as interrupt:
         return say_interrupted(interrupt)
-    # the package's own errors are of these kinds and say how to fix them
-    except (ValueError, OSError, ImportError) as error:
-        print(f"speechllm {arguments.command}: {error}", file=sys.stderr)
+    except Exception as error:
+        full = out_of_space(error)
+        # the package's own errors are of these kinds and say how to fix them
+        if not full and not isinstance(error, (ValueError, OSError, ImportError)):
+            raise
+        print(f"speechllm {arguments.command}: {error}{'; the disk is full: make room' * full}", file=sys.stderr)
         return 1
 
 
@@ -107,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("model", help="folder that recipes/train_asr.py wrote")
     command.add_argument("--host", default="127.0.0.1", help="address to listen at; by default this machine's own only")
-    command.add_argument("--port", type=int, default=8000, help="0 finds a free one (default 8000)")
+    command.add_argument("--port", type=PORT, default=8000, help="0 finds a free one (default 8000)")
     command.add_argument(
         "--api-key", metavar="KEY", help="callers must show it; or SPEECHLLM_API_KEY in the environment"
     )
@@ -132,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         "models", nargs="+", metavar="model", help="folder that recipes/train_asr.py wrote; several stand side by side"
     )
     command.add_argument("--host", default="127.0.0.1", help="address to listen at, of this machine only")
-    command.add_argument("--port", type=int, help="the first free one from 7860 on by default")
+    command.add_argument("--port", type=PORT, help="the first free one from 7860 on by default")
     command.add_argument("--vad", metavar="FILE", help=VAD)
     command.set_defaults(run=page)
 

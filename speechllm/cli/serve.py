@@ -5,7 +5,7 @@ import contextlib
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from speechllm.serving.hosts import is_loopback
 
@@ -40,9 +40,9 @@ def serve(arguments: argparse.Namespace) -> int:
         beams=arguments.beams,
         letters_weight=arguments.letters_weight,
     )
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30, ws_max_size=MOST_BYTES)
-    )
+    # no deadline for pongs: they wait behind speech that the model has no time for yet
+    live: dict[str, Any] = {"ws_max_size": MOST_BYTES, "ws_ping_timeout": None}
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30, **live))
     host, port = listening.getsockname()[:2]
     print(f"{name} is served at http://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn ends cleanly and then repeats the signal

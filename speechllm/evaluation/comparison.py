@@ -99,20 +99,33 @@ def pool_emotion(
 ) -> dict[str, Any]:
     """Pooled results of train_emotion, given by seed: the mean accuracy, the lowest and highest bound over actors.
 
-    predictions: from them "each", the correct answers of all seeds by actor, see `paired_shares`.
+    "control": the same of those with shuffled labels. predictions: from them "each", the correct answers by actor, of
+    each seed, see `paired_shares`.
     """
     done = {seed: found for seed, found in results.items() if found}
     if not done:
         return {}
-    low, high = zip(*(found["ci95_actors"] for found in done.values()), strict=True)
     seeds = {str(seed): found["accuracy"] for seed, found in done.items()}
-    pooled = {"mean": float(np.mean(list(seeds.values()))), "ci95": [min(low), max(high)], "seeds": seeds}
-    answers = [row for seed in done for row in predictions.get(seed, [])]
-    each: dict[str, tuple[int, int]] = {}
-    for row in answers:
-        correct, asked = each.get(str(row["actor"]), (0, 0))
-        each[str(row["actor"])] = (correct + (row["answer"] == row["emotion"]), asked + 1)
+    pooled: dict[str, Any] = {"mean": float(np.mean(list(seeds.values()))), "seeds": seeds}
+    pooled["ci95"] = _bounds(done, "ci95_actors")
+    control = "accuracy_shuffled_labels"
+    if all(control in found for found in done.values()):
+        pooled["control"] = {"mean": float(np.mean([found[control] for found in done.values()]))}
+        if all(f"{control}_ci95" in found for found in done.values()):  # not of earlier versions
+            pooled["control"]["ci95"] = _bounds(done, f"{control}_ci95")
+    each: dict[str, tuple[list[int], int]] = {}
+    for number, seed in enumerate(done):
+        for row in predictions.get(seed, []):
+            correct, asked = each.get(str(row["actor"]), ([0] * len(done), 0))
+            correct[number] += row["answer"] == row["emotion"]
+            each[str(row["actor"])] = correct, asked + (number == 0)
     return {**next(iter(done.values())), **pooled, "each": each}
+
+
+def _bounds(done: Mapping[int, Result], interval: str) -> list[float]:
+    """The lowest and the highest bound of the intervals of several trainings."""
+    low, high = zip(*(found[interval] for found in done.values()), strict=True)
+    return [min(low), max(high)]
 
 
 def add_shares(measured: Mapping[str, Any], scores: Mapping[str, Result]) -> dict[str, Any]:
@@ -205,10 +218,13 @@ def emotion_table(results: Results) -> Table:
     for name in {**owners(results), **measured} if measured else ():
         found = measured.get(name, {})
         seeds = ", ".join(f"{value:.1%}" for value in found.get("seeds", {}).values()) or DASH
-        controls = [plain(found.get(key), ".1%") for key in ("accuracy_shuffled_labels", "chance")]
+        controls = [cell(found.get("control"), ".1%"), plain(found.get("chance"), ".1%")]
         rows.append([name, cell(found, ".1%"), seeds, *controls, plain(found.get("utterances"))])
     head = ["system", "accuracy", "by seed", "with shuffled labels", "chance", "utterances"]
-    note = "Intervals resample actors. With several seeds: the mean, and the lowest and highest bound."
+    note = (
+        "Intervals resample actors, those with shuffled labels the utterances of one fold. With several seeds: the "
+        "mean, and the lowest and highest bound."
+    )
     return Table("Table 3: emotion recognition", head, rows, note)
 
 
@@ -263,9 +279,9 @@ def difference_table(results: Results) -> Table:
     head = ["system", "compared with", "measure", "difference", "95 % interval", "p", "utterances"]
     note = (
         "Paired bootstrap (Bisani & Ney 2004): 1,000 samples of the utterances that both were tested on (of "
-        "conversions: pairs, of emotions: actors), with the errors of all seeds of an utterance together; p two-sided, "
-        "not corrected for the number of rows. It speaks of these trainings: how much others would differ, the "
-        "standard deviation of seeds says."
+        "conversions: pairs, of emotions: actors) and of the seeds of each; p two-sided, not corrected for the number "
+        "of rows. Of a single seed it speaks of this training: how much others would differ, the standard deviation of "
+        "several seeds says."
     )
     return Table("Differences on the same utterances", head, [row for own in rows.values() for row in own], note)
 

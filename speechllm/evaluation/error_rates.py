@@ -13,7 +13,8 @@ from speechllm.evaluation.scripts import primary_rate, spell
 from tokenizer.errors import InputError, text_list
 
 BOOTSTRAP_SAMPLES = 1000
-Shares = Mapping[str, Sequence[float]]  # by utterance: what is counted, and out of how much
+# by utterance: what is counted, of several trainings by each, and out of how much
+Shares = Mapping[str, tuple[float | Sequence[float], float]]
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,25 @@ def speaker_error_rates(
     return rates
 
 
+def speakers_interval(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    speakers: Sequence[str],
+    normalizer: str = "librispeech",
+    rate: str = "wer",
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """95 % interval of the WER, or CER, if speakers are resampled in place of utterances: what others would change.
+
+    Utterances of one speaker are not independent of each other, so it is often wider. None for a single speaker.
+    Raises InputError as `word_error_rate`.
+    """
+    found = error_shares(references, [hypotheses], normalizer, rate)
+    shares = np.array([(errors[0], words) for errors, words in found])
+    own = np.array([shares[chosen].sum(0) for chosen in _groups(speakers, "speakers", len(shares)).values()])
+    return _interval(_resampled_rates(own[:, 0], own[:, 1], seed)) if len(own) > 1 else None
+
+
 def split_error_rates(
     references: Sequence[str],
     hypotheses: Sequence[str],
@@ -181,16 +201,19 @@ def paired_bootstrap(
 def paired_shares(a: Shares, b: Shares, normalizer: str = "none", seed: int = 0) -> PairedBootstrap | None:
     """`paired_bootstrap` of any measure that is a sum over a sum, on what both were measured on.
 
-    a, b: such as errors and words by utterance, or correct answers and all of them by speaker. normalizer: only a name
+    a, b: such as errors and words by utterance, or correct answers and all of them by speaker. Of several trainings,
+    which count with their mean, each sample draws as many as there are, too, for a and b apart. normalizer: only a name
     for the result. None if fewer than two utterances, or whatever is resampled, are in both.
     """
     common = [name for name in a if name in b and bool(a[name][1]) == bool(b[name][1])]  # words in both or in neither
     if len(common) < 2 or not any(a[name][1] for name in common):
         return None
-    (counts_a, of_a), (counts_b, of_b) = (np.array([shares[name] for name in common]).T for shares in (a, b))
-    differences = _resampled_rates(counts_b, of_b, seed) - _resampled_rates(counts_a, of_a, seed)
-    difference = counts_b.sum() / of_b.sum() - counts_a.sum() / of_a.sum()
-    return _paired(float(difference), differences, len(common), normalizer)
+    rates, samples = [], []
+    for system, shares in enumerate((a, b)):
+        counts, of = (np.array(part, float) for part in zip(*(shares[name] for name in common), strict=True))
+        rates.append(counts.sum() / of.sum() / (counts.size / len(of)))
+        samples.append(_resampled_rates(counts, of, seed, system))
+    return _paired(float(rates[1] - rates[0]), samples[1] - samples[0], len(common), normalizer)
 
 
 def _paired(difference: float, differences: np.ndarray, utterances: int, normalizer: str) -> PairedBootstrap:
@@ -211,16 +234,16 @@ def error_shares(
     hypotheses: Sequence[Sequence[str]],
     normalizer: str = "librispeech",
     rate: str = "wer",
-) -> list[tuple[float, float]]:
-    """Errors and words (for the CER: characters) of every utterance; of several trainings the mean of their errors.
+) -> list[tuple[list[float], float]]:
+    """Errors by training and words (for the CER: characters) of every utterance.
 
     hypotheses: one list of texts per training; rate: "wer" or "cer". Raises InputError as `word_error_rate` does.
     """
     if rate == "cer":
         references, hypotheses = spell(references, normalizer), [spell(texts, normalizer) for texts in hypotheses]
         normalizer = "none"
-    counts = np.stack([_error_counts(references, texts, normalizer) for texts in hypotheses]).mean(0)
-    return [(float(errors), float(words)) for errors, words in zip(counts[:, :3].sum(1), counts[:, 3], strict=True)]
+    counts = np.stack([_error_counts(references, texts, normalizer) for texts in hypotheses], 1)
+    return [(errors, words[0]) for errors, words in zip(counts[..., :3].sum(2).tolist(), counts[..., 3], strict=True)]
 
 
 def seeds_error_rate(
@@ -234,17 +257,9 @@ def seeds_error_rate(
     """
     if isinstance(hypotheses, str) or not hypotheses:
         raise InputError("expected a list with one list of texts per training, got " + reprlib.repr(hypotheses))
-    counts = np.stack([_error_counts(references, texts, normalizer) for texts in hypotheses])
-    errors, words = counts[:, :, :3].sum(2), counts[0, :, 3]
-    generator = np.random.default_rng(seed)
-    utterances = generator.integers(0, len(words), (BOOTSTRAP_SAMPLES, len(words)))
-    trainings = generator.integers(0, len(errors), (BOOTSTRAP_SAMPLES, len(errors)))
-    rates = [
-        errors[chosen].mean(0)[drawn].sum() / words[drawn].sum()
-        for chosen, drawn in zip(trainings, utterances, strict=True)
-        if words[drawn].any()
-    ]
-    return {"mean": float(errors.mean(0).sum() / words.sum()), "ci95": [*_interval(np.array(rates))]}
+    errors, words = map(np.array, zip(*error_shares(references, hypotheses, normalizer), strict=True))
+    ci95 = _interval(_resampled_rates(errors, words, seed))
+    return {"mean": float(errors.mean(1).sum() / words.sum()), "ci95": [*ci95]}
 
 
 def mean_and_interval(values: Sequence[float], seed: int = 0) -> dict[str, float | list[float]]:
@@ -323,14 +338,18 @@ def _error_counts(references: Sequence[str], hypotheses: Sequence[str], normaliz
     return np.array(counts)
 
 
-def _resampled_rates(errors: np.ndarray, words: np.ndarray, seed: int) -> np.ndarray:
+def _resampled_rates(errors: np.ndarray, words: np.ndarray, seed: int, system: int = 0) -> np.ndarray:
     """Errors per word, float, in 1,000 samples drawn with replacement, without those that hold no words.
 
-    errors, words: int [utterances].
+    errors: [utterances], or by training, which are drawn with replacement, too, [utterances, trainings]; words:
+    [utterances]. system: the samples of several systems share the utterances, not the trainings.
     """
     draws = np.random.default_rng(seed).integers(0, len(words), (BOOTSTRAP_SAMPLES, len(words)))
-    sums = words[draws].sum(1)
-    return errors[draws].sum(1)[sums > 0] / sums[sums > 0]
+    sums, found = words[draws].sum(1), errors[draws].sum(1)
+    if errors.ndim == 2:
+        trainings = np.random.default_rng([seed, system]).integers(0, errors.shape[1], found.shape)
+        found = np.take_along_axis(found, trainings, 1).mean(1)
+    return found[sums > 0] / sums[sums > 0]
 
 
 def _interval(rates: np.ndarray) -> tuple[float, float]:

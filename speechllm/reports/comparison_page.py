@@ -23,7 +23,8 @@ def write_comparison(
     if curve := _errors(results):
         sections["Table 4: speech recognition"] += curve
     sections |= html.provenance_sections(provenance)
-    html.write_page(path, title, f"<p>{escape(', '.join(results))}, under identical conditions.</p>", sections)
+    said = "tested on the same speech. How each was trained: see Configuration."
+    html.write_page(path, title, f"<p>{escape(', '.join(results))}, {said}</p>", sections)
 
 
 def _quality_by_bitrate(results: Results) -> str:

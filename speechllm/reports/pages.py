@@ -143,7 +143,11 @@ def write_emotion_report(path: str | Path, title: str, results: Mapping[str, Any
                 f"95 % interval {over}",
             ),
             ("Mean recall", percent(results["unweighted_average_recall"]), "all classes have equal weight"),
-            ("Shuffled-label control", percent(results["accuracy_shuffled_labels"]), "trained on permuted labels"),
+            (
+                "Shuffled-label control",
+                percent(results["accuracy_shuffled_labels"]),
+                f"trained on permuted labels; 95 % interval {_span(results.get('accuracy_shuffled_labels_ci95'))}",
+            ),
             ("Chance", percent(results["chance"]), "always the most frequent class"),
             ("Utterances", text(results["utterances"]), f"of {results['actors']} actors"),
             ("Token rate", text(results["tokens_per_second"]), "tokens per second of speech"),
@@ -200,6 +204,8 @@ def _recognition_tiles(results: Mapping[str, Any]) -> str:
     steering = _primary(results)
     intervals = {"wer": results.get("ci95", results.get("wer_ci95")), "cer": results.get("cer_ci95")}
     notes = {rate: f"95 % interval {_span(interval)}" for rate, interval in intervals.items()}
+    if speakers := results.get("ci95_speakers"):
+        notes[steering] += f" over utterances, {_span(speakers)} over speakers"
     if steering == "cer":
         notes["cer"] += "; the rate to go by, because most of these texts are written without spaces"
     elif not intervals["cer"]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from speechllm.reports.html import grid
 from speechllm.reports.plots import spectrograms
-from tokenizer.audio import save_audio, wav_content
+from tokenizer.audio import audio_content, save_audio
 from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.metrics.quality import layer_counts, reconstruct
 
@@ -91,5 +91,5 @@ def _shown(reconstruction: Reconstruction) -> dict[str, np.ndarray]:
 
 
 def _player(name: str, waveform: np.ndarray, sample_rate: int) -> str:
-    data = base64.b64encode(wav_content(torch.from_numpy(waveform), sample_rate)).decode()
+    data = base64.b64encode(audio_content(torch.from_numpy(waveform), sample_rate)).decode()
     return f'<div>{escape(name)}<audio controls src="data:audio/wav;base64,{data}"></audio></div>'

@@ -5,19 +5,21 @@ configuration file HOW says, or HOW of them, one per GPU. Without a GPU that lau
 torch's own is used.
 """
 
+import contextlib
 import difflib
 import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 
 from speechllm.runs.config import shipped
 from speechllm.runs.signals import (
+    GRACE_S,
     Interrupted,
     catch_early_interrupts,
     child_environment,
@@ -61,6 +63,27 @@ def processes_of(file: Path) -> int:
         return 0 if asked.get("use_cpu") else asked.get("num_processes", 0) // asked.get("num_machines", 1)
 
 
+@contextlib.contextmanager
+def patience() -> Iterator[None]:
+    """While active, torch's launcher leaves processes GRACE_S after a signal for their checkpoints, in place of 30 s.
+
+    Not after the failure of one of them, for which the others may wait for ever.
+    """
+    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
+
+    close = PContext.close
+
+    def close_patiently(self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        close(self, death_sig, GRACE_S if isinstance(sys.exception(), SignalException) else timeout)
+
+    PContext.close = close_patiently  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PContext.close = close  # type: ignore[method-assign]
+
+
+@patience()
 def launch(how: int | Path, file: str, words: Sequence[str]) -> int:
     """Start the processes, wait for them and return the exit code. The processes print their own errors.
 

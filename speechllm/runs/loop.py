@@ -69,16 +69,18 @@ class StepGuard:
             return self._asked or signal.SIGTERM if self._agreed else None
         return self._asked
 
-    def skips(self, done: int, *numbers: Tensor | None, recordings: Callable[[], Sequence[str]]) -> bool:
+    def skips(self, done: int, *numbers: Tensor | float | None, recordings: Callable[[], Sequence[str]]) -> bool:
         """Whether a step must leave everything as it was, because loss or gradient are not finite.
 
-        done: the steps with this one; numbers: losses and gradient norms, without those that are None; recordings:
-        returns what the batch of this process was made from. All processes get the same answer, for which the host
-        waits once. The step is counted in the log. Raises RunError for MOST_SKIPPED in a row, or if the training would
-        end with more than one.
+        done: the steps with this one; numbers: losses and gradient norms, on any device (torch's norm of no gradients
+        is on the CPU, DeepSpeed's is a float), without those that are None; recordings: returns what the batch of this
+        process was made from. All processes get the same answer, for which the host waits once. The step is counted in
+        the log. Raises RunError for MOST_SKIPPED in a row, or if the training would end with more than one.
         """
-        full = [n.full_tensor() if isinstance(n, DTensor) else n for n in numbers if n is not None]
-        finite = torch.stack([number.detach().isfinite().all() for number in full]).all()
+        full = [n.full_tensor() if isinstance(n, DTensor) else torch.as_tensor(n) for n in numbers if n is not None]
+        each = [number.detach().isfinite().all() for number in full]
+        device = max((one.device for one in each), key=lambda device: device.type != "cpu")
+        finite = torch.stack([one.to(device) for one in each]).all()
         if self._several:
             assert self.run.accelerator is not None
             flags = torch.stack([~finite, finite.new_tensor(self._asked is not None)]).float()
@@ -178,7 +180,7 @@ class TrainingLoop:
         self.run.log(self.done, **figures)
         self._bar.set_postfix({name: f"{value:.3f}" for name, value in list(figures.items())[:1]})
 
-    def skips(self, *numbers: Tensor | None, recordings: Callable[[], Sequence[str]]) -> bool:
+    def skips(self, *numbers: Tensor | float | None, recordings: Callable[[], Sequence[str]]) -> bool:
         """Whether this step must leave everything as it was: see `StepGuard.skips`."""
         return self.guard.skips(self.done, *numbers, recordings=recordings)
 

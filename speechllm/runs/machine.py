@@ -34,7 +34,8 @@ def make_accelerator(precision: str = "no") -> "Accelerator":
 
     torch.set_flush_denormal(True)
     settings = [
-        DistributedDataParallelKwargs(broadcast_buffers=False),  # which all processes change in the same way
+        # buffers are changed in the same way by all processes; gradients are not held twice
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         InitProcessGroupKwargs(timeout=PATIENCE),
     ]
     cpu = not torch.accelerator.is_available()

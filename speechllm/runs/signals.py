@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm announces the end of a job with the last
+GRACE_S = 600  # for the checkpoint of a training that is to end: 30 GB for 1.5 B weights, behind a validation
 PARENT = "SPEECHLLM_PARENT"  # in the environment: the process with which a started one ends
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 GOES_ON = "the same command goes on from what is finished"

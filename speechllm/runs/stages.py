@@ -24,13 +24,12 @@ from speechllm.runs.config import ConfigError, find_config, load_config
 from speechllm.runs.launch import recipe_command, recipe_environment
 from speechllm.runs.machine import available_cpus
 from speechllm.runs.run import RunError
-from speechllm.runs.signals import child_environment
+from speechllm.runs.signals import GRACE_S, child_environment
 from tokenizer.corpus import CorpusError, read_corpus
 from tokenizer.files import read_json, write_json
 from tokenizer.utterances import MissingSplitError, corpus_folders
 
 CONFIG = "--config="
-GRACE_S = 120.0  # for the checkpoint of a recipe that is to end
 Asked = tuple[str, str, list[str]]  # a stage, where it has its splits from, and which
 SPLITS = ("splits", "dev_splits", "train_splits", "test_splits")  # keys of the recipes that read a corpus
 

@@ -29,7 +29,7 @@ from speechllm.serving.answers import Segment
 from speechllm.serving.door import Door, Limits, Metrics, Refused, error_content
 from speechllm.serving.engine import Engine
 from speechllm.serving.live import LiveSpeech, transcribe_live
-from tokenizer.audio import RATES, AudioError, load_audio, wav_content
+from tokenizer.audio import RATES, AudioError, audio_content, load_audio
 from tokenizer.errors import InputError
 from tokenizer.interface import Codec, Codes, DiscreteTokenizer
 from tokenizer.metrics.conversion import convert_voice
@@ -351,4 +351,4 @@ def add_watching(app: FastAPI, service: Service) -> None:
 
 
 def _sound(waveform: Tensor, sample_rate: int) -> Response:
-    return Response(wav_content(waveform, sample_rate), media_type="audio/wav")
+    return Response(audio_content(waveform, sample_rate), media_type="audio/wav")

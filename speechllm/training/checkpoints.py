@@ -47,8 +47,8 @@ class TrainingState:
         self.average: dict[str, Tensor] = {}  # starts at the first step
         self.updates = 0  # of the average
         self.best = Best()
-        needs_copy = self.main and self.sharded
-        self.evaluated = copy.deepcopy(model).to(accelerator.device) if needs_copy else model
+        self.device = accelerator.device
+        self.evaluated = copy.deepcopy(model).cpu() if self.main and self.sharded else model
 
     def follow(self) -> None:
         """Update the average; to be called after each step."""
@@ -68,12 +68,14 @@ class TrainingState:
         if self.sharded:
             weights = trained_weights(self.model, self.main)
             if self.main:
-                load_weights(self.evaluated, weights)
+                load_weights(self.evaluated.to(self.device), weights)
         self._swap_average()
         try:
             yield
         finally:
             self._swap_average()
+            if self.main and self.sharded:  # the GPU's memory is the training's
+                self.evaluated.cpu()
 
     def _swap_average(self) -> None:
         """Exchange the model's weights and the average, without copying."""

@@ -102,14 +102,17 @@ def check_loss(loss_of: LabelledLoss, examples: Examples) -> None:
 
 def check_loss_once(loss_of: LabelledLoss, examples: Examples, accelerator: Accelerator) -> None:
     """Raise PackingError, in every process, if the first one finds the loss wrong (`check_loss`)."""
-    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        loss_of.to(accelerator.device)  # where it is going to be, and where some families have kernels
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if accelerator.is_main_process or not sharded:
+        loss_of.to(accelerator.device)  # where it is going to be, and where some families, and Liger, have kernels
     faults: list[PackingError | None] = [None]
     if accelerator.is_main_process:
         try:
             check_loss(loss_of, examples)
         except PackingError as error:
             faults = [error]
+    if sharded:
+        loss_of.cpu()
     if fault := broadcast_object_list(faults)[0]:
         raise fault
 

@@ -16,6 +16,7 @@ from speechllm import ConfigError, CorpusError, InputError, RunError, paired_boo
 from speechllm.evaluation.comparison import (
     comparison_tables,
     difference_table,
+    emotion_table,
     pool_emotion,
     pool_recognition,
     without_shares,
@@ -537,7 +538,7 @@ def test_systems_whose_intervals_overlap_are_told_apart_on_the_same_utterances()
     systems = {"better": {"asr": heard(0)}, "worse": {"asr": heard(15)}}
     assert overlap(systems["better"]["asr"], systems["worse"]["asr"])
     (row,) = guidance(systems).rows
-    assert row[2] == "better" and "worse" not in row[3]
+    assert row[2] == "better, in a single training" and "worse" not in row[3]
     (row,) = difference_table(systems).rows
     said = [f"a{i} b c d e" for i in range(40)]
     texts = {n: [t[:-1] + "x" if i < n or i % 3 == 0 else t for i, t in enumerate(said)] for n in (0, 15)}
@@ -575,10 +576,31 @@ def test_every_table_of_the_paper_is_compared_in_pairs() -> None:
 
 
 def test_the_errors_of_several_seeds_of_an_utterance_stay_together() -> None:
-    assert heard(15, seeds=3)["each"] == heard(15)["each"]  # three times the same is not three times as sure
+    # three times the same is not three times as sure
     assert difference_table({"a": {"asr": heard(0, 3)}, "b": {"asr": heard(15, 2)}}).rows == (
         difference_table({"a": {"asr": heard(0)}, "b": {"asr": heard(15)}}).rows
     )
+
+
+def test_seeds_that_differ_make_a_difference_uncertain() -> None:
+    """One system twice, whose first seed failed once: of all seeds together it is no better than itself."""
+
+    def verdict(seeds: int) -> str:
+        systems = {
+            name: {
+                "asr": {
+                    "mean": sum(errors[:seeds]) / seeds,
+                    "ci95": [0, 1],
+                    "each": {f"u{i}": (errors[:seeds], 1) for i in range(20)},
+                    "seeds": dict(zip("012", errors[:seeds], strict=False)),
+                }
+            }
+            for name, errors in (("a", [1, 0, 0]), ("b", [0, 0, 0]))
+        }
+        return guidance(systems).rows[0][2]
+
+    assert verdict(seeds=1) == "b, in a single training"
+    assert verdict(seeds=3) == "no clear winner"  # the one that failed may not be drawn
 
 
 def test_systems_tested_on_other_utterances_are_not_paired() -> None:
@@ -591,7 +613,37 @@ def test_systems_tested_on_other_utterances_are_not_paired() -> None:
 def test_emotions_are_paired_by_actor_over_all_seeds() -> None:
     rows = [{"actor": n % 2, "emotion": "calm", "answer": "calm" if n < 3 else "sad"} for n in range(4)]
     found = {"accuracy": 0.75, "ci95_actors": [0.5, 1.0]}
-    assert pool_emotion({0: found, 1: found}, {0: rows, 1: rows})["each"] == {"0": (4, 4), "1": (2, 4)}
+    assert pool_emotion({0: found, 1: found}, {0: rows, 1: rows})["each"] == {"0": ([2, 2], 2), "1": ([1, 1], 2)}
+
+
+def test_the_control_of_emotions_is_pooled_with_its_interval() -> None:
+    found = [
+        {"accuracy": 0.5, "ci95_actors": [0.4, 0.6], "accuracy_shuffled_labels": control} for control in (0.2, 0.4)
+    ]
+    assert pool_emotion(dict(enumerate(found)))["control"] == {"mean": pytest.approx(0.3)}  # of an earlier version
+    for one in found:
+        one["accuracy_shuffled_labels_ci95"] = [one["accuracy_shuffled_labels"] - 0.1, 0.5]
+    pooled = pool_emotion(dict(enumerate(found)))
+    assert pooled["control"] == {"mean": pytest.approx(0.3), "ci95": [pytest.approx(0.1), 0.5]}
+    assert emotion_table({"a": {"emotion": pooled}}).rows[0][3] == "30.0% (10.0% to 50.0%)"
+
+
+def test_only_what_is_asked_for_is_shown_and_of_one_tokenizer(
+    compare: ModuleType, config_of: Callable, tmp_path: Path
+) -> None:
+    quality = {"codebooks": {}, "codec_fingerprint": "a" * 16}
+    content = {"layer": 1, "codec_fingerprint": "b" * 16}
+    (tmp_path / "codec" / "quality").mkdir(parents=True)
+    (tmp_path / "codec" / "quality" / "results.json").write_text(json.dumps(quality))
+    (tmp_path / "codec" / "content.json").write_text(json.dumps(content))
+    systems = [{"name": "codec", "tokenizer": "somewhere"}]
+    for task in ("quality", "content"):
+        config = config_of(systems=systems, tasks=[task])
+        found = compare.collect(config.systems[0], config, tmp_path, {})
+        assert {name for name in compare.TASKS if found[name]} == {task}
+    config = config_of(systems=systems, tasks=["quality", "content"])
+    with pytest.raises(RunError, match=r"results of several tokenizers \(.*aaaaaaaa.*\): compare in a new output"):
+        compare.collect(config.systems[0], config, tmp_path, {})
 
 
 def test_scores_of_an_evaluation_are_found_again_by_utterance(compare: ModuleType, tmp_path: Path) -> None:
@@ -609,7 +661,7 @@ def test_scores_of_an_evaluation_are_found_again_by_utterance(compare: ModuleTyp
     assert without_shares(found) == results
     row = found["codebooks"]["1"]
     assert row["pesq_wb"]["each"] == {'["u"]': (1.0, 1), '["v"]': (2.0, 1)}
-    assert row["wer"]["each"] == {'["u"]': (0, 2), '["v"]': (1, 2)}
+    assert row["wer"]["each"] == {'["u"]': ([0], 2), '["v"]': ([1], 2)}
     assert compare.scored(tmp_path / "nowhere", "codebooks", "utterances.jsonl", ("id",)) == {}
 
 

@@ -181,21 +181,38 @@ def test_every_utterance_has_a_line_with_its_scores(
 
 
 def test_a_failure_affects_only_its_number_of_codebooks(
-    evaluate: Callable[..., dict], tmp_path: Path, recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+    evaluate: Callable[..., dict],
+    corpus: Path,
+    tmp_path: Path,
+    recipe: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One codebook that gives silence for one recording does not cost the score of three."""
+    """One codebook that gives silence for one recording does not cost the score of three; its words are lost."""
     module = recipe(RECIPE)
     loud = []
+
+    class Recognizer(torch.nn.Module):
+        sample_rate, frame_rate, device = RATE, 0.0, torch.device("cpu")
+
+        def encode(self, waveform: Tensor) -> Transcripts:
+            return Transcripts(["one two" if waveform.any() else ""])
 
     def reconstruct(codec: SpeechCodec, waveform: Tensor, counts: list[int]) -> dict[int, Tensor]:
         loud.append(waveform)
         return {n: torch.zeros_like(waveform) if n == 1 and len(loud) == 1 else waveform for n in counts}
 
     monkeypatch.setattr(module, "reconstruct", reconstruct)
-    found = evaluate(tmp_path, "splits=[dev]", "layers=[1,3]")
+    monkeypatch.setattr(module, "load_recognizer", lambda name: Recognizer())
+    rows = [{"id": name, "path": str(corpus / f"{name}.wav"), "duration_s": 1.0, "text": "one two"} for name in "de"]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = evaluate(tmp_path / "new", f"data={tmp_path}", "layers=[1,3]", "recognizer=recognizer:x")
     assert [found["codebooks"][n]["utterances"] for n in ("1", "3")] == [1, 2]
     assert [(failure["id"], failure["codebooks"]) for failure in found["failed"]] == [("d", [1])]
     assert found["codebooks"]["1"]["pesq_wb"]["mean"] == pytest.approx(4.644, abs=1e-3)
+    assert [(found["codebooks"][n]["wer"]["mean"], found["codebooks"][n]["wer"]["words"]) for n in ("1", "3")] == [
+        (0.5, 4),
+        (0, 4),
+    ]
 
 
 def test_all_codebooks_and_all_splits_are_the_default(

@@ -1,6 +1,7 @@
 """Emotion recognition: labels in file names, balanced folds, the classifier, and resumed runs."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,7 +15,7 @@ import soundfile
 import torch
 
 from speechllm import Codes, CorpusError, DataError, Encoding, SpeechCodec, load_codes, read_corpus
-from speechllm.data.shards import SCHEMA, SPEECH, write_table
+from speechllm.data.shards import SCHEMA, SPEECH, open_shard, write_table
 from speechllm.reports.plots import confusion_figure
 from speechllm.runs.config import load_config
 from speechllm.training.emotion import EMOTIONS, EmotionClassifier, actor_folds, emotional_speech, small_bert
@@ -276,6 +277,24 @@ def test_a_killed_run_keeps_finished_folds_and_gives_the_same_result(
 
 
 @pytest.mark.usefixtures("new_accelerator")
+def test_folds_of_other_codes_are_not_taken_for_these(
+    train: Callable[..., dict], codes: Path, finished: Path, tmp_path: Path
+) -> None:
+    """A corpus that was encoded again at the same place."""
+    shutil.copytree(codes, tmp_path / "codes")
+    shutil.copytree(finished, tmp_path / "run")
+    config = (tmp_path / "run" / "config.yaml").read_text().replace(str(codes), str(tmp_path / "codes"))
+    (tmp_path / "run" / "config.yaml").write_text(config.replace(str(finished), str(tmp_path / "run")))
+    before = (tmp_path / "run" / "results.json").read_text()
+    train(tmp_path / "codes", tmp_path / "run")
+    file = tmp_path / "codes" / "codes_00000.arrow"
+    table = open_shard(file)
+    write_table(file, table.slice(0, len(table) - 8))
+    with pytest.raises(DataError, match="holds answers about other codes"):
+        train(tmp_path / "codes", tmp_path / "run")
+    assert json.loads(before)["accuracy"] == json.loads((tmp_path / "run" / "results.json").read_text())["accuracy"]
+
+
 def test_a_pretrained_bert_and_two_layers_in_bfloat16(
     train: Callable[..., dict], codes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,6 +217,12 @@ def test_a_flac_file_without_number_of_samples_is_read_to_its_end(tmp_path: Path
     assert len(load_audio(tmp_path / "a.flac", max_duration_s=4.0)) == 4 * RATE
 
 
+def test_samples_are_counted_as_far_as_they_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenizer.audio.BLOCK", RATE // 2)
+    (tmp_path / "a.flac").write_bytes(flac_stating(0))
+    assert [audio_duration(tmp_path / "a.flac", most_s) for most_s in (1.0, 4.0, 9.0)] == [1.5, 4, 4]
+
+
 @pytest.mark.parametrize("samples", [5 * RATE, 2**36 - 1])
 def test_a_flac_file_of_fewer_samples_than_its_header_states_is_truncated(tmp_path: Path, samples: int) -> None:
     (tmp_path / "a.flac").write_bytes(flac_stating(samples))
@@ -465,6 +471,12 @@ def test_what_is_saved_is_read_again_up_to_16_bits(tmp_path: Path, ending: str) 
     torch.testing.assert_close(load_audio(path), waveform.detach(), atol=2 / 32768, rtol=0)
 
 
+def test_minutes_are_saved_as_ogg(tmp_path: Path) -> None:
+    """Vorbis's encoder cannot take them at once."""
+    save_audio(tmp_path / "a.ogg", torch.from_numpy(np.tile(tone(440, 1), 190)))
+    assert soundfile.info(tmp_path / "a.ogg").frames == 190 * RATE
+
+
 def test_a_second_save_gives_the_same_file_again(tmp_path: Path) -> None:
     """16-bit values survive reading and writing: no drift from copy to copy."""
     save_audio(tmp_path / "a.flac", torch.linspace(-0.9, 0.9, 1_000))
@@ -493,11 +505,11 @@ def test_a_failed_save_keeps_the_file_that_was_there(tmp_path: Path, monkeypatch
     save_audio(tmp_path / "a.wav", torch.ones(10))
     before = (tmp_path / "a.wav").read_bytes()
 
-    def fail(path: bytes, *_: object, **__: object) -> None:
-        Path(os.fsdecode(path)).write_bytes(b"half a file")
+    def fail(path: Path, content: bytes) -> None:
+        path.write_text("half a file")
         raise OSError("no space left")
 
-    monkeypatch.setattr(soundfile, "write", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="no space left"):
         save_audio(tmp_path / "a.wav", torch.zeros(10))
     assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]

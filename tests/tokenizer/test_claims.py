@@ -145,6 +145,13 @@ def test_a_folder_written_at_once_is_new_or_empty_and_outside_what_is_read(tmp_p
     assert files_in(tmp_path) == {"source/weights", "empty/weights", "deep/new/weights"}
 
 
+def test_the_present_folder_cannot_be_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "../" + tmp_path.name):
+        with pytest.raises(OutputError, match="is the present folder, which cannot be replaced: name a new one"):
+            new_folder(name)
+
+
 def test_a_folder_is_replaced_only_within_a_claim(tmp_path: Path) -> None:
     write_text(tmp_path / "out" / "thesis", "mine")
     write_text(tmp_path / "out.part" / "thesis", "mine")

@@ -143,6 +143,13 @@ def test_a_bad_row_of_a_csv_manifest_is_named(tmp_path: Path, row: str) -> None:
         read_corpus(tmp_path)
 
 
+@pytest.mark.parametrize("cells", [{"text": 10**400}, {"phones": [["HH", 0.1], ["AY", 10**400]]}])
+def test_a_number_of_many_digits_is_named(tmp_path: Path, cells: dict) -> None:
+    (tmp_path / "manifest.jsonl").write_text(json.dumps({"path": "a.wav", "duration_s": 1} | cells), encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"manifest\.jsonl, row 1: .*0\.\.\., expected a smaller number"):
+        read_corpus(tmp_path)
+
+
 def test_an_alignment_cannot_stand_in_csv(tmp_path: Path) -> None:
     (tmp_path / "manifest.csv").write_text("path,duration_s,phones\na.wav,1,an alignment\n", encoding="utf-8")
     with pytest.raises(CorpusError, match="phones is 'an alignment', expected pairs of a symbol .* in JSON lines"):

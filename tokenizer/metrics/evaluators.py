@@ -32,7 +32,7 @@ def speaker_embedding(speaker: SpeakerEncoder, waveform: Tensor, sample_rate: in
 
 def recognized_text(recognizer: AudioTokenizer, waveform: Tensor, sample_rate: int) -> str:
     """The text that the recognizer returns for a waveform float [N]."""
-    speech = resample(waveform, sample_rate, recognizer.sample_rate)
+    speech = resample(waveform.nan_to_num(0, 0, 0), sample_rate, recognizer.sample_rate)
     transcripts = recognizer.encode(speech[None].to(recognizer.device))
     assert isinstance(transcripts, Transcripts)
     return transcripts.utterance(0)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -531,6 +532,23 @@ def test_an_error_is_one_line(capsys: Capture) -> None:
     printed = capsys.readouterr()
     assert printed.out == "" and len(printed.err.splitlines()) == 1
     assert printed.err.startswith("speechllm codebooks: ./nowhere: no such folder")
+
+
+def test_a_full_disk_is_one_line_in_the_words_of_any_library(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("speechllm.cli.main._export", fail)
+    assert main(["export", "model", "out"]) == 1
+    expected = "speechllm export: I/O error: No space left on device (os error 28); the disk is full: make room\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("port", ["70000", "-1", "web"])
+def test_a_port_that_there_is_not_is_a_mistake(port: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "model", "--port", port])
+    assert "must be int from 0 to 65535" in capsys.readouterr().err
 
 
 # ---- rehearse

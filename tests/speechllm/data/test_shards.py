@@ -424,8 +424,11 @@ def test_a_recording_whose_features_float16_cannot_hold_is_skipped(
     assert load_codes(tmp_path)[0]["id"] == [speech[0].id, speech[2].id]
     (row,) = skipped_of_shards(tmp_path)
     assert (row["id"], row["reason"]) == (speech[1].id, "no features") and "beyond float16" in row["detail"]
+    encode([speech[0], speech[2], speech[3], speech[1]], features, tmp_path / "last")  # alone in its shard of three
+    assert load_codes(tmp_path / "last")[0]["id"] == [speech[0].id, speech[2].id, speech[3].id]
+    monkeypatch.setattr("speechllm.data.shards.SHARD_SIZE", 1)
     with pytest.raises(InputError, match=r"beyond float16.*; so it is with all recordings of codes_00000\.arrow"):
-        encode(speech[1:2], features, tmp_path / "never")
+        encode([speech[1], speech[0]], features, tmp_path / "never")
 
 
 def test_a_tokenizer_that_does_not_say_it_can_is_given_one_utterance_at_a_time(

@@ -27,6 +27,7 @@ from speechllm.evaluation.error_rates import (
     seeds_error_rate,
     shuffled_audio_verdict,
     speaker_error_rates,
+    speakers_interval,
     split_error_rates,
 )
 from speechllm.evaluation.normalizers import librispeech_normalizer, whisper_english_normalizer
@@ -301,6 +302,17 @@ def test_texts_may_come_in_any_ordered_collection() -> None:
         assert word_error_rate(collection, texts).wer == 0
 
 
+def test_the_interval_over_speakers_is_that_of_their_sums() -> None:
+    """Two speakers, one of whom is never understood: any share of the three is possible."""
+    references, speakers = ["a b"] * 6 + ["a"] * 3, ["anna"] * 6 + ["bert"] * 3
+    hypotheses = ["a b"] * 6 + ["x"] * 3
+    assert speakers_interval(references, hypotheses, speakers) == (0, 1)
+    low, high = speakers_interval(references, hypotheses, list(map(str, range(9))))
+    assert (low, high) == pytest.approx(word_error_rate(references, hypotheses).ci95)  # a speaker each
+    assert speakers_interval(references, hypotheses, ["anna"] * 9) is None
+    assert speakers_interval(["ab", "cd"], ["ab", "cx"], ["anna", "bert"], rate="cer") == (0, 0.5)
+
+
 def test_speakers_and_splits_belong_to_the_references() -> None:
     for score in (speaker_error_rates, split_error_rates):
         for wrong in (["s"], "ss", ["s", None]):
@@ -395,7 +407,7 @@ def test_shares_are_paired_as_the_texts_they_were_counted_in() -> None:
     a = ["a b", "d x", "y", "f g h i"] * 5
     b = ["a b c", "d e f", "", "f g h"] * 4 + ["a b c", "d e", "", "f g h i"]
     shares = [dict(zip(map(str, range(20)), error_shares(references, [texts]), strict=True)) for texts in (a, b)]
-    assert shares[0]["2"] == (1, 0) and shares[0]["3"] == (0, 4)
+    assert shares[0]["2"] == ([1], 0) and shares[0]["3"] == ([0], 4)
     found, expected = paired_shares(*shares, "librispeech"), paired_bootstrap(references, a, b)
     assert found.ci95 == pytest.approx(expected.ci95) and found.difference == pytest.approx(expected.difference)
     assert (found.utterances, found.p_value) == (20, expected.p_value)
@@ -409,6 +421,15 @@ def test_shares_of_other_sizes_are_paired_by_their_rates_on_what_both_have() -> 
     assert paired_shares({"x": (1, 0), "y": (0, 0)}, {"x": (1, 0), "y": (0, 0)}) is None  # no words at all
 
 
-def test_errors_of_several_trainings_are_averaged_by_utterance() -> None:
-    assert error_shares(["a b", "c"], [["a", "c"], ["x", "c d"]]) == [(1.5, 2), (0.5, 1)]
-    assert error_shares(["ab c"], [["ab"]], rate="cer") == [(2, 4)]
+def test_samples_draw_the_trainings_of_each_system_apart() -> None:
+    """Of two trainings that fail or do not, a half is as likely as none and all together, in either system."""
+    a, b = ({f"u{i}": (errors, 1) for i in range(9)} for errors in ([0, 1], [1, 1]))
+    found = paired_shares(a, b)
+    assert found.difference == 0.5 and found.ci95 == (0, 1) and found.improvement == 0
+    assert paired_shares(a, a).ci95 == (-1, 1)  # each with its own draws
+    assert 0.1 < paired_shares(a, a).improvement < 0.4
+
+
+def test_errors_of_several_trainings_are_counted_by_utterance() -> None:
+    assert error_shares(["a b", "c"], [["a", "c"], ["x", "c d"]]) == [([1, 2], 2), ([0, 1], 1)]
+    assert error_shares(["ab c"], [["ab"]], rate="cer") == [([2], 4)]

@@ -175,6 +175,46 @@ def test_a_configuration_of_accelerate_is_followed(monkeypatch: pytest.MonkeyPat
     assert arguments.training_script == "job.py" and arguments.training_script_args == ["steps=1"]
 
 
+def test_processes_have_time_for_a_checkpoint_after_a_signal_and_not_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Asked of torch's own agent: what it calls when a signal arrives, and when a process fails."""
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
+
+    from speechllm.runs.launch import patience
+
+    waits: list[int] = []
+
+    class Context(PContext):
+        def __init__(self) -> None:
+            self._tail_logs, self.filtered_stdout, self.filtered_stderr = [], None, None
+
+        def _start(self) -> None: ...
+
+        def _poll(self) -> None: ...
+
+        def pids(self) -> dict: ...
+
+        def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
+            waits.append(timeout)
+
+    class Agent(LocalElasticAgent):
+        def __init__(self, error: Exception) -> None:
+            self._worker_watchdog = self._health_check_server = None
+            self._pcontext, self.error = Context(), error
+
+        def _invoke_run(self, role: str = "default") -> None:
+            raise self.error
+
+    for error in (SignalException("asked", signal.SIGTERM), RuntimeError("failed")):
+        with patience(), pytest.raises(type(error)):
+            Agent(error).run()
+    with pytest.raises(SignalException):
+        Agent(SignalException("asked", signal.SIGTERM)).run()  # torch's own, afterwards
+    assert waits == [600, 30, 30]
+
+
 def test_a_mistake_under_a_configuration_of_accelerate_is_one_line(tmp_path: Path) -> None:
     words = ["run", "train_asr", "--accelerate=accelerate/fsdp2.yaml", "codes=a", "codec=c", "output=b", "stpes=2"]
     ended = python("-m", "speechllm.cli.main", *words, folder=tmp_path)

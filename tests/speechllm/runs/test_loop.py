@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from speechllm import RunError
-from speechllm.runs.loop import MOST_SKIPPED, Parts, TrainingLoop
+from speechllm import RunError, save_audio
+from speechllm.runs.loop import MOST_SKIPPED, Parts, StepGuard, TrainingLoop
 from speechllm.runs.recipe import out_of_space, run_recipe
 from speechllm.runs.run import MAY_CHANGE, Run, read_log
 from speechllm.runs.signals import Interrupted
@@ -93,6 +93,13 @@ def test_a_signal_saves_the_step_in_progress_and_the_run_ends_as_if_there_had_be
 def test_a_signal_without_checkpoints_ends_too(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="no checkpoints"):
         train(tmp_path, Job(save_every=0), at=send(signal.SIGTERM, 5))
+
+
+def test_a_norm_may_be_a_float_or_none(tmp_path: Path) -> None:
+    """As DeepSpeed returns it."""
+    guard = StepGuard(Run(tmp_path, Job()), 10)
+    assert not guard.skips(1, torch.zeros(()), 1.0, None, recordings=list)
+    assert guard.skips(2, torch.zeros(()), float("inf"), recordings=lambda: ["a.wav"]) and guard.skipped == 1
 
 
 SEVERAL = """
@@ -350,7 +357,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_from_the_last_checkpoint(tmp_p
     assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", ["a.safetensors", "b.pt", "c.txt"])
+@pytest.mark.parametrize("name", ["a.safetensors", "b.pt", "c.txt", "d.flac", "e.ogg"])
 def test_a_full_disk_is_recognised_in_the_words_of_other_libraries(tmp_path: Path, name: str) -> None:
     from safetensors.torch import save_file
 
@@ -359,6 +366,7 @@ def test_a_full_disk_is_recognised_in_the_words_of_other_libraries(tmp_path: Pat
             "a.safetensors": lambda file: save_file({"a": torch.zeros(10_000)}, file),
             "b.pt": lambda file: torch.save(torch.zeros(10_000), file),
             "c.txt": lambda file: file.write_text("c" * 10_000),
+            **dict.fromkeys(("d.flac", "e.ogg"), lambda file: save_audio(file, torch.rand(9_000))),
         }
         fill_disk()
         with pytest.raises(Exception) as error:  # noqa: PT011, as many kinds as libraries
@@ -366,6 +374,7 @@ def test_a_full_disk_is_recognised_in_the_words_of_other_libraries(tmp_path: Pat
         assert out_of_space(error.value), error.value
 
     apart(work)
+    assert not (tmp_path / "d.flac").exists() and not (tmp_path / "e.ogg").exists()
     assert not out_of_space(ValueError("wrong"))
 
 

@@ -53,6 +53,7 @@ def test_recordings_without_speech_are_refused(wave: Tensor, reason: str) -> Non
 
 def test_the_recogniser_receives_its_own_rate(noise: Callable[..., Tensor]) -> None:
     assert recognized_text(SampleCounter(), noise(RATE)[0], RATE) == "8000"
+    assert recognized_text(SampleCounter(), torch.full([RATE], torch.nan), RATE) == "8000"
 
 
 def test_only_what_returns_text_is_a_recogniser(monkeypatch: pytest.MonkeyPatch, codec: SpeechCodec) -> None:
