@@ -57,6 +57,8 @@ class SpeechCodecConfig(Settings):
             yield "phases griffin_lim needs body: convnext and causal: false, as it looks most of a second ahead"
         if self.body == "convnext" and self.hop_length % 4:
             yield "body convnext needs strides with a product that is a multiple of 4"
+        if self.body == "convnext" and self.width % (2 * (heads := max(1, self.width // 64))):
+            yield f"body convnext needs a width that is a multiple of {2 * heads}, for {heads} heads, got {self.width}"
         if self.body == "seanet" and self.causal and self.lstm == "bidirectional":
             yield "a causal codec cannot have a bidirectional lstm: choose forward or none"
 

@@ -15,7 +15,8 @@ from tokenizer.training.teachers import SemanticTeacher
 class MultiScaleMelLoss(nn.Module):
     """Distance of compressed mel spectrograms at several window sizes (scales): L1, plus L2 if `squared`.
 
-    The defaults follow EnCodec's spectral loss (arXiv 2210.13438, section 3.4) on the logarithm of the mel magnitudes.
+    The defaults follow EnCodec's spectral loss (arXiv 2210.13438, section 3.4) on the logarithm of the mel magnitudes;
+    its released code takes L1 of the magnitudes themselves, so that what is loud counts more.
     With `power` p, in place of the logarithm stands (x^p - 1) / p (Box and Cox 1964), which is the logarithm for p = 0:
     what is quiet counts less, as for the ear, whose loudness grows with p = 0.46 of the magnitude (Zwicker).
     Windows in samples; the hop is a quarter of the window. bands: mel bands per scale; a sixteenth of the window when

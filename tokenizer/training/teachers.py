@@ -3,6 +3,7 @@
 All are loaded from a folder or hub name; `recipes/train_teacher.py` trains small ones in the same formats.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,9 +112,8 @@ class SemanticTeacher(nn.Module):
         return super().train(False)
 
     def hidden_states(self, waveform: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
-        """As `features`, of all layers."""
-        padded = pad_for_frames(waveform, self.margin, self.normalize, lengths)
-        return list(self.model(padded, output_hidden_states=True).hidden_states)
+        """As `features`, of every layer up to the last that is needed, behind which nothing is computed."""
+        return self._layer_states(self._layer_input(pad_for_frames(waveform, self.margin, self.normalize, lengths)))
 
     def features(self, waveform: Tensor, lengths: Tensor | None = None) -> Tensor:
         """As `forward`, but with a gradient for the waveform (not for the weights), for losses on reconstructions."""
@@ -133,36 +133,52 @@ class SemanticTeacher(nn.Module):
 
         Only the transformer takes all at once, with a mask: the convolutions may normalise over time.
         """
-        inner = []
-        for waveform in waveforms:
-            sounds = self.model.feature_extractor(pad_for_frames(waveform[None], self.margin, self.normalize))
-            projected = self.model.feature_projection(sounds.transpose(1, 2))
-            inner.append((projected[0] if isinstance(projected, tuple) else projected)[0])
+        inner = [self._layer_input(pad_for_frames(one[None], self.margin, self.normalize))[0] for one in waveforms]
         sizes = [len(x) for x in inner]
         padded = nn.utils.rnn.pad_sequence(inner, batch_first=True)
         mask = frame_mask(torch.tensor(sizes, device=padded.device), padded.shape[1], hop_length=1)
         chosen = self._choose(self._layer_states(padded, mask))
         return [x[:size] for x, size in zip(chosen, sizes, strict=True)]
 
-    def _layer_states(self, x: Tensor, mask: Tensor) -> list[Tensor]:
-        """What transformers calls so: the input of the first layer and the output of each, float [B, T, P]."""
+    @property
+    def last(self) -> int:
+        """The number of the last hidden state that is needed."""
+        depth = self.model.config.num_hidden_layers
+        return depth if isinstance(self.layer, str) else self.layer % (depth + 1)
+
+    def _layer_input(self, padded: Tensor) -> Tensor:
+        """Padded waveforms float [B, N] -> what the transformer reads, float [B, T, P]."""
+        projected = self.model.feature_projection(self.model.feature_extractor(padded).transpose(1, 2))
+        return projected[0] if isinstance(projected, tuple) else projected
+
+    def _layer_states(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """The hidden states of transformers: the input of the first layer and the output of each, float [B, T, P]."""
         layers, states = self.model.encoder.layers, list[Tensor]()
-        hooks = [layers[0].register_forward_pre_hook(lambda layer, inputs: states.append(inputs[0]))]
+
+        def keep(state: Tensor) -> None:
+            states.append(state)
+            if len(states) > self.last:
+                raise _Reached
+
+        hooks = [layers[0].register_forward_pre_hook(lambda layer, inputs: keep(inputs[0]))]
         for layer in layers:
             hooks.append(
-                layer.register_forward_hook(
-                    lambda layer, inputs, out: states.append(out[0] if isinstance(out, tuple) else out)
-                )
+                layer.register_forward_hook(lambda layer, inputs, out: keep(out[0] if isinstance(out, tuple) else out))
             )
         try:
-            self.model.encoder(x, mask)
+            with contextlib.suppress(_Reached):
+                self.model.encoder(x, mask)
         finally:
             for hook in hooks:
                 hook.remove()
         return states
 
     def _choose(self, states: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(states)).mean(0) if isinstance(self.layer, str) else states[self.layer]
+        return torch.stack(list(states)).mean(0) if isinstance(self.layer, str) else states[-1]
+
+
+class _Reached(Exception):
+    """The last layer that is needed has been computed."""
 
 
 class WhisperTeacher(SemanticTeacher):
@@ -201,7 +217,7 @@ class WhisperTeacher(SemanticTeacher):
         self.extractor.save_pretrained(folder)
 
     def hidden_states(self, waveform: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
-        """As `features`, of all layers; frames of the padding mean nothing."""
+        """As of `SemanticTeacher`; frames of the padding mean nothing."""
         size = HOP_LENGTH * self.model.config.max_source_positions
         windows = []
         for index, window in enumerate(waveform.split(size, 1)):
@@ -221,7 +237,7 @@ class WhisperTeacher(SemanticTeacher):
         padded = min(frames + SILENCE, longest)
         seen = None if lengths is None else (frame_count(lengths) + SILENCE).clamp(max=longest)
         mel = self.log_mel(F.pad(waveform, (0, padded * HOP_LENGTH - waveform.shape[1])))[:, :, 1:]
-        return [states[:, :frames] for states in encoder_states(self.model, mel, seen)]
+        return [states[:, :frames] for states in encoder_states(self.model, mel, self.last, seen)]
 
 
 def pad_for_frames(waveform: Tensor, margin: int, normalize: bool, lengths: Tensor | None = None) -> Tensor:

@@ -33,8 +33,8 @@ class WhisperSpectrogram(nn.Module):
             return (torch.maximum(levels, levels.amax((1, 2), keepdim=True) - 8) + 4) / 4
 
 
-def encoder_states(encoder: Any, mel: Tensor, seen: Tensor | None = None) -> list[Tensor]:
-    """Log-mel frames float [B, bands, 2 T] -> all hidden states float [B, T, P] of transformers' WhisperEncoder.
+def encoder_states(encoder: Any, mel: Tensor, last: int, seen: Tensor | None = None) -> list[Tensor]:
+    """Log-mel frames float [B, bands, 2 T] -> hidden states 0 to `last` float [B, T, P] of transformers' WhisperEncoder.
 
     Its own forward pass takes 30 s only; here its position embeddings are cut to T. As in transformers the first state
     is the input of the first layer, and only the last one is normalised. seen: long [B], frames that an utterance would
@@ -47,9 +47,10 @@ def encoder_states(encoder: Any, mel: Tensor, seen: Tensor | None = None) -> lis
         mask = torch.zeros_like(beyond, dtype=mel.dtype).masked_fill(beyond, -torch.inf)[:, None, None]
     x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel)))).transpose(1, 2)
     states = [x + encoder.embed_positions.weight[: x.shape[1]]]
-    for layer in encoder.layers:
+    for layer in encoder.layers[:last]:
         states.append(layer(states[-1], mask))
-    states[-1] = encoder.layer_norm(states[-1])
+    if last == len(encoder.layers):
+        states[-1] = encoder.layer_norm(states[-1])
     return states
 
 

@@ -156,6 +156,9 @@ def test_a_causal_window_gives_most_of_a_frame_to_its_own_spectra() -> None:
 def test_settings_that_do_not_fit_the_body_are_refused() -> None:
     with pytest.raises(InputError, match="body convnext needs"):
         SpeechCodecConfig(**SMALL, strides=(2, 5, 5))
+    for width in (63, 130, 200):
+        with pytest.raises(InputError, match=f"multiple of .* heads, got {width}"):
+            SpeechCodecConfig(**SMALL | {"width": width})
     for settings in ({}, {**SMALL, "causal": True}):
         with pytest.raises(InputError, match="phases griffin_lim needs"):
             SpeechCodecConfig(**settings, phases="griffin_lim")

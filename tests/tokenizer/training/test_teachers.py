@@ -155,6 +155,15 @@ def test_the_average_layer_is_the_mean_of_all_hidden_states(noise: Noise) -> Non
     assert not torch.allclose(states[0], states[1]) and not torch.allclose(states[1], states[2])
 
 
+@pytest.mark.parametrize("layer, computed", [(0, 0), (1, 1), (-2, 1), (2, 2), ("avg", 2)])
+def test_no_layer_is_computed_behind_the_one_that_is_needed(noise: Noise, layer: int | str, computed: int) -> None:
+    model, calls = published(), []
+    for one in model.encoder.layers:
+        one.register_forward_hook(lambda *_: calls.append(1))
+    SemanticTeacher(model, layer)(noise(3_200))
+    assert len(calls) == computed
+
+
 def test_the_last_layer_is_what_the_model_returns(noise: Noise) -> None:
     model, waveform = published().eval(), noise(3_200)
     with torch.no_grad():
