@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from speechllm.pauses import Cut, quietest
-from tokenizer.audio import audio_duration, inspect_audio, load_audio
+from tokenizer.audio import audio_duration, inspect_audio, load_audio, open_parts
 
 LONGEST_S = 30.0
 END_S = 0.05  # what is left of a recording and shorter than this is no piece
@@ -47,10 +47,11 @@ def pieces(
         yield Piece(0.0, load_audio(path, sample_rate, max_duration_s=max_duration_s), sample_rate)
         return
     total_s, start_s = inspect_audio(path, max_duration_s=max_duration_s).duration_s, 0.0
-    while total_s - start_s > END_S:
-        waveform = load_audio(path, sample_rate, start_s=start_s, duration_s=longest_s)
-        if start_s + longest_s < total_s:
-            waveform = waveform[: cut(waveform, sample_rate)].clone()
-        piece = Piece(start_s, waveform, sample_rate)
-        yield piece
-        start_s = piece.end_s
+    with open_parts(path, sample_rate) as part:
+        while total_s - start_s > END_S:
+            waveform = part(start_s, longest_s)
+            if start_s + longest_s < total_s:
+                waveform = waveform[: cut(waveform, sample_rate)].clone()
+            piece = Piece(start_s, waveform, sample_rate)
+            yield piece
+            start_s = piece.end_s

@@ -7,7 +7,7 @@ import io
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,14 +82,41 @@ def load_audio(
                 _check_whole(file, levels, start)
         return samples, levels
 
-    samples, levels = decode()
-    if levels.cancelled:
-        samples, _ = decode(levels.loudest)
+    samples = _loud(decode)
     if samples.size == 0:
         raise AudioError(path, "empty", "holds no samples")
     if duration_s is None and np.abs(samples).max() < SILENCE_PEAK:
         raise AudioError(path, "silent", f"holds silence only at {sample_rate} Hz")
     return torch.from_numpy(samples).clamp_(-1, 1)
+
+
+@contextlib.contextmanager
+def open_parts(path: str | Path, sample_rate: int = 16_000) -> Iterator[Callable[[float, float], Tensor]]:
+    """A function that reads parts of a recording, by `start_s` and `duration_s`, as `load_audio` does.
+
+    The file stays open: to find a part of an MP3 anew, all that is before it is read.
+    """
+    with contextlib.ExitStack() as opened:
+        with _naming(path):
+            file = opened.enter_context(_opened(path, path, whole=False))
+
+        def part(start_s: float, duration_s: float) -> Tensor:
+            def decode(channel: int | None = None) -> tuple[np.ndarray, _Levels]:
+                levels = _Levels(path)
+                file.seek(min(round(start_s * file.samplerate), file.frames))
+                blocks = _mono(file, levels, round(duration_s * file.samplerate), channel=channel)
+                return _resample(blocks, file.samplerate, sample_rate), levels
+
+            with _naming(path):
+                return torch.from_numpy(_loud(decode)).clamp_(-1, 1)
+
+        yield part
+
+
+def _loud(decode: Callable[..., tuple[np.ndarray, "_Levels"]]) -> np.ndarray:
+    """What `decode` returns, of the loudest channel where they cancel each other."""
+    samples, levels = decode()
+    return decode(levels.loudest)[0] if levels.cancelled else samples
 
 
 def inspect_audio(
@@ -180,33 +207,46 @@ class _Forward(soundfile.SoundFile):
 
 @contextlib.contextmanager
 def _open(source: str | Path | bytes, name: str | Path, whole: bool = True) -> Iterator[_Forward]:
-    """The recording in a file or of its content; whatever goes wrong until it is closed becomes an AudioError.
+    """As `_opened`; whatever goes wrong until it is closed becomes an AudioError."""
+    with _naming(name), _opened(source, name, whole) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _opened(source: str | Path | bytes, name: str | Path, whole: bool) -> Iterator[_Forward]:
+    """The recording in a file or of its content.
 
     `whole`: it is read to its end, whatever number of samples a FLAC header states; an MP3 that states none always is.
     """
+    with io.BytesIO(source) if isinstance(source, bytes) else open_recording(source) as stream:
+        head, cut, mp3 = stream.read(1024), is_cut_ogg(stream), Mp3.of(stream)
+        following = mp3.following(stream) if mp3 else 0.0
+        stream.seek(0)
+        flac = head.startswith(b"fLaC\0\0\0\x22") and len(head) > Uncounted.COUNT[-1]
+        # by its descriptor, because soundfile takes the ending .raw, not the content, for the format
+        content: Any = stream if isinstance(source, bytes) else stream.fileno()
+        if flac and whole:
+            content = Uncounted(stream, head)
+        elif mp3 and not mp3.counted:
+            content = Stretched(stream)
+        with _Forward(content, closefd=False) as file:
+            count = int.from_bytes(head[21:26]) % 2**36 if flac else file.frames
+            file.stated = count if count < UNKNOWN and not isinstance(content, Stretched) else 0
+            if file.samplerate not in RATES:
+                detail = f"states {file.samplerate} Hz, expected {RATES[0]} to {RATES[-1]} Hz: convert it again"
+                raise AudioError(name, "sample rate", detail)
+            if cut or missing_s(file, head) > HEADER_TOLERANCE_S:
+                raise AudioError(name, "truncated", "ends before its last sample: fetch or convert it again")
+            if following * file.frames / file.samplerate + unstated_s(file) > HEADER_TOLERANCE_S:
+                raise AudioError(name, "truncated", "holds more than its header states: fetch or convert it again")
+            yield file
+
+
+@contextlib.contextmanager
+def _naming(name: str | Path) -> Iterator[None]:
+    """While active, whatever goes wrong with a recording becomes an AudioError."""
     try:
-        with io.BytesIO(source) if isinstance(source, bytes) else open_recording(source) as stream:
-            head, cut, mp3 = stream.read(1024), is_cut_ogg(stream), Mp3.of(stream)
-            following = mp3.following(stream) if mp3 else 0.0
-            stream.seek(0)
-            flac = head.startswith(b"fLaC\0\0\0\x22") and len(head) > Uncounted.COUNT[-1]
-            # by its descriptor, because soundfile takes the ending .raw, not the content, for the format
-            content: Any = stream if isinstance(source, bytes) else stream.fileno()
-            if flac and whole:
-                content = Uncounted(stream, head)
-            elif mp3 and not mp3.counted:
-                content = Stretched(stream)
-            with _Forward(content, closefd=False) as file:
-                count = int.from_bytes(head[21:26]) % 2**36 if flac else file.frames
-                file.stated = count if count < UNKNOWN and not isinstance(content, Stretched) else 0
-                if file.samplerate not in RATES:
-                    detail = f"states {file.samplerate} Hz, expected {RATES[0]} to {RATES[-1]} Hz: convert it again"
-                    raise AudioError(name, "sample rate", detail)
-                if cut or missing_s(file, head) > HEADER_TOLERANCE_S:
-                    raise AudioError(name, "truncated", "ends before its last sample: fetch or convert it again")
-                if following * file.frames / file.samplerate + unstated_s(file) > HEADER_TOLERANCE_S:
-                    raise AudioError(name, "truncated", "holds more than its header states: fetch or convert it again")
-                yield file
+        yield
     except AudioError:
         raise
     except MemoryError as error:

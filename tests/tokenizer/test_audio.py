@@ -13,7 +13,7 @@ import soundfile
 import torch
 
 from speechllm import AudioError, InputError, load_audio, pad_waveforms, save_audio
-from tokenizer.audio import audio_duration, inspect_audio, resample
+from tokenizer.audio import audio_duration, inspect_audio, open_parts, resample
 
 RATE = 16_000
 
@@ -456,6 +456,27 @@ def test_a_part_equals_the_slice_of_the_whole(recording: Path) -> None:
     assert torch.equal(load_audio(recording, duration_s=0.5), whole[:8_000])
     assert torch.equal(load_audio(recording, start_s=0.25, duration_s=0.5), whole[4_000:12_000])
     assert torch.equal(load_audio(recording, start_s=0.75, duration_s=0.5), whole[12_000:])
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
+def test_parts_of_an_open_recording_are_those_that_are_read_anew(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a.{kind.lower()}"
+    sound = np.stack([tone(440, 6, 22_050), -tone(440, 6, 22_050)], 1)  # opposite phases
+    sound[66_150:, 1] = tone(300, 3, 22_050)
+    soundfile.write(path, sound, 22_050, format=kind)
+    with open_parts(path, RATE) as part:
+        for start_s in (0.0, 1.3, 4.0, 2.5, 5.7):
+            assert torch.equal(part(start_s, 1.0), load_audio(path, start_s=start_s, duration_s=1.0))
+        path.unlink()
+        assert len(part(0.5, 0.1)) == RATE // 10
+
+
+def test_what_is_done_with_a_part_is_no_fault_of_the_recording(recording: Path) -> None:
+    with pytest.raises(ValueError, match="mine") as caught, open_parts(recording):
+        raise ValueError("mine")
+    assert not isinstance(caught.value, AudioError)
+    with pytest.raises(AudioError), open_parts(recording.with_name("none.wav")):
+        pass
 
 
 def test_a_part_is_not_held_to_the_limit_of_the_whole(recording: Path) -> None:

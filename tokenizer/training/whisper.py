@@ -34,7 +34,7 @@ class WhisperSpectrogram(nn.Module):
 
 
 def encoder_states(encoder: Any, mel: Tensor, last: int, seen: Tensor | None = None) -> list[Tensor]:
-    """Log-mel frames float [B, bands, 2 T] -> hidden states 0 to `last` float [B, T, P] of transformers' WhisperEncoder.
+    """Log-mel frames float [B, bands, 2 T] -> hidden states 0 to `last`, float [B, T, P], of a WhisperEncoder.
 
     Its own forward pass takes 30 s only; here its position embeddings are cut to T. As in transformers the first state
     is the input of the first layer, and only the last one is normalised. seen: long [B], frames that an utterance would
