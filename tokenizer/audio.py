@@ -28,6 +28,7 @@ RATES = range(2_000, 1_000_001)  # Hz; of a recording of speech
 CANCELLED = 0.01  # share of the channels' energy below which their average is what is left of opposite phases
 HEADER_TOLERANCE_S = 0.1  # a decoder may lose part of a frame at the end
 BLOCK = 2**18  # samples read at a time
+LEAD_S = 1.0  # of an MP3 that is read before a part: its frames refer back 511 bytes, half a second at 8 kbit/s
 DENSEST = 100  # samples a byte: headers that state more are not believed
 COUNTED = 2**18  # recordings whose counted lengths are kept
 
@@ -74,7 +75,7 @@ def load_audio(
         with _open(path, path, whole=not start_s and duration_s is None) as file:
             start = min(round(start_s * file.samplerate), file.frames)
             if start:
-                file.seek(start)
+                _seek(file, start)
             frames = None if duration_s is None else round(duration_s * file.samplerate)
             blocks = _mono(file, levels, frames, max_duration_s, channel)
             samples = _resample(blocks, file.samplerate, sample_rate)
@@ -82,7 +83,9 @@ def load_audio(
                 _check_whole(file, levels, start)
         return samples, levels
 
-    samples = _loud(decode)
+    samples, levels = decode()
+    if levels.cancelled:
+        samples, _ = decode(levels.loudest)
     if samples.size == 0:
         raise AudioError(path, "empty", "holds no samples")
     if duration_s is None and np.abs(samples).max() < SILENCE_PEAK:
@@ -94,29 +97,27 @@ def load_audio(
 def open_parts(path: str | Path, sample_rate: int = 16_000) -> Iterator[Callable[[float, float], Tensor]]:
     """A function that reads parts of a recording, by `start_s` and `duration_s`, as `load_audio` does.
 
-    The file stays open: to find a part of an MP3 anew, all that is before it is read.
+    Each begins where the one before it did, or later: so every sample is decoded once, where `load_audio` decodes all
+    that is before a part of an MP3.
     """
     with contextlib.ExitStack() as opened:
         with _naming(path):
-            file = opened.enter_context(_opened(path, path, whole=False))
+            file = opened.enter_context(_opened(path, path, whole=True))
+        held, first = np.empty((0, file.channels), np.float32), 0  # samples from the beginning of the last part on
 
         def part(start_s: float, duration_s: float) -> Tensor:
-            def decode(channel: int | None = None) -> tuple[np.ndarray, _Levels]:
-                levels = _Levels(path)
-                file.seek(min(round(start_s * file.samplerate), file.frames))
-                blocks = _mono(file, levels, round(duration_s * file.samplerate), channel=channel)
-                return _resample(blocks, file.samplerate, sample_rate), levels
-
+            nonlocal held, first
+            start, frames = round(start_s * file.samplerate), round(duration_s * file.samplerate)
             with _naming(path):
-                return torch.from_numpy(_loud(decode)).clamp_(-1, 1)
+                missing = start + frames - first - len(held)
+                held, first = np.concatenate([held, *_blocks(file, missing)])[start - first :], start
+                block, levels = held[:frames], _Levels(path)
+                levels.add(block, mono := block.mean(1))
+                if levels.cancelled:
+                    mono = block[:, levels.loudest]
+                return torch.from_numpy(_resample([mono], file.samplerate, sample_rate)).clamp_(-1, 1)
 
         yield part
-
-
-def _loud(decode: Callable[..., tuple[np.ndarray, "_Levels"]]) -> np.ndarray:
-    """What `decode` returns, of the loudest channel where they cancel each other."""
-    samples, levels = decode()
-    return decode(levels.loudest)[0] if levels.cancelled else samples
 
 
 def inspect_audio(
@@ -254,6 +255,17 @@ def _naming(name: str | Path) -> Iterator[None]:
     except (soundfile.SoundFileError, OSError, TypeError, ValueError, RuntimeError) as error:
         reason = getattr(error, "error_string", error)  # libsndfile's own, without the number of the descriptor
         raise AudioError(name, "unreadable", f"not a readable audio file ({reason})") from error
+
+
+def _seek(file: soundfile.SoundFile, start: int) -> None:
+    """Go to a frame of a recording of which nothing was read, so that what follows is as in the whole."""
+    lead = min(start, round(LEAD_S * file.samplerate)) if file.format == "MP3" else 0
+    if file.subtype == "VORBIS":  # in whose last second libsndfile finds other places
+        lead = start
+    if start > lead:
+        file.seek(start - lead)
+    for _ in _blocks(file, lead):
+        pass
 
 
 def _blocks(file: soundfile.SoundFile, frames: int | None = None) -> Iterator[np.ndarray]:
