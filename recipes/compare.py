@@ -168,6 +168,8 @@ def main(config: CompareConfig) -> None:
     claim_output(run, config, None if (run / "demo.json").exists() else "stages.json")
     commands, stages = plan(config, run), Stages(run, RECIPES)
     stages.check(commands, CHANGES)
+    if mixed := [found for system in config.systems if (found := mixture(system, config, run))]:
+        raise RunError("\n".join(mixed))
     if any("emotion" in tasks_of(system, config) for system in config.systems):
         require_emotions(config.emotion_data or config.data)
     try:
@@ -318,7 +320,9 @@ def with_teachers(commands: Commands, config: CompareConfig, run: Path) -> Comma
 def collect(system: SystemConfig, config: CompareConfig, run: Path, seconds: dict[str, float]) -> dict[str, Any]:
     """All results of one system so far, of the tasks that are asked for: of others the settings are not known."""
     folder, tasks = run / system.name, tasks_of(system, config)
-    require_one_tokenizer(system, config, run)
+    if mixed := mixture(system, config, run):  # since this comparison was started
+        print(f"left out: {mixed}")
+        tasks = []
     notes = (read_json(encoded(system, task, config, run)[1] / "done.json") for task in ENCODED[::-1])
     note = next(filter(None, notes), {})  # preferably that of asr
     log = [line for line in read_log(folder / "tokenizer") if "dev_mel" in line]
@@ -343,8 +347,8 @@ def collect(system: SystemConfig, config: CompareConfig, run: Path, seconds: dic
     }
 
 
-def require_one_tokenizer(system: SystemConfig, config: CompareConfig, run: Path) -> None:
-    """Raise RunError if results of a system are of several tokenizers, one having been put in another's place."""
+def mixture(system: SystemConfig, config: CompareConfig, run: Path) -> str:
+    """What is wrong if results of a system are of several tokenizers, one having been put in another's place."""
     places = {
         "content": ["content.json"],
         "quality": ["quality/results.json"],
@@ -355,9 +359,10 @@ def require_one_tokenizer(system: SystemConfig, config: CompareConfig, run: Path
     files = [place for task in tasks_of(system, config) for place in places[task]]
     read = {file: read_json(run / system.name / file).get("codec_fingerprint") for file in files}
     found = {file: fingerprint for file, fingerprint in read.items() if fingerprint}
-    if len(set(found.values())) > 1:
-        told = ", ".join(f"{file} of {fingerprint[:8]}" for file, fingerprint in found.items())
-        raise RunError(f"{run / system.name}: results of several tokenizers ({told}): compare in a new output folder")
+    if len(set(found.values())) < 2:
+        return ""
+    told = ", ".join(f"{file} of {fingerprint[:8]}" for file, fingerprint in found.items())
+    return f"{run / system.name}: results of several tokenizers ({told}): compare in a new output folder"
 
 
 def scored(folder: Path, settings: str, file: str, names: Sequence[str]) -> dict[str, Any]:

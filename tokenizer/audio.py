@@ -29,6 +29,7 @@ CANCELLED = 0.01  # share of the channels' energy below which their average is w
 HEADER_TOLERANCE_S = 0.1  # a decoder may lose part of a frame at the end
 BLOCK = 2**18  # samples read at a time
 LEAD_S = 1.0  # of an MP3 that is read before a part: its frames refer back 511 bytes, half a second at 8 kbit/s
+END_S = 10.0  # of a Vorbis file, which is read from there on
 DENSEST = 100  # samples a byte: headers that state more are not believed
 COUNTED = 2**18  # recordings whose counted lengths are kept
 
@@ -112,6 +113,8 @@ def open_parts(path: str | Path, sample_rate: int = 16_000) -> Iterator[Callable
                 missing = start + frames - first - len(held)
                 held, first = np.concatenate([held, *_blocks(file, missing)])[start - first :], start
                 block, levels = held[:frames], _Levels(path)
+                if not len(block):
+                    raise AudioError(path, "empty", "holds no samples")
                 levels.add(block, mono := block.mean(1))
                 if levels.cancelled:
                     mono = block[:, levels.loudest]
@@ -259,12 +262,14 @@ def _naming(name: str | Path) -> Iterator[None]:
 
 def _seek(file: soundfile.SoundFile, start: int) -> None:
     """Go to a frame of a recording of which nothing was read, so that what follows is as in the whole."""
-    lead = min(start, round(LEAD_S * file.samplerate)) if file.format == "MP3" else 0
-    if file.subtype == "VORBIS":  # in whose last second libsndfile finds other places
-        lead = start
-    if start > lead:
-        file.seek(start - lead)
-    for _ in _blocks(file, lead):
+    place = start
+    if file.format == "MP3":
+        place = start - round(LEAD_S * file.samplerate)
+    elif file.subtype == "VORBIS":  # in whose last second libsndfile finds other places
+        place = min(start, file.frames - round(END_S * file.samplerate))
+    if place > 0:
+        file.seek(place)
+    for _ in _blocks(file, start - max(0, place)):
         pass
 
 

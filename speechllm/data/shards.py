@@ -188,7 +188,8 @@ def _write_shard(
             except InputError as error:
                 skipped[place] = skipped_row(utterance, AudioError(utterance.path, NO_FEATURES, str(error)))
     without = [row["detail"] for row in skipped.values() if row["reason"] == NO_FEATURES]
-    if len(without) == SHARD_SIZE:  # better said now than behind the last recording of a corpus
+    # better said now than behind the last recording of a corpus; a last shard may hold few
+    if without and not rows and len(utterances) == SHARD_SIZE:
         raise InputError(f"{without[0]}; so it is with all recordings of {file.name}: use another encoder")
     notes = {
         "skipped": json.dumps([row for _, row in sorted(skipped.items())]),

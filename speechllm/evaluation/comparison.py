@@ -280,8 +280,8 @@ def difference_table(results: Results) -> Table:
     note = (
         "Paired bootstrap (Bisani & Ney 2004): 1,000 samples of the utterances that both were tested on (of "
         "conversions: pairs, of emotions: actors) and of the seeds of each; p two-sided, not corrected for the number "
-        "of rows. Of a single seed it speaks of this training: how much others would differ, the standard deviation of "
-        "several seeds says."
+        "of rows. Of a single seed it speaks of this training, of two or three it is too narrow: how much others would "
+        "differ, the standard deviation of the seeds says."
     )
     return Table("Differences on the same utterances", head, [row for own in rows.values() for row in own], note)
 

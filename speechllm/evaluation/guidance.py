@@ -8,6 +8,8 @@ from typing import Any
 from speechllm.evaluation.error_rates import paired_shares
 from speechllm.evaluation.tables import DASH, Measure, Result, Results, Table, cell, primary_measure
 
+FEW = {1: "a single training", 2: "two trainings"}  # by how many seeds of a recogniser or classifier
+
 
 @dataclass(frozen=True)
 class Need:
@@ -102,16 +104,18 @@ def guidance(results: Results) -> Table:
         equals = [name for name in best if name == winner or indistinct(best[name], best[winner])]
         values = "; ".join(_named(name, best[name], need.form) for name in equals)
         verdict = winner if len(equals) == 1 else "no clear winner"
-        if len(equals) == 1 and any(len(found.get("seeds", ())) == 1 for found in best.values()):
-            verdict = f"{winner}, in a single training"
+        trainings = min(len(found.get("seeds", ())) for found in best.values())
+        if len(equals) == 1 and trainings in FEW:
+            verdict = f"{winner}, in {FEW[trainings]}"
         rows.append([need.name, need.measure, verdict, values, _cheapest(need, results, best[winner])])
     head = ["purpose", "measure", "best", "its value, and those not distinguishable from it", "cheapest of these"]
     note = (
         "Every system counts with its best setting; a swap of codes counts only if it is distinguishable from the "
         "unchanged codes and beats them. Two systems are distinguishable if the 95 % interval of their difference on "
         "the same utterances (of emotions: actors), and over the seeds of each, excludes 0; without the utterances, if "
-        "their intervals do not overlap. What a single training has shown, another seed may turn. No clear winner does "
-        "not mean that the systems are equal. Parameters and speed have no intervals and are taken as exact to 5 %."
+        "their intervals do not overlap. What one or two trainings have shown, other seeds may turn. No clear winner "
+        "does not mean that the systems are equal. Parameters and speed have no intervals and are taken as exact to "
+        "5 %."
     )
     return Table("Best system by purpose", head, rows, note)
 

@@ -67,14 +67,22 @@ def processes_of(file: Path) -> int:
 def patience() -> Iterator[None]:
     """While active, torch's launcher leaves processes GRACE_S after a signal for their checkpoints, in place of 30 s.
 
-    Not after the failure of one of them, for which the others may wait for ever.
+    Not after the failure of one of them, for which the others may wait for ever, and not after a second signal.
     """
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 
-    close = PContext.close
+    close, first = PContext.close, True
 
     def close_patiently(self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
-        close(self, death_sig, GRACE_S if isinstance(sys.exception(), SignalException) else timeout)
+        nonlocal first
+        if not (first and isinstance(sys.exception(), SignalException)):
+            return close(self, death_sig, timeout)
+        first = False
+        try:
+            close(self, death_sig, GRACE_S)
+        except SignalException:
+            close(self, signal.SIGKILL, 1)
+            raise
 
     PContext.close = close_patiently  # type: ignore[method-assign]
     try:

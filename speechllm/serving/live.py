@@ -164,7 +164,7 @@ async def transcribe_live(socket: WebSocket, speech: LiveSpeech, max_duration_s:
             for start in range(0, max(len(content), 1), step):
                 end = start + step >= len(content)
                 async for event in speech.add(content[start : start + step], last and end):
-                    await asyncio.wait_for(socket.send_json(event), SILENCE_S)  # who does not read has left
+                    await _tell(socket, event)
         await socket.close()
     except WebSocketDisconnect:
         pass  # the speaker has left
@@ -177,8 +177,15 @@ async def transcribe_live(socket: WebSocket, speech: LiveSpeech, max_duration_s:
         listening.cancel()
 
 
+async def _tell(socket: WebSocket, event: dict[str, Any]) -> None:
+    """Raises WebSocketDisconnect if nobody reads it."""
+    try:
+        await asyncio.wait_for(socket.send_json(event), SILENCE_S)
+    except TimeoutError as error:
+        raise WebSocketDisconnect from error
+
+
 async def _fail(socket: WebSocket, message: str, code: int) -> None:
-    with contextlib.suppress(WebSocketDisconnect, RuntimeError, TimeoutError):  # who has left hears nothing of it
-        async with asyncio.timeout(SILENCE_S):
-            await socket.send_json({"type": "error", "message": message})
-            await socket.close(code)
+    with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # who has left hears nothing of it
+        await _tell(socket, {"type": "error", "message": message})
+        await socket.close(code)

@@ -1,6 +1,7 @@
 """The comparison: its plan, refused settings, a complete one on tiny models, and its page."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, wait
@@ -629,7 +630,11 @@ def test_the_control_of_emotions_is_pooled_with_its_interval() -> None:
 
 
 def test_only_what_is_asked_for_is_shown_and_of_one_tokenizer(
-    compare: ModuleType, config_of: Callable, tmp_path: Path
+    compare: ModuleType,
+    config_of: Callable,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     quality = {"codebooks": {}, "codec_fingerprint": "a" * 16}
     content = {"layer": 1, "codec_fingerprint": "b" * 16}
@@ -641,9 +646,14 @@ def test_only_what_is_asked_for_is_shown_and_of_one_tokenizer(
         config = config_of(systems=systems, tasks=[task])
         found = compare.collect(config.systems[0], config, tmp_path, {})
         assert {name for name in compare.TASKS if found[name]} == {task}
-    config = config_of(systems=systems, tasks=["quality", "content"])
-    with pytest.raises(RunError, match=r"results of several tokenizers \(.*aaaaaaaa.*\): compare in a new output"):
-        compare.collect(config.systems[0], config, tmp_path, {})
+    config = config_of(systems=systems, tasks=["quality", "content"], output=str(tmp_path), data=str(tmp_path))
+    found = compare.collect(config.systems[0], config, tmp_path, {})
+    message = r"results of several tokenizers \(.*aaaaaaaa.*\): compare in a new output"
+    assert not any(found[task] for task in compare.TASKS) and re.search(message, capsys.readouterr().out)
+    monkeypatch.setattr(compare.Stages, "check", lambda *_: None)
+    (tmp_path / "stages.json").write_text("{}")
+    with pytest.raises(RunError, match=message):
+        compare.main(config)
 
 
 def test_scores_of_an_evaluation_are_found_again_by_utterance(compare: ModuleType, tmp_path: Path) -> None:

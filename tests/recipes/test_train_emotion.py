@@ -295,6 +295,7 @@ def test_folds_of_other_codes_are_not_taken_for_these(
     assert json.loads(before)["accuracy"] == json.loads((tmp_path / "run" / "results.json").read_text())["accuracy"]
 
 
+@pytest.mark.usefixtures("new_accelerator")
 def test_a_pretrained_bert_and_two_layers_in_bfloat16(
     train: Callable[..., dict], codes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

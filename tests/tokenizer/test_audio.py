@@ -463,9 +463,12 @@ KINDS = [("WAV", {}), ("FLAC", {}), ("OGG", {}), ("OGG", {"subtype": "OPUS"}), (
 
 
 @pytest.mark.parametrize("kind, options", KINDS)
-def test_parts_are_slices_of_the_whole_in_every_format(tmp_path: Path, kind: str, options: dict) -> None:
+def test_parts_are_slices_of_the_whole_in_every_format(
+    tmp_path: Path, kind: str, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A decoder may need what is before a part (MP3 at low rates), or miss its place (Vorbis near the end)."""
     path = tmp_path / f"a.{kind.lower()}"
+    monkeypatch.setattr("tokenizer.audio.END_S", 2.5)
     soundfile.write(path, np.concatenate([tone(440, 3), speech(3.0)]), RATE, format=kind, **options)
     whole = load_audio(path)
     with open_parts(path) as part:
@@ -474,6 +477,8 @@ def test_parts_are_slices_of_the_whole_in_every_format(tmp_path: Path, kind: str
             anew = load_audio(path, start_s=start_s, duration_s=1.0)
             torch.testing.assert_close(anew, expected, atol=1e-3 if options.get("subtype") else 1e-5, rtol=0)
             torch.testing.assert_close(part(start_s, 1.0), expected, atol=1e-5, rtol=0)
+        with pytest.raises(AudioError, match="holds no samples"):
+            part(6.5, 1.0)
 
 
 def test_parts_of_an_open_recording_are_resampled_and_of_the_loudest_channel(tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def test_processes_have_time_for_a_checkpoint_after_a_signal_and_not_after_a_fai
     from speechllm.runs.launch import patience
 
     waits: list[int] = []
+    again: list[signal.Signals] = []
 
     class Context(PContext):
         def __init__(self) -> None:
@@ -198,6 +199,8 @@ def test_processes_have_time_for_a_checkpoint_after_a_signal_and_not_after_a_fai
 
         def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
             waits.append(timeout)
+            if again and death_sig == signal.SIGTERM:
+                raise SignalException("again", again.pop())
 
     class Agent(LocalElasticAgent):
         def __init__(self, error: Exception) -> None:
@@ -212,7 +215,10 @@ def test_processes_have_time_for_a_checkpoint_after_a_signal_and_not_after_a_fai
             Agent(error).run()
     with pytest.raises(SignalException):
         Agent(SignalException("asked", signal.SIGTERM)).run()  # torch's own, afterwards
-    assert waits == [600, 30, 30]
+    again.append(signal.SIGINT)
+    with patience(), pytest.raises(SignalException, match="again"):
+        Agent(SignalException("asked", signal.SIGTERM)).run()
+    assert waits == [600, 30, 30, 600, 1, 30]
 
 
 def test_a_mistake_under_a_configuration_of_accelerate_is_one_line(tmp_path: Path) -> None:

@@ -160,6 +160,29 @@ def test_a_fault_is_told_and_not_taken_for_a_speaker_who_left(engine: Engine, mo
     assert sent == [{"type": "error", "message": "the server failed; its log says why"}, 1011]
 
 
+def test_who_does_not_read_has_left(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("speechllm.serving.live.SILENCE_S", 0.05)
+
+    class Deaf:
+        """A socket whose answers nobody takes."""
+
+        sent = 0
+
+        async def receive_bytes(self) -> bytes:
+            return as_bytes(torch.rand(RATE) * 0.3) if not self.sent else await asyncio.sleep(60)
+
+        async def send_json(self, event: dict) -> None:
+            self.sent += 1
+            await asyncio.sleep(60)
+
+        async def close(self, code: int = 1000) -> None:
+            raise AssertionError("nobody is there")
+
+    socket = Deaf()
+    asyncio.run(asyncio.wait_for(transcribe_live(socket, LiveSpeech(engine, RATE), 100.0), 30))
+    assert socket.sent == 1
+
+
 def test_nothing_is_transcribed_for_a_speaker_who_has_left(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     added = []
 
