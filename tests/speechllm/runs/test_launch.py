@@ -175,9 +175,7 @@ def test_a_configuration_of_accelerate_is_followed(monkeypatch: pytest.MonkeyPat
     assert arguments.training_script == "job.py" and arguments.training_script_args == ["steps=1"]
 
 
-def test_processes_have_time_for_a_checkpoint_after_a_signal_and_not_after_a_failure(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_processes_have_time_for_a_checkpoint_after_a_signal_and_not_after_a_failure() -> None:
     """Asked of torch's own agent: what it calls when a signal arrives, and when a process fails."""
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
