@@ -26,6 +26,13 @@ Changes = list[str]  # key=value
 Seeds = Annotated[list[Seed], NOT_EMPTY, DISTINCT]
 TASKS = get_args(Task)
 ENCODED = ("content", "emotion", "asr")  # tasks that read encoded speech
+RESULTS = {  # of a system, in its folder
+    "content": "content.json",
+    "quality": "quality/results.json",
+    "conversion": "conversion/results.json",
+    "emotion": "emotion_{seed}/results.json",
+    "asr": "asr_{seed}/test/results.json",
+}
 # keys that may be used as placeholders, such as "{tokenizer}"
 NAMED = ("tokenizer", "recognizer", "evaluation_speaker", "speaker_teacher", "semantic_teacher")
 SHARED = ("train_teacher.py", "train_tokenizer.py", "encode_speech.py", "train_asr.py")  # run in several processes
@@ -330,11 +337,11 @@ def collect(system: SystemConfig, config: CompareConfig, run: Path, seconds: dic
     trainings["tokenizer"] = [f"{owner(system, config).name}: tokenizer"]
     durations = {what: [seconds[stage] for stage in found if stage in seconds] for what, found in trainings.items()}
     read: dict[str, Callable[[], dict[str, Any]]] = {
-        "content": lambda: read_json(folder / "content.json"),
-        "quality": lambda: scored(folder / "quality", "codebooks", "utterances.jsonl", ("id",)),
-        "conversion": lambda: scored(folder / "conversion", "methods", "pairs.jsonl", ("source", "target")),
-        "emotion": lambda: pool_emotion(*of_seeds(folder, "emotion_{}", config.seeds)),
-        "asr": lambda: pool_recognition(*of_seeds(folder, "asr_{}/test", config.seeds)),
+        "content": lambda: read_json(folder / RESULTS["content"]),
+        "quality": lambda: scored(folder / RESULTS["quality"], "codebooks", "utterances.jsonl", ("id",)),
+        "conversion": lambda: scored(folder / RESULTS["conversion"], "methods", "pairs.jsonl", ("source", "target")),
+        "emotion": lambda: pool_emotion(*of_seeds(folder, RESULTS["emotion"], config.seeds)),
+        "asr": lambda: pool_recognition(*of_seeds(folder, RESULTS["asr"], config.seeds)),
     }
     return {
         "like": system.like,
@@ -349,14 +356,7 @@ def collect(system: SystemConfig, config: CompareConfig, run: Path, seconds: dic
 
 def mixture(system: SystemConfig, config: CompareConfig, run: Path) -> str:
     """What is wrong if results of a system are of several tokenizers, one having been put in another's place."""
-    places = {
-        "content": ["content.json"],
-        "quality": ["quality/results.json"],
-        "conversion": ["conversion/results.json"],
-        "emotion": [f"emotion_{seed}/results.json" for seed in config.seeds],
-        "asr": [f"asr_{seed}/test/results.json" for seed in config.seeds],
-    }
-    files = [place for task in tasks_of(system, config) for place in places[task]]
+    files = [RESULTS[task].format(seed=seed) for task in tasks_of(system, config) for seed in config.seeds]
     read = {file: read_json(run / system.name / file).get("codec_fingerprint") for file in files}
     found = {file: fingerprint for file, fingerprint in read.items() if fingerprint}
     if len(set(found.values())) < 2:
@@ -365,13 +365,15 @@ def mixture(system: SystemConfig, config: CompareConfig, run: Path) -> str:
     return f"{run / system.name}: results of several tokenizers ({told}): compare in a new output folder"
 
 
-def scored(folder: Path, settings: str, file: str, names: Sequence[str]) -> dict[str, Any]:
+def scored(file: Path, settings: str, beside: str, names: Sequence[str]) -> dict[str, Any]:
     """The results of an evaluation, with the scores behind the means of each of its settings (`add_shares`).
 
-    names: the keys by which a row of the file is the same one as in the evaluation of another system.
+    beside: the file with the scores; names: the keys by which a row of it is the same one as in the evaluation of
+    another system.
     """
-    results = read_json(folder / "results.json")
-    rows = {json.dumps([row[name] for name in names]): row for row in read_jsonl(folder / file)} if results else {}
+    results = read_json(file)
+    found = read_jsonl(file.with_name(beside)) if results else []
+    rows = {json.dumps([row[name] for name in names]): row for row in found}
     for setting, measured in results.get(settings, {}).items():
         scores = {name: row["scores"].get(setting, {}) for name, row in rows.items()}
         for name, row in rows.items():
@@ -382,10 +384,10 @@ def scored(folder: Path, settings: str, file: str, names: Sequence[str]) -> dict
 
 
 def of_seeds(folder: Path, place: str, seeds: Sequence[int]) -> tuple[dict[int, Any], dict[int, Any]]:
-    """Results and predictions by seed; empty where there are none yet. place: the folder of a seed."""
-    folders = {seed: folder / place.format(seed) for seed in seeds}
-    results = {seed: read_json(one / "results.json") for seed, one in folders.items()}
-    return results, {seed: read_jsonl(one / "predictions.jsonl") for seed, one in folders.items()}
+    """Results and predictions by seed; empty where there are none yet. place: of the results, see RESULTS."""
+    files = {seed: folder / place.format(seed=seed) for seed in seeds}
+    results = {seed: read_json(one) for seed, one in files.items()}
+    return results, {seed: read_jsonl(one.with_name("predictions.jsonl")) for seed, one in files.items()}
 
 
 if __name__ == "__main__":

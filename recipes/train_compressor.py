@@ -29,6 +29,7 @@ class CompressorConfig(Settings):
     dev_splits: Names | None = None  # for the WER of its letters, none when null
     normalizer: Literal["librispeech", "whisper_english", "none"] = "librispeech"  # of the transcripts
     max_utterances: Count | None = None  # of the training splits, evenly chosen; all when null
+    start: str | None = None  # a compressor of the same codec and sizes, to train on; null: a new one
     width: Count = 256
     depth: Count = 2  # convolutions
     dropout: Share = 0.1
@@ -105,14 +106,17 @@ def main(config: CompressorConfig) -> None:
         accelerator.print(f"{config.output} is finished: {run.summary}")
         return
     set_seed(config.seed)
-    labels = ["", *sorted(set("".join(train["text"])))]
-    sizes = config.width, config.depth, config.dropout
-    compressor = CtcCompressor(base, labels, *sizes, config.layers or encoding.layers).to(accelerator.device)
-    network = compressor.network
+    letters = sorted(set("".join(train["text"])))
+    sizes = config.width, config.depth, config.dropout, config.layers or encoding.layers
+    if config.start:
+        compressor = CtcCompressor.from_trained(load_tokenizer(config.start), base, letters, *sizes)
+    else:
+        compressor = CtcCompressor(base, ["", *letters], *sizes)
+    network = compressor.to(accelerator.device).network
     hours, millions = sum(train["duration_s"]) / 3600, sum(p.numel() for p in network.parameters()) / 1e6
     passes = config.steps * config.batch_size / len(train)
     accelerator.print(
-        f"compressor: {millions:.1f} M parameters, {len(labels) - 1} letters; {config.steps} steps of "
+        f"compressor: {millions:.1f} M parameters, {len(compressor.labels) - 1} letters; {config.steps} steps of "
         f"{config.batch_size} utterances, {passes:.1f} passes over {hours:.2f} h"
     )
 

@@ -22,8 +22,10 @@ from tqdm import tqdm
 
 from speechllm.runs.machine import provenance, versions
 from speechllm.runs.recipe import claim_output
+from tokenizer.claims import CLAIM
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_file, json_text, read_json, read_jsonl, write_json, write_jsonl, write_text
+from tokenizer.locks import LOCK
 from tokenizer.progress import progress_bar
 from tokenizer.reading import reading
 
@@ -31,6 +33,8 @@ T = TypeVar("T")
 KEPT_CHECKPOINTS = 2
 # keys of trainings that may change while they are interrupted; the schedule of the learning rate follows `steps`
 MAY_CHANGE = "steps log_every save_every validate_every trackers num_workers".split()
+CHECKPOINTS = "checkpoints"
+FROM_THE_START = (CLAIM, LOCK, "config.yaml", "versions.json", CHECKPOINTS)  # in a folder of which nothing is lost
 PRINTED = 5  # skipped recordings that are printed
 
 
@@ -42,7 +46,7 @@ class Run:
     """Folder of one training: config.yaml, versions.json, log.jsonl, checkpoints/, and done.json at the end.
 
     Started again with the same configuration, a run continues from the newest checkpoint; another configuration is
-    refused. Only the main process writes.
+    refused, unless the run ended before it had written anything else. Only the main process writes.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class Run:
             try:
                 self._settle_config(asdict(config), free)
                 if self.summary is None:
-                    (self.folder / "checkpoints").mkdir(exist_ok=True)
+                    (self.folder / CHECKPOINTS).mkdir(exist_ok=True)
                 else:  # killed just before they were deleted
                     self._delete_checkpoints()
             except OSError as error:
@@ -108,7 +112,7 @@ class Run:
         file = self.folder / "config.yaml"
         with reading(file, "the configuration of a run", "restore it, or choose another output folder", RunError):
             held = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
-        if held is not None:
+        if held is not None and self._has_begun:
             places = str(held.get("output")), str(config.get("output"))
             changes = {key for key in held | config if not _same(held.get(key), config.get(key), *places)}
             if changed := changes - set(free):
@@ -121,12 +125,18 @@ class Run:
                 raise RunError(
                     f"{self.folder} is finished with steps={held['steps']}, and a finished run has no checkpoint to go "
                     f"on from to steps={config['steps']}: choose another output folder (train_asr goes on with the "
-                    "finished model as model=RUN/model, train_tokenizer as start=RUN/model)"
+                    "finished model as model=RUN/model, train_tokenizer and train_compressor as start=RUN/model)"
                 )
         else:
             write_json(self.folder / "versions.json", versions())
         if held != config:
             write_text(file, yaml.safe_dump(config, sort_keys=False))
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether it holds more than every run does from its start on."""
+        found = [*self.folder.iterdir(), *(self.folder / CHECKPOINTS).glob("*")]
+        return any(file.name not in FROM_THE_START for file in found)
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -163,10 +173,10 @@ class Run:
     def _delete_checkpoints(self) -> None:
         for file in self._checkpoints():
             file.unlink()
-        for folder in (self.folder / "checkpoints").glob("checkpoint-*"):  # of transformers' Trainer
+        for folder in (self.folder / CHECKPOINTS).glob("checkpoint-*"):  # of transformers' Trainer
             shutil.rmtree(folder)
         with contextlib.suppress(OSError):  # not there, or somebody keeps something in it
-            (self.folder / "checkpoints").rmdir()
+            (self.folder / CHECKPOINTS).rmdir()
 
     def log(self, step: int, **metrics: float) -> None:
         """Append one line to log.jsonl and send it to the trackers."""
@@ -183,7 +193,7 @@ class Run:
         """
         if not self.main:
             return
-        name = self.folder / "checkpoints" / f"step_{step:08d}.pt"
+        name = self.folder / CHECKPOINTS / f"step_{step:08d}.pt"
         try:
             with atomic_file(name) as part, part.open("wb") as file:
                 torch.save({"step": step, "seconds": self._seconds, **state}, file)
@@ -202,7 +212,7 @@ class Run:
         One that cannot be read is passed over for the one before. Raises RunError if none can be read.
         """
         if self.main:
-            for part in (self.folder / "checkpoints").glob("*.part"):  # of a process that was killed
+            for part in (self.folder / CHECKPOINTS).glob("*.part"):  # of a process that was killed
                 part.unlink()
         state = newest_usable(self._checkpoints(), _load_checkpoint, self.main)
         done = state["step"] if state else 0
@@ -219,7 +229,7 @@ class Run:
             write_text(self.log_file, "".join(kept))
 
     def _checkpoints(self) -> list[Path]:
-        return sorted((self.folder / "checkpoints").glob("step_*.pt"))
+        return sorted((self.folder / CHECKPOINTS).glob("step_*.pt"))
 
     def steps(self, start: int, stop: int, description: str) -> tqdm:
         """Progress bar over training steps, shown in the main process only."""

@@ -15,6 +15,7 @@ import torch
 
 from speechllm import (
     DataError,
+    InputError,
     SpeechCodec,
     Utterance,
     VocabularyError,
@@ -131,6 +132,35 @@ def test_vectors_of_a_network_that_was_trained_on_are_written_again(
     assert list(compress_shards(two, compressor, stopped)) == [4, 4]
     assert open_shard(stopped / file.name)["text"].to_pylist() == texts.to_pylist()
     assert (stopped / "codes_00000.arrow").read_bytes() == (whole / "codes_00000.arrow").read_bytes()
+
+
+def test_it_starts_with_the_weights_and_the_letters_of_a_trained_one(
+    train: Callable[..., Path], work: Path, small_codec: SpeechCodec, other_codec: SpeechCodec
+) -> None:
+    trained = train("letters") / "model"
+    settings = {"start": str(trained), "learning_rate": 1e-12, "max_utterances": 1, "mask_s": 0, "dropout": 0.0}
+    run = train("on", **settings)
+    first, compressor = load_tokenizer(trained), load_tokenizer(run / "model")
+    assert (
+        compressor.labels == first.labels == ("", " ", "a", "b")
+    )  # though a single utterance without a space is heard
+    for name, weights in first.network.state_dict().items():
+        torch.testing.assert_close(compressor.network.state_dict()[name], weights, rtol=0, atol=1e-9)
+    assert load_tokenizer(train("new", **{**settings, "start": None}) / "model").labels == ("", "a", "b")
+
+    for wrong, said in (
+        ({"width": 32, "depth": 2}, "has width=64 depth=1: give"),
+        ({"layers": 1}, "has layers=2: give"),
+    ):
+        with pytest.raises(InputError, match=said):
+            train("other_sizes", **settings, **wrong)
+    with pytest.raises(InputError, match="this is no compressor"):
+        train("a_codec", **{**settings, "start": str(work / "codec")})
+    sizes = 64, 1, 0.0, 2
+    with pytest.raises(InputError, match="have letters that this compressor does not know: 'xy'"):
+        CtcCompressor.from_trained(first, small_codec, ["a", "x", "y"], *sizes)
+    with pytest.raises(InputError, match="reads another tokenizer, which is in its folder"):
+        CtcCompressor.from_trained(first, other_codec, ["a"], *sizes)
 
 
 def test_letters_are_scored_without_a_language_model(

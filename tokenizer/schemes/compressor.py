@@ -113,6 +113,26 @@ class CtcCompressor(nn.Module):
         fill_weights(compressor.network, read_weights(file, "the weights of a compressor"), file)
         return compressor.eval()
 
+    @classmethod
+    def from_trained(cls, trained: AudioTokenizer, base: AudioTokenizer, letters: Sequence[str], *sizes: Any) -> Self:
+        """A copy of a trained one, to train on with these letters; its labels stay.
+
+        sizes: as for a new one. Raises InputError if `trained` is no compressor, reads another tokenizer than `base`,
+        has other sizes, or lacks a letter.
+        """
+        if not isinstance(trained, CtcCompressor):
+            raise InputError("start: this is no compressor, and only such a one can be trained on")
+        if trained.base.fingerprint != base.fingerprint:
+            raise InputError("start: this compressor reads another tokenizer, which is in its folder: give it as codec")
+        compressor = cls(base, trained.labels, *sizes)
+        own, other = ({**one.shape, "layers": one.layers} for one in (compressor, trained))
+        if unlike := [f"{key}={other[key]}" for key in own if own[key] != other[key]]:
+            raise InputError(f"start: this compressor has {' '.join(unlike)}: give the same to train on it")
+        if unknown := "".join(letter for letter in letters if letter not in trained.labels):
+            raise InputError(f"start: the transcripts have letters that this compressor does not know: {unknown!r}")
+        compressor.network.load_state_dict(trained.network.state_dict())
+        return compressor
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the network, the labels and, in a subfolder, the tokenizer whose frames it takes."""
         (Path(folder) / BASE).mkdir(parents=True, exist_ok=True)

@@ -93,14 +93,25 @@ def test_a_configuration_is_recognised_whatever_its_words_look_like(tmp_path: Pa
     ],
 )
 def test_another_configuration_is_refused_and_what_changed_is_named(tmp_path: Path, changed: Job, named: str) -> None:
-    before = Run(tmp_path, Job()).folder.joinpath("config.yaml").read_text()
+    (run := Run(tmp_path, Job())).log(1, loss=2.0)
+    before = run.folder.joinpath("config.yaml").read_text()
     with pytest.raises(RunError, match=f"another configuration {named}: choose another output folder or delete"):
         Run(tmp_path, changed)
     assert (tmp_path / "config.yaml").read_text() == before
 
 
-def test_free_keys_may_change_during_a_run(tmp_path: Path) -> None:
+def test_a_run_that_ended_before_it_wrote_anything_takes_another_configuration(tmp_path: Path) -> None:
+    """As after a mistake that is only found when models and data have been loaded."""
     Run(tmp_path, Job())
+    run = Run(tmp_path, Job(data="y"))
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["data"] == "y"
+    run.save(1, {})
+    with pytest.raises(RunError, match=r"another configuration \(data: y -> x\)"):
+        Run(tmp_path, Job())
+
+
+def test_free_keys_may_change_during_a_run(tmp_path: Path) -> None:
+    Run(tmp_path, Job()).log(1, loss=2.0)
     Run(tmp_path, Job(steps=4), free=["steps"])
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["steps"] == 4
     with pytest.raises(RunError, match=r"\(data: x -> y\)"):
