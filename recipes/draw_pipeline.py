@@ -55,7 +55,7 @@ def main(config: DrawConfig) -> None:
     places = speech_llm.vocabulary.arrangement(frames).argsort()[:frames].tolist()
     words = speech_llm.text_tokenizer.convert_ids_to_tokens(ids.tolist())
     name = speech_llm.model.config.model_type.capitalize()
-    answer = transcribe([config.audio], speech_llm, fallback=True)[0]
+    answer = transcribe([config.audio], speech_llm)[0]
     seconds = len(waveform) / codec.sample_rate
     parts = [
         f'<rect x="1" y="1" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="14" fill="#fff" stroke="{LINE}"/>',

@@ -18,7 +18,7 @@ def transcribe(
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = False,
     beams: int = 1,
-    fallback: bool = False,
+    fallback: bool = True,
     static_cache: bool = False,
     letters_weight: float = 0.0,
 ) -> list[str]:
@@ -56,7 +56,7 @@ def transcribe_codes(
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = False,
     beams: int = 1,
-    fallback: bool = False,
+    fallback: bool = True,
     static_cache: bool = False,
     letters_weight: float = 0.0,
     durations_s: Sequence[float] | None = None,

@@ -296,7 +296,7 @@ def _transcribe(arguments: argparse.Namespace) -> int:
     done = 0
     while some := [*itertools.islice(found, CHUNK)]:  # print the texts before more is read
         waveforms = [waveform for _, waveform in some if waveform is not None]
-        options = {"beams": arguments.beams, "letters_weight": arguments.letters_weight, "fallback": True}
+        options = {"beams": arguments.beams, "letters_weight": arguments.letters_weight}
         heard = iter(transcribe(waveforms, speech_llm, arguments.batch_tokens, **options))
         for ends, waveform in some:
             if waveform is None:

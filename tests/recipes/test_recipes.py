@@ -229,7 +229,7 @@ def test_the_evaluation_matches_its_predictions(work: Work) -> None:
     low, high = found["wer_shuffled_audio_ci95"]
     assert 0 <= low <= found["wer_shuffled_audio"] <= high
     speech_llm = load_speech_llm(work.folder / "asr" / "model")
-    assert transcribe([u.path for u in corpus], speech_llm, fallback=True) == [p["hypothesis"] for p in predictions]
+    assert transcribe([u.path for u in corpus], speech_llm) == [p["hypothesis"] for p in predictions]
 
 
 # ---- killed and started again

@@ -103,14 +103,16 @@ def test_the_steps_of_ten_lengths_have_a_shape_for_each_size_of_the_cache(
             steps.append((*named["input_ids"].shape, *mask.shape, *cache.layers[0].keys.shape, id(cache)))
 
     hook = speech_llm.model.register_forward_pre_hook(listen, with_kwargs=True)
-    texts = transcribe_codes(codes := random_codes(*range(1, 301, 30)), speech_llm, 1024, static_cache=True)
+    texts = transcribe_codes(
+        codes := random_codes(*range(1, 301, 30)), speech_llm, 1024, fallback=False, static_cache=True
+    )
     hook.remove()
     assert {step[:-1] for step in steps} == {
         (2, 1, 2, 1, 1, 512, 2, 1, 512, 8),
         (4, 1, 4, 1, 1, 256, 4, 1, 256, 8),
     }
     assert len(set(steps)) == 2  # the cache is kept, because graphs of a GPU belong to its place in memory
-    assert texts == transcribe_codes(codes, speech_llm)
+    assert texts == transcribe_codes(codes, speech_llm, fallback=False)
 
 
 def test_batches_fit_with_the_size_of_their_cache() -> None:

@@ -374,7 +374,7 @@ def test_transcribe_prints_a_text_per_file_and_decodes_runaways_again(
     )
     assert main(["transcribe", *files, "--model", "asr", "--beams", "2"]) == 1
     printed = capsys.readouterr()
-    texts = transcribe([files[0], files[2]], speech_llm, beams=2, fallback=True)
+    texts = transcribe([files[0], files[2]], speech_llm, beams=2)
     assert texts != transcribe([files[0], files[2]], speech_llm) and asked[0][:2] == ("asr", None)
     assert asked[0][-1] == {"letters": None}
     assert printed.out == "".join(f"{file}\t{text}\n" for file, text in zip(files[::2], texts, strict=True))
@@ -397,7 +397,7 @@ def test_a_long_recording_is_transcribed_in_pieces(
     monkeypatch.setattr("speechllm.cli.main.CHUNK", chunk)
     assert main(["transcribe", *files, "--model", "asr"]) == 0
     parts = [[piece.waveform for piece in cut(file, RATE)] for file in files]
-    texts = [" ".join(filter(None, transcribe(part, speech_llm, fallback=True))) for part in parts]
+    texts = [" ".join(filter(None, transcribe(part, speech_llm))) for part in parts]
     assert capsys.readouterr().out == "".join(f"{file}\t{text}\n" for file, text in zip(files, texts, strict=True))
     assert min(map(len, parts)) > 2
 
@@ -416,7 +416,7 @@ def test_a_recording_that_breaks_while_it_is_read_is_skipped(
             yield piece
 
     monkeypatch.setattr("speechllm.pieces.pieces", breaking)
-    (text,) = [" ".join(filter(None, transcribe([p.waveform for p in cut(files[1], RATE)], speech_llm, fallback=True)))]
+    (text,) = [" ".join(filter(None, transcribe([p.waveform for p in cut(files[1], RATE)], speech_llm)))]
     for chunk in (1, 64):
         monkeypatch.setattr("speechllm.cli.main.CHUNK", chunk)
         assert main(["transcribe", *files, "--model", "asr"]) == 1

@@ -59,7 +59,7 @@ def refusal(response: object) -> tuple[int, str]:
 
 
 def test_a_recording_is_answered_as_transcribe_does(client: TestClient, recording: Path, speech_llm: SpeechLLM) -> None:
-    (text,) = transcribe([recording], speech_llm, fallback=True)
+    (text,) = transcribe([recording], speech_llm)
     response = ask(client, recording)
     assert (response.status_code, response.json()) == (200, {"text": text})
     verbose = ask(client, recording, response_format="verbose_json", language="en").json()
@@ -81,7 +81,7 @@ def test_a_long_one_is_answered_in_pieces_in_their_order(
     client: TestClient, long_recording: Path, speech_llm: SpeechLLM
 ) -> None:
     parts = list(pieces(long_recording, RATE, longest_s=2))
-    texts = transcribe([part.waveform for part in parts], speech_llm, fallback=True)
+    texts = transcribe([part.waveform for part in parts], speech_llm)
     segments = ask(client, long_recording, response_format="verbose_json").json()["segments"]
     assert [segment["text"] for segment in segments] == texts and len(texts) > 2
     assert [segment["start"] for segment in segments] == [round(part.start_s, 3) for part in parts]
@@ -329,7 +329,7 @@ def test_openais_own_client_transcribes(
 ) -> None:
     client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
     assert [model.id for model in client.models.list()] == ["tiny"]
-    (text,) = transcribe([recording], speech_llm, fallback=True)
+    (text,) = transcribe([recording], speech_llm)
     create = client.audio.transcriptions.create
     with recording.open("rb") as file:
         assert create(file=file, model="tiny").text == text
@@ -347,7 +347,7 @@ def test_openais_own_client_transcribes(
 def test_the_examples_of_the_document_work(
     address: str, recording: Path, speech_llm: SpeechLLM, capsys: pytest.CaptureFixture
 ) -> None:
-    (text,) = transcribe([recording], speech_llm, fallback=True)
+    (text,) = transcribe([recording], speech_llm)
     page = (ROOT / "speechllm" / "README.md").read_text(encoding="utf-8")
     blocks = [block for block in re.findall(r"^```\w+\n(.*?)^```", page, re.M | re.S) if "localhost:8000" in block]
     curl, python = (
@@ -381,7 +381,7 @@ def test_the_command_serves_until_it_is_told_to_end(
         time.sleep(0.02)
     name, address = re.fullmatch(r"(\S+) is served at (\S+) \(Ctrl-C ends it\)\n", said).groups()
     client = openai.OpenAI(base_url=address, api_key="none")
-    (text,) = transcribe([recording], speech_llm, fallback=True)
+    (text,) = transcribe([recording], speech_llm)
     assert client.audio.transcriptions.create(file=recording, model=name).text == text and name == "tiny"
     process.send(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
@@ -432,7 +432,7 @@ def test_many_at_once_are_all_answered_rightly_or_told_to_wait(
     files = [tmp_path / f"{i}.flac" for i in range(5)]
     for i, file in enumerate(files):
         save_audio(file, noise(3_000 + 500 * i, seed=i)[0])
-    expected = transcribe(files, speech_llm, fallback=True)
+    expected = transcribe(files, speech_llm)
     patient = openai.OpenAI(base_url=address, api_key="none", max_retries=20)
     hasty = patient.with_options(max_retries=0)
 

@@ -44,7 +44,7 @@ def test_what_waits_is_transcribed_together_and_as_alone(
     go, _ = hold(engine)
     futures = [engine.transcribe(waveform) for waveform in waveforms]
     go.set()
-    assert [future.result(60).text for future in futures] == transcribe(waveforms, speech_llm, fallback=True)
+    assert [future.result(60).text for future in futures] == transcribe(waveforms, speech_llm)
     assert sizes == [4, 3]
 
 

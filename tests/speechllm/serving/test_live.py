@@ -49,7 +49,7 @@ def test_the_last_text_is_that_of_the_whole(
     content = as_bytes(noise(2 * RATE + 501, seed=0)[0] * 0.3)
     parts = [content[i : i + 3333] for i in range(0, len(content), 3333)]  # also halves of samples
     found = events(LiveSpeech(engine, RATE, interval_s=0.5), *parts)
-    (text,) = transcribe([heard(content)], speech_llm, fallback=True)
+    (text,) = transcribe([heard(content)], speech_llm)
     *partial, segment, done = found
     assert {event["type"] for event in partial} == {"partial"} and len(partial) == 3
     assert segment == {"type": "segment", "text": text, "start": 0, "end": round(2 + 501 / RATE, 3)}
@@ -71,7 +71,7 @@ def test_what_is_old_is_settled_and_nothing_is_lost(
         (codes,) = [speech_llm.codec.encode(heard(content)[None], layers=1).ids[0]]
         cuts = [round(event["start"] * 50) for event in segments] + [codes.shape[1]]
         parts = [codes[:, a:b] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-        assert [event["text"] for event in segments] == transcribe_codes(parts, speech_llm, fallback=True)
+        assert [event["text"] for event in segments] == transcribe_codes(parts, speech_llm)
 
 
 def test_another_rate_is_resampled(engine: Engine, noise: Callable[..., Tensor]) -> None:
@@ -89,7 +89,7 @@ def test_a_socket_gets_the_texts_and_is_closed(
     client: TestClient, speech_llm: SpeechLLM, noise: Callable[..., Tensor]
 ) -> None:
     content = as_bytes(noise(RATE, seed=0)[0] * 0.3)
-    (text,) = transcribe([heard(content)], speech_llm, fallback=True)
+    (text,) = transcribe([heard(content)], speech_llm)
     with client.websocket_connect(f"{LIVE}?model=tiny") as socket:
         for start in range(0, len(content), 4000):
             socket.send_bytes(content[start : start + 4000])
@@ -205,7 +205,7 @@ def test_many_seconds_at_once_are_encoded_one_after_the_other(
     speech_llm: SpeechLLM, noise: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content, seen = as_bytes(noise(2 * RATE, seed=0)[0] * 0.3), []
-    (text,) = transcribe([heard(content)], speech_llm, fallback=True)
+    (text,) = transcribe([heard(content)], speech_llm)
     monkeypatch.setattr("speechllm.serving.live.STEP_S", 0.3)
     original = LiveSpeech._samples
     monkeypatch.setattr(LiveSpeech, "_samples", lambda *words: seen.append(len(words[1])) or original(*words))
