@@ -39,7 +39,7 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 from speechllm import load_codes, load_speech_llm, merge
 from speechllm.data.conversations import Conversations, Row
 from speechllm.data.rows import read_rows, same_answer
-from speechllm.decoding import answer
+from speechllm.decoding import Transcription, answer
 from speechllm.evaluation.error_rates import mean_and_interval
 from speechllm.evaluation.tables import Table, cell, markdown
 from speechllm.messages import ConversationWriter
@@ -69,11 +69,12 @@ def main(config: EvalRowsConfig) -> None:
         beams=config.beams,
         static_cache=config.static_cache,
     )
-    predictions = [prediction(row, given.text) for row, given in zip(rows, found, strict=True)]
+    predictions = [prediction(row, given) for row, given in zip(rows, found, strict=True)]
     counted = [one for one in predictions if "correct" in one]
     tasks = sorted({one["task"] for one in counted})
     results: dict[str, Any] = {
         "tasks": {task: score([one for one in counted if one["task"] == task]) for task in tasks},
+        "cut_off": sum(given.runaway == "bound" for given in found),
         "unanswered": len(predictions) - len(counted),  # rows without a right answer to compare with
         "codec_fingerprint": encoding.fingerprint,
         **provenance(config, time.perf_counter() - started),
@@ -82,13 +83,17 @@ def main(config: EvalRowsConfig) -> None:
     write_json(folder / "results.json", results)
     tables = [table(results["tasks"])] if tasks else []
     write_results_report(folder / "report.html", f"{config.model}: answers", results, tables)
+    if cut := results["cut_off"]:
+        print(f"{cut} of {len(found)} answers were cut off at answer_tokens={config.answer_tokens}: try more")
     print(markdown(tables) + f"answers in {folder / 'predictions.jsonl'}")
 
 
-def prediction(row: Row, text: str) -> dict[str, Any]:
-    """The answer to a row, and whether it is right, where the row says what is."""
-    right = {"reference": row.answers[-1], "correct": same_answer(row.answers[-1], text)} if row.answered else {}
-    return {"row": row.name, "task": row.task, "hypothesis": text, **right}
+def prediction(row: Row, given: Transcription) -> dict[str, Any]:
+    """The answer to a row, what is wrong with it, and whether it is right, where the row says what is."""
+    expected = row.answers[-1] if row.answered else None
+    right = {"reference": expected, "correct": same_answer(expected, given.text)} if row.answered else {}
+    wrong = {"runaway": given.runaway} if given.runaway else {}
+    return {"row": row.name, "task": row.task, "hypothesis": given.text, **wrong, **right}
 
 
 def score(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -143,7 +143,7 @@ from speechllm.data.conversations import Conversations, LazyRows, Row, StepExamp
 from speechllm.data.encoded import require_texts, transcribed
 from speechllm.data.rows import mixed, read_rows
 from speechllm.data.spelling import letters_of_codes
-from speechllm.decoding import answer_bound
+from speechllm.decoding import with_room
 from speechllm.evaluation.scripts import primary_rate
 from speechllm.extension import Extension
 from speechllm.messages import ConversationWriter
@@ -239,11 +239,11 @@ def main(config: AsrConfig) -> None:
     augmentation = Augmentation(config.augmentation, vocabulary, getattr(codec, "codebooks", None))
     sample = spread(range(len(examples)), SAMPLE)
     lengths, labels = examples.sizes(sample).T
-    bounds = [answer_bound(train[i]["duration_s"]) for i in sample if i < len(train)]  # other rows come after these
-    if long := int((labels[: len(bounds)] > bounds).sum()):
-        accelerator.print(f"{long} of {len(bounds)} transcripts are longer than any answer to their duration can be")
+    durations_s = [train[i]["duration_s"] for i in sample if i < len(train)]  # other rows come after these
+    vocabulary = with_room(vocabulary, labels[: len(durations_s)], durations_s)
 
     # 3. loss, optimizer and state; a killed run is resumed
+    tokens = text_tokenizer.convert_ids_to_tokens(range(len(text_tokenizer)))
     loss_of = LabelledLoss(model, vocabulary, config.packing)
     check_loss_once(loss_of, examples, accelerator)
     optimizer = make_optimizer(model, vocabulary, config.learning_rate, config.weight_decay, config.row_learning_rate)
@@ -272,7 +272,8 @@ def main(config: AsrConfig) -> None:
     loss_of, optimizer = prepare(accelerator, loss_of, optimizer, config.clip)
     # the moments of DeepSpeed are not accessible
     save_every = None if accelerator.distributed_type == DistributedType.DEEPSPEED else config.save_every
-    loop = TrainingLoop(run, training, "asr", steps=config.steps, seed=config.seed, save_every=save_every)
+    settings = {"steps": config.steps, "seed": config.seed, "save_every": save_every, "labels": tokens}
+    loop = TrainingLoop(run, training, "asr", **settings)
 
     # 4. train. The loss of a step is the mean over all labels of the batch, however it is split: the sum of each
     # micro-batch is divided by the total count, and multiplied by the number of processes, which average gradients

@@ -129,6 +129,8 @@ def main(config: CompressorConfig) -> None:
         steps=config.steps,
         seed=config.seed,
         save_every=config.save_every,
+        labels=compressor.labels,
+        keep_last=True,  # or a kill while it compresses trains again, perhaps to other bits
     )
     loss_of = accelerator.prepare(CtcLoss(network, round(config.mask_s * base.frame_rate)))
     batches = read_batches(train, encoding, compressor, config, loop.done, accelerator)

@@ -119,6 +119,7 @@ def main(config: TeacherConfig) -> None:
         steps=config.steps,
         seed=config.seed,
         save_every=config.save_every,
+        labels=student.labels,
     )
     batches = student.batches(loop.done, accelerator.process_index, accelerator.num_processes)
     for step in loop:

@@ -2,17 +2,19 @@
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import load_peft_weights
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from speechllm.encoding import DataError
+from speechllm.extension import resize_rows
 from speechllm.projector import NAME as PROJECTOR
 from speechllm.projector import add_projector
 from speechllm.vocabulary import AudioVocabulary
@@ -68,7 +70,19 @@ def prepare_adapter(
         modules_to_save=[PROJECTOR] if hasattr(model, PROJECTOR) else None,
         trainable_token_indices={name: ids for name, module in model.named_modules() if module in matrices},
     )
-    return get_peft_model(model, config)
+    return keep_bias(get_peft_model(model, config))
+
+
+def keep_bias(model: PeftModel) -> PeftModel:
+    """Add the bias of a head (Phi's, GPT-J's), which PEFT leaves out of the logits where it trains rows of the head."""
+    for layer in model.modules():
+        if isinstance(layer, TrainableTokensLayer) and getattr(layer.base_layer, "bias", None) is not None:
+            layer.register_forward_hook(_add_bias)
+    return model
+
+
+def _add_bias(layer: Any, inputs: tuple[Tensor], logits: Tensor) -> Tensor:
+    return logits if layer.merged or layer.disable_adapters else logits + layer.base_layer.bias
 
 
 def save_adapter(model: PeftModel, vocabulary: AudioVocabulary, folder: str | Path) -> None:
@@ -96,15 +110,16 @@ def load_adapter(folder: str | Path, vocabulary: AudioVocabulary, base: str | Pa
     name = recorded["name_or_path"] if base is None else base
     name = check_folder(name, ["config.json"], "the language model that the adapter was trained on; set `base` to it")
     model = load_causal(name)  # in float32, as in train_asr
+    resize_rows(model, vocabulary.offset, vocabulary.size)  # the adapter holds the new rows
     if (found := base_fingerprint(model, vocabulary.offset)) != recorded["fingerprint"]:
         raise DataError(
             f"{folder} was trained on a language model with fingerprint {recorded['fingerprint']} "
             f"({recorded['name_or_path']}), but {name} has {found}: set `base` to the right one"
         )
-    model.resize_token_embeddings(vocabulary.size, mean_resizing=False)  # the adapter holds the new rows
     add_projector(model, vocabulary)
     with reading(folder, "an adapter of this language model"):
-        adapted, stored = PeftModel.from_pretrained(model, folder), load_peft_weights(str(folder), device="cpu")
+        adapted = keep_bias(PeftModel.from_pretrained(model, folder))
+        stored = load_peft_weights(str(folder), device="cpu")
         own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if absent := sorted(own.keys() - stored.keys()):  # PEFT would leave them as they were initialised
         raise IncompleteError(

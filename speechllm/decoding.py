@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -33,8 +34,8 @@ from speechllm.prompt import Example, collate_prompts, conversation_example, joi
 from speechllm.vocabulary import AudioVocabulary
 from tokenizer.errors import InputError
 
-TOKENS_PER_SECOND = 12  # upper bound of an answer's length; fast English speech has about 6 text tokens per second
-TOKENS_AT_LEAST = 16
+TOKENS_AT_LEAST = 16  # of the bound of an answer
+ROOM = 1.5  # of the bound beyond the longest transcripts
 COMPRESSION = 2.4  # ratio of zlib: speech stays below it, loops do not (Radford et al. 2022, section 4.5)
 REFUSAL = re.compile(r"\b(as an ai|ai language model|ai assistant)\b", re.IGNORECASE)
 FALLBACK_BEAMS = 4
@@ -89,7 +90,7 @@ def recognize(
         durations_s = [count / encoding.frame_rate for count in frames]
     writer = ConversationWriter(speech_llm.vocabulary, text_tokenizer)
     prompts = [conversation_example(transcription(utterance), writer, answering=True) for utterance in speech]
-    bounds = [answer_bound(duration_s) for duration_s in durations_s]
+    bounds = [answer_bound(duration_s, speech_llm.vocabulary) for duration_s in durations_s]
     letters = heard_letters(speech, speech_llm, letters_weight) if letters_weight else None
     return answer(prompts, bounds, speech_llm, batch_tokens, progress, beams, fallback, static_cache, letters)
 
@@ -144,9 +145,10 @@ def answer(
 
 def runaway_reason(text: str, at_bound: bool) -> str | None:
     """Why an answer is rejected: "empty", "looped", "refused" or "bound" (the maximum length is reached); else None."""
-    data = text.encode()
-    if not data:
+    if not text:
         return "empty"
+    numbers = {letter: number for number, letter in enumerate(dict.fromkeys(text))}
+    data = bytes(numbers[letter] % 256 for letter in text)  # in UTF-8, Hindi and Thai shrink as if they were loops
     if len(data) > COMPRESSION * len(zlib.compress(data)):
         return "looped"
     if REFUSAL.search(text):
@@ -161,9 +163,20 @@ def count_runaways(transcriptions: Sequence[Transcription]) -> dict[str, int]:
     return {**counts, "repaired": sum(found.repaired for found in transcriptions)}
 
 
-def answer_bound(duration_s: float) -> int:
+def answer_bound(duration_s: float, vocabulary: AudioVocabulary) -> int:
     """Maximum number of tokens in an answer, so that a runaway model stops."""
-    return TOKENS_AT_LEAST + int(TOKENS_PER_SECOND * duration_s)
+    return TOKENS_AT_LEAST + int(vocabulary.tokens_per_second * duration_s)
+
+
+def with_room(vocabulary: AudioVocabulary, tokens: np.ndarray, durations_s: Sequence[float]) -> AudioVocabulary:
+    """The vocabulary with answers long enough for transcripts like these, of so many tokens each.
+
+    English has 6 tokens a second where people speak fast; Thai in a vocabulary of English has 25.
+    """
+    if not len(tokens):
+        return vocabulary
+    needed = np.quantile((ROOM * tokens - TOKENS_AT_LEAST) / np.maximum(durations_s, 1e-3), 0.99)
+    return replace(vocabulary, tokens_per_second=max(vocabulary.tokens_per_second, float(needed)))
 
 
 def forbidden_ids(text_tokenizer: PreTrainedTokenizerBase, vocabulary: AudioVocabulary) -> Tensor:

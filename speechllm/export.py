@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from speechllm.decoding import forbidden_ids
+from speechllm.messages import fixed_template
 from speechllm.model import SpeechLLM, own_generation_config
 from speechllm.prompt import PROMPT
 from speechllm.vocabulary import opening_token_ids, template_token_ids
@@ -48,8 +49,9 @@ def export_model(speech_llm: SpeechLLM, output: str | Path) -> None:
     """Write a folder that transformers, vLLM or llama.cpp's converter loads as an ordinary language model.
 
     The prompt is text: "Transcribe this speech<|audio_start|><|audio_17|>...<|audio_end|>", or the same as the content
-    of a user's message in a chat. `generate` of transformers, 4.57 and 5, gives the same answers as `transcribe`; with
-    other engines, set the temperature to 0. Merges as `merge` does; the weights keep their precision.
+    of a user's message in a chat; `token_names` of other names. `generate` of transformers, 4.57 and 5, gives the same
+    answers as `transcribe`; with other engines, set the temperature to 0. Merges as `merge` does; the weights keep
+    their precision.
     Raises OutputError unless the output is new or empty, InputError for a model that reads continuous features or in
     which audio attends in both directions.
     """
@@ -65,9 +67,11 @@ def export_model(speech_llm: SpeechLLM, output: str | Path) -> None:
             "they would answer something else"
         )
     merged = merge(speech_llm)
-    if merged.vocabulary.template == "plain":
-        merged = replace(merged, text_tokenizer=_with_plain_template(merged.text_tokenizer))
-    model, text_tokenizer = merged.model, merged.text_tokenizer
+    text_tokenizer = deepcopy(merged.text_tokenizer)
+    template = fixed_template if merged.vocabulary.template == "chat" else _plain_template
+    text_tokenizer.chat_template = template(text_tokenizer)
+    merged = replace(merged, text_tokenizer=text_tokenizer)
+    model = merged.model
     model.config.eos_token_id = text_tokenizer.eos_token_id
     suppressed = forbidden_ids(text_tokenizer, merged.vocabulary).nonzero().flatten().tolist()
     model.generation_config = own_generation_config(text_tokenizer, suppress_tokens=suppressed)
@@ -77,17 +81,15 @@ def export_model(speech_llm: SpeechLLM, output: str | Path) -> None:
             write_json(folder / name, changed(read_json(folder / name)))
 
 
-def _with_plain_template(text_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy whose chat template writes the prompt of training; with none if no template can."""
+def _plain_template(text_tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A chat template that writes the prompt of training; None if no template can."""
     opening = opening_token_ids(text_tokenizer, "")
     expected = opening_token_ids(text_tokenizer, PROMPT)
     begin = "".join(text_tokenizer.convert_ids_to_tokens(opening))
-    copied = deepcopy(text_tokenizer)
     # behind <s>, a text of Llama-2 has its first space only where it is written
-    written = (text for text in (begin, f"{begin} ") if template_token_ids(copied, text + PROMPT) == expected)
+    written = (text for text in (begin, f"{begin} ") if template_token_ids(text_tokenizer, text + PROMPT) == expected)
     strings = next(written, None), text_tokenizer.eos_token
-    copied.chat_template = None if strings[0] is None else PLAIN_TEMPLATE % tuple(map(repr, strings))
-    return copied
+    return None if strings[0] is None else PLAIN_TEMPLATE % tuple(map(repr, strings))
 
 
 def _older_config(config: dict[str, Any]) -> dict[str, Any]:

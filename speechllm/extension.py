@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict, cast
+from typing import Literal, TypedDict, cast, get_args
 
 import torch
 from torch import Tensor
@@ -10,7 +10,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from speechllm.encoding import Encoding
 from speechllm.projector import add_projector, mean_rows
-from speechllm.vocabulary import END, START, AudioVocabulary, Order, Template, VocabularyError, text_token_ids
+from speechllm.vocabulary import (
+    AudioVocabulary,
+    Names,
+    Order,
+    Template,
+    VocabularyError,
+    text_token_ids,
+    token_names,
+)
 from tokenizer.interface import AudioTokenizer, DiscreteTokenizer
 
 MARK = "reads_codes_of"  # key in the config.json of an extended model: the codec's fingerprint
@@ -56,9 +64,9 @@ def extend_vocabulary(
 ) -> AudioVocabulary:
     """Add one token per code of the codec's first `layers` codebooks. Changes model and text tokenizer in place.
 
-    The new tokens are <|audio_0|>, <|audio_1|>, ... Embeddings may be tied or untied, and the model may have more rows
-    than its tokenizer has tokens (Qwen2: 151,936 for 151,646; the spare rows were never trained): every new row is
-    initialised here, and every text row stays bit-identical.
+    The new tokens are <|audio_0|>, <|audio_1|>, ... (`token_names`). Embeddings may be tied or untied, and the model
+    may have more rows than its tokenizer has tokens (Qwen2: 151,936 for 151,646; the spare rows were never trained), or
+    fewer (`resize_rows`): every new row is initialised here, and every text row stays bit-identical.
 
     init: "codebook" projects the code vectors to the model's width by a random orthogonal map and gives them the mean
     and per-dimension spread of the text rows, so that similar sounds start with similar rows; "random" has the same
@@ -73,34 +81,37 @@ def extend_vocabulary(
     encoding = Encoding.of(codec, layers)
     if init not in ("codebook", "mean", "random"):
         raise VocabularyError(f'init must be "codebook", "mean" or "random", got {init!r}')
-    if START in text_tokenizer.get_vocab():
-        raise VocabularyError(f"the text tokenizer already has {START}: a vocabulary can be extended only once")
+    words, count = text_tokenizer.get_vocab(), encoding.layers * encoding.codebook_size
+    last = max(words, key=words.__getitem__)
+    if last in [token_names(names, count)[-1] for names in get_args(Names)]:  # tokens of others stand elsewhere
+        raise VocabularyError(f"the text tokenizer already ends with {last}: a vocabulary can be extended only once")
     if read := getattr(model.config, MARK, None):
         raise VocabularyError(
             f"the model already reads codes of codec {read}: a vocabulary can be extended only once; to train further, "
             "load the model with the text tokenizer in its folder (`load_language_model`)"
         )
-    texts = max(text_tokenizer.get_vocab().values()) + 1  # more than its tokens where ids are left out
+    texts = words[last] + 1  # more than its tokens where ids are left out
     known = model.get_input_embeddings().weight.shape[0]
-    if texts > known:
+    specials = {index for index, token in text_tokenizer.added_tokens_decoder.items() if token.special}
+    if {index for index in words.values() if index >= known} - specials:
         raise VocabularyError(
             f"the text tokenizer has {texts} tokens, the language model {known} rows: take the one that belongs to it"
         )
     if text_tokenizer.eos_token_id is None:
         raise VocabularyError("the text tokenizer has no end token (eos_token), so no answer would end: set one")
-    count = encoding.layers * encoding.codebook_size
-    names = [f"<|audio_{code}|>" for code in range(count)] + [START, END]
-    added = text_tokenizer.add_tokens(names, special_tokens=True)
-    ids = text_tokenizer.convert_tokens_to_ids(names)
-    if added != len(names) or ids != list(range(ids[0], ids[0] + len(names))):
+    names = next((names for names in get_args(Names) if not words.keys() & token_names(names, count)), None)
+    if names is None:
         raise VocabularyError("the text tokenizer already has some of the audio tokens: use one that was not extended")
+    new_tokens = token_names(names, count)
+    text_tokenizer.add_tokens(new_tokens, special_tokens=True)
+    ids = text_tokenizer.convert_tokens_to_ids(new_tokens)
     if ids[0] < texts:
         raise VocabularyError(
-            f"the text tokenizer leaves out some of its {texts} ids, and would give {names[0]} that of another token "
-            f"({ids[0]}): renumber its vocabulary"
+            f"the text tokenizer leaves out some of its {texts} ids, and would give {new_tokens[0]} that of another "
+            f"token ({ids[0]}): renumber its vocabulary"
         )
     rows = max(known, ids[-1] + 1)
-    model.resize_token_embeddings(rows, mean_resizing=False)
+    matrices = resize_rows(model, ids[0], rows)
 
     vectors = (
         cast(DiscreteTokenizer, codec).codebooks[:layers].flatten(0, 1)
@@ -111,25 +122,39 @@ def extend_vocabulary(
         if not 0 < len(code_letters.shares) <= len(vectors):
             raise VocabularyError(f"letters of {len(code_letters.shares)} codes do not fit the codec's {len(vectors)}")
         label_ids = text_token_ids(text_tokenizer, code_letters.labels)
-        known = (code_letters.shares.sum(1) > 0).cpu()
+        told = (code_letters.shares.sum(1) > 0).cpu()
     generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for matrix in matrices:
+            rows_new = new_rows(matrix[: min(texts, known)], vectors, len(ids), init, generator)
+            if code_letters is not None:
+                letters = code_letters.shares.float().cpu() @ mean_rows(matrix, label_ids).cpu()
+                rows_new[: len(told)][told] = letters[told]
+            matrix[ids[0] : ids[0] + len(ids)] = rows_new.to(matrix)
+    stack = stack if encoding.kind == "features" else 1
+    ends = ids[0], ids[count], ids[count + 1], rows
+    vocabulary = AudioVocabulary(encoding, *ends, order, stack, template, prefix_attention, names)
+    add_projector(model, vocabulary, text_token_ids(text_tokenizer, getattr(codec, "labels", ())))
+    setattr(model.config, MARK, encoding.fingerprint)
+    return vocabulary
+
+
+def resize_rows(model: PreTrainedModel, texts: int, rows: int) -> list[Tensor]:
+    """Give a language model so many rows, in place. Returns its matrices [rows, H]: one if they are tied, or two.
+
+    A text tokenizer may have special tokens that its model has no rows for, such as Gemma-3's for images in models
+    without eyes. No text has them; below `texts`, their rows repeat the last one, equal wherever the model is loaded.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(rows, mean_resizing=False)
     matrices = [model.get_input_embeddings().weight]
     output = model.get_output_embeddings()
     if output is not None and output.weight is not matrices[0]:
         matrices.append(output.weight)
     with torch.no_grad():
         for matrix in matrices:
-            rows_new = new_rows(matrix[:texts], vectors, len(names), init, generator)
-            if code_letters is not None:
-                letters = code_letters.shares.float().cpu() @ mean_rows(matrix, label_ids).cpu()
-                rows_new[: len(known)][known] = letters[known]
-            matrix[ids[0] : ids[0] + len(names)] = rows_new.to(matrix)
-    stack = stack if encoding.kind == "features" else 1
-    ends = ids[0], ids[count], ids[count + 1], rows
-    vocabulary = AudioVocabulary(encoding, *ends, order, stack, template, prefix_attention)
-    add_projector(model, vocabulary, text_token_ids(text_tokenizer, getattr(codec, "labels", ())))
-    setattr(model.config, MARK, encoding.fingerprint)
-    return vocabulary
+            matrix[known:texts] = matrix[known - 1]
+    return matrices
 
 
 def new_rows(text_rows: Tensor, vectors: Tensor, count: int, init: str, generator: torch.Generator) -> Tensor:

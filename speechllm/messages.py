@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, Literal, cast
 
 from jinja2 import TemplateError
@@ -13,6 +14,8 @@ from tokenizer.errors import InputError
 
 Role = Literal["system", "user", "assistant"]
 MARK = re.compile("\ue000(\\d+)\ue001")  # stands for a part while a chat template is filled in: characters of no script
+TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # in a chat template
+DATE = date(2024, 7, 26)  # Llama-3.2's own, where it does not know today's
 
 
 class ConversationError(InputError):
@@ -45,11 +48,20 @@ class Piece:
     learnt: bool
 
 
+def fixed_template(text_tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template of a text tokenizer, with every prompt as it will be tomorrow, and without thinking.
+
+    Llama-3.2's writes today's date. Qwen3's, SmolLM3's and Qwen3.5's would have the model think before it answers.
+    """
+    written = TODAY.sub(lambda found: repr(DATE.strftime(found[2])), text_tokenizer.get_chat_template())
+    return "{%- set enable_thinking = false %}\n" + written  # the first line end behind a block is not written
+
+
 class ConversationWriter:
     """Writes conversations as the tokens of a language model, by the template of its audio vocabulary.
 
     plain: what is said, one after the other, after the tokens with which the tokenizer begins a text, and an end token
-    after each answer: the paper's form. chat: the text tokenizer's own chat template (`apply_chat_template`), whose
+    after each answer: the paper's form. chat: the text tokenizer's own chat template (`fixed_template`), whose
     special tokens frame the messages. In both, what is said is tokenized by itself and never becomes a special token.
     """
 
@@ -130,7 +142,8 @@ class ConversationWriter:
         except TemplateError as error:
             roles = ", ".join(role for role, _ in turns)
             raise ConversationError(f"the chat template refuses messages by {roles}: {error}") from error
-        if answers and not written.startswith(asked + messages[answers[-1]]["content"]):
+        # of a prompt nothing is learnt, and Qwen3's template writes earlier answers without the empty thought
+        if answers and not answering and not written.startswith(asked + messages[answers[-1]]["content"]):
             raise ConversationError(
                 "the chat template begins an answer within a conversation otherwise than it asks for one: set "
                 "template=plain"
@@ -138,5 +151,8 @@ class ConversationWriter:
         return written
 
     def _apply(self, messages: list[dict[str, str]], answering: bool) -> str:
-        written = self.text_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
+        template = fixed_template(self.text_tokenizer)
+        written = self.text_tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=answering
+        )
         return cast(str, written)

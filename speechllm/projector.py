@@ -23,12 +23,12 @@ FILE = "speech_projector.safetensors"
 class SpeechProjector(nn.Module):
     """Features float [P, C] -> embeddings float [P, H]: layer normalisation and two linear layers with GELU between.
 
-    Where the last features are probabilities of labels, such as letters, the embeddings begin as the expected rows of
+    Where the last features are probabilities of labels, such as letters, the embeddings begin as the expected ones of
     these labels, so that a language model reads text from the first step on; what the layers add begins at zero.
     """
 
     def __init__(self, width: int, hidden: int, spread: float = 1.0, labels: int = 0):
-        """spread: approximate initial standard deviation of the embeddings, such as that of the text rows."""
+        """spread: approximate initial standard deviation of the embeddings, such as that of texts."""
         super().__init__()
         self.normalization = nn.LayerNorm(width)
         self.inner, self.outer = nn.Linear(width, hidden), nn.Linear(hidden, hidden)
@@ -46,17 +46,19 @@ def add_projector(
 ) -> None:
     """Add a projector for the vocabulary's features to a language model, as its submodule `speech_projector`.
 
-    Does nothing for a vocabulary of codes or texts. label_ids: of each label, the tokens of its text, whose mean row it
-    begins with.
+    Does nothing for a vocabulary of codes or texts. label_ids: of each label, the tokens of its text, whose mean
+    embedding it begins with.
     """
     if vocabulary.encoding.kind == "features":
-        rows = model.get_input_embeddings().weight
+        embedding = model.get_input_embeddings()
+        rows = embedding.weight
+        scale = float(getattr(embedding, "embed_scale", 1.0))  # Gemma's layer multiplies what it looks up
         width = vocabulary.encoding.width * vocabulary.stack
         # stacked, the last features are those of one label of several
         labels = len(vocabulary.encoding.labels) if vocabulary.stack == 1 else 0
-        projector = SpeechProjector(width, rows.shape[1], float(rows.detach().float().std()), labels)
+        projector = SpeechProjector(width, rows.shape[1], scale * float(rows.detach().float().std()), labels)
         if projector.rows is not None and label_ids:
-            projector.rows.data.copy_(mean_rows(rows.detach(), label_ids))
+            projector.rows.data.copy_(scale * mean_rows(rows.detach(), label_ids))
         model.add_module(NAME, projector.to(rows))
 
 

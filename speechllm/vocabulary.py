@@ -17,11 +17,11 @@ from tokenizer.files import write_json
 from tokenizer.interface import Codes
 from tokenizer.reading import AGAIN, read_json_object, reading
 
-START, END = "<|audio_start|>", "<|audio_end|>"
 FILE = "audio_vocabulary.json"
 
 Order = Literal["frame", "layer", "delay", "semantic"]
 Template = Literal["plain", "chat"]
+Names = Literal["audio", "speech"]  # of added tokens, see `token_names`
 
 # of text tokenizers, whose settings change from call to call: they must not be used in two threads at once
 _LOCK = threading.Lock()
@@ -48,6 +48,8 @@ class AudioVocabulary:
     stack: int = 1  # features per placeholder
     template: Template = "plain"  # of conversations, see `ConversationWriter`
     prefix_attention: bool = False  # the tokens of an audio attend to each other in both directions
+    names: Names = "audio"  # of its tokens, see `token_names`
+    tokens_per_second: float = 12.0  # in an answer, at most
 
     def token_ids(self, speech: Codes | Speech, text_tokenizer: PreTrainedTokenizerBase | None = None) -> Tensor:
         """Ids of one utterance between the start and end markers.
@@ -171,6 +173,7 @@ class AudioVocabulary:
             vocabulary = AudioVocabulary(**{**values, "encoding": Encoding(**values["encoding"])})
             ends = [vocabulary.offset, int(vocabulary.new_ids.max()) + 1, vocabulary.size, vocabulary.stack - 1]
         known = vocabulary.order in get_args(Order) and vocabulary.template in get_args(Template)
+        known = known and vocabulary.names in get_args(Names)
         if not 0 <= ends[0] <= ends[1] <= ends[2] or ends[3] < 0 or not known:
             raise VocabularyError(f"{file} contradicts itself: expected {expected}; {AGAIN}")
         return vocabulary
@@ -180,12 +183,21 @@ class AudioVocabulary:
         rows = model.get_input_embeddings().weight.shape[0]
         if rows != self.size:
             raise VocabularyError(f"{holder}: the model has {rows} rows and its vocabulary {self.size}: {AGAIN}")
-        found = text_tokenizer.convert_tokens_to_ids([START, END])
+        start, end = token_names(self.names, codes=0)
+        found = text_tokenizer.convert_tokens_to_ids([start, end])
         if found != (expected := [self.start_id, self.end_id]):
             raise VocabularyError(
-                f"{holder}: the ids of {START} and {END} are {found} in the text tokenizer and {expected} in the "
+                f"{holder}: the ids of {start} and {end} are {found} in the text tokenizer and {expected} in the "
                 f"vocabulary: they do not belong together; {AGAIN}"
             )
+
+
+def token_names(names: Names, codes: int) -> list[str]:
+    """<|audio_0|>, <|audio_1|>, ... of so many codes, <|audio_start|> and <|audio_end|>, as `new_ids` has them.
+
+    <|speech_0|> and so on for a text tokenizer with audio tokens of its own, such as Qwen3.5's.
+    """
+    return [f"<|{names}_{name}|>" for name in (*range(codes), "start", "end")]
 
 
 def _describe(speech: Speech) -> str:

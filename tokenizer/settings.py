@@ -47,7 +47,10 @@ class Settings:
     """Base of a configuration, which is a dataclass. Raises SettingsError with everything that is wrong with it."""
 
     def __post_init__(self) -> None:
-        if problems := [*broken_rules(type(self), vars(self)), *self.contradictions()]:
+        problems = [*broken_rules(type(self), vars(self)), *self.contradictions()]
+        if getattr(self, "dev_splits", None) and getattr(self, "splits", ()) is None:
+            problems.append("splits=null trains on all splits, dev_splits among them: set splits, or dev_splits=null")
+        if problems:
             raise SettingsError(problems)
 
     def contradictions(self) -> Iterable[str]:

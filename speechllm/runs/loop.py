@@ -1,5 +1,6 @@
 """The steps of a training: what every training does at each of them, whatever it trains."""
 
+import hashlib
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from speechllm.runs.run import Run, RunError
 from speechllm.runs.signals import Interrupted, handled
 from speechllm.training.schedule import seed_step
+from tokenizer.files import json_text
 
 MOST_SKIPPED = 10  # steps in a row without finite numbers, after which a training ends
 NAMED = 5  # recordings that are named when a step is skipped
@@ -128,13 +130,27 @@ class TrainingLoop:
     done: finished steps, including the present one. figures: what was logged last, also of a resumed run.
     """
 
-    def __init__(self, run: Run, state: Stateful, name: str, *, steps: int, seed: int, save_every: int | None):
+    def __init__(
+        self,
+        run: Run,
+        state: Stateful,
+        name: str,
+        *,
+        steps: int,
+        seed: int,
+        save_every: int | None,
+        labels: object = None,
+        keep_last: bool = False,
+    ):
         """name: shown in front of the progress bar. state: its `state_dict` returns copies, as that of `Parts` does.
 
-        Raises RunError for a checkpoint that does not fit `state`.
+        labels: what the numbers that are learnt stand for, in JSON's types, where the data decide it. keep_last: save
+        after the last step, too, because what follows takes long.
+        Raises RunError for a checkpoint that does not fit `state`, or whose labels were others.
         """
         self.run, self.state, self.name = run, state, name
-        self.steps, self.seed, self.save_every = steps, seed, save_every
+        self.steps, self.seed, self.save_every, self.keep_last = steps, seed, save_every, keep_last
+        self.labels = hashlib.sha256(json_text(labels).encode()).hexdigest()[:16]
         self.guard = StepGuard(run, steps)
         self.done = 0
         self.figures: dict[str, float] = {}
@@ -148,6 +164,11 @@ class TrainingLoop:
         if self.done > self.steps:
             raise RunError(
                 f"{self.run.folder} has done {self.done} steps already: set steps to at least that, not {self.steps}"
+            )
+        if held.get("labels", self.labels) != self.labels:
+            raise RunError(
+                f"{self.run.folder} began with other labels, made from texts or speakers that have been changed since: "
+                "restore them, or choose another output folder"
             )
         try:
             self.state.load_state_dict(held)
@@ -192,14 +213,14 @@ class TrainingLoop:
             self._finish_writing()
             raise Interrupted(number, f"step {self.done} is saved, and the same command goes on from there")
         # what precedes steps without finite numbers may be their cause, and must not replace an older checkpoint
-        due = self.save_every and self.done % self.save_every == 0
-        if due and self.done < self.steps and not self.guard.skipped:
+        due = self.save_every and self.done % self.save_every == 0 and self.done < self.steps
+        if (due or (self.keep_last and self.done == self.steps)) and not self.guard.skipped:
             self._save()
 
     def _save(self) -> None:
         """Write a checkpoint in a thread. Raises RunError if the one before could not be written."""
         self._wait_for_writing()
-        state = {"figures": self.figures, **self.state.state_dict()}
+        state = {"figures": self.figures, "labels": self.labels, **self.state.state_dict()}
         if self.run.main:
             self._writing = self._writer.submit(self.run.save, self.done, state)
 

@@ -148,8 +148,10 @@ def labelled_logits(model: PreTrainedModel | PeftModel, text: Tensor, speech: Te
         return hidden[text]
 
     def add_codes(head: Any, inputs: tuple[Tensor], words: Tensor) -> Tensor:
+        if not len(states := heard.pop()):  # to cut the codes' rows out costs as much as a copy of all rows
+            return words.flatten()[None, None]
         bias = None if getattr(head, "bias", None) is None else head.bias[codes]
-        choice = F.linear(heard.pop(), head.weight[codes], bias)  # one hundredth of all logits of Qwen2
+        choice = F.linear(states, head.weight[codes], bias)  # one hundredth of all logits of Qwen2
         return torch.cat([words.flatten(), choice.flatten()])[None, None]
 
     head = model.get_output_embeddings()

@@ -1,5 +1,6 @@
 """Estimate of a language model training's size, memory and time, printed before it starts."""
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -53,7 +54,7 @@ def training_plan(
     averaged: bool,
     packing: bool = True,
 ) -> str:
-    """Three lines on a training with `batch_tokens` tokens per step of `count` examples: its size, memory and time.
+    """Lines on a training with `batch_tokens` tokens per step of `count` examples: its size, memory and time.
 
     lengths, labels: tokens of some of the examples, and the number of labels in these.
     form: full, lora or rows; averaged: with a moving average of the weights; packing: without padding.
@@ -71,6 +72,8 @@ def training_plan(
     speed = product_speed(accelerator.device, torch.bfloat16 if half else torch.float32)
     flops = training_flops(model, lengths, labels, frozen=form != "full") / len(lengths) * each * steps
     minutes = flops / (SHARE * speed * processes) / 60
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    long = sum(length > positions for length in lengths)
     return (
         f"asr: {count} rows, {'about ' if share > 1 else ''}{tokens:,} tokens including {round(share * labels):,} "
         f"labels; {steps} steps of up to {batch_tokens:,} tokens, about {each:.0f} rows ({steps * each / count:.1f} "
@@ -81,4 +84,6 @@ def training_plan(
         f"model: {weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained ({form})\n"
         f"memory: {state / 1e9:.2f} GB for weights, gradients and AdamW, {logits / 1e9:.2f} GB for the logits of a "
         f"micro-batch; plus activations"
+        + f"\n{long} of {len(lengths)} rows have more tokens than the {positions} positions of the model"
+        * bool(long)
     )

@@ -123,8 +123,8 @@ def test_splits_are_reported_with_stage_key_and_file_and_can_be_changed(
 ) -> None:
     asr, codec, speaker = (str(tmp_path / f"{name}.yaml") for name in ("asr", "codec", "speaker"))
     Path(asr).write_text(yaml.safe_dump({**ASR, "splits": ["train-other-500"]}))
-    Path(codec).write_text(yaml.safe_dump({"dev_splits": ["dev-clean"]}))
-    Path(speaker).write_text(yaml.safe_dump({"kind": "speaker", "dev_splits": ["dev"]}))
+    Path(codec).write_text(yaml.safe_dump({"splits": ["train"], "dev_splits": ["dev-clean"]}))
+    Path(speaker).write_text(yaml.safe_dump({"kind": "speaker", "splits": ["train"], "dev_splits": ["dev"]}))
     keys = {"data": [str(corpus)], "tasks": ["asr", "quality"], "asr": asr, "codec": codec}
     keys |= {"evaluation_speaker": speaker, "systems": [{"name": "a", "train": []}, {"name": "b", "train": []}]}
 
@@ -667,12 +667,12 @@ def test_scores_of_an_evaluation_are_found_again_by_utterance(compare: ModuleTyp
         {"id": "w", "scores": {}, "recognized": {}, "text": "ONE"},
     ]
     (tmp_path / "utterances.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = compare.scored(tmp_path, "codebooks", "utterances.jsonl", ("id",))
+    found = compare.scored(tmp_path / "results.json", "codebooks", "utterances.jsonl", ("id",))
     assert without_shares(found) == results
     row = found["codebooks"]["1"]
     assert row["pesq_wb"]["each"] == {'["u"]': (1.0, 1), '["v"]': (2.0, 1)}
     assert row["wer"]["each"] == {'["u"]': ([0], 2), '["v"]': ([1], 2)}
-    assert compare.scored(tmp_path / "nowhere", "codebooks", "utterances.jsonl", ("id",)) == {}
+    assert compare.scored(tmp_path / "nowhere.json", "codebooks", "utterances.jsonl", ("id",)) == {}
 
 
 # ---- the page

@@ -78,7 +78,7 @@ def test_every_stage_is_measured(rehearse: Callable, tmp_path: Path, capsys: pyt
 def test_disk_of_the_codec_is_that_of_its_checkpoints(
     rehearse: Callable, recipe: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk_gb = rehearse({"dev_splits": ["train"]}, None)["stages"]["codec training"]["disk_gb"]
+    disk_gb = rehearse({"splits": ["train"], "dev_splits": ["train"]}, None)["stages"]["codec training"]["disk_gb"]
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     rows = [

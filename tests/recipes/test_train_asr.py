@@ -437,12 +437,17 @@ def test_other_tasks_are_learnt_beside_transcription_and_answers_counted(
     assert {task: one["rows"] for task, one in results["tasks"].items()} == {"count": 12, "untitled": 1}
     assert [row["reference"] for row in found[-2:]] == ["u11", "RED"] and found[0]["row"] == "count.jsonl, row 1"
     assert results["tasks"]["count"]["correct"] == sum(row["correct"] for row in found[:12]) / 12
-    assert results["unanswered"] == 1 and asked == {
+    cut_off = [row for row in (asked, *found) if row.get("runaway") == "bound"]
+    assert results["unanswered"] == 1 and results["cut_off"] == len(cut_off) > 0
+    assert asked == {
         "row": "open.jsonl, row 1",
         "task": "count",
         "hypothesis": found[0]["hypothesis"],  # to the same question about the same recording
+        **{key: found[0][key] for key in ("runaway",) if key in found[0]},
     }
-    assert "| count | 12 | " in capsys.readouterr().out
+    said_last = capsys.readouterr().out
+    assert f"{len(cut_off)} of 14 answers were cut off at answer_tokens=5: try more" in said_last
+    assert "| count | 12 | " in said_last
     with pytest.raises(SystemExit, match=r"bad\.jsonl, row 2: no message by the assistant"):
         here(f"{BASE} model=base output=never", "rows=[{file: bad.jsonl}]")
     assert not (rows.folder / "never").exists()
@@ -492,6 +497,7 @@ def test_the_plan_is_printed_first(work: Work, here: Callable, capsys: pytest.Ca
             "model=null train=lora",
             "row_steps need a pretrained language model, but model is null",
         ),
+        ("splits=null", "splits=null trains on all splits, dev_splits among them: set splits, or dev_splits=null"),
         ("dev_splits=null patience=3", "patience needs dev_splits for measuring the WER"),
         (
             "batch_tokens=0 max_utterances=-1",

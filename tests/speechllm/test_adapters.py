@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 from speechllm import (
     Example,
@@ -25,7 +25,7 @@ from speechllm import (
     transcribe_codes,
     transcription_example,
 )
-from speechllm.adapters import base_fingerprint
+from speechllm.adapters import base_fingerprint, load_causal
 
 WIDTH = 16  # of the tiny Qwen2
 LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
@@ -364,3 +364,32 @@ def test_an_update_has_the_rank_scale_and_dropout_that_were_asked_for(make_speec
         x = torch.randn(3, a.shape[1])
         assert_close(layer(x), layer.base_layer(x) + 12 / 4 * (x @ a.T @ b.T))
         assert len(a) == 4 and layer.lora_dropout["default"].p == 0.5
+
+
+@pytest.mark.parametrize("form", ["lora", "rows"])
+def test_a_head_keeps_its_bias(
+    form: str, tmp_path: Path, make_text_tokenizer: Callable, small_codec: SpeechCodec
+) -> None:
+    """As Phi's has one: what is trained is what is saved, merged and measured."""
+    text_tokenizer = make_text_tokenizer()
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    phi = PhiForCausalLM(PhiConfig(vocab_size=len(text_tokenizer), **sizes))
+    torch.nn.init.normal_(phi.lm_head.bias)
+    phi.save_pretrained(tmp_path / "base")
+    plain = load_causal(tmp_path / "base")
+    vocabulary = extend_vocabulary(plain, text_tokenizer, small_codec)
+    ids = torch.arange(8)[None]
+    expected = plain(ids).logits.detach()
+    speech_llm = SpeechLLM(prepare_adapter(plain, vocabulary, form, RANK, 2 * RANK), text_tokenizer, vocabulary)
+    assert_equal_but_for_rounding(speech_llm.model(ids).logits, expected)
+    train(speech_llm)
+    found = speech_llm.model(ids).logits.detach()
+    assert not torch.allclose(found, expected, atol=1e-3)
+    examples = examples_of(speech_llm)
+    losses = LabelledLoss(speech_llm.model, vocabulary)(examples).detach()
+    speech_llm.save(tmp_path / "adapter")
+    loaded = load_speech_llm(tmp_path / "adapter", with_codec=False)
+    assert_equal_but_for_rounding(loaded.model(ids).logits, found)
+    merged = merge(loaded)
+    assert_equal_but_for_rounding(merged.model(ids).logits, found)
+    assert_equal_but_for_rounding(LabelledLoss(merged.model, vocabulary)(examples).detach(), losses)

@@ -3,9 +3,11 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,10 +31,12 @@ from speechllm.decoding import (
     Transcription,
     _NoRepeats,
     answer_batches,
+    answer_bound,
     count_runaways,
     forbidden_ids,
     recognize,
     runaway_reason,
+    with_room,
 )
 from speechllm.greedy import greedy_answers, reads_packed
 from speechllm.pieces import pieces
@@ -228,7 +232,31 @@ def test_a_runaway_model_stops_at_12_tokens_per_second_plus_16(make_speech_llm: 
     assert texts == ["x" * count for count in (16 + 24, 16, 16 + 12, 16 + 6)]
 
 
+def test_answers_have_room_for_transcripts_like_those_of_the_training(make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = make_speech_llm(tied=False)
+    english = with_room(speech_llm.vocabulary, np.array([60, 30, 5]), [10.0, 6.0, 0.4])
+    assert english == speech_llm.vocabulary and answer_bound(2.5, english) == 16 + 30
+    thai = with_room(english, np.array([250] * 100), [10.0] * 100)
+    assert answer_bound(10.0, thai) == 1.5 * 250
+    assert with_room(thai, np.array([]), []) == thai
+    speech_llm = with_opinions(replace(speech_llm, vocabulary=thai), {letter(speech_llm): 50.0})
+    codes = [torch.zeros(1, 50, dtype=torch.long)]
+    assert transcribe_codes(codes, speech_llm, fallback=False) == ["x" * answer_bound(1.0, thai)]
+
+
 # ---- runaway answers
+
+# half a minute of speech each, in scripts of three bytes a letter
+HINDI = (
+    "सुबह की हल्की धूप में गाँव के लोग अपने खेतों की ओर निकल पड़े और रास्ते में नदी के किनारे रुककर उन्होंने ठंडा पानी पिया। "
+    "बूढ़े किसान ने कहा कि इस साल बारिश अच्छी हुई है, इसलिए फसल भी बढ़िया होगी और बच्चों के लिए नए कपड़े खरीदे जा सकेंगे। "
+    "शाम को मेले में मिठाई, खिलौने और झूले देखकर सब खुश हो गए, फिर देर रात तक गीत गाते हुए घर लौट आए।"
+)
+THAI = (
+    "เช้าวันนี้อากาศเย็นสบาย ชาวบ้านพากันออกไปทำนาและแวะดื่มน้ำริมคลองก่อนเริ่มงาน "
+    "คุณตาบอกว่าปีนี้ฝนตกดี ข้าวคงจะงาม เด็กๆ จะได้เสื้อผ้าใหม่ใส่ไปโรงเรียน "
+    "ตกเย็นทุกคนไปเที่ยวงานวัด กินขนม นั่งชิงช้า ฟังเพลงลูกทุ่ง แล้วเดินกลับบ้านใต้แสงจันทร์อย่างมีความสุข"
+)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +270,9 @@ def test_a_runaway_model_stops_at_12_tokens_per_second_plus_16(make_speech_llm: 
         ("", True, "empty"),
         ("x" * 40, True, "looped"),
         ("and then the lamp " * 8, False, "looped"),
+        (HINDI, False, None),
+        (THAI, False, None),
+        ("लाल बत्ती जलाओ " * 12, False, "looped"),
         ("As an AI, I can not listen.", False, "refused"),
         ("i'm an ai language model", True, "refused"),
         ("as an aim in itself", False, None),

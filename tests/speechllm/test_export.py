@@ -113,7 +113,9 @@ def test_plain_transformers_gives_the_same_answer(tmp_path: Path, make_trained: 
         assert len(set(texts)) == 4
         parts = speech_llm.vocabulary, speech_llm.text_tokenizer
         ids = [transcription_prompt(part, *parts).input_ids.tolist() for part in codes]
-        questions[folder] = [[as_text(part, speech_llm), answer_bound(part.shape[1] / 50)] for part in codes]
+        questions[folder] = [
+            [as_text(part, speech_llm), answer_bound(part.shape[1] / 50, speech_llm.vocabulary)] for part in codes
+        ]
         expected[folder] = ["Qwen2ForCausalLM", [list(pair) for pair in zip(ids, texts, strict=True)]]
         export_model(speech_llm, folder)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -201,15 +203,20 @@ def chat_of(text_tokenizer: object, content: object) -> list[int]:
     return text_tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-@pytest.mark.parametrize("kind", ["byte-level", "Llama-2", "template=chat"])
+@pytest.mark.parametrize("kind", ["byte-level", "Llama-2", "template=chat", "template=chat, with date and thinking"])
 def test_in_a_chat_the_prompt_is_that_of_training(
     tmp_path: Path, kind: str, make_language_model: Callable, text_tokenizer: object, untrained: Callable
 ) -> None:
     chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     text_tokenizer.chat_template = chatml + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    if kind.endswith("thinking"):  # as SmolLM3 does
+        text_tokenizer.chat_template = (
+            "{{ strftime_now('%B %d, %Y') }}" + text_tokenizer.chat_template + "{% if enable_thinking is not defined "
+            "or enable_thinking %}<think>{% else %}<think></think>{% endif %}"
+        )
     text_tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>"]})
     used = llama_2() if kind == "Llama-2" else text_tokenizer
-    template = "chat" if kind == "template=chat" else "plain"
+    template = "chat" if kind.startswith("template=chat") else "plain"
     speech_llm = untrained(make_language_model("Llama", used), used, template=template)
     (codes,) = random_codes(5)
     prompt = transcription_prompt(codes, speech_llm.vocabulary, used).input_ids.tolist()
@@ -225,6 +232,8 @@ def test_in_a_chat_the_prompt_is_that_of_training(
     assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # and would add token types
     assert "extra_special_tokens" not in settings  # a dictionary in the other major
     if template == "chat":
+        said = served.decode(prompt)
+        assert said.startswith("July 26, 2024") is said.endswith("<think></think>") is kind.endswith("thinking")
         return
     assert served(text)["input_ids"] == prompt
     start = text.index("<|audio_start|>")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from speechllm import AudioVocabulary, Encoding
-from speechllm.messages import Audio, ConversationError, ConversationWriter, Message
+from speechllm.messages import Audio, ConversationError, ConversationWriter, Message, fixed_template
 from speechllm.prompt import conversation_example, transcription
 from speechllm.small_model import small_text_tokenizer
 
@@ -134,6 +134,59 @@ def test_a_chat_template_that_cannot_be_used_is_one_error(characters: object, te
             )
     finally:
         characters.chat_template = CHATML
+
+
+FRAMED = "<|im_start|>{{ message.role }}\n{{ THOUGHT }}{{ message.content }}<|im_end|>\n"
+EMPTY = "'<think>\n\n</think>\n\n'"
+ASKED = "{% if add_generation_prompt %}<|im_start|>assistant\n{{ THOUGHT }}{% endif %}"
+TEMPLATES = {  # cut down
+    "Qwen3": (
+        "{% for message in messages %}"
+        + FRAMED.replace("THOUGHT", f"{EMPTY} if loop.last and message.role == 'assistant'")
+        + "{% endfor %}"
+        + ASKED.replace("THOUGHT", f"{EMPTY} if enable_thinking is defined and enable_thinking is false")
+    ),
+    "SmolLM3": (
+        "{%- if enable_thinking is not defined -%}{%- set enable_thinking = true -%}{%- endif -%}\n"
+        "{%- set today = strftime_now('%d %B %Y') -%}\n"
+        "<|im_start|>system\n{{ today }} {{ '/think' if enable_thinking else '/no_think' }}<|im_end|>\n"
+        "{% for message in messages %}"
+        + FRAMED.replace("THOUGHT", f"{EMPTY} if message.role == 'assistant' and not enable_thinking")
+        + "{% endfor %}"
+        + ASKED.replace("THOUGHT", f"{EMPTY} if not enable_thinking")
+    ),
+    "Llama-3.2": (
+        "\n{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n"
+        '        {%- set date_string = strftime_now("%d %b %Y") %}\n    {%- else %}\n'
+        '        {%- set date_string = "26 Jul 2024" %}\n    {%- endif %}\n{%- endif %}\n'
+        "<|im_start|>system\n{{ date_string }}<|im_end|>\n" + CHATML
+    ),
+}
+SYSTEMS = {"Qwen3": "", "SmolLM3": "26 July 2024 /no_think", "Llama-3.2": "26 Jul 2024"}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_chat_is_without_thinking_and_the_same_on_every_day(
+    characters: object, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(characters, "chat_template", TEMPLATES[kind])
+    writer = ConversationWriter(replace(VOCABULARY, template="chat"), characters)
+    turns = [user("a"), assistant("b"), user("c"), assistant("d")]
+    prompt, example = conversation_example(turns[:3], writer, answering=True), conversation_example(turns, writer)
+    assert torch.equal(example.input_ids[: len(prompt)], prompt.input_ids)
+    assert characters.decode(example.input_ids[len(prompt) :]) == "d<|im_end|>\n"
+    thought = "" if kind == "Llama-3.2" else "<think>\n\n</think>\n\n"
+    system = f"<|im_start|>system\n{SYSTEMS[kind]}<|im_end|>\n" if SYSTEMS[kind] else ""
+    before = (
+        f"<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n{thought if kind == 'SmolLM3' else ''}b<|im_end|>\n"
+    )
+    asked = f"<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n{thought}"
+    assert characters.decode(prompt.input_ids) == system + before + asked
+    # what an export keeps, by transformers alone
+    monkeypatch.setattr(characters, "chat_template", fixed_template(characters))
+    messages = [{"role": turn.role, "content": turn.parts[0]} for turn in turns[:3]]
+    written = characters.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert written == system + before + asked
 
 
 def test_the_template_is_saved_with_the_vocabulary(tmp_path: Path) -> None:

@@ -23,6 +23,10 @@ from speechllm import (
     VocabularyError,
     describe_rows,
     extend_vocabulary,
+    load_language_model,
+    load_speech_llm,
+    prepare_adapter,
+    transcribe_codes,
     transcription_example,
 )
 from speechllm.decoding import forbidden_ids
@@ -86,6 +90,50 @@ def test_a_text_tokenizer_that_would_give_a_code_the_id_of_a_word_is_refused(
     text_tokenizer = words_with_gaps(end=10, last=20)
     with pytest.raises(VocabularyError, match="leaves out some of its 21 ids.*renumber"):
         extend_vocabulary(make_qwen2(text_tokenizer, spare=29), text_tokenizer, small_codec, 2)
+
+
+@pytest.mark.parametrize("form", ["full", "lora"])
+def test_a_special_token_that_the_language_model_has_no_row_for_is_never_read(
+    form: str, make_language_model: Callable, text_tokenizer, small_codec: SpeechCodec, tmp_path: Path
+) -> None:
+    """As Gemma-3's for images in its models without eyes."""
+    base, texts = make_language_model("Gemma3Text", text_tokenizer), len(text_tokenizer)
+    base.save_pretrained(tmp_path / "base")
+    text_tokenizer.add_special_tokens({"extra_special_tokens": ["<image_soft_token>"]})
+    text_tokenizer.save_pretrained(tmp_path / "base")
+    speech_llm = load_language_model(tmp_path / "base", small_codec, layers=2)
+    vocabulary, rows = speech_llm.vocabulary, speech_llm.model.get_input_embeddings().weight.detach()
+    before = base.get_input_embeddings().weight.detach()
+    assert (vocabulary.offset, vocabulary.size) == (texts + 1, texts + 1 + 34)
+    tokens = speech_llm.text_tokenizer
+    assert tokens.convert_tokens_to_ids(["<image_soft_token>", "<|audio_0|>", "<|audio_end|>"]) == [
+        *(texts, texts + 1, vocabulary.end_id),
+    ]
+    assert torch.equal(rows[:texts], before) and torch.equal(rows[texts], before[-1])
+    torch.testing.assert_close(rows[vocabulary.new_ids[:-2]].mean(0), before.mean(0), atol=1e-5, rtol=0)
+    assert texts not in text_token_ids(tokens, ["<image_soft_token>"])[0] and forbidden_ids(tokens, vocabulary)[texts]
+    if form == "lora":
+        speech_llm.model = prepare_adapter(speech_llm.model, vocabulary, rank=2, alpha=4)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in speech_llm.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    codes = torch.randint(K, (2, 9), generator=generator)
+    prompt = transcription_example(codes, "TURN ON", vocabulary, tokens).input_ids[None]
+    speech_llm.save(tmp_path / "saved")
+    loaded = load_speech_llm(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(loaded.model(prompt).logits, speech_llm.model.eval()(prompt).logits)
+    assert transcribe_codes([codes], loaded) == transcribe_codes([codes], speech_llm) != [""]
+
+
+def test_a_word_that_the_language_model_has_no_row_for_is_refused(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec
+) -> None:
+    model, texts = make_qwen2(text_tokenizer), len(text_tokenizer)
+    text_tokenizer.add_tokens(["lamplight"])
+    with pytest.raises(VocabularyError, match=f"has {texts + 1} tokens, the language model {texts} rows: take the"):
+        extend_vocabulary(model, text_tokenizer, small_codec)
 
 
 # ---- ids
@@ -368,12 +416,47 @@ def test_a_vocabulary_is_extended_once_only(
         assert torch.equal(matrices(extended)[0], before)
 
 
-def test_a_text_tokenizer_that_knows_some_audio_tokens_is_refused(
+@pytest.mark.parametrize("taken", [["<|audio_start|>", "<|audio_end|>", "<|audio_pad|>"], ["<|audio_3|>"]])
+def test_beside_audio_tokens_of_the_text_tokenizer_ours_have_other_names(
+    make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, taken: list[str], tmp_path: Path
+) -> None:
+    text_tokenizer.add_tokens(taken, special_tokens=True)  # the first three: as Qwen3.5's has them
+    model, texts = make_qwen2(text_tokenizer), len(text_tokenizer)
+    before = matrices(model)[0].clone()
+    vocabulary = extend_vocabulary(model, text_tokenizer, small_codec, 2)
+    assert vocabulary.names == "speech" and torch.equal(matrices(model)[0][:texts], before)
+    names = [*(f"<|speech_{code}|>" for code in range(32)), "<|speech_start|>", "<|speech_end|>"]
+    assert text_tokenizer.convert_tokens_to_ids(names) == vocabulary.new_ids.tolist() == [*range(texts, texts + 34)]
+    assert text_tokenizer.convert_tokens_to_ids(taken) == [*range(texts - len(taken), texts)]
+    forbidden = forbidden_ids(text_tokenizer, vocabulary)
+    assert forbidden[text_tokenizer.convert_tokens_to_ids(taken)].all() and forbidden[vocabulary.new_ids].all()
+    vocabulary.save(tmp_path)
+    assert AudioVocabulary.load(tmp_path) == vocabulary
+    vocabulary.check(model, text_tokenizer, tmp_path)
+    with pytest.raises(VocabularyError, match=r"ids of <\|audio_start\|> and"):
+        replace(vocabulary, names="audio").check(model, text_tokenizer, tmp_path)
+    with pytest.raises(VocabularyError, match=r"ends with <\|speech_end\|>: a vocabulary can be extended only once"):
+        extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec)
+
+
+def test_a_text_tokenizer_that_knows_audio_tokens_of_all_names_is_refused(
     make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec
 ) -> None:
-    text_tokenizer.add_tokens(["<|audio_3|>"], special_tokens=True)
+    text_tokenizer.add_tokens(["<|audio_3|>", "<|speech_start|>"], special_tokens=True)
     with pytest.raises(VocabularyError, match="already has some of the audio tokens"):
         extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec)
+
+
+def test_a_vocabulary_of_an_earlier_version_has_the_first_names(tmp_path: Path) -> None:
+    hand_vocabulary().save(tmp_path)
+    file = tmp_path / "audio_vocabulary.json"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace(',\n  "names": "audio"', ""), encoding="utf-8")
+    assert "names" not in file.read_text(encoding="utf-8")
+    assert AudioVocabulary.load(tmp_path) == hand_vocabulary()
+    file.write_text(text.replace('"names": "audio"', '"names": "song"'), encoding="utf-8")
+    with pytest.raises(VocabularyError, match="contradicts itself"):
+        AudioVocabulary.load(tmp_path)
 
 
 @pytest.mark.parametrize("layers", [0, 3, -1])

@@ -378,6 +378,30 @@ def test_a_full_disk_is_recognised_in_the_words_of_other_libraries(tmp_path: Pat
     assert not out_of_space(ValueError("wrong"))
 
 
+# ---- checkpoints
+
+
+def test_a_run_whose_labels_the_data_have_changed_is_not_resumed(tmp_path: Path) -> None:
+    def loop(*labels: str) -> TrainingLoop:
+        settings = {"steps": 4, "seed": 0, "save_every": 2, "labels": [*labels]}
+        return TrainingLoop(Run(tmp_path, Job()), Parts(), "test", **settings)
+
+    for _ in loop("anna", "zoe"):
+        pass
+    assert loop("anna", "zoe").done == 2
+    with pytest.raises(RunError, match="began with other labels, made from texts or speakers that have been changed"):
+        loop("hannah", "zoe")
+
+
+@pytest.mark.parametrize("keep_last", [False, True])
+def test_the_last_step_is_saved_where_much_follows_it(tmp_path: Path, keep_last: bool) -> None:
+    settings = {"steps": 5, "seed": 0, "save_every": 2, "keep_last": keep_last}
+    for _ in TrainingLoop(Run(tmp_path, Job()), Parts(), "test", **settings):
+        pass
+    last = "step_00000005.pt" if keep_last else "step_00000002.pt"
+    assert {last, "step_00000004.pt"} == {*checkpoints(tmp_path)}
+
+
 # ---- trackers
 
 

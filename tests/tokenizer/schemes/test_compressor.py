@@ -226,6 +226,28 @@ def test_a_language_model_first_reads_the_letters_themselves(
     assert example.input_ids[-len(answer) - len(expected) : -len(answer)].tolist() == expected
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["Gemma", "Gemma2", "Gemma3Text", "Granite"])  # which multiply embeddings
+def test_what_is_projected_is_as_large_as_what_the_language_model_looks_up(
+    family: str, compressor: CtcCompressor, make_language_model: Callable, make_text_tokenizer: Callable
+) -> None:
+    text_tokenizer = make_text_tokenizer()
+    model = make_language_model(family, text_tokenizer)
+    extend_vocabulary(model, text_tokenizer, compressor)
+    certain = torch.cat([torch.randn(3, 64), torch.eye(4)[1:]], 1)
+    embedding = model.get_input_embeddings()
+    ids = [torch.tensor(text_token_ids(text_tokenizer, [label])[0]) for label in LABELS[1:]]
+    expected = torch.stack([embedding(one).mean(0) for one in ids])
+    torch.testing.assert_close(model.speech_projector(certain), expected)
+
+    text_tokenizer = make_text_tokenizer()
+    model = make_language_model(family, text_tokenizer)
+    texts = model.get_input_embeddings()(torch.arange(len(text_tokenizer)))
+    extend_vocabulary(model, text_tokenizer, compressor, stack=2)
+    found = model.speech_projector(torch.randn(200, 136))
+    assert 0.3 < float(found.std() / texts.std()) < 2
+
+
 def test_the_network_counts_its_outputs() -> None:
     network = CtcNetwork(16, 4, 64, 1, 0.0).eval()
     for frames in (1, 2, 7):
