@@ -39,6 +39,7 @@ from speechllm.data.shards import claim_codes, skipped_of_shards, summarize_shar
 from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import report_skipped
+from tokenizer.corpus import require_most
 from tokenizer.files import write_json
 from tokenizer.utterances import spell_corpora
 
@@ -68,11 +69,13 @@ def main(config: EncodeConfig) -> None:
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        summary = summarize_shards(config.output)
-        report_skipped(config.output, skipped_of_shards(config.output))
+        summary, skipped = summarize_shards(config.output), skipped_of_shards(config.output)
+        source = spell_corpora(config.data)
+        report_skipped(config.output, skipped)
         if not summary["utterances"]:
-            source = spell_corpora(config.data)
             raise DataError(f"{source}: no recording can be used, all are skipped ({summary['skipped']})")
+        gone = [row["path"] for row in skipped if row["reason"] in ("missing", "unreadable")]
+        require_most(source, "recordings", gone, len(utterances))
         write_json(f"{config.output}/done.json", {**summary, "parameters": sum(p.numel() for p in codec.parameters())})
         print(f"encoded {summary['utterances']} utterances, {summary['hours']:.2f} h; skipped {summary['skipped']}")
 

@@ -44,6 +44,7 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 import fsspec
 import pyarrow as pa
 from datasets import Audio, Dataset, IterableDataset, load_dataset, load_from_disk
+from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
 from speechllm import AudioError, DataError
@@ -52,10 +53,11 @@ from speechllm.runs.run import Run
 from tokenizer.audio import AudioInfo, inspect_audio
 from tokenizer.claims import outside
 from tokenizer.corpus import is_corpus
-from tokenizer.files import read_jsonl, write_jsonl
+from tokenizer.files import read_journal, write_jsonl
 from tokenizer.tables import optional_text, shown
 
 UNREADABLE = (pa.ArrowException, ValueError, TypeError, OSError, ImportError)  # what `datasets` raises for a bad file
+NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 def main(config: ImportConfig) -> None:
@@ -105,13 +107,15 @@ def open_splits(config: ImportConfig) -> dict[str, IterableDataset]:
 
 @contextlib.contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Raise DataError, in one line that says what was read, for whatever `datasets` raises."""
+    """Raise DataError, in one line that says what was read, for whatever `datasets`, a disk or a server raises."""
     try:
         yield
-    except UNREADABLE as error:
+    except (*UNREADABLE, HTTPError) as error:
         mend = ": correct the data set, or fetch it again"
         if isinstance(error, ImportError):
             mend = "; instead of importing a folder of audio files, write a manifest.csv for it (recipes/README.md)"
+        elif isinstance(error, OSError | HTTPError) and not isinstance(error, NO_FILE):
+            mend = "; the same command goes on from there; if it ends there again, correct the data set"
         raise DataError(f"{what}: {' '.join(str(error).split())[:500]}{mend}") from error
 
 
@@ -153,13 +157,6 @@ def texts_of(row: Row) -> dict[str, str | None]:
     return texts
 
 
-def read_journal(journal: Path) -> list[Row]:
-    """Rows of a killed import; an incomplete last line is removed."""
-    rows = read_jsonl(journal)
-    write_jsonl(journal, rows)
-    return rows
-
-
 def import_split(
     part: IterableDataset, columns: dict[str, str], folder: Path, split: str, before: list[Row]
 ) -> Iterator[Row]:
@@ -185,11 +182,12 @@ def import_row(row: Row, folder: Path, place: str) -> Row:
     sound = row["audio"] or {}
     try:
         names = texts_of(row)
+    except ValueError as error:
+        return {"skipped": "wrong type", "detail": f"{place}: {error}"}
+    try:
         content, info = read_sound(sound, place)
     except AudioError as error:
         return {"skipped": error.reason, "detail": str(error)}
-    except ValueError as error:
-        return {"skipped": "wrong type", "detail": f"{place}: {error}"}
     path = f"{place}.{info.format.lower()}"
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     (folder / path).write_bytes(content)
@@ -198,16 +196,15 @@ def import_row(row: Row, folder: Path, place: str) -> Row:
 
 
 def read_sound(sound: Row, name: str) -> tuple[bytes, AudioInfo]:
-    """The content of a recording's file, which is read through, and what it is; AudioError if it cannot be used."""
+    """The content of a recording's file, which is read through, and what it is.
+
+    Raises AudioError if it cannot be used, and DataError where a disk or server fails: a row is skipped for good.
+    """
     content, source = sound.get("bytes"), sound.get("path")
     if content is None and source:
-        try:
-            with fsspec.open(source, "rb") as file:  # local, on the hub, or within an archive
-                content = file.read()
-        except (FileNotFoundError, IsADirectoryError):
-            pass
-        except OSError as error:
-            raise AudioError(name, "unreadable", f"{source} cannot be read ({error})") from error
+        # a file may be local, on the hub, or within an archive
+        with translated(f"{name}, {source}"), contextlib.suppress(*NO_FILE), fsspec.open(source, "rb") as file:
+            content = file.read()
     if content is None:
         raise AudioError(name, "missing", f"the data set holds no recording ({source})")
     return content, inspect_audio(content, name)

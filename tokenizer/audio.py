@@ -1,6 +1,7 @@
 """Reading and writing audio files as float waveforms, with one clear error for every file that cannot be used."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -32,6 +33,7 @@ LEAD_S = 1.0  # of an MP3 that is read before a part: its frames refer back 511 
 END_S = 10.0  # of a Vorbis file, which is read from there on
 DENSEST = 100  # samples a byte: headers that state more are not believed
 COUNTED = 2**18  # recordings whose counted lengths are kept
+NO_FILE = errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO  # last: a socket
 
 
 class AudioError(InputError):
@@ -68,7 +70,7 @@ def load_audio(
     `start_s` and `duration_s` select a part of the recording.
     Reads in blocks until the end, whatever the header says; so memory is that of the result.
     Raises `AudioError`, and nothing else, for a file that cannot be used (reasons: missing, unreadable, empty, too
-    long, truncated, non-finite, out of range, sample rate, silent).
+    long, truncated, non-finite, out of range, sample rate, silent); OSError where the disk fails, not the file.
     """
 
     def decode(channel: int | None = None) -> tuple[np.ndarray, _Levels]:
@@ -139,8 +141,7 @@ def inspect_audio(
 def audio_duration(path: str | Path, most_s: float = math.inf) -> float:
     """Seconds of a recording by its header, or counted where no header states them or they cannot be true.
 
-    most_s: beyond which they are not counted on. Raises AudioError (reasons: missing, unreadable, truncated, sample
-    rate).
+    most_s: beyond which they are not counted on. Raises AudioError (missing, unreadable, truncated, sample rate).
     """
     with _open(path, path, whole=False) as file:
         status = os.stat(path)
@@ -162,12 +163,14 @@ def _counted_s(path: str | Path, size: int, changed_ns: int, most_s: float) -> f
 
 
 def open_recording(path: str | Path) -> io.FileIO:
-    """Open a file for its bytes. Raises AudioError (missing, unreadable), also for folders, pipes and devices."""
+    """Open a plain file for its bytes. Raises AudioError (missing, unreadable) for any other; OSError of the disk."""
     try:
         stream = io.FileIO(path, opener=_open_at_once)
     except PermissionError as error:
         raise AudioError(path, "unreadable", f"cannot be read ({error.strerror})") from error
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_FILE:
+            raise  # the recording may be there when the disk works again
         kind = ", it is a folder" if isinstance(error, IsADirectoryError) else ""
         raise AudioError(path, "missing", f"no such audio file{kind}") from error
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
@@ -177,12 +180,9 @@ def open_recording(path: str | Path) -> io.FileIO:
 
 
 def hash_recording(path: str | Path) -> str:
-    """SHA-256 of a recording's file, hexadecimal. Raises AudioError (missing, unreadable)."""
-    try:
-        with open_recording(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise AudioError(path, "unreadable", f"cannot be read ({error.strerror})") from error
+    """SHA-256 of a recording's file, hexadecimal. Raises what `open_recording` does."""
+    with _naming(path), open_recording(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -248,16 +248,19 @@ def _opened(source: str | Path | bytes, name: str | Path, whole: bool) -> Iterat
 
 @contextlib.contextmanager
 def _naming(name: str | Path) -> Iterator[None]:
-    """While active, whatever goes wrong with a recording becomes an AudioError."""
+    """While active, whatever goes wrong with a recording becomes an AudioError; errors of the disk name it."""
     try:
         yield
     except AudioError:
         raise
     except MemoryError as error:
         raise AudioError(name, "too long", "needs more memory than there is: split it") from error
-    except (soundfile.SoundFileError, OSError, TypeError, ValueError, RuntimeError) as error:
+    except (soundfile.SoundFileError, PermissionError, TypeError, ValueError, RuntimeError) as error:
         reason = getattr(error, "error_string", error)  # libsndfile's own, without the number of the descriptor
         raise AudioError(name, "unreadable", f"not a readable audio file ({reason})") from error
+    except OSError as error:
+        error.filename = error.filename or str(name)
+        raise
 
 
 def _seek(file: soundfile.SoundFile, start: int) -> None:

@@ -1,6 +1,7 @@
 """Whose an output is: a job writes only what is new, empty, or its own; nobody's files are replaced or deleted."""
 
 import atexit
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -101,11 +102,12 @@ def _check(folder: Path, job: str, own: Callable[[Path], bool] | None) -> str | 
 def _give_up(folder: Path, new: bool, process: int) -> None:
     if process != os.getpid() or not folder.is_dir():
         return
-    if locked(folder) and set(os.listdir(folder)) <= {CLAIM, LOCK}:
-        for name in os.listdir(folder):
-            (folder / name).unlink()
-        if new:
-            folder.rmdir()
+    with contextlib.suppress(OSError):  # on NFS a file that is open, as the lock is, stays by another name
+        if locked(folder) and set(os.listdir(folder)) <= {CLAIM, LOCK}:
+            for name in os.listdir(folder):
+                (folder / name).unlink()
+            if new:
+                folder.rmdir()
 
 
 def _claim_of(folder: Path) -> str | None:

@@ -28,7 +28,7 @@ from tokenizer.tables import (
     refuse_repeats,
     required_path,
 )
-from tokenizer.utterances import Corpora, MissingSplitError, by_split, corpus_folders, counts, join
+from tokenizer.utterances import Corpora, MissingSplitError, Phones, by_split, corpus_folders, counts, join
 from tokenizer.utterances import CorpusError as CorpusError
 from tokenizer.utterances import Utterance as Utterance
 
@@ -123,8 +123,8 @@ def _read_manifest(manifest: Path) -> list[Row]:
     return rows
 
 
-def _phones(cell: Any) -> tuple[tuple[str, float], ...] | None:
-    """(symbol, end in s) in time order. Raises ValueError for anything else."""
+def _phones(cell: Any) -> Phones | None:
+    """The alignment in a cell. Raises ValueError for anything else."""
     if cell is None or cell == "" or cell == []:
         return None
     expected = 'pairs of a symbol and its end in s, in time order, such as [["HH", 0.1], ["AY", 0.25]], in JSON lines'
@@ -136,7 +136,7 @@ def _phones(cell: Any) -> tuple[tuple[str, float], ...] | None:
         raise ValueError(expected)
     if not 0 <= ends[0] <= ends[-1] < math.inf or list(ends) != sorted(ends) or math.isnan(sum(ends)):
         raise ValueError(expected)
-    return tuple(zip(symbols, ends, strict=True))
+    return Phones(symbols, ends)
 
 
 COLUMNS = {
@@ -252,14 +252,21 @@ def _report(source: Path, utterances: Sequence[Utterance], missing: set[str]) ->
         logger.info("%s: %s rows name a recording that another row names, too", source, f"{listed_twice:,}")
     for split, members in by_split(utterances).items():
         gone = [one for one in members if one.path in missing]
-        if len(gone) == len(members) or len(gone) > max(1, MOST_MISSING * len(members)):
-            raise CorpusError(
-                f"{source}: {len(gone)} of {len(members)} recordings of split {split} are missing or unreadable, the "
-                f"first is {gone[0].path}, expected one or {MOST_MISSING:.0%} at most: fetch them again or leave them "
-                "out of the corpus"
-            )
+        require_most(source, f"recordings of split {split}", [one.path for one in gone], len(members))
         lost = f"; {len(gone):,} recordings missing" if gone else ""
         logger.info("%s, %s: %s%s", source, split, counts(members), lost)
+
+
+def require_most(source: str | Path, what: str, gone: Sequence[str], total: int) -> None:
+    """Raise CorpusError if more than one and more than `MOST_MISSING` of `total` recordings are gone, or all.
+
+    gone: their paths; what: "recordings", or which of them.
+    """
+    if len(gone) == total or len(gone) > max(1, MOST_MISSING * total):
+        raise CorpusError(
+            f"{source}: {len(gone)} of {total} {what} are missing or unreadable, the first is {gone[0]}, expected one "
+            f"or {MOST_MISSING:.0%} at most: fetch them again or leave them out of the corpus"
+        )
 
 
 def _missing(utterances: Sequence[Utterance]) -> set[str]:

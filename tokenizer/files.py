@@ -1,10 +1,12 @@
 """Atomic writing of files and folders, and reading them back."""
 
 import contextlib
+import functools
 import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from tokenizer.reading import read_json_object
 from tokenizer.tables import TableError, json_rows, read_text
 
 WRITTEN = ".written"  # beside a folder that is replaced: what `atomic_folder` wrote into it
-PART = re.compile(r"\..+\.(\d+)\.part")  # what a process is writing: .NAME.PROCESS.part
+# What a process is writing: .NAME.HOST-PROCESS-RANDOM.part; earlier versions wrote .NAME.PROCESS.part
+PART = re.compile(r"\..+\.(?:([^.]+)-(?=\d+-))?(\d+)(?:-([0-9a-f]{8}))?\.part")
 
 
 @contextlib.contextmanager
@@ -76,6 +79,13 @@ def read_jsonl(file: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_journal(file: str | Path) -> list[dict[str, Any]]:
+    """As `read_jsonl`, of what a killed job appended; a last line that is incomplete is removed from the file."""
+    rows = read_jsonl(file)
+    write_jsonl(file, rows)
+    return rows
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder that replaces `folder` when the block ends without an error.
@@ -87,7 +97,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     part, before = _part(folder), _part(folder.with_name(f"{folder.name}.before"))
     if not is_free(folder) and not locked(folder.parent):
         raise OutputError(f"{folder} already exists: choose another folder or delete it")
-    shutil.rmtree(part, ignore_errors=True)  # of a killed process that had this one's number, as in a container
+    shutil.rmtree(part, ignore_errors=True)  # what could not be deleted last time, as a file in use on NFS
     part.mkdir(parents=True)
     try:
         yield part
@@ -123,11 +133,30 @@ def is_part(name: str) -> bool:
 
 
 def remove_parts(folder: Path) -> None:
-    """Delete what processes that have ended left half written in a folder and its subfolders."""
+    """Delete what processes of this machine that have ended left half written in a folder and its subfolders."""
     for path in (*folder.glob(".*.part"), *folder.glob("*/.*.part")):
-        if (found := PART.fullmatch(path.name)) and not is_running(int(found[1])):
+        if (found := PART.fullmatch(path.name)) and _has_ended(*found.groups()):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def _has_ended(host: str | None, process: str, random: str | None) -> bool:
+    """Whether the process of a part's name has ended; False for one of another machine, of which nobody knows."""
+    if host not in (None, _host()):
+        return False
+    if random and int(process) == os.getpid():  # a container's processes have the same numbers after every start
+        return random != _random(os.getpid())
+    return not is_running(int(process))
+
+
 def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{_random(os.getpid())}.part")
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "_")
+
+
+@functools.cache
+def _random(process: int) -> str:
+    """What tells this process from others of its number, as in other containers; a fork draws its own."""
+    return os.urandom(4).hex()

@@ -2,10 +2,13 @@
 
 import itertools
 import os
+import sys
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tokenizer.errors import InputError
 
@@ -25,6 +28,28 @@ class MissingSplitError(CorpusError):
         super().__init__(f"{spell_corpora(data)} {has} no split {', '.join(absent)}; {them} {', '.join(found)}")
 
 
+class Phones(Sequence[tuple[str, float]]):
+    """A phone alignment: (symbol, end in s) in time order, in an eighth of the memory of a tuple of them."""
+
+    __slots__ = ("ends", "symbols")
+
+    def __init__(self, symbols: Iterable[str], ends: Iterable[float]):
+        self.symbols, self.ends = tuple(map(sys.intern, symbols)), array("d", ends)
+
+    def __getitem__(self, place: Any) -> Any:
+        pair = self.symbols[place], self.ends[place]
+        return tuple(zip(*pair, strict=True)) if isinstance(place, slice) else pair
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == (tuple(other) if isinstance(other, Phones) else other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+
 @dataclass(frozen=True)
 class Utterance:
     """One recording. `phones`: (symbol, end in s) in time order, if the corpus has an alignment."""
@@ -35,7 +60,7 @@ class Utterance:
     split: str
     text: str | None = None
     speaker: str | None = None
-    phones: tuple[tuple[str, float], ...] | None = None
+    phones: Sequence[tuple[str, float]] | None = None
 
 
 def corpus_folders(data: Corpora) -> list[Path]:

@@ -235,14 +235,14 @@ def _is_current(file: Path, utterances: Sequence[Utterance]) -> bool:
 
 
 def _stamp(utterances: Sequence[Utterance]) -> str:
-    """Fingerprint of the sizes and modification times of recordings, which may be missing, and stated durations."""
+    """Fingerprint of the sizes and modification times of recordings that can be read, and of stated durations."""
 
     def stamp(path: str) -> tuple[int, int] | None:
         try:
             status = os.stat(path)
         except OSError:
             return None
-        return status.st_size, status.st_mtime_ns
+        return (status.st_size, status.st_mtime_ns) if os.access(path, os.R_OK) else None
 
     return _fingerprint((stamp(one.path), one.duration_s) for one in utterances)
 

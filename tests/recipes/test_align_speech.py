@@ -1,14 +1,17 @@
 """Forced alignment, tested with synthetic speech of known phone times."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 
-from speechllm import Utterance, read_corpus
+from speechllm import InputError, Utterance, read_corpus
 from tokenizer.corpus import frame_phones
 
 pytest.importorskip("pocketsphinx", reason="needs the align extra")
@@ -86,9 +89,57 @@ def test_phone_times_match_those_of_the_synthesiser(corpus: Path, aligned: tuple
     assert np.mean(agreements) > 0.75  # by chance about a half
 
 
+def test_an_alignment_does_not_depend_on_those_before(corpus: Path, recipe: Callable[[str], ModuleType]) -> None:
+    """So a resumed run ends as one that was never killed, on however many processors."""
+    align, utterances = recipe("align_speech.py").align, read_corpus(corpus)[:6]
+    forwards = list(map(align, utterances))
+    assert forwards == list(map(align, reversed(utterances)))[::-1] and any(phones for phones, _ in forwards)
+
+
 def test_a_corpus_of_silence_gives_no_phones(run: Callable[..., str], tmp_path: Path) -> None:
     soundfile.write(tmp_path / "quiet.wav", np.zeros(16_000, np.float32), 16_000)
     row = {"path": "quiet.wav", "duration_s": 1.0, "text": "hello there"}
     (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     output = run("align_speech.py", f"data={tmp_path}", f"output={tmp_path / 'aligned'}")
     assert "aligned 0 of 1" in output
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), BrokenProcessPool("a process was killed")])
+def test_a_killed_run_is_resumed(
+    recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException
+) -> None:
+    rows = [{"path": f"{i}.wav", "duration_s": 1.0, "text": f"{i}", "phones": [["X", 0.5]]} for i in range(5)]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for row in rows:
+        (tmp_path / row["path"]).touch()
+    module, asked = recipe("align_speech.py"), []
+
+    class Pool:
+        def __init__(self, *_: object, **__: object):
+            pass
+
+        def map(self, function: Callable, utterances: list[Utterance], **_: object) -> Iterator[Any]:
+            for utterance in utterances:
+                if utterance.text == "3" and "3" not in asked:
+                    asked.append("3")
+                    raise error
+                asked.append(utterance.text)
+                yield (None, "unreadable") if asked == ["0", "1"] else ([("A", int(utterance.text) / 10)], None)
+
+        def __enter__(self) -> "Pool":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(module, "ProcessPoolExecutor", Pool)
+    config = module.AlignConfig(str(tmp_path), str(tmp_path / "aligned"))
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else InputError):
+        module.main(config)
+    journal = tmp_path / "aligned" / "phones.jsonl"
+    with journal.open("a", encoding="utf-8") as file:
+        file.write('{"id": "3.w')  # cut off
+    module.main(config)
+    assert asked == ["0", "1", "2", "3", "1", "3", "4"]  # what could not be aligned is tried again
+    found = read_corpus(tmp_path / "aligned")
+    assert [utterance.phones for utterance in found] == [(("A", i / 10),) for i in range(5)] and not journal.exists()

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 from datasets import Audio, Dataset, DatasetDict
+from huggingface_hub.errors import HTTPError
 
 from speechllm import DataError, InputError, RunError, Utterance, read_corpus
 from tokenizer.files import write_text
@@ -198,6 +199,33 @@ def test_a_killed_import_is_resumed(
     assert len(read) == copied and not set(read) & set(again)
     configs = {"config.yaml": b""}  # differ in the folder's name
     assert content(folder) | configs == wholes[streaming] | configs
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), HTTPError("429 Too Many Requests")])
+def test_a_disk_or_server_that_fails_skips_nothing_and_the_same_command_goes_on(
+    run: Run, recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    paths = [tmp_path / f"{i}.wav" for i in range(3)]
+    for path in paths:
+        path.write_bytes(sound(0.1, "WAV"))
+    (tmp_path / "plain").mkdir()
+    pq.write_table(pa.table({"audio": list(map(str, paths))}), tmp_path / "plain" / "train.parquet")
+    fsspec, read = recipe("import_speech.py").fsspec, []
+    open_it = fsspec.open
+
+    def fail(path: str, mode: str) -> object:
+        read.append(Path(path).name)
+        if read == ["0.wav", "1.wav"]:
+            raise error
+        return open_it(path, mode)
+
+    monkeypatch.setattr(fsspec, "open", fail)
+    with pytest.raises(DataError, match=r"0000001, .*1\.wav: .*(error|Requests); the same command goes on from there"):
+        run(tmp_path / "plain")
+    folder = run(tmp_path / "plain")
+    assert [utterance.id for utterance in read_corpus(folder)] == ["0", "1", "2"]
+    assert read == ["0.wav", "1.wav", "1.wav", "2.wav"]
+    assert json.loads((folder / "done.json").read_text())["skipped"] == {}
 
 
 def test_finished_files_of_a_data_set_are_not_read_again(

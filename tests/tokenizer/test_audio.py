@@ -1,9 +1,11 @@
 """Reading and writing recordings: exact samples, and an error with the reason for unusable files."""
 
 import contextlib
+import errno
 import io
 import os
 import pickle
+import socket
 import struct
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import soundfile
 import torch
 
 from speechllm import AudioError, InputError, load_audio, pad_waveforms, save_audio
-from tokenizer.audio import audio_duration, inspect_audio, open_parts, resample
+from tokenizer.audio import audio_duration, hash_recording, inspect_audio, open_parts, resample
 
 RATE = 16_000
 SPARSE = {"bitrate_mode": "VARIABLE", "compression_level": 0.9}  # frames that lean on those before them
@@ -168,7 +170,6 @@ def test_pipes_and_devices_are_no_files_and_are_not_waited_for(tmp_path: Path) -
     "error, reason",
     [
         (PermissionError(13, "Permission denied"), "unreadable"),
-        (OSError(5, "Input/output error"), "unreadable"),
         (MemoryError(), "too long"),
         (RuntimeError("of a library"), "unreadable"),
     ],
@@ -181,6 +182,31 @@ def test_what_fails_while_reading_is_an_error_of_the_recording(
 
     monkeypatch.setattr(soundfile.SoundFile, "read", fail)
     assert reason_for(recording) == reason
+
+
+def test_a_socket_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # names of sockets are short
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("a.wav")
+        assert reason_for(Path("a.wav")) == "missing"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_what_fails_of_the_disk_is_no_error_of_the_recording(
+    recording: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for place, reads in (
+        ("soundfile.SoundFile.read", [load_audio, inspect_audio]),
+        ("tokenizer.audio._open_at_once", [load_audio, inspect_audio, audio_duration, hash_recording]),
+    ):
+        monkeypatch.setattr(place, fail)
+        for read in reads:
+            with pytest.raises(OSError, match=rf"{os.strerror(number)}.*{recording}") as caught:
+                read(recording)
+            assert caught.value.errno == number
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

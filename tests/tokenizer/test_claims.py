@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tokenizer import files
 from tokenizer.claims import claim_file, claim_folder, new_folder
-from tokenizer.files import WRITTEN, atomic_file, atomic_folder, write_text
+from tokenizer.files import WRITTEN, atomic_file, atomic_folder, is_part, write_text
 from tokenizer.locks import LOCK, OutputError, lock, locked
 
 CLAIMING = "import sys, time; from tokenizer.claims import claim_folder; {}; print('in', flush=True); time.sleep(60)"
@@ -169,18 +170,31 @@ def test_a_folder_is_replaced_only_within_a_claim(tmp_path: Path) -> None:
 
 def test_what_ended_processes_left_half_written_is_deleted_and_nothing_else(tmp_path: Path) -> None:
     claim_folder(tmp_path, "train")
-    ended, kept = ended_process(), ["model.part", "x.123.part", f".x.{10**20}.part", f".x.{os.getpid()}.part", ".part"]
-    for name in (f".a.json.{ended}.part", f"checkpoints/.b.{ended}.part", f".model.{ended}.part/weights", *kept):
+    ended, own = ended_process(), files._part(tmp_path / "x").name
+    host, random = own.split(".")[2].split(f"-{os.getpid()}-")
+    kept = ["model.part", "x.123.part", f".x.{10**20}.part", f".x.{os.getpid()}.part", ".part"]
+    kept += [own, f".x.elsewhere-{ended}-{random}.part", f".x.{host}-{os.getppid()}-{random}.part"]
+    left = [f".a.json.{ended}.part", f"checkpoints/.b.{host}-{ended}-{random}.part", f".model.{ended}.part/weights"]
+    left += [f".x.{host}-{os.getpid()}-{'0' * 8}.part"]  # of a container that was killed and began anew
+    for name in (*left, *kept):
         write_text(tmp_path / name, "")
+    assert all(map(is_part, kept[-3:]))
     claim_folder(tmp_path, "train")
     assert files_in(tmp_path) == {"claim.json", *kept}
 
 
-def test_the_parts_of_two_processes_have_different_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("other_host", [True, False])
+def test_the_parts_of_two_processes_have_different_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other_host: bool
+) -> None:
+    """Also of one number, as in two containers."""
     with atomic_file(tmp_path / "a") as one:
-        monkeypatch.setattr(os, "getpid", lambda: 1)
+        if other_host:
+            monkeypatch.setattr("socket.gethostname", lambda: "node-7.cluster")
+        else:
+            files._random.cache_clear()  # as a process that has just started
         with atomic_file(tmp_path / "a") as other:
-            assert one != other and {one.parent, other.parent} == {tmp_path}
+            assert one != other and {one.parent, other.parent} == {tmp_path} and is_part(other.name)
             one.write_text("one")
             other.write_text("other")
     assert (tmp_path / "a").read_text() == "one" and files_in(tmp_path) == {"a"}
@@ -216,6 +230,19 @@ def test_a_lock_vanishes_with_its_process_and_the_claim_if_nothing_was_written(t
         subprocess.run([sys.executable, "-c", code + end, str(tmp_path / name)], env=environment, check=True)
     assert sorted(os.listdir(tmp_path)) == ["empty", "written"]  # without a trace of the one that wrote nothing
     assert sorted(os.listdir(tmp_path / "written")) == ["claim.json", "log"] and not os.listdir(tmp_path / "empty")
+
+
+def test_a_claim_is_given_up_in_silence_where_a_disk_keeps_what_is_open(tmp_path: Path) -> None:
+    """As NFS keeps a lock that is deleted, by another name."""
+    code = (
+        "import os, sys; from pathlib import Path; from tokenizer.claims import claim_folder; delete = Path.unlink\n"
+        "claim_folder(sys.argv[1], 'train')\n"
+        "Path.unlink = lambda path, **_: path.rename(path.with_name('.nfs1')) if path.name == '.lock' else delete(path)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    ended = subprocess.run(command, env=environment, check=True, stderr=subprocess.PIPE, text=True)
+    assert ended.stderr == "" and os.listdir(tmp_path / "run") == [".nfs1"]
 
 
 def test_a_forked_process_does_not_hold_the_lock_of_its_parent(tmp_path: Path) -> None:
@@ -259,13 +286,12 @@ def test_on_a_disk_without_locks_the_file_decides(
             lock(tmp_path / LOCK, tmp_path)
 
 
-def test_what_a_killed_process_of_the_same_number_left_is_no_obstacle(tmp_path: Path) -> None:
-    """As in a container, where a program has the same number after every start."""
+def test_what_could_not_be_deleted_last_time_is_no_obstacle(tmp_path: Path) -> None:
     run = claim_folder(tmp_path / "run", "train")
     for _ in range(2):  # a new model, and one in the place of another
-        for name in (f".model.{os.getpid()}.part", f".model.before.{os.getpid()}.part"):
-            (run / name).mkdir()
-            (run / name / "half").touch()
+        for name in ("model", "model.before"):
+            files._part(run / name).mkdir()
+            (files._part(run / name) / "half").touch()
         with atomic_folder(run / "model") as folder:
             (folder / "weights").touch()
         assert [path.name for path in (run / "model").iterdir()] == ["weights"] and not [*run.glob(".model*")]

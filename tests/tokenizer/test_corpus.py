@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import os
+import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,13 @@ from torch.utils.data import DataLoader
 
 from speechllm import AudioError, CorpusError, InputError, Utterance, load_audio, read_corpus
 from speechllm.runs.machine import available_cpus
+from tokenizer import audio
 from tokenizer import corpus as corpus_module
 from tokenizer.corpus import frame_phones, load_each, load_usable
+from tokenizer.files import read_jsonl
 from tokenizer.prefetch import prefetch
 from tokenizer.training.crops import Crops, StepSampler
+from tokenizer.utterances import Phones
 
 RATE = 16_000
 SECONDS = (1.5, 0.25, 2.0, 0.5, 1.0)
@@ -263,6 +268,16 @@ def test_the_phone_of_a_frame_is_the_one_at_its_centre() -> None:
     assert frame_phones(utterance, 9)[5:] == ["c"] * 4  # after the end the last one continues
 
 
+def test_an_alignment_is_a_sequence_of_pairs_in_little_memory() -> None:
+    pairs = tuple((f"P{i % 40}", i / 100) for i in range(1000))
+    phones = Phones(*zip(*pairs, strict=True))
+    assert phones == pairs == tuple(phones) and len(phones) == 1000 and hash(phones) == hash(pairs)
+    assert (phones[-1], phones[3:9]) == (pairs[-1], pairs[3:9])
+    assert pickle.loads(pickle.dumps(phones)) == phones != Phones(["a"], [0.1])
+    assert sys.getsizeof(phones) + sys.getsizeof(phones.symbols) + sys.getsizeof(phones.ends) < 17 * len(pairs)
+    assert phones.symbols[0] is phones.symbols[40]
+
+
 def crop_start(item: dict[str, object]) -> int:
     return round(float(item["waveform"][0]) * 32768) - 1
 
@@ -368,6 +383,25 @@ def test_an_unusable_recording_is_skipped_with_a_warning_and_replaced_by_another
         assert item["utterance"] == same["utterance"]
         assert item["length"] == same["length"] == 6_400
         assert torch.equal(item["waveform"], same["waveform"])
+
+
+def test_a_recording_on_a_disk_that_fails_is_replaced_by_another(
+    utterances: list[Utterance], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_it = audio._open_at_once
+
+    def fail(path: str, flags: int) -> int:
+        if path == utterances[0].path:
+            raise OSError(5, "Input/output error", path)
+        return open_it(path, flags)
+
+    monkeypatch.setattr(audio, "_open_at_once", fail)
+    crops = Crops(utterances[:2], crop_s=0.4, skipped=tmp_path / "skipped.jsonl")
+    with pytest.warns(UserWarning, match="Input/output error"):
+        assert {crops[index]["utterance"] for index in range(9)} == {1}
+    assert {(row["id"], row["reason"]) for row in read_jsonl(tmp_path / "skipped.jsonl")} == {
+        (utterances[0].id, "unreadable")
+    }
 
 
 def test_usable_recordings_come_whole_and_the_others_are_listed(utterances: list[Utterance], tmp_path: Path) -> None:

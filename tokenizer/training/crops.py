@@ -67,9 +67,10 @@ class Crops(Dataset):
         for _ in range(ATTEMPTS):  # a broken file must not end a long training run: any other one replaces it
             try:
                 return {**self._crop(self.utterances[number], draw), "utterance": number}
-            except AudioError as error:
-                problem = str(error)
-                record_skip(self.utterances[number], error, self.skipped)
+            except (AudioError, OSError) as error:
+                problem, one = str(error), self.utterances[number]
+                skip = error if isinstance(error, AudioError) else AudioError(one.path, "unreadable", problem)
+                record_skip(one, skip, self.skipped)
                 number = int(draw.integers(len(self.utterances)))
         raise CorpusError(f"{ATTEMPTS} recordings in a row cannot be used; the last one is {problem}")
 

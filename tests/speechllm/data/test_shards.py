@@ -1,5 +1,7 @@
 """Encoded speech on disk: resumable, shared between processes, tied to one codec; and batches of similar lengths."""
 
+import functools
+import hashlib
 import itertools
 import json
 import os
@@ -32,6 +34,7 @@ from speechllm import (
 from speechllm.data.batches import grouped_batches, token_batches
 from speechllm.data.encoded import require_texts, transcribed
 from speechllm.data.shards import open_shard, skipped_of_shards, stored, summarize_shards, write_table
+from tokenizer import audio
 from tokenizer.errors import InputError
 from tokenizer.files import read_jsonl
 from tokenizer.schemes.features import FeatureEncoder
@@ -164,6 +167,58 @@ def test_only_the_shards_of_changed_recordings_are_made_again(
     encode(replaced, small_codec, tmp_path / "anew")
     assert [rows for rows, _ in content(folder).values()] == [rows for rows, _ in content(tmp_path / "anew").values()]
     assert not skipped_of_shards(folder)
+
+
+def test_a_recording_that_has_become_readable_is_encoded(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        closed, access, open_file = speech[4].path, os.access, os.open
+        patch.setattr(os, "access", lambda path, mode: path != closed and access(path, mode))
+
+        def opened(path: object, *arguments: int, **more: object) -> int:
+            if path == closed:
+                raise PermissionError(13, "Permission denied", path)
+            return open_file(path, *arguments, **more)
+
+        patch.setattr(os, "open", opened)
+        for _ in range(2):  # the second time nothing is encoded
+            encode(speech, small_codec, tmp_path)
+        assert [row["reason"] for row in skipped_of_shards(tmp_path)] == ["unreadable"]
+        before = stamps(tmp_path)
+    encode(speech, small_codec, tmp_path)
+    after = stamps(tmp_path)
+    assert [before[name] == after[name] for name in SHARDS] == [True, False, True, True]
+    assert not skipped_of_shards(tmp_path) and len(load_codes(tmp_path)[0]) == 10
+
+
+def test_the_stamp_of_readable_recordings_is_that_of_earlier_versions(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec
+) -> None:
+    encode(speech, small_codec, tmp_path)
+    held = json.loads(open_shard(tmp_path / SHARDS[0]).schema.metadata[b"recordings"])
+    status = [(os.stat(one.path), one.duration_s) for one in speech[:3]]
+    facts = json.dumps([[[file.st_size, file.st_mtime_ns], duration_s] for file, duration_s in status])
+    assert held["stamp"] == hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+def test_a_disk_that_fails_ends_the_encoding_which_goes_on(
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        open_it = audio._open_at_once
+
+        def fail(path: str, flags: int) -> int:
+            if path == speech[4].path:
+                raise OSError(5, "Input/output error", path)
+            return open_it(path, flags)
+
+        patch.setattr(audio, "_open_at_once", fail)
+        with pytest.raises(OSError, match=r"Input/output error: '.*4\.flac'"):
+            encode(speech, small_codec, tmp_path)
+    assert [*stamps(tmp_path)] == SHARDS[:1]
+    encode(speech, small_codec, tmp_path)
+    assert not skipped_of_shards(tmp_path) and len(load_codes(tmp_path)[0]) == 10
 
 
 @pytest.mark.parametrize("content", [b"", b"ARROW1", b"no shard at all"])
@@ -485,7 +540,8 @@ def test_the_recipe_lists_all_recordings_it_skipped_and_prints_the_first(
     rows = [{"id": u.id, "path": u.path, "duration_s": u.duration_s} for u in bad_speech]
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     module, output = recipe("encode_speech.py"), tmp_path / "codes"
-    module.main(module.EncodeConfig(str(codec_folder), str(tmp_path), str(output), max_duration_s=0.4))
+    with pytest.raises(InputError, match="3 of 9 recordings are missing or unreadable"):
+        module.main(module.EncodeConfig(str(codec_folder), str(tmp_path), str(output), max_duration_s=0.4))
     listed = read_jsonl(output / "skipped.jsonl")
     assert [(row["id"], row["path"]) for row in listed] == [(u.id, u.path) for u in bad_speech[1:-1]]
     assert Counter(row["reason"] for row in listed) == REASONS
@@ -494,6 +550,26 @@ def test_the_recipe_lists_all_recordings_it_skipped_and_prints_the_first(
         *(f"skipped: {row['detail']}" for row in listed[:5]),
         f"skipped: 2 more, see {output}/skipped.jsonl",
     ]
+
+
+def test_the_recipe_is_not_done_while_many_recordings_are_missing_or_unreadable(
+    tmp_path: Path, codec_folder: Path, speech: list[Utterance], recipe: Callable
+) -> None:
+    rows = [{"id": u.id, "path": f"{u.id}.flac", "duration_s": u.duration_s} for u in speech]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for row, one in zip(rows, speech, strict=True):
+        shutil.copy(one.path, tmp_path / row["path"])
+    whole = {place: (tmp_path / rows[place]["path"]).read_bytes() for place in (2, 5)}
+    for place in whole:
+        (tmp_path / rows[place]["path"]).write_bytes(b"no sound")
+    module, output = recipe("encode_speech.py"), tmp_path / "codes"
+    run = functools.partial(module.main, module.EncodeConfig(str(codec_folder), str(tmp_path), str(output)))
+    with pytest.raises(InputError, match=r"2 of 10 recordings are missing or unreadable, the first is .*u2\.flac, "):
+        run()
+    assert len(load_codes(output)[0]) == 8 and not (output / "done.json").exists()
+    (tmp_path / rows[2]["path"]).write_bytes(whole[2])  # one may always be missing
+    run()
+    assert json.loads((output / "done.json").read_text())["skipped"] == {"unreadable": 1}
 
 
 def test_the_recipe_ends_with_an_error_if_nothing_can_be_used(
