@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -66,11 +66,11 @@ def main(config: AlignConfig) -> None:
         for utterance, (phones, problem) in zip(left, bar, strict=True):
             known[utterance] = phones, problem
             if phones:
-                file.write(json.dumps(asdict(utterance) | {"phones": phones}) + "\n")
+                file.write(json.dumps(utterance.row() | {"phones": phones}) + "\n")
     results = [known[utterance] for utterance in utterances]
     place = os.path.realpath(folder)  # from where the system goes up, should a link lead here
     rows = [
-        {**asdict(utterance), "path": os.path.relpath(os.path.realpath(utterance.path), place), "phones": phones}
+        {**utterance.row(), "path": os.path.relpath(os.path.realpath(utterance.path), place), "phones": phones}
         for utterance, (phones, _) in zip(utterances, results, strict=True)
         if utterance.duration_s  # otherwise there is no recording, and the manifest would be refused
     ]

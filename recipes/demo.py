@@ -192,7 +192,7 @@ def gather(data: str | list[str], output: Path) -> None:
         print(f"there is no split {', '.join(sorted(missing))}: splitting by speaker instead, 8 : 1 : 1")
         named = split_by_speaker(utterances)
     lines = [
-        json.dumps({**asdict(u), "path": str(Path(u.path).resolve()), "split": named[u.id]}, ensure_ascii=False)
+        json.dumps({**u.row(), "path": str(Path(u.path).resolve()), "split": named[u.id]}, ensure_ascii=False)
         for u in utterances
         if named[u.id] in ("train", "dev", "test") and u.duration_s  # without one there is no recording
     ]

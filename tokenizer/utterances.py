@@ -62,6 +62,10 @@ class Utterance:
     speaker: str | None = None
     phones: Sequence[tuple[str, float]] | None = None
 
+    def row(self) -> dict[str, Any]:
+        """As a row of a manifest, for JSON."""
+        return {**vars(self), "phones": self.phones and list(self.phones)}
+
 
 def corpus_folders(data: Corpora) -> list[Path]:
     """The folders of one corpus or of several."""

@@ -487,6 +487,7 @@ def test_the_demo_recognises_splits_by_name(work: Work, tmp_path: Path, recipe: 
     recipe("demo.py").gather(str(tmp_path), tmp_path / "out")
     gathered = read_corpus(tmp_path / "out")
     assert [utterance.split for utterance in gathered] == [row["split"] for row in rows]
+    assert [[list(pair) for pair in utterance.phones] for utterance in gathered] == [row["phones"] for row in rows]
     assert all(Path(utterance.path).is_file() for utterance in gathered)
 
 
