@@ -50,14 +50,13 @@ from tqdm import tqdm
 from speechllm import AudioError, DataError
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import Run
-from tokenizer.audio import AudioInfo, inspect_audio
+from tokenizer.audio import NO_FILE, AudioInfo, inspect_audio
 from tokenizer.claims import outside
 from tokenizer.corpus import is_corpus
 from tokenizer.files import read_journal, write_jsonl
 from tokenizer.tables import optional_text, shown
 
 UNREADABLE = (pa.ArrowException, ValueError, TypeError, OSError, ImportError)  # what `datasets` raises for a bad file
-NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 def main(config: ImportConfig) -> None:
@@ -114,7 +113,7 @@ def translated(what: str) -> Iterator[None]:
         mend = ": correct the data set, or fetch it again"
         if isinstance(error, ImportError):
             mend = "; instead of importing a folder of audio files, write a manifest.csv for it (recipes/README.md)"
-        elif isinstance(error, OSError | HTTPError) and not isinstance(error, NO_FILE):
+        elif isinstance(error, OSError | HTTPError) and not is_absent(error):
             mend = "; the same command goes on from there; if it ends there again, correct the data set"
         raise DataError(f"{what}: {' '.join(str(error).split())[:500]}{mend}") from error
 
@@ -177,6 +176,12 @@ def import_split(
             number += 1
 
 
+def is_absent(error: Exception) -> bool:
+    """Whether there is no such file, and no disk or server that fails. Not all file systems number their errors."""
+    absent = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+    return absent or getattr(error, "errno", None) in NO_FILE
+
+
 def import_row(row: Row, folder: Path, place: str) -> Row:
     """Write one recording to `place`; returns its row of the manifest, or the reason why it was skipped."""
     sound = row["audio"] or {}
@@ -202,9 +207,15 @@ def read_sound(sound: Row, name: str) -> tuple[bytes, AudioInfo]:
     """
     content, source = sound.get("bytes"), sound.get("path")
     if content is None and source:
-        # a file may be local, on the hub, or within an archive
-        with translated(f"{name}, {source}"), contextlib.suppress(*NO_FILE), fsspec.open(source, "rb") as file:
-            content = file.read()
+        try:
+            with fsspec.open(source, "rb") as file:  # local, on the hub, or within an archive
+                content = file.read()
+        except (PermissionError, ValueError) as error:
+            raise AudioError(name, "unreadable", f"{source} cannot be read ({error})") from error
+        except (OSError, HTTPError) as error:
+            if not is_absent(error):
+                with translated(f"{name}, {source}"):
+                    raise
     if content is None:
         raise AudioError(name, "missing", f"the data set holds no recording ({source})")
     return content, inspect_audio(content, name)

@@ -71,7 +71,7 @@ from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import MAY_CHANGE, Run
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
-from tokenizer.corpus import frame_phones, keep_usable, load_usable, spread, try_load
+from tokenizer.corpus import as_skip, frame_phones, keep_usable, load_usable, spread, try_load
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_folder
 from tokenizer.frames import frame_count
@@ -212,7 +212,10 @@ class SemanticStudent(nn.Module):
             for i in dict.fromkeys([*own, *order]):
                 if len(loaded) >= len(own) and any(isinstance(found, Tensor) for _, found in loaded):
                     break
-                loaded.append(try_load(self.utterances[i]))
+                try:
+                    loaded.append(try_load(utterance := self.utterances[i]))
+                except OSError as error:
+                    loaded.append((utterance, as_skip(utterance, error)))
             return loaded
 
         for loaded in prefetch(read, orders, READ_AHEAD):

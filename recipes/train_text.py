@@ -139,6 +139,7 @@ def main(config: TextConfig) -> None:
     trainer = TextTrainer(model, settings, train_dataset=train, eval_dataset=held_out, callbacks=[callback])
     callback.trainer = trainer
     checkpoint = newest_usable(saved_steps(checkpoints), complete, run.main)
+    run.require_labels(text_tokenizer.convert_ids_to_tokens(range(len(text_tokenizer))), bool(checkpoint))
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")) if checkpoint else TrainerState()
     if state.global_step > config.steps:
         raise RunError(f"{run.folder} has done {state.global_step} steps already: set steps to at least that")

@@ -138,12 +138,12 @@ class ConversationWriter:
         try:
             written = self._apply(messages, answering)
             answers = [place for place, (role, _) in enumerate(turns) if role == "assistant" and place]
-            asked = self._apply(messages[: answers[-1]], True) if answers else ""
+            # of a prompt nothing is learnt, and Qwen3's template writes earlier answers without the empty thought
+            asked = {} if answering else {place: self._apply(messages[:place], True) for place in answers}
         except TemplateError as error:
             roles = ", ".join(role for role, _ in turns)
             raise ConversationError(f"the chat template refuses messages by {roles}: {error}") from error
-        # of a prompt nothing is learnt, and Qwen3's template writes earlier answers without the empty thought
-        if answers and not answering and not written.startswith(asked + messages[answers[-1]]["content"]):
+        if not all(written.startswith(prompt + messages[place]["content"]) for place, prompt in asked.items()):
             raise ConversationError(
                 "the chat template begins an answer within a conversation otherwise than it asks for one: set "
                 "template=plain"

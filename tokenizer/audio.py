@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_file
-from tokenizer.headers import UNKNOWN, Mp3, Stretched, Uncounted, is_cut_ogg, missing_s, unstated_s
+from tokenizer.headers import UNKNOWN, Mp3, Stretched, Uncounted, Watched, is_cut_ogg, missing_s, unstated_s
 
 SILENCE_PEAK = 1e-6  # below this peak a recording holds digital silence: nothing was recorded
 LOUDEST_PEAK = 4.0  # above this peak the samples of a float file are in other units than [-1, 1]
@@ -227,13 +227,13 @@ def _opened(source: str | Path | bytes, name: str | Path, whole: bool) -> Iterat
         following = mp3.following(stream) if mp3 else 0.0
         stream.seek(0)
         flac = head.startswith(b"fLaC\0\0\0\x22") and len(head) > Uncounted.COUNT[-1]
-        # by its descriptor, because soundfile takes the ending .raw, not the content, for the format
-        content: Any = stream if isinstance(source, bytes) else stream.fileno()
+        # without its name, because soundfile takes the ending .raw, not the content, for the format
+        content: Any = (watched := Watched(stream))
         if flac and whole:
-            content = Uncounted(stream, head)
+            content = Uncounted(watched, head)
         elif mp3 and not mp3.counted:
-            content = Stretched(stream)
-        with _Forward(content, closefd=False) as file:
+            content = Stretched(watched)
+        with watched.raising(), _Forward(content) as file:
             count = int.from_bytes(head[21:26]) % 2**36 if flac else file.frames
             file.stated = count if count < UNKNOWN and not isinstance(content, Stretched) else 0
             if file.samplerate not in RATES:

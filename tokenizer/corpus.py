@@ -355,6 +355,11 @@ def try_load(
         return utterance, error
 
 
+def as_skip(utterance: Utterance, error: AudioError | OSError) -> AudioError:
+    """What the recording is skipped for: an error of the disk should not end a long training."""
+    return error if isinstance(error, AudioError) else AudioError(utterance.path, "unreadable", str(error))
+
+
 def load_each(
     utterances: Iterable[Utterance], sample_rate: int = 16_000, max_duration_s: float | None = None
 ) -> Iterator[tuple[Utterance, Tensor | AudioError]]:

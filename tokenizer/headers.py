@@ -1,8 +1,10 @@
 """What the headers of audio files state of their length, and whether it can be true: libsndfile believes them."""
 
+import contextlib
 import io
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import soundfile
@@ -22,6 +24,30 @@ SPHERE_COUNT = re.compile(rb"\ANIST_1A\n.*^sample_count -i (\d+)", re.MULTILINE 
 Stream = io.FileIO | io.BytesIO
 
 
+class Watched:
+    """A stream that remembers what failed while it was read, which libsndfile takes for its end."""
+
+    def __init__(self, stream: Stream):
+        self.stream, self.seek, self.tell = stream, stream.seek, stream.tell
+        self.failure: OSError | None = None
+
+    def readinto(self, buffer: memoryview) -> int:
+        try:
+            return self.stream.readinto(buffer)
+        except OSError as error:
+            self.failure = error
+            return 0
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Raise at the end, in place of whatever else is raised, what has failed."""
+        try:
+            yield
+        finally:
+            if self.failure:
+                raise self.failure
+
+
 class Uncounted:
     """A FLAC stream with the number of samples in its header set to 0, so that it is decoded to its end.
 
@@ -30,7 +56,7 @@ class Uncounted:
 
     COUNT = range(21, 26)
 
-    def __init__(self, stream: Stream, head: bytes):
+    def __init__(self, stream: Watched, head: bytes):
         self.stream, self.first = stream, head[self.COUNT[0]] & 0xF0
         self.seek, self.tell = stream.seek, stream.tell
 
@@ -48,7 +74,7 @@ class Stretched:
     Of one that states no number of samples libsndfile reads as many as fit its size at the bit rate of the first frame.
     """
 
-    def __init__(self, stream: Stream):
+    def __init__(self, stream: Watched):
         self.stream, self.tell = stream, stream.tell
         self.end = STRETCH * stream.seek(0, os.SEEK_END)
         stream.seek(0)

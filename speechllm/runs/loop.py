@@ -1,6 +1,5 @@
 """The steps of a training: what every training does at each of them, whatever it trains."""
 
-import hashlib
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from tqdm import tqdm
 from speechllm.runs.run import Run, RunError
 from speechllm.runs.signals import Interrupted, handled
 from speechllm.training.schedule import seed_step
-from tokenizer.files import json_text
 
 MOST_SKIPPED = 10  # steps in a row without finite numbers, after which a training ends
 NAMED = 5  # recordings that are named when a step is skipped
@@ -144,19 +142,20 @@ class TrainingLoop:
     ):
         """name: shown in front of the progress bar. state: its `state_dict` returns copies, as that of `Parts` does.
 
-        labels: what the numbers that are learnt stand for, in JSON's types, where the data decide it. keep_last: save
-        after the last step, too, because what follows takes long.
-        Raises RunError for a checkpoint that does not fit `state`, or whose labels were others.
+        labels: as in `Run.require_labels`. keep_last: save after the last step, too, because what follows takes long.
+        Raises RunError for a checkpoint that does not fit `state`, or of a run with other labels.
         """
         self.run, self.state, self.name = run, state, name
         self.steps, self.seed, self.save_every, self.keep_last = steps, seed, save_every, keep_last
-        self.labels = hashlib.sha256(json_text(labels).encode()).hexdigest()[:16]
         self.guard = StepGuard(run, steps)
         self.done = 0
         self.figures: dict[str, float] = {}
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
-        if held := run.resume():
+        held = run.resume()
+        if labels is not None:
+            run.require_labels(labels, resumed=held is not None)
+        if held:
             self._load(held)
 
     def _load(self, held: dict[str, Any]) -> None:
@@ -164,11 +163,6 @@ class TrainingLoop:
         if self.done > self.steps:
             raise RunError(
                 f"{self.run.folder} has done {self.done} steps already: set steps to at least that, not {self.steps}"
-            )
-        if held.get("labels", self.labels) != self.labels:
-            raise RunError(
-                f"{self.run.folder} began with other labels, made from texts or speakers that have been changed since: "
-                "restore them, or choose another output folder"
             )
         try:
             self.state.load_state_dict(held)
@@ -220,7 +214,7 @@ class TrainingLoop:
     def _save(self) -> None:
         """Write a checkpoint in a thread. Raises RunError if the one before could not be written."""
         self._wait_for_writing()
-        state = {"figures": self.figures, "labels": self.labels, **self.state.state_dict()}
+        state = {"figures": self.figures, **self.state.state_dict()}
         if self.run.main:
             self._writing = self._writer.submit(self.run.save, self.done, state)
 

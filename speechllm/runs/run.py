@@ -1,6 +1,7 @@
 """A run folder: configuration, log, checkpoints and results. Its files are written atomically."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -33,8 +34,15 @@ T = TypeVar("T")
 KEPT_CHECKPOINTS = 2
 # keys of trainings that may change while they are interrupted; the schedule of the learning rate follows `steps`
 MAY_CHANGE = "steps log_every save_every validate_every trackers num_workers".split()
-CHECKPOINTS = "checkpoints"
-FROM_THE_START = (CLAIM, LOCK, "config.yaml", "versions.json", CHECKPOINTS)  # in a folder of which nothing is lost
+CHECKPOINTS, LABELS = "checkpoints", "labels.json"
+FROM_THE_START = (
+    CLAIM,
+    LOCK,
+    "config.yaml",
+    "versions.json",
+    CHECKPOINTS,
+    LABELS,
+)  # nothing is lost with these
 PRINTED = 5  # skipped recordings that are printed
 
 
@@ -142,6 +150,20 @@ class Run:
     def summary(self) -> dict[str, Any] | None:
         """The summary that `finish` wrote; None for an unfinished run."""
         return read_json(self.folder / "done.json") or None
+
+    def require_labels(self, labels: object, resumed: bool) -> None:
+        """Raise RunError if a resumed run would learn other labels than those it began with.
+
+        labels: what the numbers that are learnt stand for, in JSON's types, where the data decide it, such as letters.
+        """
+        found = {"labels": hashlib.sha256(json_text(labels).encode()).hexdigest()[:16]}
+        if resumed and read_json(self.folder / LABELS) not in ({}, found):
+            raise RunError(
+                f"{self.folder} began with other labels, made from texts or speakers that have been changed since: "
+                "restore them, or choose another output folder"
+            )
+        if self.main:
+            write_json(self.folder / LABELS, found)
 
     @property
     def provenance(self) -> dict[str, Any]:

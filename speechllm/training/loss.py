@@ -150,8 +150,9 @@ def labelled_logits(model: PreTrainedModel | PeftModel, text: Tensor, speech: Te
     def add_codes(head: Any, inputs: tuple[Tensor], words: Tensor) -> Tensor:
         if not len(states := heard.pop()):  # to cut the codes' rows out costs as much as a copy of all rows
             return words.flatten()[None, None]
-        bias = None if getattr(head, "bias", None) is None else head.bias[codes]
-        choice = F.linear(states, head.weight[codes], bias)  # one hundredth of all logits of Qwen2
+        bias = getattr(getattr(head, "original_module", head), "bias", None)  # the first of a head with PEFT's rows
+        # one hundredth of all logits of Qwen2
+        choice = F.linear(states, head.weight[codes], None if bias is None else bias[codes])
         return torch.cat([words.flatten(), choice.flatten()])[None, None]
 
     head = model.get_output_embeddings()

@@ -228,6 +228,31 @@ def test_a_disk_or_server_that_fails_skips_nothing_and_the_same_command_goes_on(
     assert json.loads((folder / "done.json").read_text())["skipped"] == {}
 
 
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), OSError(40, "Too many levels"), ValueError("?")]
+)
+def test_a_recording_that_cannot_be_opened_is_skipped(
+    run: Run, recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.wav").write_bytes(sound(0.1, "WAV"))
+    (tmp_path / "plain").mkdir()
+    table = pa.table({"audio": [str(tmp_path / f"{name}.wav") for name in "ab"]})
+    pq.write_table(table, tmp_path / "plain" / "train.parquet")
+    fsspec = recipe("import_speech.py").fsspec
+    open_it = fsspec.open
+
+    def fail(path: str, mode: str) -> object:
+        if path.endswith("a.wav"):
+            raise error
+        return open_it(path, mode)
+
+    monkeypatch.setattr(fsspec, "open", fail)
+    folder = run(tmp_path / "plain")
+    reason = "missing" if error.args[0] == 40 else "unreadable"
+    assert json.loads((folder / "done.json").read_text())["skipped"] == {reason: 1}
+
+
 def test_finished_files_of_a_data_set_are_not_read_again(
     run: Run, parquet: Path, recipe: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:

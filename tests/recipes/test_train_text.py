@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from speechllm import DataError, InputError, SpeechCodec, extend_vocabulary
-from speechllm.runs.run import read_log
+from speechllm.runs.run import RunError, read_log
 from speechllm.runs.signals import Interrupted
 from speechllm.small_model import SmallShape, small_text_tokenizer
 from tokenizer.files import write_text
@@ -206,6 +206,19 @@ def test_a_run_may_be_prolonged(train_text: ModuleType, config: object, monkeypa
     log = read_log(config.output)
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5, 6, 8]
     assert json.loads((Path(config.output) / "done.json").read_text())["steps"] == 8
+
+
+def test_a_text_that_was_changed_does_not_change_what_rows_stand_for(
+    train_text: ModuleType, config: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(train_text, "finish_training", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_text.main(config)
+    file = Path(config.text[0])
+    file.write_text(file.read_text(encoding="utf-8").replace("lamp", "candle"), encoding="utf-8")
+    with pytest.raises(RunError, match="began with other labels"):
+        train_text.main(config)
 
 
 def test_a_step_with_a_non_finite_gradient_changes_no_weight_and_no_moment(

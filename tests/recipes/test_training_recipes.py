@@ -266,6 +266,27 @@ def test_every_process_has_a_recording_in_every_batch(
             assert student.train()(*batches[-1][1]).isfinite()
 
 
+def test_a_disk_that_fails_does_not_end_the_training_of_a_teacher(
+    recipe: Callable[[str], ModuleType], corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = recipe("train_teacher.py")
+    settings = {"splits": ["train"], "steps": 3, "batch_size": 6, **KINDS["ctc"]}
+    student = module.SemanticStudent(
+        module.TeacherConfig(data=str(corpus), output="", **settings), read_corpus(corpus, ["train"])
+    )
+    load = module.try_load
+
+    def fail(utterance: Utterance) -> object:
+        if utterance.id == f"u{DEV + 1}":
+            raise OSError(5, "Input/output error")
+        return load(utterance)
+
+    monkeypatch.setattr(module, "try_load", fail)
+    with pytest.warns(UserWarning, match="Input/output error"):
+        heard = [u.id for utterances, _ in itertools.islice(student.batches(0, 0, 1), 3) for u in utterances]
+    assert len(heard) >= 9 and f"u{DEV + 1}" not in heard
+
+
 def test_a_speaker_teacher_does_not_hear_padding(recipe: Callable[[str], ModuleType], corpus: Path) -> None:
     module = recipe("train_teacher.py")
     config = module.TeacherConfig(data=str(corpus), output="", splits=["train"], **KINDS["speaker"])

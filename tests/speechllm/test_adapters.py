@@ -26,6 +26,7 @@ from speechllm import (
     transcription_example,
 )
 from speechllm.adapters import base_fingerprint, load_causal
+from speechllm.training.loss import check_loss
 
 WIDTH = 16  # of the tiny Qwen2
 LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
@@ -373,7 +374,7 @@ def test_a_head_keeps_its_bias(
     """As Phi's has one: what is trained is what is saved, merged and measured."""
     text_tokenizer = make_text_tokenizer()
     sizes = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    phi = PhiForCausalLM(PhiConfig(vocab_size=len(text_tokenizer), **sizes))
+    phi = PhiForCausalLM(PhiConfig(vocab_size=len(text_tokenizer) + 60, **sizes))  # spare rows have a bias, too
     torch.nn.init.normal_(phi.lm_head.bias)
     phi.save_pretrained(tmp_path / "base")
     plain = load_causal(tmp_path / "base")
@@ -386,6 +387,7 @@ def test_a_head_keeps_its_bias(
     found = speech_llm.model(ids).logits.detach()
     assert not torch.allclose(found, expected, atol=1e-3)
     examples = examples_of(speech_llm)
+    check_loss(LabelledLoss(speech_llm.model, vocabulary), examples)  # of codes, too
     losses = LabelledLoss(speech_llm.model, vocabulary)(examples).detach()
     speech_llm.save(tmp_path / "adapter")
     loaded = load_speech_llm(tmp_path / "adapter", with_codec=False)

@@ -172,9 +172,17 @@ def test_a_chat_is_without_thinking_and_the_same_on_every_day(
     monkeypatch.setattr(characters, "chat_template", TEMPLATES[kind])
     writer = ConversationWriter(replace(VOCABULARY, template="chat"), characters)
     turns = [user("a"), assistant("b"), user("c"), assistant("d")]
-    prompt, example = conversation_example(turns[:3], writer, answering=True), conversation_example(turns, writer)
-    assert torch.equal(example.input_ids[: len(prompt)], prompt.input_ids)
-    assert characters.decode(example.input_ids[len(prompt) :]) == "d<|im_end|>\n"
+    prompt = conversation_example(turns[:3], writer, answering=True)
+    first, one = conversation_example(turns[:1], writer, answering=True), conversation_example(turns[:2], writer)
+    assert torch.equal(one.input_ids[: len(first)], first.input_ids)
+    assert characters.decode(one.input_ids[len(first) :]) == "b<|im_end|>\n"
+    if kind == "Qwen3":  # it would learn "b" behind a prompt that is never asked
+        with pytest.raises(ConversationError, match="begins an answer within a conversation otherwise"):
+            conversation_example(turns, writer)
+    else:
+        example = conversation_example(turns, writer)
+        assert torch.equal(example.input_ids[: len(prompt)], prompt.input_ids)
+        assert characters.decode(example.input_ids[len(prompt) :]) == "d<|im_end|>\n"
     thought = "" if kind == "Llama-3.2" else "<think>\n\n</think>\n\n"
     system = f"<|im_start|>system\n{SYSTEMS[kind]}<|im_end|>\n" if SYSTEMS[kind] else ""
     before = (

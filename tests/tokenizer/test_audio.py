@@ -7,6 +7,7 @@ import os
 import pickle
 import socket
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -198,15 +199,25 @@ def test_what_fails_of_the_disk_is_no_error_of_the_recording(
     def fail(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    for place, reads in (
-        ("soundfile.SoundFile.read", [load_audio, inspect_audio]),
-        ("tokenizer.audio._open_at_once", [load_audio, inspect_audio, audio_duration, hash_recording]),
-    ):
-        monkeypatch.setattr(place, fail)
+    class Failing(io.FileIO):
+        def readinto(self, buffer: memoryview) -> int:
+            return fail() if self.tell() > 16_000 else super().readinto(memoryview(buffer)[:4096])
+
+    def raises(file: Path, *reads: Callable[[Path], object]) -> None:
         for read in reads:
-            with pytest.raises(OSError, match=rf"{os.strerror(number)}.*{recording}") as caught:
-                read(recording)
+            with pytest.raises(OSError, match=rf"{os.strerror(number)}.*{file}") as caught:
+                read(file)
             assert caught.value.errno == number
+
+    files = [recording.with_suffix(ending) for ending in (".flac", ".wav", ".ogg")]
+    for file in files:
+        save_audio(file, 0.1 * torch.randn(160_000))
+    with monkeypatch.context() as patch:
+        patch.setattr("tokenizer.audio.io.FileIO", Failing)
+        for file in files:
+            raises(file, load_audio, inspect_audio, hash_recording)
+    monkeypatch.setattr("tokenizer.audio._open_at_once", fail)
+    raises(recording, load_audio, inspect_audio, audio_duration, hash_recording)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

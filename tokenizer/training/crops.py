@@ -19,7 +19,7 @@ from tokenizer.rates import HOP_LENGTH
 
 if TYPE_CHECKING:
     from tokenizer.training.feature_cache import FeatureCache
-from tokenizer.corpus import CorpusError, Utterance, record_skip, recorded_s
+from tokenizer.corpus import CorpusError, Utterance, as_skip, record_skip, recorded_s
 
 ATTEMPTS = 10  # recordings tried for one crop before giving up
 
@@ -69,8 +69,7 @@ class Crops(Dataset):
                 return {**self._crop(self.utterances[number], draw), "utterance": number}
             except (AudioError, OSError) as error:
                 problem, one = str(error), self.utterances[number]
-                skip = error if isinstance(error, AudioError) else AudioError(one.path, "unreadable", problem)
-                record_skip(one, skip, self.skipped)
+                record_skip(one, as_skip(one, error), self.skipped)
                 number = int(draw.integers(len(self.utterances)))
         raise CorpusError(f"{ATTEMPTS} recordings in a row cannot be used; the last one is {problem}")
 
