@@ -95,7 +95,7 @@ def main(config: EvalTokenizerConfig) -> None:
     }
     kind, pairs = labelled(test, corpus, encoding)
     if pairs or config.probe_steps:
-        units = {"layer_0": lambda row: codes_of(row, encoding)[0]}
+        units = {"layer_0": lambda row: codes_of(row, encoding)[0].clone()}
         if config.baseline:
             units["log_mel_kmeans"] = log_mel_clusters(config, train, corpus, encoding.codebook_size)
     if pairs:
@@ -140,7 +140,7 @@ def speakers(codes: EncodedSpeech, encoding: Encoding) -> dict[str, float]:
     layers = range(min(2, encoding.layers))
     accuracy = {
         f"layer_{layer}": speaker_accuracy(
-            [codes_of(row, encoding)[layer].numpy() for row in rows], names, encoding.codebook_size
+            [codes_of(row, encoding)[layer].numpy().copy() for row in rows], names, encoding.codebook_size
         )
         for layer in layers
     }

@@ -1,7 +1,7 @@
 """Published codecs of transformers with the interface of ours: EnCodec, Mimi and DAC."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +106,13 @@ class PublishedCodec(nn.Module):
         sizes = enumerate(codes.sizes(self.hop_length).tolist())
         sounds = ((self._decode(codes.utterance(index)[None].to(self.device)).flatten(), size) for index, size in sizes)
         return pad_waveforms([fit_length(*sound) for sound in sounds])[0]
+
+    def _apply(self, *arguments: Any, **options: Any) -> Self:
+        """Move the weights. Mimi keeps the vectors that it has computed of them, which would stay where they are."""
+        for module in self.model.modules():
+            if hasattr(module, "_embed"):
+                module._embed = None
+        return super()._apply(*arguments, **options)
 
     def _codebooks(self) -> list[Tensor]:
         quantizer = self.model.quantizer

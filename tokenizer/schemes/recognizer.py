@@ -94,8 +94,10 @@ class Recognizer(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        spelling = {"lowered": True} if self.capitals_only else {}
-        return module_fingerprint(self.model, {"vocabulary": self.processor.tokenizer.get_vocab(), **spelling})
+        settings: dict[str, Any] = {"lowered": True} if self.capitals_only else {}
+        asked = self.model.generation_config if self.model.can_generate() else None
+        settings |= {name: value for name in ("language", "task") if (value := getattr(asked, name, None))}
+        return module_fingerprint(self.model, {"vocabulary": self.processor.tokenizer.get_vocab(), **settings})
 
     @torch.no_grad()
     def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> Transcripts:

@@ -92,7 +92,8 @@ class SemanticTeacher(nn.Module):
         config = load_config(name, expected)
         if config.model_type != "whisper" and not hasattr(config, "conv_stride"):
             raise InputError(f"{name} is a {config.model_type} model: expected {expected}")
-        check_folder(name, ["preprocessor_config.json"], expected)
+        if not (Path(name) / "processor_config.json").is_file():  # in which transformers 5 writes the same settings
+            check_folder(name, ["preprocessor_config.json"], expected)
         settings = f"the preprocessor settings of {expected}"
         if config.model_type == "whisper":
             extractor = load_part(WhisperFeatureExtractor, name, settings)

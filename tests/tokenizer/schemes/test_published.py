@@ -197,3 +197,13 @@ def test_a_checkpoint_that_lacks_weights_is_refused(original: PreTrainedModel, t
     original.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(InputError, match=r"lacks \d+ weights of a \w+Model, decoder\."):
         PublishedCodec.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_nothing_stays_behind_when_a_codec_is_moved(kind: str) -> None:
+    """Not even on a device without numbers: it would end the first encoding on a GPU."""
+    codec = PublishedCodec(make(kind))
+    codec.encode(torch.randn(1, 4_000))
+    values = [value for part in codec.to("meta").modules() for value in vars(part).values()]
+    held = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    assert all(value.device.type == "meta" for value in [*held, codec.codebooks])

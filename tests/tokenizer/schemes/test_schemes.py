@@ -38,6 +38,7 @@ from speechllm import (
     load_tokenizer,
 )
 from tokenizer.schemes.features import FeatureEncoder
+from tokenizer.schemes.recognizer import Recognizer
 from tokenizer.schemes.units import UnitTokenizer
 from tokenizer.training.small_teachers import FrameClassifier, save_hubert, save_recognizer, small_hubert
 from tokenizer.training.teachers import SemanticTeacher
@@ -240,6 +241,15 @@ def test_only_the_encoder_of_whisper_is_kept(home: Path, tmp_path: Path) -> None
 
 
 @torch.no_grad()
+def test_a_recogniser_that_is_told_another_language_is_another(home: Path) -> None:
+    model, processor = (found := Recognizer.from_pretrained(home / "whisper")).model, found.processor
+    prints = [found.fingerprint]
+    for language, task in (("de", "transcribe"), ("en", "translate")):
+        model.generation_config.language, model.generation_config.task = language, task
+        prints.append(Recognizer(model, processor).fingerprint)
+    assert len(set(prints)) == 3
+
+
 def test_a_recogniser_of_long_speech_returns_whispers_text_with_timestamps(home: Path, noise: Noise) -> None:
     whisper = WhisperForConditionalGeneration.from_pretrained(home / "whisper").eval()
     extractor = WhisperFeatureExtractor.from_pretrained(home / "whisper")

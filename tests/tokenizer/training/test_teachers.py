@@ -1,6 +1,7 @@
 """The frozen teachers: their frames, that they stay frozen, and that they load from local folders."""
 
 import copy
+import json
 import math
 import re
 import shutil
@@ -262,6 +263,15 @@ def test_a_missing_folder_is_not_looked_for_on_the_hub(teacher: type, tmp_path: 
 def test_an_empty_folder_says_what_it_lacks(teacher: type, file: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"it lacks {file}"):
         teacher.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_settings_may_be_those_of_a_processor(tmp_path: Path, normalize: bool) -> None:
+    """As transformers 5 saves them."""
+    published(feat_extract_norm="layer").save_pretrained(tmp_path)
+    settings = Wav2Vec2FeatureExtractor(do_normalize=normalize).to_dict()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"feature_extractor": settings}))
+    assert SemanticTeacher.from_pretrained(tmp_path).normalize == normalize
 
 
 def test_a_text_model_is_refused(tmp_path: Path) -> None:
