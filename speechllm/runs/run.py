@@ -35,14 +35,8 @@ KEPT_CHECKPOINTS = 2
 # keys of trainings that may change while they are interrupted; the schedule of the learning rate follows `steps`
 MAY_CHANGE = "steps log_every save_every validate_every trackers num_workers".split()
 CHECKPOINTS, LABELS = "checkpoints", "labels.json"
-FROM_THE_START = (
-    CLAIM,
-    LOCK,
-    "config.yaml",
-    "versions.json",
-    CHECKPOINTS,
-    LABELS,
-)  # nothing is lost with these
+# what a folder holds of a run that has not begun, so that nothing is lost with it
+FROM_THE_START = (CLAIM, LOCK, "config.yaml", "versions.json", CHECKPOINTS, LABELS)
 PRINTED = 5  # skipped recordings that are printed
 
 
