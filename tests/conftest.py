@@ -551,3 +551,24 @@ def start_recipe(
         return Started(_ask_fork_server, requests)
 
     return start
+
+
+@pytest.fixture
+def failing_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], contextlib.AbstractContextManager[None]]:
+    """A context in which the recording of that name cannot be opened, as on a disk that fails."""
+    from tokenizer import audio
+
+    @contextlib.contextmanager
+    def failing(recording: str) -> Iterator[None]:
+        open_it = audio._open_at_once
+
+        def fail(path: str, flags: int) -> int:
+            if path == recording:
+                raise OSError(5, "Input/output error", path)
+            return open_it(path, flags)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(audio, "_open_at_once", fail)
+            yield
+
+    return failing

@@ -74,6 +74,7 @@ def training_plan(
     minutes = flops / (SHARE * speed * processes) / 60
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     long = sum(length > positions for length in lengths)
+    notice = f"\n{long} of {len(lengths)} rows have more tokens than the {positions} positions of the model"
     return (
         f"asr: {count} rows, {'about ' if share > 1 else ''}{tokens:,} tokens including {round(share * labels):,} "
         f"labels; {steps} steps of up to {batch_tokens:,} tokens, about {each:.0f} rows ({steps * each / count:.1f} "
@@ -83,7 +84,5 @@ def training_plan(
         f"product on this device, in {'1 process' if processes == 1 else f'{processes} processes'}\n"
         f"model: {weights / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained ({form})\n"
         f"memory: {state / 1e9:.2f} GB for weights, gradients and AdamW, {logits / 1e9:.2f} GB for the logits of a "
-        f"micro-batch; plus activations"
-        + f"\n{long} of {len(lengths)} rows have more tokens than the {positions} positions of the model"
-        * bool(long)
+        f"micro-batch; plus activations{notice if long else ''}"
     )

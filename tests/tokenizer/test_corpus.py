@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from torch.utils.data import DataLoader
 
 from speechllm import AudioError, CorpusError, InputError, Utterance, load_audio, read_corpus
 from speechllm.runs.machine import available_cpus
-from tokenizer import audio
 from tokenizer import corpus as corpus_module
 from tokenizer.corpus import frame_phones, load_each, load_usable
 from tokenizer.files import read_jsonl
@@ -386,18 +386,10 @@ def test_an_unusable_recording_is_skipped_with_a_warning_and_replaced_by_another
 
 
 def test_a_recording_on_a_disk_that_fails_is_replaced_by_another(
-    utterances: list[Utterance], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    utterances: list[Utterance], tmp_path: Path, failing_disk: Callable
 ) -> None:
-    open_it = audio._open_at_once
-
-    def fail(path: str, flags: int) -> int:
-        if path == utterances[0].path:
-            raise OSError(5, "Input/output error", path)
-        return open_it(path, flags)
-
-    monkeypatch.setattr(audio, "_open_at_once", fail)
     crops = Crops(utterances[:2], crop_s=0.4, skipped=tmp_path / "skipped.jsonl")
-    with pytest.warns(UserWarning, match="Input/output error"):
+    with failing_disk(utterances[0].path), pytest.warns(UserWarning, match="Input/output error"):
         assert {crops[index]["utterance"] for index in range(9)} == {1}
     assert {(row["id"], row["reason"]) for row in read_jsonl(tmp_path / "skipped.jsonl")} == {
         (utterances[0].id, "unreadable")

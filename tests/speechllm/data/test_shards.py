@@ -34,7 +34,6 @@ from speechllm import (
 from speechllm.data.batches import grouped_batches, token_batches
 from speechllm.data.encoded import require_texts, transcribed
 from speechllm.data.shards import open_shard, skipped_of_shards, stored, summarize_shards, write_table
-from tokenizer import audio
 from tokenizer.errors import InputError
 from tokenizer.files import read_jsonl
 from tokenizer.schemes.features import FeatureEncoder
@@ -203,19 +202,10 @@ def test_the_stamp_of_readable_recordings_is_that_of_earlier_versions(
 
 
 def test_a_disk_that_fails_ends_the_encoding_which_goes_on(
-    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, speech: list[Utterance], small_codec: SpeechCodec, failing_disk: Callable
 ) -> None:
-    with monkeypatch.context() as patch:
-        open_it = audio._open_at_once
-
-        def fail(path: str, flags: int) -> int:
-            if path == speech[4].path:
-                raise OSError(5, "Input/output error", path)
-            return open_it(path, flags)
-
-        patch.setattr(audio, "_open_at_once", fail)
-        with pytest.raises(OSError, match=r"Input/output error: '.*4\.flac'"):
-            encode(speech, small_codec, tmp_path)
+    with failing_disk(speech[4].path), pytest.raises(OSError, match=r"Input/output error: '.*4\.flac'"):
+        encode(speech, small_codec, tmp_path)
     assert [*stamps(tmp_path)] == SHARDS[:1]
     encode(speech, small_codec, tmp_path)
     assert not skipped_of_shards(tmp_path) and len(load_codes(tmp_path)[0]) == 10
