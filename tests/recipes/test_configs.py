@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import types
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EVERY = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 CONFIGS = [config for config in EVERY if "/accelerate/" not in config]  # those are for Accelerate: test_train_asr.py
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.py"))
+SYSTEMS = re.findall(r"`(\w+\.yaml)((?: [\w.]+=[^\s`]+)+)`", (ROOT / "configs/README.md").read_text(encoding="utf-8"))
 COMMAND = re.compile(r"python recipes/(\w+\.py) +([^()]+)")  # one process; several: speechllm run NAME --processes N
 
 
@@ -89,6 +91,18 @@ def test_the_values_name_configs_that_exist(config: str) -> None:
 @pytest.mark.parametrize("file", ["Makefile", *(f"recipes/{recipe}" for recipe in RECIPES)])
 def test_recipes_and_makefile_name_configs_that_exist(file: str) -> None:
     assert config_paths((ROOT / file).read_text(encoding="utf-8")) <= set(EVERY)
+
+
+@pytest.mark.parametrize(("preset", "changes"), SYSTEMS)
+def test_the_systems_that_have_a_name_can_be_trained(
+    preset: str, changes: str, recipe: Callable[[str], types.ModuleType]
+) -> None:
+    trainer = recipe("train_tokenizer.py")
+    file = ROOT / "configs/tokenizer" / preset
+    config = load_config(trainer.TokenizerConfig, file, ["data=d", "output=o", *changes.split()])
+    assert config != load_config(trainer.TokenizerConfig, file, ["data=d", "output=o"])
+    codec = trainer.make_codec(config)
+    assert (codec.num_codebooks, codec.codebook_size) == (config.codec.num_codebooks, config.codec.codebook_size)
 
 
 def test_every_config_is_named_somewhere() -> None:
