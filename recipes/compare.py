@@ -172,7 +172,7 @@ from tokenizer.utterances import spell_corpora
 
 def main(config: CompareConfig) -> None:
     run = Path(config.output)
-    claim_output(run, config, None if (run / "demo.json").exists() else "stages.json")
+    claim_output(run, config)
     commands, stages = plan(config, run), Stages(run, RECIPES)
     stages.check(commands, CHANGES)
     if mixed := [found for system in config.systems if (found := mixture(system, config, run))]:

@@ -172,9 +172,7 @@ def record_settings(run: Path, config: DemoConfig) -> None:
     """Write the settings to demo.json; exit if the folder holds a demo with other settings."""
     asked = {name: value for name, value in asdict(config).items() if name not in ("output", "fresh", "processes")}
     file = run / "demo.json"
-    held = read_json(file)
-    held.pop("output", None)  # of earlier versions; the folder may have moved
-    if held and dict.fromkeys(asked) | held != asked:  # what they did not know yet was not asked for
+    if read_json(file) not in ({}, asked):
         raise SystemExit(f"{run} holds a demo with other settings: add --fresh to start over, or set output=FOLDER")
     write_json(file, asked)
 

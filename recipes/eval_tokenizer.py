@@ -61,7 +61,7 @@ from speechllm.reports.pages import write_results_report
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import holds_config, run_recipe
 from tokenizer.claims import claim_file
-from tokenizer.corpus import frame_phones, load_utterance
+from tokenizer.corpus import load_utterance
 from tokenizer.files import write_json
 from tokenizer.metrics.code_usage import (
     count_codes,
@@ -71,7 +71,7 @@ from tokenizer.metrics.code_usage import (
     usage_of_counts,
 )
 from tokenizer.metrics.probe import ctc_probe
-from tokenizer.utterances import spell_corpora
+from tokenizer.utterances import frame_phones, spell_corpora
 
 UnitsOf = Callable[[Row], torch.Tensor]  # units long [T]
 

@@ -8,7 +8,6 @@ each split: ROWS/train.jsonl, ROWS/test.jsonl, ... The rows name recordings by t
 """
 
 import json
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,20 +31,24 @@ if __name__ == "__main__":
     CONFIG = parse_config(MakeRowsConfig)
 
 from speechllm.runs.recipe import claim_output, run_recipe
+from tokenizer.corpus import find_manifest
 from tokenizer.errors import InputError
 from tokenizer.files import write_jsonl
 from tokenizer.tables import optional_name, read_table, required_path
+from tokenizer.utterances import default_id
 
 
 def main(config: MakeRowsConfig) -> None:
     folder = claim_output(config.output, config)
     manifest = find_manifest(Path(config.data))
+    if manifest is None:
+        raise InputError(f"{config.data} has no manifest.jsonl or manifest.csv, which would hold the answers")
     columns = dict.fromkeys(config.answer, as_is)
     columns |= {"id": optional_name, "path": required_path, "split": optional_name}
     rows: dict[str, list[dict[str, Any]]] = {}
     for _, cells in read_table(manifest, columns):
         if (right := answer_of([cells[name] for name in config.answer], config.answer)) is not None:
-            name = cells["id"] or os.path.normpath(cells["path"])  # as read_corpus does
+            name = cells["id"] or default_id(cells["path"])
             question = [{"type": "text", "text": config.question}, {"type": "audio", "id": name}]
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": right}]
             row = {"messages": messages, "task": config.task, "weight": config.weight}
@@ -56,14 +59,6 @@ def main(config: MakeRowsConfig) -> None:
         write_jsonl(folder / f"{split}.jsonl", found)
         answers = Counter(row["messages"][1]["content"] for row in found)
         print(f"{folder / split}.jsonl: {len(found)} rows with {len(answers)} different answers")
-
-
-def find_manifest(data: Path) -> Path:
-    """The manifest of a corpus folder. Raises InputError if there is none."""
-    for file in (data / "manifest.jsonl", data / "manifest.csv"):
-        if file.is_file():
-            return file
-    raise InputError(f"{data} has no manifest.jsonl or manifest.csv, which would hold the answers")
 
 
 def as_is(cell: Any) -> Any:

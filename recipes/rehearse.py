@@ -336,7 +336,7 @@ def decode(rehearsal: Rehearsal) -> Row:
     speech = random_speech(vocabulary.encoding, rehearsal.utterances)
     prompts = [transcription_prompt(codes, vocabulary, text_tokenizer) for codes in speech]
     bounds = [max(1, len(text_tokenizer(one.text or "")["input_ids"])) for one in rehearsal.utterances]
-    forbidden = forbidden_ids(text_tokenizer, vocabulary).to(device)
+    forbidden = forbidden_ids(text_tokenizer, vocabulary).to(device, copy=True)
     forbidden[text_tokenizer.eos_token_id] = True  # a model that knows nothing might end at once
     if not reads_packed(model):
         raise ValueError(f"{model.config.model_type}: prompts cannot be packed, and their decoding is not measured")

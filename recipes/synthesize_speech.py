@@ -304,7 +304,7 @@ def read_sentences(file: Path | None) -> list[str]:
 def prepare_folder(out: Path, arguments: dict[str, int | str]) -> bool:
     """Claim the folder for the corpus; False if it already holds exactly this one, complete."""
     record = out / "corpus.json"
-    claim_folder(out, "synthesize_speech", own=lambda _: record.is_file())
+    claim_folder(out, "synthesize_speech")
     made = read_json(record)
     if made and made != arguments:
         raise InputError(f"{out} holds a corpus made with {made}: choose another folder or delete this one")

@@ -304,14 +304,14 @@ def main(config: AsrConfig) -> None:
             keep_row_gradients(model, vocabulary)
         norm = accelerator.clip_grad_norm_(loss_of.parameters(), config.clip)
         names = functools.partial(source.names, share.rows)
-        if loop.skips(norm, weights * sums, recordings=names):
-            continue
-        optimizer.step()
-        training.follow()
+        skipped = loop.skips(norm, weights * sums, recordings=names)
+        if not skipped:
+            optimizer.step()
+            training.follow()
 
         # 5. log and validate
         validating = bool(dev) and loop.due(config.validate_every)
-        if loop.due(config.log_every) or validating:
+        if (loop.due(config.log_every) or validating) and not skipped:
             loss, speech_loss = (accelerator.reduce(sums) / counts).tolist()
             more = {"speech_loss": speech_loss} if config.speech_loss else {}
             rate = optimizer.param_groups[0]["lr"]

@@ -145,10 +145,10 @@ def main(config: CompressorConfig) -> None:
         norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
         if loop.skips(loss, norm, recordings=lambda chosen=chosen: [train["id"][i] for i in chosen]):
             restore()
-            continue
-        optimizer.step()
-        if loop.due(config.log_every):
-            loop.log(loss=loss.item())
+        else:
+            optimizer.step()
+            if loop.due(config.log_every):
+                loop.log(loss=loss.item())
         if len(dev) and loop.due(config.validate_every) and run.main:
             run.log(loop.done, dev_wer=letters_wer(compressor.eval(), dev, encoding, config.normalizer))
             compressor.train()

@@ -71,7 +71,7 @@ from speechllm.runs.machine import make_accelerator
 from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import MAY_CHANGE, Run
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
-from tokenizer.corpus import as_skip, frame_phones, keep_usable, load_usable, spread, try_load
+from tokenizer.corpus import as_skip, keep_usable, load_usable, spread, try_load
 from tokenizer.errors import InputError
 from tokenizer.files import atomic_folder
 from tokenizer.frames import frame_count
@@ -80,7 +80,7 @@ from tokenizer.training.crops import Crops
 from tokenizer.training.small_teachers import FrameClassifier, save_ecapa, save_hubert, save_recognizer, small_hubert
 from tokenizer.training.step import remember_statistics
 from tokenizer.training.teachers import SemanticTeacher, WhisperTeacher
-from tokenizer.utterances import spell_corpora
+from tokenizer.utterances import frame_phones, spell_corpora
 
 Batch = tuple[list[Utterance], tuple[Tensor, ...]]  # and what the student's `forward` takes
 
@@ -182,7 +182,7 @@ class SemanticStudent(nn.Module):
             teacher = SemanticTeacher.from_pretrained(config.init)
             if isinstance(teacher, WhisperTeacher):
                 raise InputError(f"{config.init} is a Whisper model: init must be HuBERT, WavLM or wav2vec 2.0")
-            hubert, normalize = teacher.model.requires_grad_(True), teacher.normalize
+            hubert, normalize = teacher.model.train().requires_grad_(True), teacher.normalize
         else:
             hubert, normalize = small_hubert(config.hidden_size, config.layers), True
         self.classifier = FrameClassifier(hubert, len(self.labels) + 1, normalize)

@@ -47,7 +47,7 @@ class UnitsConfig(Settings):
 @dataclass
 class SemanticConfig(Settings):
     teacher: str | None = "facebook/hubert-base-ls960"  # folder or hub name, or a compressor; null: no distillation
-    layer: int | Literal["avg"] = "avg"  # hidden state, or the mean of all; -1: the model's output
+    layer: int | Literal["avg"] = "avg"  # hidden state, or the mean of all; -1: of the last layer
     axis: Literal["D", "T"] = "D"  # cosine over time for every dimension (eq. 4), or over dimensions for every frame
     weight: NonNegative = 120.0  # lambda of eq. 7 (0.5 next to EnCodec's losses); SpeechTokenizer's, next to its own
     gradient_ratio: NonNegative | None = 1.0  # most that its gradient at the latents is of the reconstruction's
@@ -71,7 +71,7 @@ class LossConfig(Settings):
     adversarial: NonNegative = 3.0  # no discriminators if this and the next are 0
     feature_matching: NonNegative = 3.0
     speech_features: NonNegative = 0.0  # L1 distance of the semantic teacher's features of reconstruction and original
-    commitment: NonNegative = 1.0  # outside the balancer
+    commitment: NonNegative = 1.0  # outside the balancer, as teachers are: weighs half as much in twice the batch
     balance: bool = True  # EnCodec's balancer: weights are shares of the gradient at the waveform
     mel_windows: Windows = field(default_factory=lambda: [256, 512, 1024, 2048])  # samples
     mel_bands: list[Count] | None = None  # per window; one sixteenth of it when null
@@ -269,14 +269,14 @@ def main(config: TokenizerConfig) -> None:
         names = functools.partial(named, batch["utterance"], utterances)
         if loop.skips(norm, own, *metrics.values(), recordings=names):
             restore()
-            continue
-        optimizer.step()
-        if averaged:
-            averaged.update_parameters(codec)
+        else:
+            optimizer.step()
+            if averaged:
+                averaged.update_parameters(codec)
+            if logging:
+                loop.log(**{name: float(value) for name, value in metrics.items()})
 
-        # 5. log, validate, and keep the best weights
-        if logging:
-            loop.log(**{name: float(value) for name, value in metrics.items()})
+        # 5. validate, and keep the best weights
         if config.dev_splits and loop.due(config.validate_every):
             if dev:
                 evaluated = averaged.module if averaged else codec

@@ -1,19 +1,11 @@
 """The public names, for type checkers and for lazy_loader, which imports each when it is first used."""
 
-# tokenizers
-# language models that hear
 from .adapters import prepare_adapter as prepare_adapter
 from .data.encoded import load_codes as load_codes
 from .data.encoded import speech_of as speech_of
-
-# speech on disk, encoded
 from .data.shards import encode_shards as encode_shards
-
-# errors
 from .encoding import DataError as DataError
 from .encoding import Encoding as Encoding
-
-# error rates
 from .evaluation.error_rates import PairedBootstrap as PairedBootstrap
 from .evaluation.error_rates import WordErrorRate as WordErrorRate
 from .evaluation.error_rates import character_error_rate as character_error_rate
@@ -31,8 +23,6 @@ from .prompt import transcription_example as transcription_example
 from .prompt import transcription_prompt as transcription_prompt
 from .runs.config import ConfigError as ConfigError
 from .runs.run import RunError as RunError
-
-# errors
 from .speech import AudioError as AudioError
 from .speech import AudioTokenizer as AudioTokenizer
 from .speech import Codec as Codec
@@ -42,8 +32,6 @@ from .speech import DiscreteTokenizer as DiscreteTokenizer
 from .speech import Features as Features
 from .speech import FeatureTokenizer as FeatureTokenizer
 from .speech import InputError as InputError
-
-# measures of speech
 from .speech import Quality as Quality
 from .speech import QualityError as QualityError
 from .speech import SpeechCodec as SpeechCodec
@@ -52,8 +40,6 @@ from .speech import StreamingDecoder as StreamingDecoder
 from .speech import StreamingEncoder as StreamingEncoder
 from .speech import TokenizerError as TokenizerError
 from .speech import Transcripts as Transcripts
-
-# speech on disk
 from .speech import Utterance as Utterance
 from .speech import codebook_usage as codebook_usage
 from .speech import convert_encodec as convert_encodec

@@ -133,6 +133,8 @@ def answer(
     """Answers to prompts, in the order given, of at most so many tokens each; the rest as in `recognize`."""
     found = _decode(prompts, bounds, speech_llm, batch_tokens, progress, beams, 0, static_cache, letters)
     runaways = [i for i, first in enumerate(found) if first.runaway] if fallback else []
+    if not runaways:
+        return found
     again = [prompts[i] for i in runaways], [bounds[i] for i in runaways]
     beams = max(beams, FALLBACK_BEAMS)
     letters = letters and letters.of(runaways)
@@ -179,8 +181,9 @@ def with_room(vocabulary: AudioVocabulary, tokens: np.ndarray, durations_s: Sequ
     return replace(vocabulary, tokens_per_second=max(vocabulary.tokens_per_second, float(needed)))
 
 
+@functools.lru_cache(maxsize=16)  # it takes tenths of a second, and a server decodes short pieces all the time
 def forbidden_ids(text_tokenizer: PreTrainedTokenizerBase, vocabulary: AudioVocabulary) -> Tensor:
-    """bool [rows]: the token ids that are neither text nor the end token."""
+    """bool [rows], not to be changed: the token ids that are neither text nor the end token."""
     forbidden = torch.ones(vocabulary.size, dtype=torch.bool)
     forbidden[list(text_tokenizer.get_vocab().values())] = False
     specials = [index for index, token in text_tokenizer.added_tokens_decoder.items() if token.special]

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from speechllm.encoding import Speech
@@ -109,10 +111,7 @@ def join_features(examples: Sequence[Example]) -> Tensor | None:
 
 def collate_prompts(prompts: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     """Left-padded prompts for generation: input_ids and attention_mask, long [B, S]."""
-    size = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), size), pad_id)
-    mask = torch.zeros(len(prompts), size, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, size - len(prompt) :] = prompt.input_ids
-        mask[row, size - len(prompt) :] = 1
-    return {"input_ids": input_ids, "attention_mask": mask}
+    ids = [prompt.input_ids for prompt in prompts]
+    left: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
+    mask = pad_sequence([torch.ones_like(one) for one in ids], **left)
+    return {"input_ids": pad_sequence(ids, padding_value=pad_id, **left), "attention_mask": mask}

@@ -1,10 +1,6 @@
 """Public names defined in the package `tokenizer`, so that users can import everything from `speechllm`."""
 
-# tokenizers
-# errors
 from tokenizer.audio import AudioError as AudioError
-
-# speech on disk
 from tokenizer.audio import load_audio as load_audio
 from tokenizer.audio import pad_waveforms as pad_waveforms
 from tokenizer.audio import save_audio as save_audio
@@ -28,8 +24,6 @@ from tokenizer.interface import Transcripts as Transcripts
 from tokenizer.loading import TokenizerError as TokenizerError
 from tokenizer.loading import load_codec as load_codec
 from tokenizer.loading import load_tokenizer as load_tokenizer
-
-# measures of speech
 from tokenizer.metrics.code_usage import codebook_usage as codebook_usage
 from tokenizer.metrics.conversion import convert_voice as convert_voice
 from tokenizer.metrics.conversion import swap_layers as swap_layers

@@ -346,8 +346,8 @@ def config_class(recipe: Callable[[str], types.ModuleType]) -> Callable[[str], t
 
 
 @pytest.fixture
-def new_accelerator() -> Iterator[None]:
-    """What recipes have told Accelerate begins and ends with the test."""
+def new_accelerator() -> Iterator[Callable[[], None]]:
+    """What recipes have told Accelerate begins and ends with the test; between two recipes, a call forgets it."""
     from accelerate.state import AcceleratorState, GradientState
 
     def reset() -> None:
@@ -355,7 +355,7 @@ def new_accelerator() -> Iterator[None]:
         GradientState._reset_state()
 
     reset()
-    yield
+    yield reset
     reset()
 
 

@@ -26,6 +26,7 @@ from tokenizer.headers import UNKNOWN, Mp3, Stretched, Uncounted, Watched, is_cu
 SILENCE_PEAK = 1e-6  # below this peak a recording holds digital silence: nothing was recorded
 LOUDEST_PEAK = 4.0  # above this peak the samples of a float file are in other units than [-1, 1]
 RATES = range(2_000, 1_000_001)  # Hz; of a recording of speech
+CHANNELS = 64  # at most; half a minute of them is held in memory
 CANCELLED = 0.01  # share of the channels' energy below which their average is what is left of opposite phases
 HEADER_TOLERANCE_S = 0.1  # a decoder may lose part of a frame at the end
 BLOCK = 2**18  # samples read at a time
@@ -70,15 +71,14 @@ def load_audio(
     `start_s` and `duration_s` select a part of the recording.
     Reads in blocks until the end, whatever the header says; so memory is that of the result.
     Raises `AudioError`, and nothing else, for a file that cannot be used (reasons: missing, unreadable, empty, too
-    long, truncated, non-finite, out of range, sample rate, silent); OSError where the disk fails, not the file.
+    long, truncated, non-finite, out of range, sample rate, channels, silent), OSError where the disk fails.
     """
 
     def decode(channel: int | None = None) -> tuple[np.ndarray, _Levels]:
         levels = _Levels(path)
         with _open(path, path, whole=not start_s and duration_s is None) as file:
             start = min(round(start_s * file.samplerate), file.frames)
-            if start:
-                _seek(file, start)
+            _seek(file, start)
             frames = None if duration_s is None else round(duration_s * file.samplerate)
             blocks = _mono(file, levels, frames, max_duration_s, channel)
             samples = _resample(blocks, file.samplerate, sample_rate)
@@ -239,6 +239,8 @@ def _opened(source: str | Path | bytes, name: str | Path, whole: bool) -> Iterat
             if file.samplerate not in RATES:
                 detail = f"states {file.samplerate} Hz, expected {RATES[0]} to {RATES[-1]} Hz: convert it again"
                 raise AudioError(name, "sample rate", detail)
+            if file.channels > CHANNELS:
+                raise AudioError(name, "channels", f"has {file.channels} channels, at most {CHANNELS} can be read")
             if cut or missing_s(file, head) > HEADER_TOLERANCE_S:
                 raise AudioError(name, "truncated", "ends before its last sample: fetch or convert it again")
             if following * file.frames / file.samplerate + unstated_s(file) > HEADER_TOLERANCE_S:
@@ -290,8 +292,7 @@ class _Levels:
 
     def __init__(self, name: str | Path):
         self.name = name
-        self.frames, self.lowest, self.highest = 0, math.inf, -math.inf
-        self.mono = 0.0
+        self.frames, self.lowest, self.highest, self.mono = 0, math.inf, -math.inf, 0.0
         self.channels: np.ndarray | float = 0.0
 
     def add(self, block: np.ndarray, mono: np.ndarray) -> None:
@@ -367,9 +368,8 @@ def _resample(blocks: Iterable[np.ndarray], rate: int, new_rate: int) -> np.ndar
 
 def save_audio(path: str | Path, waveform: Tensor, sample_rate: int = 16_000) -> None:
     """Write a waveform float [N] as 16-bit audio, atomically; the file extension selects the format."""
-    content = audio_content(waveform, sample_rate, audio_format(path))
-    with atomic_file(path) as part:
-        part.write_bytes(content)  # which says that a disk is full, as libsndfile does not
+    with atomic_file(path) as part:  # as bytes: libsndfile does not say that a disk is full
+        part.write_bytes(audio_content(waveform, sample_rate, audio_format(path)))
 
 
 def audio_content(waveform: Tensor, sample_rate: int, kind: str = "WAV") -> bytes:

@@ -18,8 +18,8 @@ def claim_folder(folder: str | Path, job: str, own: Callable[[Path], bool] | Non
     """Make a folder the output of a kind of job, such as "train_asr", and lock it until this process ends.
 
     The folder may be new or empty, or one that a job of this kind claimed before: FOLDER/claim.json names it.
-    own: whether a folder without a claim is of an earlier version of the job. What killed processes left half written
-    is deleted. A process that ends having written nothing gives its claim up.
+    own: whether a folder without a claim is the job's all the same. What killed processes left half written is deleted.
+    A process that ends having written nothing gives its claim up.
     Raises OutputError for every other folder, one that cannot be written, and one in use.
     """
     folder = Path(folder)

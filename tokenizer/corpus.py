@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from torch import Tensor
 
 from tokenizer.audio import DENSEST, RATES, AudioError, audio_duration, load_audio, open_recording
@@ -28,7 +27,17 @@ from tokenizer.tables import (
     refuse_repeats,
     required_path,
 )
-from tokenizer.utterances import Corpora, MissingSplitError, Phones, by_split, corpus_folders, counts, join
+from tokenizer.utterances import (
+    Corpora,
+    MissingSplitError,
+    Phones,
+    by_split,
+    corpus_folders,
+    counts,
+    default_id,
+    join,
+    readable,
+)
 from tokenizer.utterances import CorpusError as CorpusError
 from tokenizer.utterances import Utterance as Utterance
 
@@ -71,7 +80,7 @@ def read_corpus(data: Corpora, splits: Sequence[str] | None = None) -> list[Utte
     joined: list[Utterance] = []
     for folder, own in zip(folders, corpora, strict=True):
         utterances = [utterance for utterance in own if splits is None or utterance.split in splits]
-        manifest = _manifest(folder)
+        manifest = find_manifest(folder)
         missing = _missing(utterances) if manifest else {one.path for one in utterances if not one.duration_s}
         _report(manifest or folder, utterances, missing)
         joined += utterances
@@ -87,7 +96,7 @@ def _read_folder(folder: Path, splits: Sequence[str] | None) -> list[Utterance]:
         several = "; several are [A, B]" if "," in str(folder) else ""
         raise CorpusError(f"{folder}: {problem} (recipes/import_speech.py makes one from a hub data set){several}")
     try:
-        rows = _read_manifest(manifest) if (manifest := _manifest(folder)) else _read_layout(folder, splits)
+        rows = _read_manifest(manifest) if (manifest := find_manifest(folder)) else _read_layout(folder, splits)
         places = [place for place, _ in rows]
         refuse_repeats(places, [one.id for _, one in rows], "id", "give every utterance an id of its own")
     except TableError as error:
@@ -98,10 +107,11 @@ def _read_folder(folder: Path, splits: Sequence[str] | None) -> list[Utterance]:
 def is_corpus(folder: str | Path) -> bool:
     """Whether `read_corpus` finds a manifest, or a first file of one of the layouts, in a folder."""
     names = (name for _, names in _visible_files(str(folder)) for name in names)
-    return bool(_manifest(Path(folder))) or any(name.endswith(TRANSCRIPT) or _is_ravdess(name) for name in names)
+    return bool(find_manifest(Path(folder))) or any(name.endswith(TRANSCRIPT) or _is_ravdess(name) for name in names)
 
 
-def _manifest(folder: Path) -> Path | None:
+def find_manifest(folder: Path) -> Path | None:
+    """The manifest of a corpus folder, if it has one."""
     return next((folder / name for name in ("manifest.jsonl", "manifest.csv") if (folder / name).is_file()), None)
 
 
@@ -109,7 +119,7 @@ def _read_manifest(manifest: Path) -> list[Row]:
     folder, rows = str(manifest.parent), []
     for place, row in read_table(manifest, COLUMNS):
         path, phones = row["path"], row["phones"]
-        row["id"] = row["id"] or _readable(os.path.normpath(path))
+        row["id"] = row["id"] or default_id(path)
         row["path"] = os.path.join(folder, path)
         if "\\" in path and not os.path.exists(row["path"]):  # written on Windows
             row["path"] = os.path.join(folder, path.replace("\\", "/"))
@@ -191,7 +201,7 @@ def _visible_files(folder: str, above: frozenset[tuple[int, int]] = frozenset())
 
 def _read_chapter(folder: str, transcript: str, names: list[str], splits: Sequence[str] | None) -> list[Row]:
     above = Path(os.path.abspath(folder)).parent
-    split, speaker = _readable(above.parent.name), _readable(above.name)
+    split, speaker = readable(above.parent.name), readable(above.name)
     rows, there = [], set(names if splits is None or split in splits else ())  # recordings to be opened
     for number, line in enumerate(read_lines(os.path.join(folder, transcript)), 1):
         name, _, text = line.strip().partition(" ")
@@ -222,7 +232,7 @@ def _ravdess_row(file: str, duration_s: float) -> Row:
     stem = Path(file).stem
     labels = parse_ravdess(stem)
     assert labels is not None, file
-    return file, Utterance(_readable(stem), file, duration_s, "train", labels.text, f"actor{labels.actor:02}")
+    return file, Utterance(readable(stem), file, duration_s, "train", labels.text, f"actor{labels.actor:02}")
 
 
 def _is_ravdess(name: str) -> bool:
@@ -231,11 +241,6 @@ def _is_ravdess(name: str) -> bool:
 
 def _holds_songs(files: Iterable[tuple[str, list[str]]]) -> bool:
     return any(name.startswith("03-02-") for _, names in files for name in names)
-
-
-def _readable(name: str) -> str:
-    """A name that UTF-8 can write, whatever the bytes of the file's name are."""
-    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _duration_or_zero(file: str, duration: Callable[[Path], float]) -> float:
@@ -303,14 +308,6 @@ def _flac_duration(path: Path) -> float:
     if head[:5] == b"fLaC\0" and len(head) == 26 and rate in RATES and 0 < samples <= size * DENSEST:
         return samples / rate
     return audio_duration(path)
-
-
-def frame_phones(utterance: Utterance, frames: int, frame_rate: float = 50.0) -> list[str]:
-    """The phone at the centre of every frame, from the alignment of the corpus."""
-    assert utterance.phones is not None, f"{utterance.id} has no alignment"
-    ends = np.array([end for _, end in utterance.phones])
-    centres = (np.arange(frames) + 0.5) / frame_rate
-    return [utterance.phones[i][0] for i in np.minimum(np.searchsorted(ends, centres), len(ends) - 1)]
 
 
 def spread(items: Sequence[T], most: int | None) -> list[T]:

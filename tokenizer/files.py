@@ -16,7 +16,7 @@ from tokenizer.reading import read_json_object
 from tokenizer.tables import TableError, json_rows, read_text
 
 WRITTEN = ".written"  # beside a folder that is replaced: what `atomic_folder` wrote into it
-# What a process is writing: .NAME.HOST-PROCESS-RANDOM.part; earlier versions wrote .NAME.PROCESS.part
+# What a process is writing: .NAME.HOST-PROCESS-RANDOM.part; `benchmark.py` writes .NAME.PROCESS.part
 PART = re.compile(r"\..+\.(?:([^.]+)-(?=\d+-))?(\d+)(?:-([0-9a-f]{8}))?\.part")
 
 

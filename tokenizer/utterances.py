@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tokenizer.errors import InputError
 
 Corpora = str | Path | Sequence[str | Path]  # one folder, or several whose utterances are joined
@@ -65,6 +67,24 @@ class Utterance:
     def row(self) -> dict[str, Any]:
         """As a row of a manifest, for JSON."""
         return {**vars(self), "phones": self.phones and list(self.phones)}
+
+
+def frame_phones(utterance: Utterance, frames: int, frame_rate: float = 50.0) -> list[str]:
+    """The phone at the centre of every frame, from the alignment of the corpus."""
+    assert utterance.phones is not None, f"{utterance.id} has no alignment"
+    ends = np.array([end for _, end in utterance.phones])
+    centres = (np.arange(frames) + 0.5) / frame_rate
+    return [utterance.phones[i][0] for i in np.minimum(np.searchsorted(ends, centres), len(ends) - 1)]
+
+
+def default_id(path: str) -> str:
+    """The id of a recording that a manifest gives none, by its path there."""
+    return readable(os.path.normpath(path))
+
+
+def readable(name: str) -> str:
+    """A name that UTF-8 can write, whatever the bytes of the file's name are."""
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def corpus_folders(data: Corpora) -> list[Path]:

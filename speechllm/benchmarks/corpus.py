@@ -1,19 +1,17 @@
 """What a corpus costs: encoding it, and starting to train a language model on it."""
 
-import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
 import psutil
-import pyarrow as pa
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -22,7 +20,7 @@ from speechllm.benchmarks.language_model import CODES
 from speechllm.benchmarks.timing import Measured, Size, compare, measured
 from speechllm.data.conversations import Conversations, step_examples, transcription_rows
 from speechllm.data.encoded import load_codes, transcribed
-from speechllm.data.shards import SCHEMA, SHARD_SIZE, SPEECH, write_table
+from speechllm.data.shards import SHARD_SIZE, SPEECH, write_rows
 from speechllm.evaluation.tables import Table
 from speechllm.messages import ConversationWriter
 from speechllm.runs.launch import find_recipe, recipe_command, recipe_environment
@@ -167,8 +165,6 @@ def make_speech(folder: Path, count: int, kind: Kind, words: Sequence[str], rand
         encoding = CODES
     else:
         encoding = replace(CODES, codebook_size=1, kind="features", width=WIDTH)
-    schema = SCHEMA.append(SPEECH[kind])
-    schema = schema.with_metadata({"encoding": json.dumps(asdict(encoding)), "skipped": "[]", "seconds": "0"})
     each = max(1, min(SHARD_SIZE, SHARD_VALUES // (750 * max(1, encoding.width))))  # utterances of a shard
     durations_s = 1.3 + 15.5 * random.beta(3.2, 1.3, count)
     said = random.choice(words, 100_000).tolist()
@@ -183,7 +179,7 @@ def make_speech(folder: Path, count: int, kind: Kind, words: Sequence[str], rand
             row["text"] = " ".join(excerpt(said, round(duration_s * WORDS_PER_SECOND), random)).upper()
             row[SPEECH[kind].name] = excerpt(heard, size, random)
             rows.append(row)
-        write_table(folder / f"codes_{number:05d}.arrow", pa.Table.from_pylist(rows, schema))
+        write_rows(folder / f"codes_{number:05d}.arrow", rows, encoding, {"skipped": "[]", "seconds": "0"})
     return float(durations_s.sum() / 3600)
 
 

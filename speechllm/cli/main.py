@@ -25,7 +25,7 @@ from speechllm.cli.serve import loaded, page, serve
 from speechllm.runs.config import find_config, shipped, spell_unprintable
 from speechllm.runs.launch import find_recipe, recipe_command, recipe_environment
 from speechllm.runs.recipe import out_of_space
-from speechllm.runs.signals import end_with_parent, interruptible, say_interrupted
+from speechllm.runs.signals import GOES_ON, STARTS_ANEW, end_with_parent, interruptible, say_interrupted
 from tokenizer.errors import InputError
 from tokenizer.settings import Count, NonNegative, Port, Positive, argument, layer_numbers
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         words = ["run", *words]
     arguments = _parser().parse_args(words)
     try:
-        with interruptible():
+        with interruptible(GOES_ON if arguments.command == "run" else STARTS_ANEW):
             return arguments.run(arguments)
     except KeyboardInterrupt as interrupt:
         return say_interrupted(interrupt)

@@ -1,6 +1,5 @@
 """Writing encoded speech: shards in Arrow's stream format, which readers map into memory instead of loading them."""
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from torch import Tensor
 
 from speechllm.encoding import DataError, Encoding, Speech
@@ -65,7 +63,7 @@ def encode_shards(
     Each process writes every `processes`-th shard; existing shards are kept, so that a killed run loses at most one
     shard per process, but those are written again that are cut short or of whose recordings one has another content
     now. Unusable recordings are skipped and recorded in the shard with the reason. Texts are stored as they are;
-    `transcribed` normalises them. Shards that earlier versions wrote, as Parquet, are rewritten without encoding again.
+    `transcribed` normalises them.
     Raises OutputError for a folder that is not of encoded speech, is in use or cannot be written, and DataError if it
     holds codes made with other settings.
     """
@@ -79,11 +77,6 @@ def encode_shards(
     if process == 0:
         claim_codes(folder)
     held = read_json(folder / REQUEST) or settings
-    if (former := held.get("normalizer", "none")) != "none":
-        raise DataError(
-            f"{folder} was begun by an earlier version, which stored texts normalised by {former}; now they are stored "
-            f"as they are: choose another folder or delete it. What it holds can be used with normalizer={former}"
-        )
     changed = [f"{name}: {held.get(name)} -> {settings[name]}" for name in settings if held.get(name) != settings[name]]
     if changed:
         raise DataError(
@@ -96,7 +89,6 @@ def encode_shards(
     for shard in range(process, -(-len(utterances) // SHARD_SIZE), processes):
         part = utterances[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
         file = folder / f"codes_{shard:05d}.arrow"
-        _rewrite_parquet(file)
         if _is_current(file, part):
             yield len(part)
         else:
@@ -106,27 +98,17 @@ def encode_shards(
 def claim_codes(folder: str | Path) -> None:
     """Claim a folder for encoded speech, see `claim_folder`, which says what it raises."""
 
-    def own(place: Path) -> bool:  # of an earlier version, or another process of this one was faster
-        return (place / REQUEST).is_file() or any(map(_is_shard, place.glob("codes_*")))
+    def own(place: Path) -> bool:  # another process was faster, or cut_speech or train_compressor wrote it
+        return (place / REQUEST).is_file() or any(map(_is_shard, place.glob("codes_*.arrow")))
 
     claim_folder(folder, "encode_speech", own)
 
 
 def _is_shard(file: Path) -> bool:
     try:
-        schema = pq.read_schema(file) if file.suffix == ".parquet" else open_shard(file).schema
-    except (pa.ArrowException, OSError, DataError):
+        return bool(shard_notes(file))
+    except DataError:
         return False
-    return b"encoding" in (schema.metadata or {})
-
-
-def _rewrite_parquet(file: Path) -> None:
-    """Turn the shard that an earlier version wrote in this one's place, if there is one, into this one."""
-    former = file.with_suffix(".parquet")
-    if former.exists():
-        with contextlib.suppress(pa.ArrowException, OSError):  # one that is damaged is encoded again
-            write_table(file, pq.read_table(former))
-        former.unlink()
 
 
 def request_of(encoding: Encoding) -> dict[str, Any]:
@@ -284,7 +266,7 @@ def skipped_of_shards(folder: str | Path) -> list[dict[str, str]]:
 def summarize_shards(folder: str | Path) -> dict[str, object]:
     """Totals over all shards of a folder: utterances, hours, skipped recordings by reason.
 
-    normalizer: by which the texts were normalised when they were stored, in pieces or by earlier versions, or "none".
+    normalizer: by which the texts were normalised when they were stored, as those of pieces are, or "none".
 
     real_time_factor: seconds of reading and encoding per second of speech, in processor time or in time of one GPU.
     """
@@ -311,11 +293,6 @@ def shard_files(folder: str | Path) -> list[Path]:
     """The shards of a folder. Raises DataError if there are none."""
     if files := sorted(Path(folder).glob("codes_*.arrow")):
         return files
-    if next(Path(folder).glob("codes_*.parquet"), None):
-        raise DataError(
-            f"{folder} holds codes_*.parquet of an earlier version: run encode_speech again with the same settings, "
-            "which rewrites them as codes_*.arrow without encoding again"
-        )
     raise DataError(f"{folder} holds no encoded speech (codes_*.arrow): run recipes/encode_speech.py first")
 
 

@@ -110,9 +110,8 @@ def pool_emotion(
     pooled["ci95"] = _bounds(done, "ci95_actors")
     control = "accuracy_shuffled_labels"
     if all(control in found for found in done.values()):
-        pooled["control"] = {"mean": float(np.mean([found[control] for found in done.values()]))}
-        if all(f"{control}_ci95" in found for found in done.values()):  # not of earlier versions
-            pooled["control"]["ci95"] = _bounds(done, f"{control}_ci95")
+        mean = float(np.mean([found[control] for found in done.values()]))
+        pooled["control"] = {"mean": mean, "ci95": _bounds(done, f"{control}_ci95")}
     each: dict[str, tuple[list[int], int]] = {}
     for number, seed in enumerate(done):
         for row in predictions.get(seed, []):

@@ -23,14 +23,6 @@ from tokenizer.errors import InputError
 from tokenizer.settings import SettingsError, broken_rules
 
 T = TypeVar("T")
-# Former names of keys, each with its new names: the first that the configuration has is suggested.
-RENAMED = {
-    "judge": ("evaluation_recognizer", "recognizer"),
-    "speaker_judge": ("evaluation_speaker",),
-    "judge_speaker": ("evaluation_speaker",),
-}
-# Keys that are another recipe's now, each with what to do.
-MOVED = {"normalizer": "texts are encoded as they are; set normalizer in train_asr and in eval_asr"}
 PATIENCE_S = 10.0  # time for the first process to print an error that the others found too
 PYTHON_WORDS = {"None": "null", "True": "true", "False": "false"}
 BOOLEANS = {"true": True, "false": False}
@@ -259,12 +251,6 @@ def _build(cls: Any, values: dict[str, Any], prefix: str, problems: list[str]) -
     hints = _hints(cls)
     before = len(problems)
     for key in values.keys() - hints.keys():
-        if new := [name for name in RENAMED.get(key, ()) if name in hints]:
-            problems.append(f"{prefix}{key} is called {prefix}{new[0]} now")
-            continue
-        if key in MOVED:
-            problems.append(f"{prefix}{key} is no key of this recipe: {MOVED[key]}")
-            continue
         near = difflib.get_close_matches(str(key), hints, n=1)
         hint = f": did you mean {prefix}{near[0]}?" if near else f"; known keys: {', '.join(hints)}"
         problems.append(f"unknown key {prefix}{key}{hint}")

@@ -214,8 +214,10 @@ class TrainingLoop:
     def _save(self) -> None:
         """Write a checkpoint in a thread. Raises RunError if the one before could not be written."""
         self._wait_for_writing()
-        state = {"figures": self.figures, **self.state.state_dict()}
+        # every process asks for a state that is spread over them
+        state = self.state.state_dict() if self.run.main or not isinstance(self.state, Parts) else {}
         if self.run.main:
+            state = {"figures": self.figures, **state}
             self._writing = self._writer.submit(self.run.save, self.done, state)
 
     def _finish_writing(self) -> None:

@@ -19,8 +19,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from speechllm.runs.config import yield_to_first_process
 from speechllm.runs.signals import end_with_parent, interruptible, say_interrupted
 from tokenizer.claims import claim_folder
@@ -104,26 +102,16 @@ def out_of_space(error: BaseException | None) -> bool:
     return False
 
 
-def claim_output(folder: str | Path, config: Any, mark: str | None = None) -> Path:
-    """Claim a folder for the recipe that defines the configuration, see `claim_folder`, which says what it raises.
-
-    Folders of earlier versions are known by the configuration that they hold, or by `mark`, a file that no other recipe
-    wrote.
-    """
-
-    def own(place: Path) -> bool:
-        files = [place / name for name in ("config.yaml", "demo.json", "results.json")]
-        return any(holds_config(file, config) for file in files) or bool(mark and (place / mark).is_file())
-
-    return claim_folder(folder, Path(inspect.getfile(type(config))).stem, own)
+def claim_output(folder: str | Path, config: Any) -> Path:
+    """Claim a folder for the recipe that defines the configuration, see `claim_folder`, which says what it raises."""
+    return claim_folder(folder, Path(inspect.getfile(type(config))).stem)
 
 
 def holds_config(file: str | Path, config: Any) -> bool:
-    """Whether a file holds a configuration of this recipe, alone or under "config"; the keys may be more by now."""
+    """Whether a file holds results of this recipe, known by their configuration; its keys may be more by now."""
     try:
-        text = Path(file).read_text(encoding="utf-8")
-        held = yaml.safe_load(text) if Path(file).suffix == ".yaml" else json.loads(text)
-    except (OSError, ValueError, yaml.YAMLError):
+        held = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
-    held = held.get("config", held) if isinstance(held, dict) else None
+    held = held.get("config") if isinstance(held, dict) else None
     return isinstance(held, dict) and bool(held) and held.keys() <= asdict(config).keys()

@@ -15,6 +15,7 @@ GRACE_S = 600  # for the checkpoint of a training that is to end: 30 GB for 1.5 
 PARENT = "SPEECHLLM_PARENT"  # in the environment: the process with which a started one ends
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 GOES_ON = "the same command goes on from what is finished"
+STARTS_ANEW = "nothing is kept, the same command starts anew"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -80,14 +81,14 @@ def handled(handler: Callable[[int], None]) -> Iterator[None]:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """While active, the first of the STOPPING signals raises Interrupted; others meanwhile are ignored."""
+def interruptible(hint: str = GOES_ON) -> Iterator[None]:
+    """While active, the first of the STOPPING signals raises Interrupted with `hint`; others meanwhile are ignored."""
     asked: list[int] = []
 
     def interrupt(number: int) -> None:
         asked.append(number)
         if len(asked) == 1:
-            raise Interrupted(number)
+            raise Interrupted(number, hint)
 
     with handled(interrupt):
         yield

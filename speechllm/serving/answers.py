@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Form = Literal["json", "text", "verbose_json", "srt", "vtt"]
@@ -29,7 +29,8 @@ def answer(segments: Sequence[Segment], form: Form, language: str) -> tuple[str,
     if form == "srt":
         return subtitles(segments, ","), "application/x-subrip"
     if form == "vtt":
-        return "WEBVTT\n\n" + subtitles(segments, "."), "text/vtt"
+        escaped = [replace(part, text=part.text.replace("&", "&amp;").replace("<", "&lt;")) for part in segments]
+        return "WEBVTT\n\n" + subtitles(escaped, "."), "text/vtt"
     content: dict[str, Any] = {"text": joined(segments)}
     if form == "verbose_json":
         rows = [

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import itertools
-import json
 import re
 import shutil
 import tempfile
@@ -26,7 +25,7 @@ from speechllm.pauses import Cut, quietest
 from speechllm.pieces import Piece, pieces
 from speechllm.serving import answers
 from speechllm.serving.answers import Segment
-from speechllm.serving.door import Door, Limits, Metrics, Refused, error_content
+from speechllm.serving.door import EVENTS, Door, Limits, Metrics, Refused, error_content, event
 from speechllm.serving.engine import Engine
 from speechllm.serving.live import LiveSpeech, transcribe_live
 from tokenizer.audio import RATES, AudioError, audio_content, load_audio
@@ -248,7 +247,7 @@ def add_transcription(app: FastAPI, service: Service) -> None:
         if temperature:
             raise Refused(400, "temperature: answers are not drawn at random: leave it out or say 0", "temperature")
         if stream:
-            return StreamingResponse(_events(service, file), media_type="text/event-stream")
+            return StreamingResponse(_events(service, file), media_type=EVENTS)
         segments = await while_connected(request, service.transcribed(file))
         content, kind = answers.answer(segments, response_format, language)
         return Response(content, media_type=kind)
@@ -266,24 +265,23 @@ def add_transcription(app: FastAPI, service: Service) -> None:
 
 
 async def _events(service: Service, file: UploadFile) -> AsyncIterator[str]:
-    """Server-sent events of OpenAI's kinds: the text of each piece as it comes, then the whole one, or an error."""
+    """Server-sent events of OpenAI's kinds: the text of each piece as it comes, then the whole one, or an error.
+
+    Where these take too long, the door sends the error.
+    """
     segments: list[Segment] = []
     try:
         async with uploaded(file) as path:
             async for segment in service.segments(path):
                 space = " " if answers.joined(segments) and segment.text else ""
                 segments.append(segment)
-                yield _event("transcript.text.delta", delta=space + segment.text)
+                yield event("transcript.text.delta", delta=space + segment.text)
     except Exception as error:  # the status was sent before
-        yield _event("error", **error_content(*problem(error)))
+        yield event("error", **error_content(*problem(error)))
         if problem(error)[0] == 500:
             raise
     else:
-        yield _event("transcript.text.done", text=answers.joined(segments))
-
-
-def _event(kind: str, **content: Any) -> str:
-    return f"data: {json.dumps({'type': kind, **content})}\n\n"
+        yield event("transcript.text.done", text=answers.joined(segments))
 
 
 def add_codec(app: FastAPI, service: Service) -> None:

@@ -7,17 +7,18 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from speechllm.serving.hosts import is_loopback
+from speechllm.serving.hosts import is_own_page
 
 OPEN = ("/health",)  # asked by what watches over a server, which has no key
 RETRY_S = 1  # after which a caller may try again
-LINGER_S = 1.0  # for the body of a refused request
+LINGER_S = 1.0  # for the body of a refused request, and for the last event of a stream
+EVENTS = "text/event-stream"
 MEGABYTE = 10**6
 MOST_MEGABYTES_OF_JSON = 4  # 180 s of codes are one
 
@@ -65,6 +66,11 @@ def error_content(status: int, message: str, code: str | None = None) -> dict[st
     return {"error": {"message": " ".join(message.split()), "type": kind, "param": None, "code": code}}
 
 
+def event(kind: str, **content: Any) -> str:
+    """A server-sent event as OpenAI's clients read them."""
+    return f"data: {json.dumps({'type': kind, **content})}\n\n"
+
+
 class Door:
     """ASGI middleware that refuses before anything is worked on: without the key, or when too much is asked at once.
 
@@ -93,12 +99,13 @@ class Door:
             await self.app(scope, receive, send)
             return
         path = scope["path"] if scope["path"] in self.paths else "other"
-        status, started = "", time.perf_counter()
+        status, streams, started = "", False, time.perf_counter()
 
         async def observed(message: Message) -> None:
-            nonlocal status
+            nonlocal status, streams
             if message["type"].endswith("http.response.start"):
                 status = str(message["status"])
+                streams = dict(message["headers"]).get(b"content-type", b"").startswith(EVENTS.encode())
             elif message["type"] == "websocket.accept":
                 status = "101"
             await send(message)
@@ -117,8 +124,12 @@ class Door:
                 async with asyncio.timeout(None if scope["type"] == "websocket" else self.limits.time_s):
                     await self.app(scope, self._bounded(scope, receive), observed)
         except TimeoutError:
+            late = Refused(504, "this took longer than the server allows", "timeout")
             if not status:
-                await _refuse(Refused(504, "this took longer than the server allows", "timeout"), scope, observed)
+                await _refuse(late, scope, observed)
+            elif streams:
+                await _end_events(late, send)
+            status = "504"  # also of what had begun as 200
         except Exception:
             status = status or "500"  # the answer is given outside of this
             raise
@@ -134,7 +145,7 @@ class Door:
         if self.key and scope["path"] not in OPEN and not hmac.compare_digest(shown, b"Bearer " + self.key):
             return Refused(401, "expected the server's key in the header Authorization: Bearer KEY", "invalid_api_key")
         origin = headers.get(b"origin", b"").decode("latin-1")
-        if not self.key and origin and not is_loopback(urlsplit(origin).hostname or ""):
+        if not self.key and origin and not is_own_page(origin):
             return Refused(403, "a page from elsewhere may only ask a server that has a key", "forbidden_origin")
         if self.working > self.limits.requests:
             return Refused(429, f"{self.limits.requests} requests are in progress: try again later", "busy")
@@ -181,6 +192,14 @@ async def _read_on(receive: Receive) -> None:
             while more and size < MEGABYTE:
                 message = await receive()
                 size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+
+
+async def _end_events(refused: Refused, send: Send) -> None:
+    """Let an error be the last event of a stream, unless nobody reads it: then a buffer is full, and sending waits."""
+    content = event("error", **error_content(refused.status_code, refused.detail, refused.code))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            await send({"type": "http.response.body", "body": content.encode()})
 
 
 async def _refuse(refused: Refused, scope: Scope, send: Send) -> None:

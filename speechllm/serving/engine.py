@@ -24,6 +24,7 @@ class _Utterance:
     waveform: Tensor | None
     encoded: Speech | None
     duration_s: float
+    fallback: bool
     future: Future[Transcription] = field(default_factory=Future)
 
 
@@ -67,13 +68,13 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="speechllm engine", daemon=True)
         self._thread.start()
 
-    def transcribe(self, waveform: Tensor) -> Future[Transcription]:
-        """The text of a waveform float [N] at the codec's rate."""
-        return self._submit(_Utterance(waveform, None, len(waveform) / self.codec.sample_rate)).future
+    def transcribe(self, waveform: Tensor, fallback: bool = True) -> Future[Transcription]:
+        """The text of a waveform float [N] at the codec's rate. fallback: see `speechllm.decoding.recognize`."""
+        return self._submit(_Utterance(waveform, None, len(waveform) / self.codec.sample_rate, fallback)).future
 
-    def recognize(self, encoded: Speech, duration_s: float) -> Future[Transcription]:
-        """The text of an encoded utterance."""
-        return self._submit(_Utterance(None, encoded, duration_s)).future
+    def recognize(self, encoded: Speech, duration_s: float, fallback: bool = True) -> Future[Transcription]:
+        """The text of an encoded utterance. fallback: see `speechllm.decoding.recognize`."""
+        return self._submit(_Utterance(None, encoded, duration_s, fallback)).future
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Something else that uses the codec, between the batches."""
@@ -84,7 +85,7 @@ class Engine:
         with self._lock:
             self._closed = True
             self._waiting.put(None)
-        self._thread.join()
+        self._thread.join()  # without a limit: a process that ends while a thread of it computes is aborted
 
     def _submit(self, job: Job) -> Job:
         with self._lock:
@@ -97,16 +98,17 @@ class Engine:
         jobs: list[_Utterance | _Call | None] = []
         while None not in jobs:
             jobs = self._next()
+            for job in jobs:
+                if self._closed and job is not None:
+                    job.future.cancel()
             wanted = [job for job in jobs if job is not None and job.future.set_running_or_notify_cancel()]
-            utterances = [job for job in wanted if isinstance(job, _Utterance)]
-            if utterances:
-                self._answer(utterances)
+            for fallback in (False, True):  # those that need no second search do not wait for it
+                alike = [job for job in wanted if isinstance(job, _Utterance) and job.fallback == fallback]
+                if alike:
+                    self._answer(alike)
             for job in wanted:
                 if isinstance(job, _Call):
                     _fulfil(job.future, job.function)
-        while not self._waiting.empty():  # nothing is added any more
-            if (left := self._waiting.get()) is not None:
-                left.future.cancel()
 
     def _next(self) -> list[_Utterance | _Call | None]:
         """Wait for a job; with those that wait behind it, up to a batch. The last one of all is None."""
@@ -132,6 +134,7 @@ class Engine:
 
     @torch.inference_mode()
     def _recognized(self, utterances: list[_Utterance]) -> list[Transcription]:
+        """The texts of utterances that are alike in their `fallback`."""
         encoding, speech = self.speech_llm.vocabulary.encoding, []
         for utterance in utterances:
             if utterance.waveform is not None:
@@ -142,7 +145,7 @@ class Engine:
             speech,
             self.speech_llm,
             beams=self.beams,
-            fallback=True,
+            fallback=utterances[0].fallback,
             durations_s=[utterance.duration_s for utterance in utterances],
             letters_weight=self.letters_weight,
         )

@@ -75,7 +75,7 @@ class LiveSpeech:
             yield {"type": "done", "text": " ".join(filter(None, self.settled)), "end": round(self.start_s, 3)}
         elif self.new_s >= self.interval_s:
             self.new_s = 0.0
-            yield self._told("partial", await self._text(len(self.waveform)), len(self.waveform))
+            yield self._told("partial", await self._text(len(self.waveform), fallback=False), len(self.waveform))
 
     def _samples(self, content: bytes, last: bool) -> Tensor:
         content = self.half + content
@@ -94,21 +94,21 @@ class LiveSpeech:
             self.codes = torch.cat([self.codes, codes], 1)
 
     async def _settle(self, cut: int) -> dict[str, Any]:
-        text = await self._text(cut)
+        text = await self._text(cut, fallback=True)
         told = self._told("segment", text, cut)
         self.settled.append(text)
         self.start_s += cut / self.rate
         self.codes, self.waveform = self.codes[:, self._frames(cut) :], self.waveform[cut:].clone()
         return told
 
-    async def _text(self, cut: int) -> str:
-        """What is said up to a sample that is not settled."""
+    async def _text(self, cut: int, fallback: bool) -> str:
+        """What is said up to a sample that is not settled. fallback: not for a text that is replaced a second later."""
         if self.encoder is None:
-            return (await asyncio.wrap_future(self.engine.transcribe(self.waveform[:cut]))).text
+            return (await asyncio.wrap_future(self.engine.transcribe(self.waveform[:cut], fallback))).text
         codes = self.codes[:, : self._frames(cut)]
         if not codes.shape[1]:  # shorter than a frame
             return ""
-        return (await asyncio.wrap_future(self.engine.recognize(codes, cut / self.rate))).text
+        return (await asyncio.wrap_future(self.engine.recognize(codes, cut / self.rate, fallback))).text
 
     def _frames(self, cut: int) -> int:
         return -(-cut // self.hop)

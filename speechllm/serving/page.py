@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from speechllm.confidence import word_confidences
+from speechllm.encoding import Encoding
 from speechllm.pauses import Cut, quietest
 from speechllm.pieces import pieces
 from speechllm.reports.sounds import Reconstruction, spectrograms_and_players
@@ -103,7 +104,7 @@ def heard(engine: Engine, path: str, cut: Cut) -> Iterator[tuple[str, str, str, 
         if beginning is None:
             beginning = piece.waveform
             if encoding.kind == "codes" and isinstance(speech, Tensor):
-                tokens = coloured_codes(speech, encoding.frame_rate)
+                tokens = coloured_codes(speech, encoding, piece.duration_s)
             yield "", "", tokens, ""
         text = engine.recognize(speech, piece.duration_s).result().text
         texts.append(text)
@@ -119,15 +120,17 @@ def heard(engine: Engine, path: str, cut: Cut) -> Iterator[tuple[str, str, str, 
         yield " ".join(filter(None, texts)), words, tokens, sounds
 
 
-def coloured_codes(codes: Tensor, frame_rate: float) -> str:
-    """HTML: a stripe a token in the colour of its code, long [Q, T], that tells its time and code."""
-    rows = []
+def coloured_codes(codes: Tensor, encoding: Encoding, duration_s: float) -> str:
+    """HTML: a stripe a token in the colour of its code, long [Q, T], that tells its time, if it has one, and code."""
+    rows, tokens, timed = [], codes.shape[1], not encoding.deduplicated
+    rate = encoding.frame_rate if timed else round(tokens / duration_s, 1)
+    times = [f"{i / rate:.2f} s: " if timed else "" for i in range(tokens)]
     for layer, row in enumerate(codes.tolist()):
         stripes = "".join(
-            f'<span title="{i / frame_rate:.2f} s: {code}" style="background: {_colour(code)}"></span>'
-            for i, code in enumerate(row)
+            f'<span title="{time}{code}" style="background: {_colour(code)}"></span>'
+            for time, code in zip(times, row, strict=True)
         )
-        rows.append(f"<p>Layer {layer}: {len(row)} tokens, {frame_rate:g} a second</p><div class=codes>{stripes}</div>")
+        rows.append(f"<p>Layer {layer}: {tokens} tokens, {rate:g} a second</p><div class=codes>{stripes}</div>")
     return "".join(rows)
 
 

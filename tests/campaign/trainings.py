@@ -332,7 +332,11 @@ CASES = (
         "demo.py data=corpus scale=3 output=new",
         refused("settings|scale"),
         "corpus",
-        lambda at: ((at / "new").mkdir(), (at / "new/demo.json").write_text(json.dumps({"scale": 1}))),
+        lambda at: (
+            (at / "new").mkdir(),
+            (at / "new/claim.json").write_text('{"job": "demo"}'),
+            (at / "new/demo.json").write_text(json.dumps({"scale": 1})),
+        ),
     ),
     Case(
         "an aligned corpus that was moved",

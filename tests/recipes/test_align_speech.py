@@ -1,6 +1,5 @@
 """Forced alignment, tested with synthetic speech of known phone times."""
 
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -12,7 +11,8 @@ import pytest
 import soundfile
 
 from speechllm import InputError, Utterance, read_corpus
-from tokenizer.corpus import frame_phones
+from tokenizer.files import read_jsonl, write_jsonl
+from tokenizer.utterances import frame_phones
 
 pytest.importorskip("pocketsphinx", reason="needs the align extra")
 pytest.importorskip("espeakng_loader", reason="needs the demo extra")
@@ -38,11 +38,11 @@ def corpus(run: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("corpus")
     run("synthesize_speech.py", folder, "--train=4", "--dev=1", "--test=1")
     manifest = folder / "manifest.jsonl"
-    rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+    rows = read_jsonl(manifest)
     rows.append({**rows[0], "id": "silent-text", "text": None, "phones": None})
     (folder / "broken.flac").write_bytes(b"no sound")
     rows.append({**rows[0], "id": "broken", "path": "broken.flac", "phones": None})
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(manifest, rows)
     return folder
 
 
@@ -99,7 +99,7 @@ def test_an_alignment_does_not_depend_on_those_before(corpus: Path, recipe: Call
 def test_a_corpus_of_silence_gives_no_phones(run: Callable[..., str], tmp_path: Path) -> None:
     soundfile.write(tmp_path / "quiet.wav", np.zeros(16_000, np.float32), 16_000)
     row = {"path": "quiet.wav", "duration_s": 1.0, "text": "hello there"}
-    (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    write_jsonl(tmp_path / "manifest.jsonl", [row])
     output = run("align_speech.py", f"data={tmp_path}", f"output={tmp_path / 'aligned'}")
     assert "aligned 0 of 1" in output
 
@@ -109,7 +109,7 @@ def test_a_killed_run_is_resumed(
     recipe: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException
 ) -> None:
     rows = [{"path": f"{i}.wav", "duration_s": 1.0, "text": f"{i}", "phones": [["X", 0.5]]} for i in range(5)]
-    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(tmp_path / "manifest.jsonl", rows)
     for row in rows:
         (tmp_path / row["path"]).touch()
     module, asked = recipe("align_speech.py"), []

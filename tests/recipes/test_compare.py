@@ -30,6 +30,7 @@ from speechllm.runs import stages as stages_module
 from speechllm.runs.config import load_config
 from speechllm.runs.machine import available_cpus
 from speechllm.runs.stages import Stages
+from tokenizer.files import write_jsonl
 
 ROOT = Path(__file__).parents[2]
 RATE = 16_000
@@ -187,9 +188,8 @@ def test_the_comparison_at_the_papers_size_would_be_accepted(
 ) -> None:
     libri, ravdess = tmp_path / "libri", tmp_path / "ravdess"
     for folder, splits in ((libri, ("train-other-500", "dev-clean", "test-clean")), (ravdess, ("train",))):
-        folder.mkdir()
         rows = [{"path": f"{split}.wav", "duration_s": 1, "split": split} for split in splits]
-        (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(folder / "manifest.jsonl", rows)
         for row in rows:
             (folder / row["path"]).touch()
     words = [f"data={libri}", f"emotion_data={ravdess}", f"conversion_data={ravdess}", f"output={tmp_path / 'run'}"]
@@ -326,7 +326,7 @@ def corpus(tmp_path: Path) -> Path:
         soundfile.write(tmp_path / f"u{i}.wav", 0.2 * tone + 0.05 * draw.standard_normal(5_000), RATE)
         row = {"id": f"u{i}", "path": f"u{i}.wav", "duration_s": 5_000 / RATE, "split": ("train", "test")[i // 8]}
         rows.append({**row, "text": ("ONE", "TWO", "RED")[i % 3], "speaker": f"s{i % 2}"})
-    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(tmp_path / "manifest.jsonl", rows)
     return tmp_path
 
 
@@ -618,13 +618,12 @@ def test_emotions_are_paired_by_actor_over_all_seeds() -> None:
 
 
 def test_the_control_of_emotions_is_pooled_with_its_interval() -> None:
-    found = [
-        {"accuracy": 0.5, "ci95_actors": [0.4, 0.6], "accuracy_shuffled_labels": control} for control in (0.2, 0.4)
+    measured = {"accuracy": 0.5, "ci95_actors": [0.4, 0.6]}
+    controls = [
+        {"accuracy_shuffled_labels": control, "accuracy_shuffled_labels_ci95": [control - 0.1, 0.5]}
+        for control in (0.2, 0.4)
     ]
-    assert pool_emotion(dict(enumerate(found)))["control"] == {"mean": pytest.approx(0.3)}  # of an earlier version
-    for one in found:
-        one["accuracy_shuffled_labels_ci95"] = [one["accuracy_shuffled_labels"] - 0.1, 0.5]
-    pooled = pool_emotion(dict(enumerate(found)))
+    pooled = pool_emotion({seed: measured | control for seed, control in enumerate(controls)})
     assert pooled["control"] == {"mean": pytest.approx(0.3), "ci95": [pytest.approx(0.1), 0.5]}
     assert emotion_table({"a": {"emotion": pooled}}).rows[0][3] == "30.0% (10.0% to 50.0%)"
 
@@ -651,7 +650,7 @@ def test_only_what_is_asked_for_is_shown_and_of_one_tokenizer(
     message = r"results of several tokenizers \(.*aaaaaaaa.*\): compare in a new output"
     assert not any(found[task] for task in compare.TASKS) and re.search(message, capsys.readouterr().out)
     monkeypatch.setattr(compare.Stages, "check", lambda *_: None)
-    (tmp_path / "stages.json").write_text("{}")
+    (tmp_path / "claim.json").write_text('{"job": "compare"}')
     with pytest.raises(RunError, match=message):
         compare.main(config)
 
@@ -666,7 +665,7 @@ def test_scores_of_an_evaluation_are_found_again_by_utterance(compare: ModuleTyp
         {"id": "v", "scores": {"1": {"pesq_wb": 2.0}}, "recognized": {"1": "one"}, "text": "ONE TWO"},
         {"id": "w", "scores": {}, "recognized": {}, "text": "ONE"},
     ]
-    (tmp_path / "utterances.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(tmp_path / "utterances.jsonl", rows)
     found = compare.scored(tmp_path / "results.json", "codebooks", "utterances.jsonl", ("id",))
     assert without_shares(found) == results
     row = found["codebooks"]["1"]

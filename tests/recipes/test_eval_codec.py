@@ -16,6 +16,7 @@ from torch import Tensor
 from speechllm import SpeechCodec, Transcripts, load_audio, save_audio, speech_quality
 from speechllm.runs.config import load_config
 from tokenizer.errors import InputError
+from tokenizer.files import write_jsonl
 
 pytest.importorskip("pesq")
 pytest.importorskip("pystoi")
@@ -39,7 +40,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, noise: Callable[..., Tensor
         for split, names in (("test", ("a", "silent", "b", "corrupt", "brief", "c")), ("dev", ("d", "e")))
         for name in names
     ]
-    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(folder / "manifest.jsonl", rows)
     return folder
 
 
@@ -204,7 +205,7 @@ def test_a_failure_affects_only_its_number_of_codebooks(
     monkeypatch.setattr(module, "reconstruct", reconstruct)
     monkeypatch.setattr(module, "load_recognizer", lambda name: Recognizer())
     rows = [{"id": name, "path": str(corpus / f"{name}.wav"), "duration_s": 1.0, "text": "one two"} for name in "de"]
-    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(tmp_path / "manifest.jsonl", rows)
     found = evaluate(tmp_path / "new", f"data={tmp_path}", "layers=[1,3]", "recognizer=recognizer:x")
     assert [found["codebooks"][n]["utterances"] for n in ("1", "3")] == [1, 2]
     assert [(failure["id"], failure["codebooks"]) for failure in found["failed"]] == [("d", [1])]

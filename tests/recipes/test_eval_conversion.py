@@ -22,6 +22,7 @@ from speechllm import (
 )
 from speechllm.runs.config import load_config
 from tokenizer.errors import InputError
+from tokenizer.files import read_jsonl, write_jsonl
 from tokenizer.metrics.prosody import align_voices, mel_cepstral_distortion, pitch_correlation, voice_frames
 from tokenizer.training.small_teachers import save_ecapa
 
@@ -71,7 +72,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {**broken, "speaker": "third", "split": "broken"},
         {**rows[0], "id": "again", "speaker": "low", "split": "broken"},
     ]
-    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(folder / "manifest.jsonl", rows)
     return folder
 
 
@@ -258,9 +259,9 @@ def test_without_parallel_text_only_similarity_is_measured_which_is_reported(
     ecapa_folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    rows = [json.loads(line) for line in (corpus / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_jsonl(corpus / "manifest.jsonl")
     texts = {**{row["id"]: row | {"text": row["id"], "path": str(corpus / row["path"])} for row in rows[:8]}}
-    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts.values()), "utf-8")
+    write_jsonl(tmp_path / "manifest.jsonl", texts.values())
     words = [f"data={tmp_path}", "pairs=2", "layers=[[1]]", f"speaker={ecapa_folder}"]
     found = evaluate(tmp_path / "out", *words)
     assert found["parallel"] == 0 and found["methods"]["target"].keys() == {
@@ -277,9 +278,9 @@ def test_without_a_further_recording_there_is_no_similarity(
     evaluate: Callable[..., dict], tmp_path: Path, corpus: Path, ecapa_folder: Path
 ) -> None:
     """One recording of one speaker, two of the other: only as a target's can the other's be a further one."""
-    rows = [json.loads(line) for line in (corpus / "manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_jsonl(corpus / "manifest.jsonl")
     kept = [row | {"path": str(corpus / row["path"]), "text": row["id"]} for row in (rows[0], rows[4], rows[6])]
-    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+    write_jsonl(tmp_path / "manifest.jsonl", kept)
     found = evaluate(tmp_path / "out", f"data={tmp_path}", "layers=[[1]]", f"speaker={ecapa_folder}")
     pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     for pair in pairs:

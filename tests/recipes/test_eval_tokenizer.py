@@ -14,6 +14,7 @@ from sklearn.metrics import mutual_info_score
 from torch import Tensor
 
 from speechllm import AudioTokenizer, DataError, SpeechCodec, encode_shards, load_codes, read_corpus, speech_of
+from tokenizer.files import read_jsonl, write_jsonl
 from tokenizer.schemes.features import FeatureEncoder
 from tokenizer.schemes.units import UnitTokenizer
 from tokenizer.training.small_teachers import small_hubert
@@ -33,8 +34,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, noise: Callable[..., Tensor
         soundfile.write(folder / f"{index}.flac", noise(SAMPLES, seed=index)[0].numpy(), RATE)
         phones = [["abc"[index % 3], 0.13], ["xyz"[index // 3], 0.31], ["s", 0.5]]
         row = {"path": f"{index}.flac", "duration_s": 0.5, "speaker": f"s{index % 3}", "phones": phones}
-        rows.append(json.dumps(row | {"text": "a b"}))
-    (folder / "manifest.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        rows.append(row | {"text": "a b"})
+    write_jsonl(folder / "manifest.jsonl", rows)
     return folder
 
 
@@ -103,10 +104,9 @@ def test_several_corpora_are_encoded_and_evaluated_as_one(
     recipe: Callable[[str], types.ModuleType], codec: SpeechCodec, corpus: Path, tmp_path: Path
 ) -> None:
     other, output = tmp_path / "other", tmp_path / "results.json"
-    other.mkdir()
-    lines = [json.loads(line) for line in (corpus / "manifest.jsonl").read_text(encoding="utf-8").splitlines()[:6]]
+    lines = read_jsonl(corpus / "manifest.jsonl")[:6]
     rows = [{**line, "id": line["path"], "path": f"{index}.flac", "split": "more"} for index, line in enumerate(lines)]
-    (other / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(other / "manifest.jsonl", rows)
     for row in rows:
         shutil.copy(corpus / row["path"], other / row["path"])
     codec.save_pretrained(tmp_path / "codec")

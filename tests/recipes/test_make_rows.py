@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tokenizer.corpus import read_corpus
 from tokenizer.errors import InputError
 from tokenizer.files import read_jsonl, write_jsonl
 
@@ -56,3 +57,12 @@ def test_a_column_that_is_not_there_is_named(make: Callable, tmp_path: Path) -> 
     (tmp_path / "corpus" / "manifest.jsonl").unlink()
     with pytest.raises(InputError, match="has no manifest.jsonl or manifest.csv"):
         make("nothing", ["emotion"])
+
+
+@pytest.mark.parametrize("path", ["./b/../c.wav", "f\udcfc.wav"])  # the second: a name that is not UTF-8
+def test_a_recording_without_an_id_is_called_as_the_corpus_calls_it(make: Callable, tmp_path: Path, path: str) -> None:
+    rows = [{"path": name, "duration_s": 1.0, "emotion": "sad"} for name in (path, "a.wav")]
+    write_jsonl(tmp_path / "corpus" / "manifest.jsonl", rows)
+    (tmp_path / "corpus" / "a.wav").touch()  # one may be missing
+    ids = [utterance.id for utterance in read_corpus(tmp_path / "corpus")]
+    assert [row["messages"] for row in make("rows", ["emotion"])["train"]] == [question(name, "sad") for name in ids]

@@ -4,15 +4,13 @@ import inspect
 import os
 import types
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from speechllm.runs.recipe import claim_output
 from speechllm.runs.stages import Stages
-from tokenizer.claims import claim_folder
 from tokenizer.errors import InputError
 from tokenizer.files import read_jsonl, write_json, write_jsonl, write_text
 
@@ -22,8 +20,6 @@ CHECKED_FIRST = (
     *("encode_speech", "eval_asr", "eval_codec", "eval_conversion", "eval_rows", "fit_units", "make_rows", "rehearse"),
 )
 FILES = ("draw_pipeline", "draw_scaling", "eval_tokenizer")  # their output is a file
-TRAININGS = ("train_asr", "train_compressor", "train_emotion", "train_teacher", "train_text", "train_tokenizer")
-KNOWN_BY_CONFIG = [name for name in CHECKED_FIRST if name not in ("align_speech", "encode_speech")]
 
 
 def config_of(module: types.ModuleType, output: Path, **values: Any) -> Any:
@@ -76,20 +72,6 @@ def test_an_evaluation_in_a_file_replaces_its_own_results(tmp_path: Path, recipe
         config_of(module, tmp_path / "results.html")
 
 
-@pytest.mark.parametrize("name", [*KNOWN_BY_CONFIG, *TRAININGS, "import_speech"])
-def test_a_folder_of_an_earlier_version_is_that_of_its_own_recipe_alone(
-    tmp_path: Path, recipe: Recipe, name: str
-) -> None:
-    configs = {
-        other: config_of(recipe(f"{other}.py"), tmp_path) for other in (*CHECKED_FIRST, *TRAININGS, "import_speech")
-    }
-    write_json(tmp_path / "results.json", {"config": asdict(configs[name])})
-    for other in configs.keys() - {name}:
-        with pytest.raises(InputError, match=f"holds what {other} did not write"):
-            claim_output(tmp_path, configs[other])
-    claim_output(tmp_path, configs[name])
-
-
 def test_the_corpus_that_is_aligned_is_not_overwritten(tmp_path: Path, recipe: Recipe) -> None:
     rows = [{"path": "a.flac", "duration_s": 1.0, "mine": 1}, {"path": "b.flac", "duration_s": 1.0, "split": "dev"}]
     write_jsonl(tmp_path / "manifest.jsonl", rows)
@@ -128,12 +110,8 @@ def test_a_demo_is_not_made_around_the_speech_it_reads(tmp_path: Path, recipe: R
 
 def test_the_settings_of_a_demo_move_with_its_folder(tmp_path: Path, recipe: Recipe) -> None:
     module = recipe("demo.py")
-    held = asdict(config_of(module, Path("old")))  # as an earlier version wrote it
-    write_json(
-        tmp_path / "demo.json", {key: held[key] for key in held if key not in ("fresh", "processes", "audio_tokenizer")}
-    )
-    for _ in range(2):
-        module.record_settings(tmp_path, config_of(module, tmp_path))
+    for place in ("old", "new"):
+        module.record_settings(tmp_path, config_of(module, Path(place)))
     with pytest.raises(SystemExit, match="holds a demo with other settings"):
         module.record_settings(tmp_path, config_of(module, tmp_path, scale=2.0))
 
@@ -155,14 +133,6 @@ def test_stages_of_an_earlier_version_are_known_in_their_place(tmp_path: Path) -
     words = ["eval.py", f"output={tmp_path}/x"]
     write_json(tmp_path / "stages.json", {"evaluate": {"seconds": 1.0, "finished": True, "words": words}})
     Stages(tmp_path, tmp_path).call("evaluate", lambda: pytest.fail("done before"), [words])
-
-
-def test_a_stopped_comparison_of_an_earlier_version_goes_on(tmp_path: Path, recipe: Recipe) -> None:
-    module = recipe("compare.py")
-    write_text(tmp_path / "stages.json", "{}")
-    claim_output(tmp_path, config_of(module, tmp_path), "stages.json")
-    with pytest.raises(InputError, match="is the output of compare, not of demo"):
-        claim_folder(tmp_path, "demo")
 
 
 # ---- the synthetic corpus

@@ -1,18 +1,17 @@
 """The recipes, from recordings to a word error rate, as commands on a tiny corpus (more in test_train_asr.py)."""
 
+from __future__ import annotations
+
 import json
-import runpy
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from safetensors.torch import load_file
 from sklearn.metrics import mutual_info_score
 
 from speechllm import (
@@ -26,9 +25,12 @@ from speechllm import (
     word_error_rate,
 )
 from speechllm.runs.run import read_log
+from tokenizer.files import read_jsonl, write_jsonl
 from tokenizer.training.teachers import SemanticTeacher, SpeakerTeacher
 
-ROOT = Path(__file__).resolve().parents[2]
+if TYPE_CHECKING:
+    from tests.recipes.conftest import Work
+
 RATE = 16_000
 UTTERANCES, FRAMES = 24, 25  # of half a second
 TEACHER = "data=corpus splits=[train] dev_splits=[dev] steps=6 batch_size=4 warmup=2 save_every=100"
@@ -44,9 +46,8 @@ RANDOM = (
     "adversary.start=2 losses.speech_features=0.5 weight_average=0.9 semantic.cache=features "
     "learning_rate=1e-3 log_every=1 validate_every=6 save_every=3"
 )
-# with nothing that depends on how a batch is cut: no windows, no batch statistics; and without centring, whose gradient
-# is infinite where one code fills a crop
-DIVISIBLE = f"{TOKENIZER} codec.norm=weight_norm semantic.center=false steps=4 warmup=1 learning_rate=1e-4 log_every=1"
+# with nothing that is drawn for a part of a batch alone, such as decoded windows
+DIVISIBLE = f"{TOKENIZER} steps=4 warmup=1 learning_rate=1e-4 log_every=1"
 LINEAR = "convnext codec.width=16 codec.depth=1 codec.phases=griffin_lim linear_start=true steps=1"
 ASR = (
     "model=null codes=codes codec=tokenizer/model splits=[train] dev_splits=[dev] small.text_tokens=300 "
@@ -77,46 +78,13 @@ def write_corpus(folder: Path) -> None:
         row = {"id": path.stem, "path": f"{split}/{path.name}", "duration_s": 0.5, "split": split}
         phones = [[words[0][0], 0.25], [words[1][0], 0.5]]
         rows.append({**row, "text": " ".join(words), "speaker": f"s{i % 3}", "phones": phones})
-    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-class Work:
-    """A folder in which recipes are run; every run is checked to end well."""
-
-    def __init__(self, folder: Path, start: Callable):
-        self.folder, self.start = folder, start
-
-    def run(self, name: str, words: str, processes: int = 1) -> str:
-        """What it printed."""
-        process = self.start(name, words, self.folder, processes)
-        output, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
-        return output
-
-    def kill(self, name: str, words: str, run: Path) -> None:
-        """Start it, and kill it as soon as there is a checkpoint."""
-        process = self.start(name, words, self.folder)
-        while not list((run / "checkpoints").glob("step_*.pt")):
-            assert process.poll() is None, process.communicate()[1][-3000:]
-            time.sleep(0.005)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -9 and not (run / "done.json").exists()
-
-    def json(self, file: str) -> dict:
-        return json.loads((self.folder / file).read_text(encoding="utf-8"))
-
-    def weights(self, run: str) -> dict[str, torch.Tensor]:
-        return load_file(self.folder / run / "model" / "model.safetensors")
-
-    def files(self, run: str) -> set[str]:
-        return {path.relative_to(self.folder / run).as_posix() for path in (self.folder / run).rglob("*")}
+    write_jsonl(folder / "manifest.jsonl", rows)
 
 
 @pytest.fixture(scope="session")
-def work(tmp_path_factory: pytest.TempPathFactory, start_recipe: Callable) -> Work:
+def work(make_work: Callable[[], Work]) -> Work:
     """The complete chain, once."""
-    work = Work(tmp_path_factory.mktemp("work"), start_recipe)
+    work = make_work()
     write_corpus(work.folder / "corpus")
     small = "hidden_size=16 layers=1"
     work.run("train_teacher.py", f"kind=semantic objective=ctc output=ctc {small} {TEACHER}")
@@ -152,9 +120,9 @@ def test_every_training_and_evaluation_has_a_page_that_names_its_configuration(w
 
 
 def test_the_teachers_are_scored_on_the_dev_split(work: Work) -> None:
-    assert work.json("ctc/done.json")["dev_cer"] >= 0
-    assert 0 <= work.json("alignment/done.json")["dev_frame_accuracy"] <= 1
-    assert 0 <= work.json("speaker/done.json")["dev_equal_error_rate"] <= 1
+    assert work.done("ctc")["dev_cer"] >= 0
+    assert 0 <= work.done("alignment")["dev_frame_accuracy"] <= 1
+    assert 0 <= work.done("speaker")["dev_equal_error_rate"] <= 1
 
 
 def test_the_tokenizer_run_holds_codec_configuration_log_and_samples(work: Work) -> None:
@@ -166,7 +134,7 @@ def test_the_tokenizer_run_holds_codec_configuration_log_and_samples(work: Work)
     for name in samples:
         assert len(load_audio(work.folder / "tokenizer" / name)) == 8_000
     codec = SpeechCodec.from_pretrained(work.folder / "tokenizer" / "model")
-    assert work.json("tokenizer/done.json")["fingerprint"] == codec.fingerprint
+    assert work.done("tokenizer")["fingerprint"] == codec.fingerprint
     log = read_log(work.folder / "tokenizer")
     assert [line["step"] for line in log if "mel" in line] == list(range(1, 13))
     assert [line["step"] for line in log if "dev_mel" in line] == [6, 12]
@@ -184,7 +152,7 @@ def test_every_utterance_is_encoded_with_the_codec_that_was_trained(work: Work, 
         waveform = load_audio(utterance.path)[None]
         latents, expected = codec.latents(waveform), codec.encode(waveform).ids
         assert_same_codes(codec.quantizer, latents, speech_of(row, encoding)[None], expected, roundings=64)
-    found = work.json("codes/done.json")
+    found = work.done("codes")
     assert found["utterances"] == UTTERANCES and found["skipped"] == {}
     assert found["hours"] == pytest.approx(UTTERANCES * 0.5 / 3600)
 
@@ -212,7 +180,7 @@ def test_the_language_model_learns_and_is_saved_with_everything_it_needs(work: W
     assert [line["step"] for line in read_log(work.folder / "asr") if "dev_wer" in line] == [20, 40, 60, 80]
     speech_llm = load_speech_llm(work.folder / "asr" / "model")
     assert speech_llm.vocabulary.encoding.layers == 2
-    assert work.json("asr/done.json")["codec_fingerprint"] == speech_llm.codec.fingerprint
+    assert work.done("asr")["codec_fingerprint"] == speech_llm.codec.fingerprint
     assert not any(name.startswith("checkpoints/") for name in work.files("asr"))
 
 
@@ -237,7 +205,7 @@ def test_the_evaluation_matches_its_predictions(work: Work) -> None:
 
 def test_a_killed_tokenizer_training_resumes_bit_for_bit(work: Work) -> None:
     whole, run = "tokenizer", "tokenizer_killed"
-    work.kill("train_tokenizer.py", f"{RANDOM} output={run}", work.folder / run)
+    work.kill("train_tokenizer.py", f"{RANDOM} output={run}", run)
     with (work.folder / run / "log.jsonl").open("r+") as file:
         lines = file.read()
         file.seek(0)
@@ -254,11 +222,13 @@ def test_a_killed_tokenizer_training_resumes_bit_for_bit(work: Work) -> None:
 # ---- cut into processes and parts
 
 
-@pytest.mark.parametrize("body, weights", [("seanet", 50), (LINEAR, 20)], ids=["seanet", "linear"])
+@pytest.mark.parametrize(
+    "body, weights", [("seanet codec.norm=batch_norm", 50), (LINEAR, 20)], ids=["seanet", "linear"]
+)
 def test_two_processes_train_the_same_tokenizer_as_one(work: Work, body: str, weights: int) -> None:
     runs = [f"tokenizer_{body[:3]}{processes}" for processes in (1, 2)]
     for processes, run in enumerate(runs, 1):
-        work.run("train_tokenizer.py", f"{DIVISIBLE} output={run} codec.body={body}", processes)
+        work.run("train_tokenizer.py", f"{DIVISIBLE} output={run} codec.body={body}", processes=processes)
     one, two = map(work.weights, runs)
     # Adam moves a weight whose gradient is nothing but rounding as far as any other: so not the largest difference
     # counts but the mean, against the way a weight has gone (the sum of the rates)
@@ -282,24 +252,6 @@ def test_two_processes_train_the_same_teacher_as_one(work: Work) -> None:
 
 
 # ---- started in this process: messages at the start
-
-
-@pytest.fixture
-def here(work: Work, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
-    """Run a recipe as the command line does, in this process and without the seconds of importing."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.chdir(work.folder)
-
-    def run(name: str, words: str, *names: str) -> None:
-        monkeypatch.setattr(sys, "argv", [name, *words.split(), *names])
-        runpy.run_path(str(ROOT / "recipes" / name), run_name="__main__")
-
-    with torch.set_grad_enabled(True):
-        yield run
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.mark.parametrize(
@@ -472,18 +424,15 @@ def test_a_demo_with_a_published_tokenizer_trains_the_language_model_alone(
     here("demo.py", f"{words} audio_tokenizer=tokenizer/model")
     assert [name for name, *_ in stages_here] == ["encode_speech.py", "train_asr.py", "eval_asr.py"]
     results = json.loads((tmp_path / "demo" / "results.json").read_text(encoding="utf-8"))
-    assert (
-        results["utterances"] == 6
-        and results["codec_fingerprint"] == work.json("codes/done.json")["encoding"]["fingerprint"]
-    )
+    assert results["utterances"] == 6 and results["codec_fingerprint"] == work.done("codes")["encoding"]["fingerprint"]
     assert not results["codebooks"] and (tmp_path / "demo" / "report.html").is_file()
 
 
 def test_the_demo_recognises_splits_by_name(work: Work, tmp_path: Path, recipe: Callable[[str], ModuleType]) -> None:
     names = {"train": "train-clean-100", "dev": "dev-clean", "test": "test-other"}
-    rows = [json.loads(line) for line in (work.folder / "corpus" / "manifest.jsonl").read_text().splitlines()]
+    rows = read_jsonl(work.folder / "corpus" / "manifest.jsonl")
     named = [{**row, "path": str(work.folder / "corpus" / row["path"]), "split": names[row["split"]]} for row in rows]
-    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    write_jsonl(tmp_path / "manifest.jsonl", named)
     recipe("demo.py").gather(str(tmp_path), tmp_path / "out")
     gathered = read_corpus(tmp_path / "out")
     assert [utterance.split for utterance in gathered] == [row["split"] for row in rows]
@@ -492,9 +441,9 @@ def test_the_demo_recognises_splits_by_name(work: Work, tmp_path: Path, recipe: 
 
 
 def test_the_demo_splits_a_corpus_by_speaker(work: Work, tmp_path: Path, recipe: Callable[[str], ModuleType]) -> None:
-    rows = [json.loads(line) for line in (work.folder / "corpus" / "manifest.jsonl").read_text().splitlines()]
+    rows = read_jsonl(work.folder / "corpus" / "manifest.jsonl")
     one = [{**row, "path": str(work.folder / "corpus" / row["path"]), "split": "train"} for row in rows]
-    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in one))
+    write_jsonl(tmp_path / "manifest.jsonl", one)
     recipe("demo.py").gather(str(tmp_path), tmp_path / "out")
     speakers = {s: {u.speaker for u in read_corpus(tmp_path / "out", [s])} for s in ("train", "dev", "test")}
     assert sum(map(len, speakers.values())) == 3

@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from string import Template
 from types import ModuleType
@@ -113,20 +113,18 @@ def paper(tmp_path: Path, make_qwen2: Callable, make_text_tokenizer: Callable, m
 
 @pytest.fixture
 def run(
-    recipe: Callable[[str], ModuleType], config_class: Callable[[str], type], without_pictures: None
-) -> Iterator[Callable[[str, list[str]], None]]:
-    from accelerate.state import AcceleratorState, GradientState
-
+    recipe: Callable[[str], ModuleType],
+    config_class: Callable[[str], type],
+    new_accelerator: Callable[[], None],
+    without_pictures: None,
+) -> Callable[[str, list[str]], None]:
     def run(name: str, words: list[str]) -> None:
         config = words[words.index("--config") + 1] if "--config" in words else None
         changes = [word for word in words if "=" in word] + SIZES.get(name, "").split()
         recipe(name).main(load_config(config_class(name), config, changes))
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        new_accelerator()
 
-    yield run
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    return run
 
 
 def commands(variables: dict[str, str]) -> list[tuple[str, list[str]]]:

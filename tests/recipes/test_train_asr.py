@@ -1,19 +1,20 @@
 """recipes/train_asr.py on a handful of tiny utterances: killed, cut into processes, stopped early, as an adapter."""
 
+from __future__ import annotations
+
 import functools
 import json
 import math
 import os
-import runpy
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -52,8 +53,11 @@ from tokenizer.files import read_jsonl, write_jsonl
 from tokenizer.settings import SettingsError
 from tokenizer.training.small_teachers import FrameClassifier, save_recognizer, small_hubert
 
+if TYPE_CHECKING:
+    from tests.recipes.conftest import Work
+
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = str(ROOT / "recipes" / "train_asr.py")
+RECIPE = "train_asr.py"
 SIZES = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -78,41 +82,11 @@ LORA = f"{BASE} model=base train=lora lora.rank=4 lora.alpha=8 lora.dropout=0.2 
 TEXTS = ["ON", "RED LAMP", "TURN ON THE RED LAMP", "LAMP", "THE RED"]
 
 
-class Work:
-    """A folder with codes, their codec and a language model; every run in it is checked to end well."""
-
-    def __init__(self, folder: Path, start: Callable):
-        self.folder, self.start = folder, start
-
-    def run(self, words: str, processes: int = 1) -> None:
-        process = self.start("train_asr.py", words, self.folder, processes)
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors[-3000:]
-
-    def kill(self, words: str, run: str) -> None:
-        """Start it, and kill it as soon as there are two checkpoints: then it is past the first validation."""
-        process = self.start("train_asr.py", words, self.folder)
-        while len(list((self.folder / run / "checkpoints").glob("step_*.pt"))) < 2:
-            assert process.poll() is None, process.communicate()[1][-3000:]
-            time.sleep(0.005)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -9 and not (self.folder / run / "done.json").exists()
-
-    def weights(self, run: str) -> dict[str, torch.Tensor]:
-        (file,) = (self.folder / run / "model").glob("*model.safetensors")
-        return load_file(file)
-
-    def log(self, run: str, key: str) -> dict[int, float]:
-        return {int(line["step"]): line[key] for line in read_log(self.folder / run) if key in line}
-
-    def done(self, run: str) -> dict:
-        return json.loads((self.folder / run / "done.json").read_text(encoding="utf-8"))
-
-
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory, small_codec: SpeechCodec, start_recipe: Callable) -> Work:
-    folder = tmp_path_factory.mktemp("asr")
+def work(make_work: Callable[[], Work], small_codec: SpeechCodec) -> Work:
+    """Codes, their codec and a language model, and a run with everything on."""
+    work = make_work()
+    folder = work.folder
     draw = np.random.default_rng(0)
     utterances = []
     for i in range(15):
@@ -129,30 +103,14 @@ def work(tmp_path_factory: pytest.TempPathFactory, small_codec: SpeechCodec, sta
         torch.manual_seed(0)
         small_qwen2(text_tokenizer, **SIZES, initializer_range=0.5).save_pretrained(folder / "base")
     text_tokenizer.save_pretrained(folder / "base")
-    work = Work(folder, start_recipe)
-    work.run(f"{EVERYTHING} output=whole")
+    work.run(RECIPE, f"{EVERYTHING} output=whole")
     return work
 
 
 @pytest.fixture
-def here(work: Work, monkeypatch: pytest.MonkeyPatch, without_pictures: None) -> Iterator[Callable[..., None]]:
-    """Run the recipe as the command line does, in this process and without the seconds of importing."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+def here(here: Callable, monkeypatch: pytest.MonkeyPatch, without_pictures: None) -> Callable[..., None]:
     monkeypatch.setitem(SIZES_OF_PRODUCTS, "cpu", 16)  # the plan need not know how fast this machine is
-    monkeypatch.chdir(work.folder)
-
-    def run(words: str, *more: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["train_asr.py", *words.split(), *more])
-        runpy.run_path(RECIPE, run_name="__main__")
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    with torch.set_grad_enabled(True):
-        yield run
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    return functools.partial(here, RECIPE)
 
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float) -> None:
@@ -210,12 +168,12 @@ def test_the_exported_model_has_the_rate_of_the_best_validation(work: Work) -> N
 
 def test_a_killed_run_resumes_bit_for_bit(work: Work) -> None:
     words = f"{EVERYTHING} output=killed"
-    work.kill(words, "killed")
+    work.kill(RECIPE, words, "killed", checkpoints=2)  # past the first validation
     with (work.folder / "killed" / "log.jsonl").open("r+") as file:
         lines = file.read()
         file.seek(0)
         file.write('{"step": 0, "before": "the kill"}\n' + lines)
-    work.run(words)
+    work.run(RECIPE, words)
     log = read_log(work.folder / "killed")
     assert log[0] == {"step": 0, "before": "the kill"}  # it went on instead of starting over
     assert log[1:] == read_log(work.folder / "whole") and work.done("killed") == work.done("whole")
@@ -223,7 +181,7 @@ def test_a_killed_run_resumes_bit_for_bit(work: Work) -> None:
 
 
 def test_two_processes_and_other_micro_batches_train_the_same(work: Work) -> None:
-    work.run(f"{EVERYTHING} micro_batch_tokens=70 output=two", processes=2)
+    work.run(RECIPE, f"{EVERYTHING} micro_batch_tokens=70 output=two", processes=2)
     assert_close(work.weights("two"), work.weights("whole"), atol=1e-5)
     for key in ("loss", "speech_loss"):
         assert list(work.log("two", key).values()) == pytest.approx(list(work.log("whole", key).values()), abs=1e-4)
@@ -234,7 +192,7 @@ def test_two_processes_and_other_micro_batches_train_the_same(work: Work) -> Non
 
 @pytest.fixture(scope="module")
 def lora(work: Work) -> Work:
-    work.run(f"{LORA} output=lora")
+    work.run(RECIPE, f"{LORA} output=lora")
     return work
 
 
@@ -252,10 +210,10 @@ def test_only_the_adapter_is_trained_and_saved(lora: Work, monkeypatch: pytest.M
 
 
 def test_a_killed_adapter_training_resumes_bit_for_bit(lora: Work) -> None:
-    lora.kill(f"{LORA} output=lora_killed", "lora_killed")
+    lora.kill(RECIPE, f"{LORA} output=lora_killed", "lora_killed", checkpoints=2)
     state = torch.load(sorted((lora.folder / "lora_killed" / "checkpoints").iterdir())[0], weights_only=True)
     assert all("lora_" in name or "trainable_tokens" in name for name in state["model"])  # the rest is not trained
-    lora.run(f"{LORA} output=lora_killed")
+    lora.run(RECIPE, f"{LORA} output=lora_killed")
     assert read_log(lora.folder / "lora_killed") == read_log(lora.folder / "lora")
     assert_close(lora.weights("lora_killed"), lora.weights("lora"), atol=0)
 
@@ -382,9 +340,9 @@ def test_a_killed_training_on_features_resumes_bit_for_bit(other_speech: Work) -
         f"{SMALL} layers=1 codes=features codec=features:hubert weight_average=0.8 augmentation.tempo=0.2 "
         "augmentation.mask=0.1 augmentation.spans=1"
     )
-    other_speech.run(f"{words} output=features_whole")
-    other_speech.kill(f"{words} output=features_killed", "features_killed")
-    other_speech.run(f"{words} output=features_killed")
+    other_speech.run(RECIPE, f"{words} output=features_whole")
+    other_speech.kill(RECIPE, f"{words} output=features_killed", "features_killed", checkpoints=2)
+    other_speech.run(RECIPE, f"{words} output=features_killed")
     assert read_log(other_speech.folder / "features_killed") == read_log(other_speech.folder / "features_whole")
     assert_close(other_speech.weights("features_killed"), other_speech.weights("features_whole"), atol=0)
     projectors = [
@@ -581,15 +539,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_two_processes_with_sharded_weights_train_the_same(work: Work) -> None:
     words = f"{BASE} model=base steps=6 weight_decay=0.1 micro_batch_tokens=200"
-    work.run(f"{words} output=undivided")
+    work.run(RECIPE, f"{words} output=undivided")
     (work.folder / "fsdp.py").write_text(FSDP_ON_CPU)
     settings = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text(encoding="utf-8"))
     renamed = {name.upper().replace("LAYER_CLS", "CLS"): f"{value}" for name, value in settings["fsdp_config"].items()}
     environment = {**renamed, "ACCELERATE_USE_FSDP": "true"}
-    command = f"{RECIPE} {words} output=divided"
-    process = work.start(str(work.folder / "fsdp.py"), command, work.folder, processes=2, environment=environment)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors[-3000:]
+    command = f"{ROOT / 'recipes' / RECIPE} {words} output=divided"
+    work.run(str(work.folder / "fsdp.py"), command, processes=2, environment=environment)
     assert work.log("divided", "loss") == pytest.approx(work.log("undivided", "loss"), abs=1e-5)
     assert work.log("divided", "dev_wer") == work.log("undivided", "dev_wer")
     assert_close(work.weights("divided"), work.weights("undivided"), atol=1e-4)
@@ -597,8 +553,8 @@ def test_two_processes_with_sharded_weights_train_the_same(work: Work) -> None:
 
 def test_two_processes_train_the_same_adapter_as_one(work: Work) -> None:
     words = LORA.replace("lora.dropout=0.2", "lora.dropout=0 steps=6")
-    work.run(f"{words} output=adapter_1")
-    work.run(f"{words} output=adapter_2", processes=2)
+    work.run(RECIPE, f"{words} output=adapter_1")
+    work.run(RECIPE, f"{words} output=adapter_2", processes=2)
     assert_close(work.weights("adapter_2"), work.weights("adapter_1"), atol=1e-4)
 
 

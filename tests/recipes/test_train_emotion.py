@@ -4,18 +4,16 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import soundfile
 import torch
 
 from speechllm import Codes, CorpusError, DataError, Encoding, SpeechCodec, load_codes, read_corpus
-from speechllm.data.shards import SCHEMA, SPEECH, open_shard, write_table
+from speechllm.data.shards import open_shard, write_rows, write_table
 from speechllm.reports.plots import confusion_figure
 from speechllm.runs.config import load_config
 from speechllm.training.emotion import EMOTIONS, EmotionClassifier, actor_folds, emotional_speech, small_bert
@@ -36,13 +34,11 @@ def ravdess_id(emotion: str, actor: int, statement: int = 1, repetition: int = 1
 
 def write_codes(folder: Path, rows: list[tuple[str, np.ndarray]], encoding: Encoding) -> Path:
     """Encoded utterances (id, codes int [Q, T]) as encode_speech writes them."""
-    folder.mkdir(parents=True)
     table = [
         {"id": name, "split": "train", "duration_s": codes.shape[1] / 50, "codes": codes.flatten().astype(np.uint16)}
         for name, codes in rows
     ]
-    schema = SCHEMA.append(SPEECH["codes"]).with_metadata({"encoding": json.dumps(asdict(encoding))})
-    write_table(folder / "codes_00000.arrow", pa.Table.from_pylist(table, schema))
+    write_rows(folder / "codes_00000.arrow", table, encoding, {})
     return folder
 
 

@@ -22,6 +22,7 @@ from speechllm.small_model import SmallShape, small_text_tokenizer
 from tokenizer.files import write_text
 from tokenizer.tables import TableError
 
+pytestmark = pytest.mark.usefixtures("new_accelerator", "without_pictures")
 WORDS = "the a red blue lamp door opens closes now never Anna's room is small, dark and cold".split()
 
 
@@ -31,11 +32,7 @@ def train_text(recipe: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture
-def config(
-    train_text: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_pictures: None
-) -> Iterator[object]:
-    from accelerate.state import AcceleratorState, GradientState
-
+def config(train_text: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     draw = random.Random(0)
@@ -57,8 +54,6 @@ def config(
             save_every=2,
             log_every=1,
         )
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def weights(config: object) -> dict[str, torch.Tensor]:

@@ -15,6 +15,8 @@ from torch import Tensor
 from speechllm import CorpusError, RunError, SpeechCodecConfig, Utterance, load_audio, read_corpus
 from speechllm.runs.run import Run, read_log
 from tokenizer.corpus import spread
+from tokenizer.files import write_jsonl
+from tokenizer.training.small_teachers import save_hubert, small_hubert
 from tokenizer.training.step import CodecLoss
 
 pytestmark = [pytest.mark.filterwarnings("ignore:skipped"), pytest.mark.usefixtures("new_accelerator")]
@@ -36,7 +38,7 @@ def corpus(tmp_path: Path, noise: Callable[..., Tensor]) -> Path:
         rows.append({**row, "text": "A B" if i % 2 else "B A", "speaker": f"s{i % 3}"})
     for i in (0, DEV):
         (folder / f"u{i:02}.flac").write_text("not a sound")
-    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(folder / "manifest.jsonl", rows)
     return folder
 
 
@@ -161,7 +163,7 @@ def test_a_step_with_a_non_finite_gradient_leaves_codec_and_balancer_as_they_wer
         return loss * (torch.nan if len(before) == 2 else 1), metrics
 
     monkeypatch.setattr(CodecLoss, "forward", broken)
-    run = train(steps=4, log_every=1)
+    run = train(steps=4, log_every=1, dev_splits=["dev"], dev_utterances=2, validate_every=2)
     changed = [
         {name for name, value in after.items() if not torch.equal(value, then[name])}
         for then, after in zip(before[1:], before[2:], strict=False)
@@ -169,6 +171,7 @@ def test_a_step_with_a_non_finite_gradient_leaves_codec_and_balancer_as_they_wer
     assert changed[0] == set() and {"quantizer.codebooks", "quantizer.usage", "mel"} < changed[1]
     assert json.loads((run / "done.json").read_text())["non_finite"] == 1
     assert [line["step"] for line in read_log(run) if "mel" in line] == [1, 3, 4]
+    assert [line["step"] for line in read_log(run) if "dev_mel" in line] == [2, 4]
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -322,6 +325,20 @@ def test_a_teacher_killed_while_it_ends_ends_the_same(
         train("run")
     monkeypatch.undo()
     assert_ended_alike(train("run"), whole)
+
+
+def test_a_published_teacher_trains_with_its_dropout_and_whole_speech(
+    recipe: Callable[[str], ModuleType], corpus: Path, tmp_path: Path
+) -> None:
+    hubert = small_hubert(16, 1)
+    hubert.config.hidden_dropout, hubert.config.layerdrop, hubert.config.apply_spec_augment = 0.5, 0.5, True
+    save_hubert(hubert, tmp_path / "hubert")
+    module = recipe("train_teacher.py")
+    config = module.TeacherConfig(data=str(corpus), output="run", init=str(tmp_path / "hubert"), **KINDS["ctc"])
+    found = module.SemanticStudent(config, read_corpus(corpus)).classifier.hubert
+    assert [module.p for module in found.modules() if isinstance(module, torch.nn.Dropout)].count(0.5) > 1
+    assert all(module.training for module in found.modules())
+    assert (found.config.layerdrop, found.config.apply_spec_augment) == (0, False)
 
 
 @pytest.mark.parametrize("name", KINDS)

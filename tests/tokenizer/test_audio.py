@@ -432,6 +432,15 @@ def test_channels_that_are_not_opposite_are_averaged_however_many(tmp_path: Path
     np.testing.assert_allclose(found.numpy(), channels.mean(1), atol=1e-6)
 
 
+@pytest.mark.parametrize("count", [64, 65])
+def test_so_many_channels_can_be_read_and_no_more(tmp_path: Path, count: int) -> None:
+    recording = written(tmp_path, np.random.default_rng(0).uniform(-0.5, 0.5, (RATE, count)).astype("float32"))
+    if count > 64:
+        assert every_reason(recording) == "channels"
+    else:
+        assert len(load_audio(recording)) == RATE
+
+
 # ---- sample rates
 
 

@@ -81,7 +81,7 @@ def test_a_job_that_failed_before_it_wrote_anything_leaves_the_folder_free(tmp_p
     assert json.loads((tmp_path / "claim.json").read_text()) == {"job": "train"}
 
 
-def test_a_folder_of_an_earlier_version_is_recognised_by_what_it_holds(tmp_path: Path) -> None:
+def test_a_folder_without_a_claim_is_recognised_by_what_it_holds(tmp_path: Path) -> None:
     write_text(tmp_path / "request.json", "{}")
     claim_folder(tmp_path, "encode", own=lambda folder: (folder / "request.json").exists())
     with pytest.raises(OutputError):  # now it has a claim, which decides

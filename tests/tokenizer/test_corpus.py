@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 from speechllm import AudioError, CorpusError, InputError, Utterance, load_audio, read_corpus
 from speechllm.runs.machine import available_cpus
 from tokenizer import corpus as corpus_module
-from tokenizer.corpus import frame_phones, load_each, load_usable
+from tokenizer.corpus import load_each, load_usable
 from tokenizer.files import read_jsonl
 from tokenizer.prefetch import prefetch
 from tokenizer.training.crops import Crops, StepSampler
-from tokenizer.utterances import Phones
+from tokenizer.utterances import Phones, frame_phones
 
 RATE = 16_000
 SECONDS = (1.5, 0.25, 2.0, 0.5, 1.0)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
+from tokenizer.codec.batch_norm import BatchNorm1d
 from tokenizer.codec.seanet import RESIDUAL_KERNEL, Conv1d, ConvStyle
 from tokenizer.rates import HOP_LENGTH
 
@@ -45,17 +46,17 @@ class LogMel(nn.Module):
 class LogMelEncoder(nn.Module):
     """Waveform float [B, 1, N] -> latents float [B, D, ceil(N / 320)] by log-mel frames and convolutions."""
 
-    def __init__(self, dimension: int, channels: int, sample_rate: int, style: ConvStyle = ConvStyle()):
+    def __init__(self, dimension: int, channels: int, sample_rate: int, style: ConvStyle):
         super().__init__()
         self.log_mel = LogMel(sample_rate)
-        self.input_norm = nn.BatchNorm1d(BANDS)
+        self.input_norm = BatchNorm1d(BANDS)
         self.layers = nn.Sequential(
-            Conv1d(BANDS, channels, 5, style=style),
+            Conv1d(BANDS, channels, 5, style),
             nn.ELU(),
-            Conv1d(channels, channels, 4, 2, style),
+            Conv1d(channels, channels, 4, style, stride=2),
             *(Residual(channels, style) for _ in range(3)),
             nn.ELU(),
-            Conv1d(channels, dimension, 3, style=style),
+            Conv1d(channels, dimension, 3, style),
         )
 
     @property
@@ -69,15 +70,11 @@ class LogMelEncoder(nn.Module):
 class Residual(nn.Module):
     """Two convolutions, of kernels 3 and 1, with a skip connection."""
 
-    def __init__(self, channels: int, style: ConvStyle = ConvStyle()):
+    def __init__(self, channels: int, style: ConvStyle):
         super().__init__()
-        self.channels = channels
-        self.block = nn.Sequential(
-            nn.ELU(),
-            Conv1d(channels, channels, RESIDUAL_KERNEL, style=style),
-            nn.ELU(),
-            Conv1d(channels, channels, 1, style=style),
-        )
+        conv = Conv1d(channels, channels, RESIDUAL_KERNEL, style)
+        self.out_channels, self.past, self.ahead = channels, conv.past, conv.ahead
+        self.block = nn.Sequential(nn.ELU(), conv, nn.ELU(), Conv1d(channels, channels, 1, style))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.block(x)

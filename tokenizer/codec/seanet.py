@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from tokenizer.codec.batch_norm import BatchNorm1d
+from tokenizer.frames import frame_count
+
 KERNEL = 7
 RESIDUAL_KERNEL = 3
 
@@ -19,9 +22,9 @@ RESIDUAL_KERNEL = 3
 class ConvStyle:
     """Settings shared by all convolutions: weight_norm, batch_norm or none; causal or not; reflect or constant."""
 
-    norm: str = "weight_norm"
-    causal: bool = False
-    pad_mode: str = "reflect"
+    norm: str
+    causal: bool
+    pad_mode: str
 
 
 def _normalized(conv: nn.Module, norm: str) -> nn.Module:
@@ -29,31 +32,22 @@ def _normalized(conv: nn.Module, norm: str) -> nn.Module:
 
 
 class Conv1d(nn.Module):
-    """Convolution that returns exactly ceil(N / stride) frames, padded on both sides or (causal) on the left only."""
+    """Convolution that returns exactly ceil(N / stride) frames, padded on both sides or (causal) on the left only.
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int,
-        stride: int = 1,
-        style: ConvStyle = ConvStyle(),
-    ):
+    past, ahead: inputs that an output sees before and after its own, here and in the layers below.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, style: ConvStyle, stride: int = 1):
         super().__init__()
         self.conv = _normalized(nn.Conv1d(in_channels, out_channels, kernel, stride), style.norm)
-        if style.norm == "batch_norm":
-            self.norm = nn.BatchNorm1d(out_channels)
-        self.kernel = kernel
-        self.stride = stride
-        self.out_channels = out_channels
-        self.style = style
+        self.norm = BatchNorm1d(out_channels) if style.norm == "batch_norm" else nn.Identity()
+        self.out_channels, self.stride, self.pad_mode = out_channels, stride, style.pad_mode
+        self.ahead = 0 if style.causal else (kernel - stride) // 2
+        self.past = kernel - stride - self.ahead
 
     def forward(self, x: Tensor) -> Tensor:
-        total = self.kernel - self.stride
         extra = -x.shape[-1] % self.stride
-        right = 0 if self.style.causal else total // 2
-        x = self.conv(_pad(x, total - right, right + extra, self.style.pad_mode))
-        return self.norm(x) if hasattr(self, "norm") else x
+        return self.norm(self.conv(_pad(x, self.past, self.ahead + extra, self.pad_mode)))
 
 
 def _pad(x: Tensor, left: int, right: int, mode: str) -> Tensor:
@@ -69,29 +63,16 @@ def _pad(x: Tensor, left: int, right: int, mode: str) -> Tensor:
 class ConvTranspose1d(nn.Module):
     """Transposed convolution that returns exactly T * stride samples."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int,
-        stride: int,
-        style: ConvStyle = ConvStyle(),
-    ):
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, style: ConvStyle, stride: int):
         super().__init__()
         self.conv = _normalized(nn.ConvTranspose1d(in_channels, out_channels, kernel, stride), style.norm)
-        if style.norm == "batch_norm":
-            self.norm = nn.BatchNorm1d(out_channels)
-        self.kernel = kernel
-        self.stride = stride
-        self.out_channels = out_channels
-        total = kernel - stride
-        self.right = total if style.causal else total // 2
-        self.left = total - self.right
+        self.norm = BatchNorm1d(out_channels) if style.norm == "batch_norm" else nn.Identity()
+        self.out_channels, self.stride = out_channels, stride
+        self.left = 0 if style.causal else (kernel - stride + 1) // 2  # samples before the first one returned
+        self.past, self.ahead = (kernel - 1 - self.left) // stride, frame_count(self.left, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        x = x[..., self.left : x.shape[-1] - self.right]
-        return self.norm(x) if hasattr(self, "norm") else x
+        return self.norm(self.conv(x)[..., self.left : self.left + x.shape[-1] * self.stride])
 
 
 class LSTM(nn.Module):
@@ -121,15 +102,12 @@ class LSTM(nn.Module):
 class ResidualUnit(nn.Module):
     """Two convolutions with half the channels in between, and a 1x1 convolution as shortcut."""
 
-    def __init__(self, channels: int, style: ConvStyle = ConvStyle()):
+    def __init__(self, channels: int, style: ConvStyle):
         super().__init__()
-        self.block = nn.Sequential(
-            nn.ELU(),
-            Conv1d(channels, channels // 2, RESIDUAL_KERNEL, style=style),
-            nn.ELU(),
-            Conv1d(channels // 2, channels, 1, style=style),
-        )
-        self.shortcut = Conv1d(channels, channels, 1, style=style)
+        conv = Conv1d(channels, channels // 2, RESIDUAL_KERNEL, style)
+        self.out_channels, self.past, self.ahead = channels, conv.past, conv.ahead
+        self.block = nn.Sequential(nn.ELU(), conv, nn.ELU(), Conv1d(channels // 2, channels, 1, style))
+        self.shortcut = Conv1d(channels, channels, 1, style)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.shortcut(x) + self.block(x)
@@ -138,25 +116,18 @@ class ResidualUnit(nn.Module):
 class SEANetEncoder(nn.Module):
     """Waveform float [B, 1, N] -> latents float [B, D, ceil(N / hop)], hop = product of the strides."""
 
-    def __init__(
-        self,
-        dimension: int,
-        n_filters: int,
-        strides: tuple[int, ...],
-        lstm: str = "forward",
-        style: ConvStyle = ConvStyle(),
-    ):
+    def __init__(self, dimension: int, n_filters: int, strides: tuple[int, ...], lstm: str, style: ConvStyle):
         super().__init__()
-        layers: list[nn.Module] = [Conv1d(1, n_filters, KERNEL, style=style)]
+        layers: list[nn.Module] = [Conv1d(1, n_filters, KERNEL, style)]
         channels = n_filters
         for stride in strides:
             layers += [ResidualUnit(channels, style), nn.ELU()]
-            layers += [Conv1d(channels, 2 * channels, 2 * stride, stride, style)]
+            layers += [Conv1d(channels, 2 * channels, 2 * stride, style, stride)]
             channels *= 2
         if lstm != "none":
             layers.append(LSTM(channels, bidirectional=lstm == "bidirectional"))
             channels *= 2 if lstm == "bidirectional" else 1
-        layers += [nn.ELU(), Conv1d(channels, dimension, KERNEL, style=style)]
+        layers += [nn.ELU(), Conv1d(channels, dimension, KERNEL, style)]
         self.layers = nn.Sequential(*layers)
 
     @property
@@ -184,26 +155,19 @@ class SEANetDecoder(nn.Module):
     Its LSTM is unidirectional even if the encoder's is bidirectional (as in SpeechTokenizer).
     """
 
-    def __init__(
-        self,
-        dimension: int,
-        n_filters: int,
-        strides: tuple[int, ...],
-        lstm: str = "forward",
-        style: ConvStyle = ConvStyle(),
-    ):
+    def __init__(self, dimension: int, n_filters: int, strides: tuple[int, ...], lstm: str, style: ConvStyle):
         super().__init__()
         channels = n_filters * 2 ** len(strides)
-        layers: list[nn.Module] = [Conv1d(dimension, channels, KERNEL, style=style)]
+        layers: list[nn.Module] = [Conv1d(dimension, channels, KERNEL, style)]
         if lstm != "none":
             layers.append(LSTM(channels))
         for stride in reversed(strides):
-            layers += [nn.ELU(), ConvTranspose1d(channels, channels // 2, 2 * stride, stride, style)]
+            layers += [nn.ELU(), ConvTranspose1d(channels, channels // 2, 2 * stride, style, stride)]
             channels //= 2
             layers.append(ResidualUnit(channels, style))
         # batch normalisation would remove the waveform's level
         last = replace(style, norm="none") if style.norm == "batch_norm" else style
-        layers += [nn.ELU(), Conv1d(channels, 1, KERNEL, style=last)]
+        layers += [nn.ELU(), Conv1d(channels, 1, KERNEL, last)]
         self.layers = nn.Sequential(*layers)
 
     @property

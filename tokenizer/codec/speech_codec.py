@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenizer.audio import fit_length, pad_waveforms
+from tokenizer.codec.batch_norm import BatchNorm1d
 from tokenizer.codec.config import SpeechCodecConfig
 from tokenizer.codec.convnext import ConvNeXtDecoder, ConvNeXtEncoder
 from tokenizer.codec.log_mel import LogMelEncoder
@@ -67,7 +68,7 @@ class SpeechCodec(
         self.encoder, self.decoder = _body(config)
         # without it, a small, briefly trained encoder returns a constant plus a little signal, and k-means finds only
         # a few codes; a fixed scale also makes loss weights comparable between runs
-        self.latent_norm = nn.BatchNorm1d(config.dimension, affine=False) if config.norm == "batch_norm" else None
+        self.latent_norm = BatchNorm1d(config.dimension, affine=False) if config.norm == "batch_norm" else None
         self.quantizer = ResidualVectorQuantizer(
             config.dimension,
             config.num_codebooks,

@@ -6,11 +6,12 @@ that looks ahead waits for the inputs that its outputs depend on.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tokenizer.codec.batch_norm import BatchNorm1d
 from tokenizer.codec.config import SpeechCodecConfig
 from tokenizer.codec.convnext import (
     SUBFRAMES,
@@ -23,7 +24,7 @@ from tokenizer.codec.convnext import (
 )
 from tokenizer.codec.log_mel import BANDS, MEL_HOP, LogMel, Residual
 from tokenizer.codec.quantizer import ResidualVectorQuantizer
-from tokenizer.codec.seanet import LSTM, RESIDUAL_KERNEL, Conv1d, ConvTranspose1d, ResidualUnit
+from tokenizer.codec.seanet import LSTM, Conv1d, ConvTranspose1d, ResidualUnit
 from tokenizer.errors import InputError
 from tokenizer.frames import frame_count
 from tokenizer.interface import Codes, require_layers
@@ -32,40 +33,15 @@ from tokenizer.rates import HOP_LENGTH
 Stage = Callable[[Tensor, bool], Tensor]  # new inputs [1, C, n], whether they are the last ones -> new outputs
 
 
-class Staged(Protocol):
-    """An encoder or decoder."""
-
-    @property
-    def stages(self) -> Sequence[Layer]:
-        """Its layers, from the first to the last."""
-
-
 class StreamableCodec(Protocol):
     """The parts of a `SpeechCodec` that a stream needs; that module imports this one."""
 
     config: SpeechCodecConfig
     training: bool
-
-    @property
-    def encoder(self) -> Staged: ...
-
-    @property
-    def decoder(self) -> Staged: ...
-
-    @property
-    def latent_norm(self) -> nn.Module | None: ...
-
-    @property
-    def quantizer(self) -> ResidualVectorQuantizer: ...
-
-    @property
-    def codebooks(self) -> Tensor: ...
-
-    @property
-    def num_codebooks(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
+    encoder: Any  # a module whose `stages` are its layers, from the first to the last; so is the decoder
+    decoder: Any
+    latent_norm: BatchNorm1d | None
+    quantizer: ResidualVectorQuantizer
 
 
 class _Windowed:
@@ -142,22 +118,16 @@ class _Gathered:
         return self.layer(x)
 
 
-def _stage(layer: Layer, causal: bool, reflect: bool) -> Stage:
+def _stage(layer: Layer, reflect: bool) -> Stage:
     match layer:
         case LSTM():
             return _Gathered(layer) if layer.lstm.bidirectional else _Recurrent(layer)
         case Conv1d():
-            past, ahead = _sides(layer.kernel, layer.stride, causal)
-            return _Windowed(layer, past, ahead, layer.out_channels, reflect, down=layer.stride)
+            return _Windowed(layer, layer.past, layer.ahead, layer.out_channels, reflect, down=layer.stride)
         case ConvTranspose1d():
-            past, ahead = (layer.kernel - 1 - layer.left) // layer.stride, frame_count(layer.left, layer.stride)
-            return _Windowed(layer, past, ahead, layer.out_channels, reflect, up=layer.stride)
-        case ResidualUnit():
-            past, ahead = _sides(RESIDUAL_KERNEL, 1, causal)
-            return _Windowed(layer, past, ahead, layer.shortcut.out_channels, reflect)
-        case Residual():
-            past, ahead = _sides(RESIDUAL_KERNEL, 1, causal)
-            return _Windowed(layer, past, ahead, layer.channels, reflect)
+            return _Windowed(layer, layer.past, layer.ahead, layer.out_channels, reflect, up=layer.stride)
+        case ResidualUnit() | Residual():
+            return _Windowed(layer, layer.past, layer.ahead, layer.out_channels, reflect)
         case LogMel():
             frames = HOP_LENGTH // MEL_HOP
             return _Windowed(lambda x: layer(x[:, 0]), layer.margin, layer.margin, BANDS, False, HOP_LENGTH, frames)
@@ -174,20 +144,12 @@ def _stage(layer: Layer, causal: bool, reflect: bool) -> Stage:
     return lambda x, last: layer(x)  # processes each frame separately
 
 
-def _sides(kernel: int, stride: int, causal: bool) -> tuple[int, int]:
-    """Inputs before and after those of an output that a convolution of this package sees."""
-    total = kernel - stride
-    ahead = 0 if causal else total // 2
-    return total - ahead, ahead
-
-
 class _Stream:
     """A chain of stages that processes one utterance, from its first chunk to its last."""
 
     def __init__(self, codec: StreamableCodec, layers: Sequence[Layer]) -> None:
-        self._codec = codec
-        causal, reflect = codec.config.causal, codec.config.pad_mode == "reflect"
-        self._stages = [_stage(layer, causal, reflect) for layer in layers]
+        self._quantizer = codec.quantizer
+        self._stages = [_stage(layer, codec.config.pad_mode == "reflect") for layer in layers]
         self._finished = False
 
     def _run(self, x: Tensor, last: bool) -> Tensor:
@@ -223,11 +185,11 @@ class ChunkedEncoder(_Stream):
 
     @torch.no_grad()
     def _step(self, samples: Tensor, last: bool) -> Tensor:
-        new = samples[None, None].to(self._codec.device)
+        new = samples[None, None].to(self._quantizer.codebooks.device)
         latents, first = self._run(new, last), None
         if self._first is not None:
             first, self._first = self._first.tensor_split([latents.shape[2]])
-        return self._codec.quantizer.encode(latents, self._layers, first)[0]
+        return self._quantizer.encode(latents, self._layers, first)[0]
 
 
 class StreamingEncoder(ChunkedEncoder):
@@ -246,7 +208,7 @@ class StreamingEncoder(ChunkedEncoder):
 
     def __init__(self, codec: StreamableCodec, layers: int | None = None) -> None:
         _check(codec)
-        require_layers(layers, codec.num_codebooks)
+        require_layers(layers, codec.config.num_codebooks)
         super().__init__(codec, layers)
 
     def push(self, samples: Tensor) -> Tensor:
@@ -262,7 +224,7 @@ class StreamingEncoder(ChunkedEncoder):
 
     def finish(self) -> Tensor:
         """The remaining frames, long [Q, t]; the encoder cannot be used afterwards."""
-        return self._step(self._codec.codebooks.new_zeros(0), last=True)
+        return self._step(self._quantizer.codebooks.new_zeros(0), last=True)
 
 
 class ChunkedDecoder(_Stream):
@@ -273,7 +235,7 @@ class ChunkedDecoder(_Stream):
 
     @torch.no_grad()
     def _step(self, ids: Tensor, last: bool) -> Tensor:
-        latents = self._codec.quantizer.decode(ids[None].to(self._codec.codebooks.device))
+        latents = self._quantizer.decode(ids[None].to(self._quantizer.codebooks.device))
         return self._run(latents, last)[0, 0]
 
 
@@ -293,10 +255,9 @@ class StreamingDecoder(ChunkedDecoder):
 
         Raises ValueError if the shape is not [Q', t], and after `finish`; InputError for codes beyond the codebooks.
         """
-        if ids.ndim != 2 or not 1 <= len(ids) <= self._codec.num_codebooks:
-            expected = f"ids long [1..{self._codec.num_codebooks}, t] of one utterance"
-            raise ValueError(f"expected {expected}, got shape {tuple(ids.shape)}")
-        layers, size, _ = self._codec.codebooks.shape
+        layers, size, _ = self._quantizer.codebooks.shape
+        if ids.ndim != 2 or not 1 <= len(ids) <= layers:
+            raise ValueError(f"expected ids long [1..{layers}, t] of one utterance, got shape {tuple(ids.shape)}")
         Codes(ids[None], torch.tensor([ids.shape[1]])).require(layers, size)
         return self._step(ids, last=False)
 

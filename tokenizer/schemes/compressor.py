@@ -106,10 +106,8 @@ class CtcCompressor(nn.Module):
         """Load what `save_pretrained` wrote, in eval mode; base: the tokenizer in its subfolder."""
         settings, file = read_pretrained_json(name, SETTINGS_FILE), Path(name) / WEIGHTS_FILE
         with reading(Path(name) / SETTINGS_FILE, "the settings of a compressor"):
-            layers, sizes = settings.get("layers"), (settings["width"], settings["depth"])
-            if layers is None and isinstance(base, DiscreteTokenizer) and base.num_codebooks > 1:
-                raise InputError(f"{name} does not say how many layers it reads, as none did once: train it again")
-            compressor = cls(base, settings["labels"], *sizes, layers=layers)
+            sizes = settings["width"], settings["depth"]
+            compressor = cls(base, settings["labels"], *sizes, layers=settings["layers"])
         fill_weights(compressor.network, read_weights(file, "the weights of a compressor"), file)
         return compressor.eval()
 

@@ -6,8 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tokenizer.errors import InputError
-from tokenizer.interface import Codes
+from tokenizer.interface import Codes, require_layers
 from tokenizer.pretrained import (
     SETTINGS_FILE,
     check_folder,
@@ -109,8 +108,7 @@ class UnitTokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
         """Waveforms float [B, N] at 16 kHz -> units long [B, 1, T]; one per 320 samples, or fewer (`shorten`)."""
-        if layers not in (None, 1):
-            raise InputError(f"units have 1 layer, got layers {layers}")
+        require_layers(layers, 1)
         features = self.encoder.encode(waveform, lengths)
         units = (self.nearest(features.utterance(index)) for index in range(len(features.lengths)))
         return Codes.from_utterances([self.shorten(row)[None] for row in units])

@@ -4,22 +4,19 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tokenizer.audio import AudioError, load_audio
+from tokenizer.audio import AudioError, fit_length, load_audio
 from tokenizer.codec.speech_codec import SpeechCodec
+from tokenizer.corpus import CorpusError, Utterance, as_skip, record_skip, recorded_s
 from tokenizer.errors import InputError
 from tokenizer.frames import frame_count
 from tokenizer.rates import HOP_LENGTH
-
-if TYPE_CHECKING:
-    from tokenizer.training.feature_cache import FeatureCache
-from tokenizer.corpus import CorpusError, Utterance, as_skip, record_skip, recorded_s
+from tokenizer.training.feature_cache import FeatureCache
 
 ATTEMPTS = 10  # recordings tried for one crop before giving up
 
@@ -80,14 +77,11 @@ class Crops(Dataset):
         start_s = start / self.sample_rate
         crop = load_audio(utterance.path, self.sample_rate, start_s=start_s, duration_s=self.crop_s)
         size = round(self.crop_s * self.sample_rate)
-        waveform = torch.zeros(size)
-        length = min(size, len(crop))
-        waveform[:length] = crop[:length]
         features = {
             name: cache.crop(utterance, start // cache.hop, frame_count(size, cache.hop))
             for name, cache in self.caches.items()
         }
-        return {"waveform": waveform, "length": length, **features}
+        return {"waveform": fit_length(crop, size), "length": min(size, len(crop)), **features}
 
     def __len__(self) -> int:
         return 2**40  # endless; the sampler decides when to stop

@@ -40,9 +40,10 @@ class MultiScaleMelLoss(nn.Module):
         )
         self.weights = [1 / len(windows)] * len(windows) if weights is None else list(weights)
         self.squared, self.power = squared, power
+        self.shortest = max(windows) // 2 + 1  # samples, which the largest window mirrors at the ends
 
     def forward(self, reconstruction: Tensor, original: Tensor) -> Tensor:
-        """Waveforms float [B, N] with N above half the largest window -> scalar."""
+        """Waveforms float [B, N], N at least `shortest` -> scalar."""
         with torch.autocast(original.device.type, enabled=False):
             total = original.new_zeros(())
             for mel, weight in zip(self.mels, self.weights, strict=True):
@@ -63,6 +64,8 @@ class Balancer:
     The gradient of each loss is divided by a moving average of its norm per utterance, so that weights do not depend on
     the scales of the losses. Every utterance of the batch adds a gradient of norm 1, in total, whatever the size of the
     batch and the number of processes that share it: hence the factor for processes, which average their gradients.
+    Losses beside it, at the latents, are means over the batch (as the commitment in EnCodec's code): in a batch that is
+    twice as large they weigh half as much beside what is balanced.
     """
 
     def __init__(self, weights: Mapping[str, float], decay: float = 0.999):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,8 +82,10 @@ class FrameClassifier(nn.Module):
     def __init__(self, hubert: "HubertModel", labels: int, normalize: bool = True):
         super().__init__()
         self.hubert, self.normalize = hubert, normalize
+        # distributed training waits for every gradient, and what was recorded may be shorter than a mask
+        hubert.config.layerdrop, hubert.config.apply_spec_augment = 0.0, False
         if (mask := getattr(hubert, "masked_spec_embed", None)) is not None:
-            mask.requires_grad_(False)  # unused here, and distributed training waits for every gradient
+            mask.requires_grad_(False)
         self.head = nn.Linear(hubert.config.hidden_size, labels)
         self.margin = receptive_field(hubert.config) - math.prod(hubert.config.conv_stride)
 
@@ -138,7 +141,7 @@ mean_var_norm: !new:speechbrain.processing.features.InputNormalization
     norm_type: sentence
     std_norm: False
 embedding_model: !new:speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN
-{_indent(arguments)}
+{textwrap.indent(arguments.rstrip(), "    ")}
 classifier: !new:torch.nn.Identity
 modules:
     compute_features: !ref <compute_features>
@@ -153,10 +156,6 @@ pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
         embedding_model: !ref <pretrained_path>/embedding_model.ckpt
 """
     (folder / "hyperparams.yaml").write_text(text, encoding="utf-8")
-
-
-def _indent(text: str) -> str:
-    return "\n".join("    " + line for line in text.rstrip().splitlines())
 
 
 def random_hubert(folder: Path) -> None:

@@ -87,7 +87,7 @@ def validate_codec(
     device = codec.codebooks.device
     figures: dict[str, list[float]] = {}
     counts = np.zeros((codec.num_codebooks, codec.codebook_size), int)
-    shortest = codec.sample_rate // 4  # the largest mel window must fit
+    shortest = max(codec.sample_rate // 4, mel.shortest)
     for waveform in waveforms:
         waveform = F.pad(waveform, (0, max(0, shortest - len(waveform))))[None].to(device)
         quantized = codec.quantizer(codec.latents(waveform), first=codec.given_codes(waveform))

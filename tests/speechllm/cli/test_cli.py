@@ -31,6 +31,7 @@ from speechllm.cli.main import main
 from speechllm.pieces import Piece, pieces
 from speechllm.reports import plots
 from tokenizer.errors import InputError
+from tokenizer.files import write_jsonl
 
 RATE = 16_000
 CLAIM = ("claim.json", ".lock")
@@ -45,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, noise: Callable[..., Tensor
     for seed, (name, split) in enumerate((("a", "train"), ("b", "test"))):
         save_audio(folder / f"{name}.flac", noise(RATE, seed=seed)[0])
         rows.append({"path": f"{name}.flac", "duration_s": 1.0, "split": split})
-    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(folder / "manifest.jsonl", rows)
     (folder / "broken.wav").write_bytes(b"not a sound")
     return folder
 
@@ -479,7 +480,7 @@ def test_wer_prints_the_rate_of_two_files(tmp_path: Path, capsys: Capture) -> No
 
 def write_predictions(file: Path, **texts: tuple[str, str]) -> str:
     rows = ({"id": name, "reference": said, "hypothesis": heard} for name, (said, heard) in texts.items())
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_jsonl(file, rows)
     return str(file)
 
 

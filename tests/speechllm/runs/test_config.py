@@ -411,45 +411,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_config(Job, tmp_path / "nowhere.yaml")
 
 
-# ---- keys that had another name
-
-
-@dataclass
-class Scoring:
-    recognizer: str | None = None
-
-
-@dataclass
-class Comparison:
-    recognizer: str | None = None
-    evaluation_recognizer: str | None = None
-    evaluation_speaker: str | None = None
-    part: Scoring = field(default_factory=Scoring)
-
-
-@pytest.mark.parametrize(
-    "cls, word, problem",
-    [
-        (Scoring, "judge=x", "judge is called recognizer now"),
-        (Comparison, "judge=x", "judge is called evaluation_recognizer now"),
-        (Comparison, "speaker_judge=x", "speaker_judge is called evaluation_speaker now"),
-        (Comparison, "judge_speaker=x", "judge_speaker is called evaluation_speaker now"),
-        (Comparison, "part.judge=x", "part.judge is called part.recognizer now"),
-        (
-            Scoring,
-            "normalizer=none",
-            "normalizer is no key of this recipe: texts are encoded as they are; set normalizer in train_asr and in "
-            "eval_asr",
-        ),
-        (Scoring, "speaker_judge=x", "unknown key speaker_judge; known keys: recognizer"),
-    ],
-)
-def test_a_renamed_key_is_refused_with_its_new_name(cls: type, word: str, problem: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        load_config(cls, None, [word])
-    assert str(error.value) == f"1 problem(s) in the configuration:\n  {problem}"
-
-
 # ---- configurations that come with the package
 
 

@@ -18,9 +18,10 @@ def test_numbers_that_slow_a_processor_down_count_as_zero() -> None:
     assert not (small * factor).any()
 
 
+@pytest.mark.usefixtures("new_accelerator")
 @pytest.mark.parametrize(("times", "words"), [(120.0, "120 times as long in bfloat16"), (0.5, "")])
 def test_a_processor_without_bfloat16_is_told_of(
-    times: float, words: str, new_accelerator: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    times: float, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(machine, "bf16_slowdown", lambda: times)
@@ -30,9 +31,8 @@ def test_a_processor_without_bfloat16_is_told_of(
     assert ("precision=no" in said) == bool(words)
 
 
-def test_float32_is_not_timed(
-    new_accelerator: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("new_accelerator")
+def test_float32_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(machine, "bf16_slowdown", lambda: pytest.fail("not asked for"))
     make_accelerator("no")
     assert not capsys.readouterr().err

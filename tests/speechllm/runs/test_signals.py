@@ -160,13 +160,24 @@ def test_signals_that_are_ignored_stay_ignored() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_the_command_says_one_line_and_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "words, works, hint",
+    [
+        ("wer a b", "score_files", "nothing is kept, the same command starts anew"),
+        ("transcribe a.wav --model m", "_transcribe", "nothing is kept, the same command starts anew"),
+        ("run demo", "find_recipe", "the same command goes on from what is finished"),
+        ("rehearse", "find_recipe", "the same command goes on from what is finished"),
+    ],
+)
+def test_the_command_says_one_line_and_130(
+    words: str, works: str, hint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     from speechllm.cli import main
 
     def interrupted(*_: object) -> int:
         os.kill(os.getpid(), signal.SIGINT)
         return 0
 
-    monkeypatch.setattr(main, "score_files", interrupted)
-    assert main.main(["wer", "a", "b"]) == 130
-    assert capsys.readouterr().err.startswith("\nended by SIGINT: ")
+    monkeypatch.setattr(main, works, interrupted)
+    assert main.main(words.split()) == 130
+    assert capsys.readouterr().err == f"\nended by SIGINT: {hint}\n"

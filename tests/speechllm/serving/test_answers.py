@@ -34,3 +34,9 @@ def test_subtitles(form: str, mark: str) -> None:
     content, _ = answer(SEGMENTS, form, "")
     assert content == {"srt": "", "vtt": "WEBVTT\n\n"}[form] + expected
     assert subtitles([], ",") == ""
+
+
+@pytest.mark.parametrize("form, text", [("srt", "R&D <b> -> 1 > 0 &lt;"), ("vtt", "R&amp;D &lt;b> -> 1 > 0 &amp;lt;")])
+def test_only_webvtt_escapes_what_it_would_take_for_marks(form: str, text: str) -> None:
+    content, _ = answer([Segment(0, 1, "R&D <b> --> 1 > 0 &lt;")], form, "")
+    assert content.splitlines()[-2:] == [text, ""]

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -31,6 +31,7 @@ from speechllm.pauses import quietest
 from speechllm.pieces import pieces
 from speechllm.serving import app as app_module
 from speechllm.serving import door
+from speechllm.serving.answers import Segment
 from speechllm.serving.app import TRANSCRIPTIONS, Service, make_app, while_connected
 from speechllm.serving.door import Limits, Refused
 from speechllm.serving.hosts import is_loopback
@@ -242,8 +243,11 @@ def _boundary() -> dict[str, str]:
 
 
 def test_pages_from_elsewhere_may_not_ask_a_server_without_a_key(client: TestClient, speech_llm: SpeechLLM) -> None:
-    for origin, status in (("http://localhost:7860", 200), ("https://example.org", 403), ("null", 403)):
-        assert client.get("/v1/models", headers={"Origin": origin}).status_code == status
+    for origin in ("http://localhost:7860", "http://[::1]:7860"):
+        assert client.get("/v1/models", headers={"Origin": origin}).status_code == 200
+    for origin in ("https://example.org", "null", "http://[::1"):
+        message = "a page from elsewhere may only ask a server that has a key"
+        assert refusal(client.get("/v1/models", headers={"Origin": origin})) == (403, message)
     with TestClient(make_app(speech_llm, "tiny", key="secret")) as client:
         headers = {"Origin": "https://example.org", "Authorization": "Bearer secret"}
         assert client.get("/v1/models", headers=headers).status_code == 200
@@ -262,6 +266,51 @@ def test_forms_are_small_beside_their_file(client: TestClient, recording: Path) 
 def test_what_takes_too_long_is_given_up(speech_llm: SpeechLLM, recording: Path) -> None:
     with TestClient(make_app(speech_llm, "tiny", Limits(time_s=0.0)), raise_server_exceptions=False) as client:
         assert refusal(ask(client, recording)) == (504, "this took longer than the server allows")
+
+
+def test_a_stream_that_takes_too_long_ends_with_an_error(
+    speech_llm: SpeechLLM, recording: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def segments(*_: object) -> AsyncIterator[Segment]:
+        yield Segment(0, 1, "hello")
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(Service, "segments", segments)
+    with TestClient(make_app(speech_llm, "tiny", Limits(time_s=1.0))) as client:
+        response = ask(client, recording, stream="true")
+        counted = client.get("/metrics").text
+    first, last = (json.loads(line.removeprefix("data: ")) for line in response.text.strip().split("\n\n"))
+    assert first == {"type": "transcript.text.delta", "delta": "hello"}
+    error = {"message": "this took longer than the server allows", "type": "server_error", "code": "timeout"}
+    assert last == {"type": "error", "error": {**error, "param": None}}
+    assert re.findall(r"^speechllm_requests_total.*", counted, re.M) == [
+        f'speechllm_requests_total{{path="{TRANSCRIPTIONS}",status="504"}} 1.0'
+    ]
+
+
+@pytest.mark.parametrize(
+    "kind, reads, ends", [("text/event-stream", True, 1), ("text/event-stream", False, 0), ("audio/wav", True, 0)]
+)
+def test_what_has_begun_and_takes_too_long_ends_as_its_reader_can_tell(
+    kind: str, reads: bool, ends: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "LINGER_S", 0.05)
+    sent: list[dict[str, object]] = []
+
+    async def app(scope: dict, receive: object, send: Callable) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind.encode())]})
+        await asyncio.sleep(60)
+
+    async def send(message: dict[str, object]) -> None:
+        if sent and not reads:
+            await asyncio.sleep(60)
+        sent.append(message)
+
+    entrance = door.Door(app, Limits(time_s=0.0), door.Metrics(), frozenset(), frozenset())
+    scope = {"type": "http", "method": "POST", "path": TRANSCRIPTIONS, "headers": []}
+    asyncio.run(asyncio.wait_for(entrance(scope, None, send), 30))
+    assert [message["type"] for message in sent] == ["http.response.start", *["http.response.body"] * ends]
+    assert entrance.working == 0
 
 
 def test_a_fault_of_the_server_says_nothing_about_it(

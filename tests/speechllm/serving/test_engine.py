@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from speechllm import SpeechLLM, transcribe
+from speechllm.serving import engine as engine_module
 from speechllm.serving.engine import Engine
 
 
@@ -77,13 +78,45 @@ def test_one_that_fails_does_not_take_the_others_along(
     assert torch.is_inference_mode_enabled() is False and engine.call(lambda: 5).result(60) == 5
 
 
-def test_what_was_cancelled_is_not_computed_and_closing_cancels_what_waits(
-    speech_llm: SpeechLLM, waveforms: list[Tensor], sizes: list[int]
+def test_only_who_wants_it_has_a_second_search_and_not_the_others_of_the_batch(
+    engine: Engine, waveforms: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(speech_llm, batch_size=4, observe=sizes.append)
+    searched = []
+
+    def recognize(speech: list[Tensor], *_: object, fallback: bool, **more: object) -> list[SimpleNamespace]:
+        searched.append((fallback, len(speech)))
+        return [SimpleNamespace(text=str(duration_s)) for duration_s in more["durations_s"]]
+
+    monkeypatch.setattr(engine_module, "recognize", recognize)
+    go, _ = hold(engine)
+    codes = torch.zeros(1, 4).long()
+    futures = [
+        engine.transcribe(waveforms[0]),
+        engine.recognize(codes, 1.5, fallback=False),
+        engine.transcribe(waveforms[1], fallback=False),
+        engine.recognize(codes, 2.5),
+    ]
+    go.set()
+    durations_s = [len(waveforms[0]) / 16_000, 1.5, len(waveforms[1]) / 16_000, 2.5]
+    assert [future.result(60).text for future in futures] == [str(duration_s) for duration_s in durations_s]
+    assert searched == [(False, 2), (True, 2)]
+
+
+def test_what_was_cancelled_is_not_computed(engine: Engine, waveforms: list[Tensor], sizes: list[int]) -> None:
     go, _ = hold(engine)
     cancelled, kept = engine.transcribe(waveforms[0]), engine.transcribe(waveforms[1])
     assert cancelled.cancel()
+    go.set()
+    assert kept.result(60) and sizes == [1]
+
+
+def test_closing_ends_what_is_computed_and_cancels_what_waits(
+    speech_llm: SpeechLLM, waveforms: list[Tensor], sizes: list[int]
+) -> None:
+    engine = Engine(speech_llm, batch_size=4, observe=sizes.append)
+    go, computed = hold(engine)
+    waiting = [engine.transcribe(waveform) for waveform in waveforms[:6]]  # more than a batch
+    waiting.append(engine.call(lambda: 5))
     closing = threading.Thread(target=engine.close)
     closing.start()
     while not engine._closed:
@@ -92,16 +125,8 @@ def test_what_was_cancelled_is_not_computed_and_closing_cancels_what_waits(
         engine.transcribe(waveforms[2])
     go.set()
     closing.join(30)
-    assert sizes == [1] and kept.done()
-
-    engine = Engine(speech_llm, batch_size=1)
-    go, _ = hold(engine)
-    engine._waiting.put(None)  # as `close` does, but before one that waits
-    late = engine.transcribe(waveforms[0])
-    go.set()
-    engine._thread.join(30)
-    with pytest.raises(CancelledError):
-        late.result(30)
+    assert not closing.is_alive() and computed.result(0) and sizes == []
+    assert all(future.cancelled() for future in waiting)
 
 
 def test_a_model_without_its_codec_is_refused(speech_llm: SpeechLLM) -> None:

@@ -11,6 +11,8 @@ from starlette.websockets import WebSocketDisconnect
 from torch import Tensor
 
 from speechllm import SpeechLLM, extend_vocabulary, transcribe, transcribe_codes
+from speechllm.decoding import Transcription
+from speechllm.serving import engine as engine_module
 from speechllm.serving.app import LIVE, make_app
 from speechllm.serving.door import Limits
 from speechllm.serving.engine import Engine
@@ -54,6 +56,23 @@ def test_the_last_text_is_that_of_the_whole(
     assert {event["type"] for event in partial} == {"partial"} and len(partial) == 3
     assert segment == {"type": "segment", "text": text, "start": 0, "end": round(2 + 501 / RATE, 3)}
     assert done == {"type": "done", "text": text, "end": segment["end"]}
+
+
+def test_only_what_is_settled_is_searched_a_second_time(
+    engine: Engine, noise: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched = []
+
+    def recognize(speech: list[Tensor], *_: object, fallback: bool, **more: object) -> list[Transcription]:
+        searched.append(fallback)
+        return [Transcription("") for _ in speech]
+
+    monkeypatch.setattr(engine_module, "recognize", recognize)
+    content = as_bytes(noise(2 * RATE, seed=0)[0] * 0.3)
+    parts = [content[: 2 * RATE], content[2 * RATE :], b""]
+    kinds = [event["type"] for event in events(LiveSpeech(engine, RATE), *parts)]
+    assert kinds == ["partial", "partial", "segment", "done"]
+    assert searched == [False, False, True]
 
 
 def test_what_is_old_is_settled_and_nothing_is_lost(

@@ -1,9 +1,11 @@
 """The page: what it shows of a recording, and that a browser shows it."""
 
 import importlib
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 from speechllm import SpeechLLM, convert_voice, load_audio, save_audio, transcribe
 from speechllm.cli import serve
 from speechllm.cli.main import main
+from speechllm.encoding import Encoding
 from speechllm.pauses import quietest
 from speechllm.serving import engine as engine_module
 from speechllm.serving.engine import Engine
@@ -52,9 +55,14 @@ def test_a_long_recording_comes_piece_by_piece(
 
 
 def test_codes_and_words_tell_what_they_are(page: ModuleType) -> None:
-    shown = page.coloured_codes(torch.tensor([[5, 7], [5, 0]]), 50.0)
-    assert shown.count('title="0.02 s: 7"') == 1 and shown.count("Layer") == 2
+    codes, encoding = torch.tensor([[5, 7], [5, 0]]), Encoding("", RATE, 50.0, layers=2, codebook_size=8)
+    shown = page.coloured_codes(codes, encoding, 0.03)
+    assert re.findall('title="(.*?)"', shown) == ["0.00 s: 5", "0.02 s: 7", "0.00 s: 5", "0.02 s: 0"]
+    assert re.findall("<p>(.*?)</p>", shown) == [f"Layer {layer}: 2 tokens, 50 a second" for layer in (0, 1)]
     assert shown.count("background: hsl(328 65% 55%)") == 2  # 5 times the golden angle
+    shown = page.coloured_codes(codes, replace(encoding, deduplicated=True), 0.3)  # without repeats, they have no times
+    assert re.findall('title="(.*?)"', shown) == ["5", "7", "5", "0"]
+    assert re.findall("<p>(.*?)</p>", shown) == [f"Layer {layer}: 2 tokens, 6.7 a second" for layer in (0, 1)]
     words = page.coloured_words([("<b>", 0.5)])
     assert words.count('title="50%"') == 1 and "&lt;b&gt;" in words
 

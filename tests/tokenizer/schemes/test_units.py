@@ -181,7 +181,7 @@ def test_a_fingerprint_reads_every_weight_once(units: UnitTokenizer, monkeypatch
 
 
 def test_units_have_one_layer(units: UnitTokenizer, noise: Noise) -> None:
-    with pytest.raises(InputError, match="units have 1 layer, got layers 2"):
+    with pytest.raises(InputError, match="layers must be 1..1, got 2"):
         units.encode(noise(640), layers=2)
 
 

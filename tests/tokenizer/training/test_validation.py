@@ -48,3 +48,10 @@ def test_a_codec_goes_on_training_after_its_validation(
     found = validate_codec(codec, [noise(8_000)[0]], MultiScaleMelLoss(codec.sample_rate))
     assert codec.training and codec.quantizer.training
     assert found.counts.shape == (codec.num_codebooks, codec.codebook_size) and found.metrics["dev_mel"] > 0
+
+
+def test_a_recording_shorter_than_half_of_the_largest_window_is_validated(
+    make_codec: Callable[..., SpeechCodec], noise: Callable[..., Tensor]
+) -> None:
+    mel = MultiScaleMelLoss(16_000, windows=[512, 16_384])
+    assert validate_codec(make_codec(), [noise(2_000)[0]], mel).metrics["dev_mel"] > 0
