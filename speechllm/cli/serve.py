@@ -63,10 +63,13 @@ def page(arguments: argparse.Namespace) -> int:
         raise ImportError(f'{error.name} is needed for the page: pip install "speechllm[page]"') from error
     cut = load_cut(arguments.vad)
     engines: dict[str, Engine] = {}
-    for model in arguments.models:
-        name = named(model) if named(model) not in engines else f"{named(model)} {len(engines) + 1}"
-        engines[name] = Engine(loaded(model, arguments), beams=arguments.beams, letters_weight=arguments.letters_weight)
-    launch(make_page(engines, cut), arguments.host, arguments.port)
+    settings = {"beams": arguments.beams, "letters_weight": arguments.letters_weight}
+    with contextlib.ExitStack() as open_engines:
+        for model in arguments.models:
+            name = named(model) if named(model) not in engines else f"{named(model)} {len(engines) + 1}"
+            engine = Engine(loaded(model, arguments), **settings)
+            engines[name] = open_engines.enter_context(contextlib.closing(engine))
+        launch(make_page(engines, cut), arguments.host, arguments.port)
     return 0
 
 

@@ -146,11 +146,25 @@ def test_a_browser_shows_what_becomes_of_a_recording(
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
-def test_beams_and_letters_reach_what_decodes(page: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beams_and_letters_reach_what_decodes_until_ctrl_c(page: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[object] = []
+    closed: list[object] = []
+
+    class Told:
+        def __init__(self, model: str, **decoding: object):
+            told.append((model, decoding))
+
+        def close(self) -> None:
+            closed.append(self)
+
+    def ctrl_c(*_: object) -> None:
+        assert not closed
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(serve, "loaded", lambda model, arguments: (model, arguments.letters))
-    monkeypatch.setattr(engine_module, "Engine", lambda model, **decoding: told.append((model, decoding)))
+    monkeypatch.setattr(engine_module, "Engine", Told)
     monkeypatch.setattr(page, "make_page", lambda *_: None)
-    monkeypatch.setattr(page, "launch", lambda *_: None)
-    assert main(["page", "a", "b", "--beams", "3", "--letters-weight", "0.5", "--letters", "l"]) == 0
+    monkeypatch.setattr(page, "launch", ctrl_c)
+    assert main(["page", "a", "b", "--beams", "3", "--letters-weight", "0.5", "--letters", "l"]) == 130
+    assert len(closed) == 2  # a process that ends while a thread of it computes is aborted
     assert told == [((model, "l"), {"beams": 3, "letters_weight": 0.5}) for model in ("a", "b")]
