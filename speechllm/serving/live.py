@@ -18,6 +18,7 @@ from speechllm.serving.engine import Engine
 from tokenizer.codec.speech_codec import SpeechCodec
 from tokenizer.codec.streaming import StreamingEncoder
 from tokenizer.errors import InputError
+from tokenizer.frames import frame_count
 
 INTERVAL_S = 1.0  # of new speech, after which the text so far is sent
 SAMPLE = np.dtype("<i2")
@@ -98,20 +99,17 @@ class LiveSpeech:
         told = self._told("segment", text, cut)
         self.settled.append(text)
         self.start_s += cut / self.rate
-        self.codes, self.waveform = self.codes[:, self._frames(cut) :], self.waveform[cut:].clone()
+        self.codes, self.waveform = self.codes[:, frame_count(cut, self.hop) :], self.waveform[cut:].clone()
         return told
 
     async def _text(self, cut: int, fallback: bool) -> str:
         """What is said up to a sample that is not settled. fallback: not for a text that is replaced a second later."""
         if self.encoder is None:
             return (await asyncio.wrap_future(self.engine.transcribe(self.waveform[:cut], fallback))).text
-        codes = self.codes[:, : self._frames(cut)]
+        codes = self.codes[:, : frame_count(cut, self.hop)]
         if not codes.shape[1]:  # shorter than a frame
             return ""
         return (await asyncio.wrap_future(self.engine.recognize(codes, cut / self.rate, fallback))).text
-
-    def _frames(self, cut: int) -> int:
-        return -(-cut // self.hop)
 
     def _told(self, kind: str, text: str, cut: int) -> dict[str, Any]:
         return {
