@@ -12,12 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 from speechllm.runs.config import parse_config
-from tokenizer.settings import Corpus, Count, Names, Positive, Rule, Seed, Settings
-
-Codes = Annotated[int, Rule("from 2 to 65536", lambda k: 2 <= k <= 65_536)]  # which are stored in 16 bits
+from tokenizer.settings import CodebookSize, Corpus, Count, Names, Positive, Seed, Settings
 
 
 @dataclass
@@ -25,11 +23,11 @@ class UnitsConfig(Settings):
     model: str  # folder or hub name of HuBERT, WavLM, wav2vec 2.0 or Whisper, or of a compressor
     data: Corpus  # corpus folder, or several as [A, B]: manifest.jsonl or LibriSpeech's layout
     output: str  # run folder; the tokenizer goes to its subfolder `model`
-    clusters: Codes = 500  # K
+    clusters: CodebookSize = 500  # K
     layer: int | Literal["avg"] | None = 6  # hidden state; "avg": mean; null: as `features:` has it
     splits: Names | None = None  # all when null
     deduplicate: bool = False  # merge repeats of a unit
-    bpe: Codes | None = None  # codes after byte-pair merges of frequent sequences, units included; null: no merges
+    bpe: CodebookSize | None = None  # codes after merges of frequent sequences (BPE), units included; null: none
     max_frames: Count = 500_000  # for k-means: 2.8 hours
     max_duration_s: Positive = 60.0  # longer utterances are skipped
     seed: Seed = 0

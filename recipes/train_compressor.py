@@ -12,7 +12,6 @@ again with the same command, resumes from its newest checkpoint and ends as if i
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from speechllm.runs.config import parse_config
@@ -61,8 +60,8 @@ from torchaudio.transforms import TimeMasking
 
 from speechllm import DataError, Encoding, load_codes, load_tokenizer, speech_of, word_error_rate
 from speechllm.data.batches import endless_batches
-from speechllm.data.compression import compress_shards
 from speechllm.data.encoded import EncodedSpeech, require_texts, transcribed
+from speechllm.data.recoding import recode_folders
 from speechllm.reports.pages import finish_training
 from speechllm.runs.loop import Parts, TrainingLoop
 from speechllm.runs.machine import make_accelerator
@@ -72,10 +71,9 @@ from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from tokenizer.corpus import spread
 from tokenizer.files import atomic_folder
 from tokenizer.prefetch import prefetch
-from tokenizer.progress import progress_bar
 from tokenizer.schemes.compressor import BLANK, CtcCompressor
 from tokenizer.training.step import remember_statistics
-from tokenizer.utterances import corpus_folders, short_names, spell_corpora
+from tokenizer.utterances import spell_corpora
 
 READ_AHEAD = 4  # batches
 Batch = tuple[Tensor, ...]  # what `CtcLoss` takes
@@ -159,12 +157,7 @@ def main(config: CompressorConfig) -> None:
             compressor.save_pretrained(folder)
     accelerator.wait_for_everyone()
     compressor = CtcCompressor.from_pretrained(run.folder / "model", base).to(accelerator.device)
-    share = accelerator.process_index, accelerator.num_processes
-    with progress_bar(None, "compress", unit="utt", disable=not run.main) as bar:
-        for source, folder in compressed_folders(config.codes, run.folder / "codes").items():
-            for count in compress_shards(source, compressor, folder, *share):
-                bar.update(count)
-    accelerator.wait_for_everyone()
+    recode_folders(config.codes, compressor, run.folder / "codes", accelerator)
     if run.main:
         scores = {"dev_wer": letters_wer(compressor, dev, encoding, config.normalizer)} if len(dev) else {}
         finish_training(run, {"steps": config.steps, **loop.figures, **scores, "fingerprint": compressor.fingerprint})
@@ -218,13 +211,6 @@ def read_batches(
         return chosen, (padded[0], sizes[0], padded[1], sizes[1])
 
     yield from prefetch(read, (order.tolist() for order in orders), READ_AHEAD)
-
-
-def compressed_folders(codes: str | list[str], output: Path) -> dict[Path, Path]:
-    """The folder for the vectors of each folder of frames: `output` itself, or of several one in it for each."""
-    sources = corpus_folders(codes)
-    names = short_names(sources) if len(sources) > 1 else [""]
-    return {source: output / name for source, name in zip(sources, names, strict=True)}
 
 
 @torch.no_grad()

@@ -101,8 +101,7 @@ def heard_letters(speech: Sequence[Speech], speech_llm: SpeechLLM, weight: float
     heard = [one for one in speech if isinstance(one, Tensor)]
     if compressor is not None:
         labels = compressor.labels
-        with torch.no_grad():
-            heard = [compressor.compress_speech(codes) for codes in heard]
+        heard = [compressor.recode(codes) for codes in heard]
     elif not labels:
         raise InputError(
             "letters_weight needs a language model that reads the vectors of a compressor, or a compressor over the "

@@ -13,6 +13,7 @@ from tokenizer.schemes.compressor import BASE, CtcCompressor
 from tokenizer.schemes.features import FeatureEncoder
 from tokenizer.schemes.published import PUBLISHED, PublishedCodec
 from tokenizer.schemes.recognizer import Recognizer
+from tokenizer.schemes.repcodec import RepCodec
 from tokenizer.schemes.soundstream import ENCODER, SoundStream
 from tokenizer.schemes.units import UnitTokenizer
 
@@ -99,6 +100,8 @@ def _by_files(name: str) -> AudioTokenizer:
             return Recognizer.from_pretrained(name)
         case "compressor":
             return CtcCompressor.from_pretrained(name, load_tokenizer(Path(name) / BASE))
+        case "repcodec":
+            return RepCodec.from_pretrained(name, load_tokenizer(Path(name) / BASE))
     if (Path(name) / ENCODER).is_file():
         return SoundStream.from_pretrained(name)
     config = read_pretrained_json(name, "config.json")

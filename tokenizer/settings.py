@@ -25,6 +25,7 @@ Port = Annotated[int, Rule("from 0 to 65535", lambda n: 0 <= n < 2**16)]
 Positive = Annotated[float, Rule("above 0", lambda x: x > 0)]
 NonNegative = Annotated[float, Rule("at least 0", lambda x: x >= 0)]
 Share = Annotated[float, Rule("at least 0 and below 1", lambda x: 0 <= x < 1)]
+CodebookSize = Annotated[int, Rule("from 2 to 65536", lambda k: 2 <= k <= 65_536)]  # stored in 16 bits
 CropLength = Annotated[float, Rule("at least 0.08", lambda s: s >= 0.08)]  # above half of the longest windows
 Decay = Annotated[float, Rule("between 0 and 1", lambda x: 0 < x < 1)]
 NOT_EMPTY = Rule("not empty", bool)

@@ -47,6 +47,11 @@ COMPRESSOR = (
     "train_compressor.py codes=codes codec=tokenizer/model splits=[train] dev_splits=[dev] width=64 depth=1 steps=12 "
     "batch_size=4 warmup=2 validate_every=6 save_every=2 log_every=1"
 )
+FRAMES = "encode_speech.py codec=features:alignment/model#1 data=corpus"
+REPCODEC = (
+    "train_repcodec.py codes=frames codec=features:alignment/model#1 splits=[train] dev_splits=[dev] codebook_size=8 "
+    "depth=1 steps=12 batch_size=4 warmup=2 validate_every=6 save_every=2 log_every=1"
+)
 CUT = "cut_speech.py codes=codes letters=letters/model splits=[train]"
 EVAL_ASR = "eval_asr.py model=asr/model codes=codes splits=[test]"
 MAKE_ROWS = "make_rows.py data=corpus task=words answer=text question=What?"
@@ -62,6 +67,7 @@ MADE = {  # in this order, one of another
     "rows": MAKE_ROWS,
     "units": UNITS,
     "letters": COMPRESSOR,
+    "frames": FRAMES,
     "text": TEXT,
     "actor_codes": "encode_speech.py codec=tokenizer/model data=actors layers=null",
     "emotion": EMOTION,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from judge import Case, refused
-from parts import ALIGNMENT, ASR, COMPRESSOR, CUT, EMOTION, ENCODE, EVAL_ASR, SPEAKER, TEXT, TOKENIZER, UNITS
+from parts import ALIGNMENT, ASR, COMPRESSOR, CUT, EMOTION, ENCODE, EVAL_ASR, REPCODEC, SPEAKER, TEXT, TOKENIZER, UNITS
 
 SOON_S = 20  # of a refusal, on a machine that does other things too
 COMMANDS = {
@@ -12,6 +12,7 @@ COMMANDS = {
     "train_tokenizer": (TOKENIZER, "corpus alignment speaker"),
     "train_asr": (ASR, "codes tokenizer"),
     "train_compressor": (COMPRESSOR, "codes tokenizer"),
+    "train_repcodec": (REPCODEC, "frames alignment"),
     "cut_speech": (CUT, "codes letters"),
     "train_text": (TEXT, "text.txt"),
     "train_emotion": (EMOTION, "actor_codes tokenizer"),
@@ -46,6 +47,8 @@ WORDS = {
     "cut_speech": "words=0 words=-1 normalizer=x",
     "train_compressor": "width=0 depth=0 dropout=1 mask_s=-1 batch_size=0 steps=0 learning_rate=0 "
     "max_duration_s=0 max_duration_s=.nan warmup=-1 clip=0 seed=-1 save_every=0 dev_utterances=0 normalizer=whisper",
+    "train_repcodec": "num_codebooks=0 codebook_size=1 codebook_size=70000 codebook_decay=1 depth=0 commitment=0 "
+    "crop_s=0 crop_s=.nan steps=0 batch_size=0 learning_rate=0 warmup=-1 clip=0 seed=-1 save_every=0 dev_utterances=0",
     "train_text": "learning_rate=0 learning_rate=-1 steps=0 batch_size=0 block=0 block=-1 block=1 text_tokens=0 "
     "text_tokens=3 seed=-1 warmup=-1 save_every=0 log_every=0 validate_every=0 shape.hidden_size=17 "
     "shape.num_attention_heads=0 shape.num_key_value_heads=3 text=[]",

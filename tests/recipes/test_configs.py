@@ -132,6 +132,7 @@ NEEDED = {
     "rehearse": "output=o",
     "train_asr": "codes=c codec=t output=o model=null",
     "train_compressor": "codes=c codec=t output=o",
+    "train_repcodec": "codes=c codec=t output=o",
     "eval_rows": "model=m codes=c rows=r output=o",
     "make_rows": "data=d output=o question=q answer=a task=t",
     "train_emotion": "codes=c codec=t output=o",
@@ -159,6 +160,7 @@ REFUSED = {
     "layer=last",
     "import_speech": "splits=[]",
     "train_compressor": "width=0 depth=0 dropout=1 mask_s=-1 batch_size=0 steps=0 max_duration_s=0",
+    "train_repcodec": "num_codebooks=0 codebook_size=1 codebook_decay=1 depth=0 commitment=0 crop_s=0 steps=0 seed=-1",
     "rehearse": "minutes=0 train_hours=0 test_hours=-1 recordings=0 weights=none seed=-1",
     "train_asr": "learning_rate=0 learning_rate=inf row_learning_rate=-1 clip=0 layers=0 stack=0 batch_tokens=0 "
     "small.hidden_size=17 small.num_attention_heads=0 small.num_attention_heads=3 small.num_key_value_heads=3 "

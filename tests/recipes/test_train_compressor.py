@@ -25,8 +25,8 @@ from speechllm import (
     speech_of,
     transcribe_codes,
 )
-from speechllm.data.compression import compress_shards
 from speechllm.data.encoded import require_texts
+from speechllm.data.recoding import recode_shards
 from speechllm.data.shards import encode_shards, open_shard, write_table
 from speechllm.data.spelling import letters_of_codes
 from speechllm.runs.run import read_log
@@ -116,20 +116,20 @@ def test_vectors_of_a_network_that_was_trained_on_are_written_again(
             two / f"codes_0000{number}.arrow", open_shard(work / "codes" / "codes_00000.arrow").slice(4 * number, 4)
         )
     whole, stopped = work / "vectors_whole", work / "vectors_stopped"
-    list(compress_shards(two, compressor, whole))
+    list(recode_shards(two, compressor, whole))
     first = compressor.network.norm.bias.detach().clone()
     compressor.network.norm.bias.data.add_(1e-3)
-    next(compress_shards(two, compressor, stopped))
+    next(recode_shards(two, compressor, stopped))
     (stopped / "codes_00001.arrow").write_bytes(b"cut short")
     compressor.network.norm.bias.data.copy_(first)
     for process in (1, 0):
-        assert list(compress_shards(two, compressor, stopped, process, 2)) == [4]
+        assert list(recode_shards(two, compressor, stopped, process, 2)) == [4]
     for file in two.glob("codes_*.arrow"):
         assert (stopped / file.name).read_bytes() == (whole / file.name).read_bytes()
     spoken = open_shard(file := two / "codes_00001.arrow")
     texts = pa.array(["OTHER WORDS"] * 4)
     write_table(file, spoken.set_column(spoken.schema.get_field_index("text"), spoken.schema.field("text"), texts))
-    assert list(compress_shards(two, compressor, stopped)) == [4, 4]
+    assert list(recode_shards(two, compressor, stopped)) == [4, 4]
     assert open_shard(stopped / file.name)["text"].to_pylist() == texts.to_pylist()
     assert (stopped / "codes_00000.arrow").read_bytes() == (whole / "codes_00000.arrow").read_bytes()
 

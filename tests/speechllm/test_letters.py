@@ -199,7 +199,7 @@ def test_codes_are_decoded_with_the_letters_that_a_compressor_finds_in_them(
     heard = heard_letters(codes, words, 5.0)
     assert [*heard.labels] == LABELS
     for one, vectors_of_it in zip(codes, heard.heard, strict=True):
-        assert torch.equal(vectors_of_it, compressor.compress_speech(one))
+        assert torch.equal(vectors_of_it, compressor.recode(one))
     options = {"beams": 2, "letters_weight": 5.0}
     found = [recognize([one], words, durations_s=[1.0], **options)[0].text for one in codes]
     spelled = [compressor.text(compressor.label_speech(one)[1]).strip() for one in codes]

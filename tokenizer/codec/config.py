@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from tokenizer.rates import HOP_LENGTH
-from tokenizer.settings import NOT_EMPTY, Count, Rule, Settings
+from tokenizer.settings import NOT_EMPTY, CodebookSize, Count, Settings
 
 Strides = Annotated[tuple[Count, ...], NOT_EMPTY]
 
@@ -34,7 +34,7 @@ class SpeechCodecConfig(Settings):
     # split: the first codebook beside the cascade of the others; units: layer 0 are the codes of another tokenizer
     quantizer: Literal["residual", "split", "units"] = "residual"
     num_codebooks: Count = 8  # Q
-    codebook_size: Annotated[int, Rule("from 2 to 65536", lambda k: 2 <= k <= 65_536)] = 1024  # K, stored as uint16
+    codebook_size: CodebookSize = 1024  # K
     codebook_dim: Count | None = None  # of normalised codes, searched for in a space of so few dimensions (DAC: 8)
 
     def __post_init__(self) -> None:

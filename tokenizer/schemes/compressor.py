@@ -174,7 +174,7 @@ class CtcCompressor(nn.Module):
                 encoded: Codes | Features = self.base.encode(samples[None], layers=self.layers)
             else:
                 encoded = cast(Features, self.base.encode(samples[None]))
-            vectors.append(self.compress_speech(encoded.utterance(0)))
+            vectors.append(self.recode(encoded.utterance(0)))
         return Features(nn.utils.rnn.pad_sequence(vectors, batch_first=True), torch.tensor([len(v) for v in vectors]))
 
     def label(self, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,7 +204,8 @@ class CtcCompressor(nn.Module):
         codes = speech[: self.layers].to(codebooks.device)
         return torch.cat([codebook[layer] for codebook, layer in zip(codebooks[: self.layers], codes, strict=True)], 1)
 
-    def compress_speech(self, speech: Tensor) -> Tensor:
+    @torch.no_grad()
+    def recode(self, speech: Tensor) -> Tensor:
         """The vectors of one utterance as the base encodes it, float [P, W + V], on the CPU."""
         return compress(*self.label_speech(speech)).cpu()
 

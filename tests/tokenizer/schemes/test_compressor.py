@@ -96,8 +96,8 @@ def test_of_a_codec_it_reads_as_many_layers_as_it_was_made_for(
     nn.init.normal_(one.network.output.weight, std=4.0)
     codes, waveform = small_codec.encode(noise(16_000)).utterance(0), noise(16_000)
     assert torch.equal(one.frames(codes), small_codec.codebooks[0][codes[0]])
-    assert torch.equal(one.compress_speech(codes), one.compress_speech(codes[:1]))
-    assert torch.equal(one.encode(waveform).utterance(0), one.compress_speech(codes))
+    assert torch.equal(one.recode(codes), one.recode(codes[:1]))
+    assert torch.equal(one.encode(waveform).utterance(0), one.recode(codes))
     one.save_pretrained(tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert loaded.layers == 1 and loaded.fingerprint == one.fingerprint != compressor.fingerprint
