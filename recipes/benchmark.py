@@ -66,10 +66,9 @@ from speechllm.benchmarks.decoding import decoding
 from speechllm.benchmarks.imports import imports
 from speechllm.benchmarks.language_model import Steps, lm_step, loss
 from speechllm.benchmarks.timing import Measured
-from speechllm.reports.pages import write_results_report
+from speechllm.reports.pages import write_results
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import claim_output, run_recipe
-from tokenizer.files import write_json
 
 
 def main(config: SpeedConfig) -> None:
@@ -84,8 +83,7 @@ def main(config: SpeedConfig) -> None:
         **found.results,
         **provenance(config, time.perf_counter() - started, "speechtokenizer"),
     }
-    write_json(folder / "results.json", results)
-    write_results_report(folder / "report.html", f"Speed: {config.row}", results, found.tables)
+    write_results(folder, f"Speed: {config.row}", results, found.tables)
     print(*(table.markdown() for table in found.tables), sep="\n")
 
 

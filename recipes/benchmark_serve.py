@@ -58,13 +58,12 @@ from websockets.sync.client import connect
 
 from speechllm import load_audio, read_corpus
 from speechllm.evaluation.tables import DASH, Table
-from speechllm.reports.pages import write_results_report
+from speechllm.reports.pages import write_results
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.signals import child_environment
 from tokenizer.corpus import spread
 from tokenizer.errors import InputError
-from tokenizer.files import write_json
 
 
 def main(config: ServeConfig) -> None:
@@ -98,8 +97,7 @@ def main(config: ServeConfig) -> None:
             results["long"]["peak_memory_mb"] = peak_memory_mb(process)
     found = table(results)
     results |= {"model": name, **provenance(config, time.perf_counter() - started)}
-    write_json(folder / "results.json", results)
-    write_results_report(folder / "report.html", f"Serving {name}", results, [found])
+    write_results(folder, f"Serving {name}", results, [found])
     print(found.markdown())
 
 

@@ -59,12 +59,12 @@ from speechllm import (
 )
 from speechllm.evaluation.comparison import quality_table
 from speechllm.evaluation.error_rates import mean_and_interval, recognition_measures
-from speechllm.reports.pages import write_results_report
+from speechllm.reports.pages import write_results
 from speechllm.runs.machine import available_cpus, provenance
 from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.signals import follow_parent
 from tokenizer.corpus import load_utterance, spread
-from tokenizer.files import write_json, write_jsonl
+from tokenizer.files import write_jsonl
 from tokenizer.loading import load_recognizer
 from tokenizer.metrics.evaluators import recognized_text, speaker_embedding
 from tokenizer.metrics.quality import MAX_SCORED_S, layer_counts
@@ -94,9 +94,8 @@ def main(config: EvalCodecConfig) -> None:
         **provenance(config, time.perf_counter() - started, "pesq", "pystoi"),
     }
     write_jsonl(folder / "utterances.jsonl", rows)
-    write_json(folder / "results.json", results)
     table = quality_table({config.codec: {"quality": results}})
-    write_results_report(folder / "report.html", f"{config.codec}: speech quality", results, [table])
+    write_results(folder, f"{config.codec}: speech quality", results, [table])
     if results["splits"]:
         print(f"pooled over the splits {', '.join(results['splits'])}; each of them in {folder / 'results.json'}")
     print(table.markdown())

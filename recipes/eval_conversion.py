@@ -69,13 +69,13 @@ from speechllm import (
 )
 from speechllm.evaluation.comparison import conversion_table
 from speechllm.evaluation.error_rates import mean_and_interval, recognition_measures
-from speechllm.reports.pages import write_results_report
+from speechllm.reports.pages import write_results
 from speechllm.runs.machine import provenance
 from speechllm.runs.recipe import claim_output, run_recipe
 from tokenizer.audio import resample
 from tokenizer.corpus import load_utterance
 from tokenizer.errors import InputError
-from tokenizer.files import write_json, write_jsonl
+from tokenizer.files import write_jsonl
 from tokenizer.loading import load_recognizer
 from tokenizer.metrics.conversion import branches_of, matchings_of
 from tokenizer.metrics.evaluators import recognized_text, speaker_embedding
@@ -130,9 +130,8 @@ def main(config: EvalConversionConfig) -> None:
         **provenance(config, time.perf_counter() - started, "pyworld"),
     }
     write_jsonl(folder / "pairs.jsonl", rows)
-    write_json(folder / "results.json", results)
     table = conversion_table({config.codec: {"conversion": results}})
-    write_results_report(folder / "report.html", f"{config.codec}: voice conversion", results, [table])
+    write_results(folder, f"{config.codec}: voice conversion", results, [table])
     print(table.markdown())
     if not results["parallel"]:
         print("\nNo target speaker says the words of a source: distortion and pitch correlation were not measured.")

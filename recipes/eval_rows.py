@@ -43,10 +43,10 @@ from speechllm.decoding import Transcription, answer
 from speechllm.evaluation.error_rates import mean_and_interval
 from speechllm.evaluation.tables import Table, cell, markdown
 from speechllm.messages import ConversationWriter
-from speechllm.reports.pages import write_results_report
+from speechllm.reports.pages import write_results
 from speechllm.runs.machine import decoding_device, provenance
 from speechllm.runs.recipe import claim_output, run_recipe
-from tokenizer.files import write_json, write_jsonl
+from tokenizer.files import write_jsonl
 
 
 def main(config: EvalRowsConfig) -> None:
@@ -80,9 +80,8 @@ def main(config: EvalRowsConfig) -> None:
         **provenance(config, time.perf_counter() - started),
     }
     write_jsonl(folder / "predictions.jsonl", predictions)
-    write_json(folder / "results.json", results)
     tables = [table(results["tasks"])] if tasks else []
-    write_results_report(folder / "report.html", f"{config.model}: answers", results, tables)
+    write_results(folder, f"{config.model}: answers", results, tables)
     if cut := results["cut_off"]:
         print(f"{cut} of {len(found)} answers were cut off at answer_tokens={config.answer_tokens}: try more")
     print(markdown(tables) + f"answers in {folder / 'predictions.jsonl'}")

@@ -50,12 +50,12 @@ from sklearn.cluster import MiniBatchKMeans
 from tqdm import tqdm
 
 from speechllm import AudioError, Utterance, read_corpus
-from speechllm.reports.pages import write_results_report
+from speechllm.reports.pages import write_results
 from speechllm.runs.machine import make_accelerator, provenance
 from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.run import report_skipped
 from tokenizer.corpus import load_each, skipped_row
-from tokenizer.files import atomic_folder, write_json
+from tokenizer.files import atomic_folder
 from tokenizer.metrics.code_usage import usage_of_counts
 from tokenizer.schemes.features import FeatureEncoder
 from tokenizer.schemes.merges import UnitMerges
@@ -98,8 +98,7 @@ def main(config: UnitsConfig) -> None:
         "skipped": reasons,
         **provenance(config, time.perf_counter() - started, "scikit-learn"),
     }
-    write_json(run / "results.json", results)
-    write_results_report(run / "report.html", f"{run}: speech units", results, codebook_counts=[counts])
+    write_results(run, f"{run}: speech units", results, codebook_counts=[counts])
     print(
         f"{config.clusters} units of {len(frames)} frames in {run / 'model'}: perplexity {results['perplexity']:.1f}, "
         f"{results['codes']} codes, {results['codes_per_second']:.1f} of them a second"

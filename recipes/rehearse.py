@@ -73,7 +73,7 @@ from speechllm.decoding import BATCH_TOKENS, answer_batches, forbidden_ids
 from speechllm.evaluation.tables import DASH, Table, plain
 from speechllm.greedy import greedy_answers, reads_packed
 from speechllm.prompt import label_counts, transcription_prompt
-from speechllm.reports.pages import write_results_report
+from speechllm.reports.pages import write_results
 from speechllm.runs.machine import make_accelerator, provenance
 from speechllm.runs.recipe import claim_output, run_recipe
 from speechllm.runs.rehearsal import (
@@ -97,7 +97,6 @@ from speechllm.training.checkpoints import TrainingState
 from speechllm.training.kernels import compile_layers, require_liger, use_liger
 from speechllm.training.optimization import make_optimizer
 from tokenizer.corpus import load_each, spread
-from tokenizer.files import write_json
 from tokenizer.training.averaging import average_weights
 from tokenizer.training.crops import Crops, StepSampler
 from tokenizer.training.small_teachers import random_ecapa, random_hubert
@@ -160,8 +159,7 @@ def main(config: RehearsalConfig) -> None:
         "disk_gb": disk,
         **provenance(config, time.perf_counter() - started),
     }
-    write_json(folder / "results.json", results)
-    write_results_report(folder / "report.html", "Rehearsal", results, [table(results)])
+    write_results(folder, "Rehearsal", results, [table(results)])
     print(table(results).markdown())
 
 

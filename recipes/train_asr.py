@@ -341,7 +341,7 @@ def main(config: AsrConfig) -> None:
             with atomic_folder(run.folder / "model") as folder:
                 speech_llm.save(folder)
     if run.main:
-        best = {f"dev_{primary}": training.best.wer, "best_step": training.best.step} if dev else {}
+        best = {f"dev_{primary}": training.best.error_rate, "best_step": training.best.step} if dev else {}
         kept = {"normalizer": config.normalizer} | ({"without_words": without_words} if without_words else {})
         summary = {"steps": loop.done, "loss": loop.figures.get("loss"), **best, **kept}
         summary["codec_fingerprint"] = codec.fingerprint

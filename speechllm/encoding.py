@@ -8,7 +8,15 @@ from torch import Tensor
 
 from tokenizer.audio import pad_waveforms
 from tokenizer.errors import InputError
-from tokenizer.interface import AudioTokenizer, Codes, DiscreteTokenizer, Features, FeatureTokenizer, Transcripts
+from tokenizer.interface import (
+    AudioTokenizer,
+    Codes,
+    DiscreteTokenizer,
+    Features,
+    FeatureTokenizer,
+    Transcripts,
+    require_layers,
+)
 
 Speech = Tensor | str  # one utterance: codes long [Q, T], features float [T, C], or a recogniser's text
 
@@ -41,12 +49,11 @@ class Encoding:
     def of(codec: AudioTokenizer, layers: int | None = None) -> "Encoding":
         """The encoding by the codec's first `layers` codebooks, all when None.
 
-        Raises DataError for codebooks that the codec does not have.
+        Raises InputError for codebooks that the codec does not have.
         """
         shape: dict[str, Any]
         if isinstance(codec, DiscreteTokenizer):
-            if layers is not None and not 1 <= layers <= codec.num_codebooks:
-                raise DataError(f"layers must be 1..{codec.num_codebooks}, got {layers}")
+            require_layers(layers, codec.num_codebooks)
             shape = {"layers": layers or codec.num_codebooks, "codebook_size": codec.codebook_size}
         elif layers not in (None, 1):
             raise DataError(f"layers={layers}, but only codes have layers, and {type(codec).__name__} returns none")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tokenizer.errors import InputError
+from tokenizer.files import write_json
 from tokenizer.reading import AGAIN, read_json_object, reading, unreachable
 
 
@@ -62,8 +63,7 @@ SETTINGS_FILE = "audio_tokenizer.json"
 
 def write_settings(folder: str | Path, kind: str, **settings: Any) -> None:
     """Write what `load_tokenizer` needs besides the model's own files."""
-    text = json.dumps({"kind": kind, **settings}, indent=2)
-    (Path(folder) / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+    write_json(Path(folder) / SETTINGS_FILE, {"kind": kind, **settings})
 
 
 def find_file(name: str | Path, file: str) -> Path | None:

@@ -31,6 +31,7 @@ from speechllm.reports.html import (
 from speechllm.reports.plots import LAYER, code_usage, confusion_matrix, curves
 from speechllm.reports.sounds import Reconstruction, spectrograms_and_players
 from speechllm.runs.run import Run, read_log
+from tokenizer.files import write_json
 from tokenizer.metrics.code_usage import usage_of_counts
 
 ALIGNMENTS_SHOWN = 10
@@ -106,6 +107,18 @@ def write_results_report(
     write_page(path, title, "", sections | provenance_sections(results))
 
 
+def write_results(
+    folder: Path,
+    title: str,
+    results: Mapping[str, Any],
+    result_tables: Sequence[Table] = (),
+    codebook_counts: Sequence[np.ndarray] = (),
+) -> None:
+    """Write results.json and report.html into the folder: see `write_results_report`."""
+    write_json(folder / "results.json", results)
+    write_results_report(folder / "report.html", title, results, result_tables, codebook_counts)
+
+
 def write_recognition_report(
     path: str | Path,
     *,
@@ -146,7 +159,7 @@ def write_emotion_report(path: str | Path, title: str, results: Mapping[str, Any
             (
                 "Shuffled-label control",
                 percent(results["accuracy_shuffled_labels"]),
-                f"trained on permuted labels; 95 % interval {_span(results.get('accuracy_shuffled_labels_ci95'))}",
+                f"trained on permuted labels; 95 % interval {_span(results['accuracy_shuffled_labels_ci95'])}",
             ),
             ("Chance", percent(results["chance"]), "always the most frequent class"),
             ("Utterances", text(results["utterances"]), f"of {results['actors']} actors"),

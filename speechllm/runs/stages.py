@@ -192,9 +192,8 @@ class Stages:
 
     def _changed(self, name: str, words: list[str]) -> str:
         """What is wrong if a stage was done with other settings than these `_settings`, else nothing."""
-        before = self.done.get(name, {"finished": False})
-        held = self._movable(before.get("words", words))
-        if not before["finished"] or held == words:
+        before = self.done.get(name)
+        if before is None or not before["finished"] or (held := self._movable(before["words"])) == words:
             return ""
         changed = ", ".join(sorted(set(held) ^ set(words)))
         return f"was done with other settings ({changed}) in {self.file.parent}: choose another output folder"

@@ -20,9 +20,9 @@ from tokenizer.training.averaging import decay_at
 
 @dataclass
 class Best:
-    """The best validation so far, by word error rate."""
+    """The best validation so far."""
 
-    wer: float = math.inf
+    error_rate: float = math.inf  # of words, or of characters where these are what counts
     step: int = 0
     weights: dict[str, Tensor] | None = None
     validations_without_improvement: int = 0
@@ -83,10 +83,10 @@ class TrainingState:
         for name, average in self.average.items():
             self.average[name], parameters[name].data = parameters[name].data, average
 
-    def record_validation(self, step: int, wer: float, keep: bool) -> None:
-        """Record a WER, and with `keep` the weights if it is the best. Main process, within `evaluation_weights`."""
-        if wer < self.best.wer:
-            self.best = Best(wer, step, trained_weights(self.evaluated) if keep else None)
+    def record_validation(self, step: int, error_rate: float, keep: bool) -> None:
+        """Record an error rate, and with `keep` the weights of the best. Main process, within `evaluation_weights`."""
+        if error_rate < self.best.error_rate:
+            self.best = Best(error_rate, step, trained_weights(self.evaluated) if keep else None)
         else:
             self.best.validations_without_improvement += 1
 

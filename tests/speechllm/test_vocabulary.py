@@ -18,6 +18,7 @@ from speechllm import (
     Codes,
     DataError,
     Encoding,
+    InputError,
     SpeechCodec,
     SpeechCodecConfig,
     VocabularyError,
@@ -463,7 +464,7 @@ def test_a_vocabulary_of_an_earlier_version_has_the_first_names(tmp_path: Path) 
 def test_more_layers_than_the_codec_has_are_refused(
     make_qwen2: MakeQwen2, text_tokenizer, small_codec: SpeechCodec, layers: int
 ) -> None:
-    with pytest.raises(DataError, match=rf"layers must be 1\.\.2, got {layers}"):
+    with pytest.raises(InputError, match=rf"layers must be 1\.\.2, got {layers}"):
         extend_vocabulary(make_qwen2(text_tokenizer), text_tokenizer, small_codec, layers)
 
 

@@ -60,7 +60,7 @@ def test_a_resumed_training_ends_like_an_uninterrupted_one(tmp_path: Path, decay
         first.record_validation(4, 0.7, keep=True)
     torch.save({"step": 4, **first.state_dict()}, tmp_path / "state.pt")
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert second.best.wer == 0.5 and second.best.step == 4 and second.best.validations_without_improvement == 1
+    assert second.best.error_rate == 0.5 and second.best.step == 4 and second.best.validations_without_improvement == 1
     with first.evaluation_weights():
         assert same(second.best.weights, trained_weights(first.evaluated))
     train(second, 4, 7)
@@ -96,7 +96,7 @@ def test_the_exponential_moving_average_is_evaluated() -> None:
 
 def test_the_best_checkpoint_is_kept_and_validations_without_improvement_are_counted() -> None:
     training = make_training()
-    assert training.best.wer == math.inf
+    assert training.best.error_rate == math.inf
     history = []
     for step, wer in enumerate([0.9, 0.5, 0.5, 0.7, 0.4, 0.6]):
         train(training, step, step + 1)
