@@ -9,9 +9,10 @@ from tokenizer.custom import TokenizerError, load_class
 from tokenizer.errors import InputError
 from tokenizer.interface import AudioTokenizer, Codec, DiscreteTokenizer
 from tokenizer.pretrained import SETTINGS_FILE, check_folder, read_pretrained_json
-from tokenizer.schemes.compressor import BASE, CtcCompressor
+from tokenizer.schemes.compressor import CtcCompressor
 from tokenizer.schemes.features import FeatureEncoder
 from tokenizer.schemes.published import PUBLISHED, PublishedCodec
+from tokenizer.schemes.recoder import BASE
 from tokenizer.schemes.recognizer import Recognizer
 from tokenizer.schemes.repcodec import RepCodec
 from tokenizer.schemes.soundstream import ENCODER, SoundStream

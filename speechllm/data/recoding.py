@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import pyarrow as pa
 from torch import Tensor
@@ -24,19 +24,12 @@ from speechllm.data.shards import (
 from speechllm.encoding import DataError, Encoding
 from tokenizer.errors import InputError
 from tokenizer.files import read_json, write_json
-from tokenizer.interface import AudioTokenizer
 from tokenizer.progress import progress_bar
+from tokenizer.schemes.recoder import Recoder
 from tokenizer.utterances import corpus_folders, short_names
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-class Recoder(AudioTokenizer, Protocol):
-    """An audio tokenizer that reads what another one makes of the speech: a compressor, a RepCodec."""
-
-    def recode(self, speech: Tensor, /) -> Tensor:
-        """One utterance as that one encodes it -> as this one encodes it, on the CPU."""
 
 
 def recode_folders(codes: str | Sequence[str], recoder: Recoder, output: Path, accelerator: "Accelerator") -> None:

@@ -12,26 +12,18 @@ from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokenizer.errors import InputError
 from tokenizer.frames import frame_count, frame_mask, split_utterances
 from tokenizer.interface import AudioTokenizer, Codes, DiscreteTokenizer, Features, FeatureTokenizer, require_layers
 from tokenizer.pretrained import (
-    SETTINGS_FILE,
-    fill_weights,
     module_fingerprint,
-    read_pretrained_json,
-    read_weights,
-    write_settings,
 )
 from tokenizer.rates import HOP_LENGTH
-from tokenizer.reading import reading
+from tokenizer.schemes.recoder import Recoder
 from tokenizer.training.teachers import SemanticTeacher
 
-WEIGHTS_FILE = "compressor.safetensors"
-BASE = "base"  # subfolder of the tokenizer whose frames are compressed
 COMPRESSOR = "compressor"  # subfolder of a teacher that is one
 KERNEL = 5  # frames
 BLANK = 0
@@ -69,13 +61,15 @@ class CtcNetwork(nn.Module):
         return states
 
 
-class CtcCompressor(nn.Module):
+class CtcCompressor(Recoder):
     """A `FeatureTokenizer` of one vector per run of a label: the mean state beside the mean probability of each label.
 
     Vectors have no fixed rate; `frame_rate` is its maximum. Speech without any label is a single vector.
     """
 
+    kind = "compressor"
     deduplicate = True
+    network: CtcNetwork
 
     def __init__(
         self,
@@ -102,14 +96,12 @@ class CtcCompressor(nn.Module):
         self.shape = {"width": width, "depth": depth}
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, base: AudioTokenizer) -> Self:
-        """Load what `save_pretrained` wrote, in eval mode; base: the tokenizer in its subfolder."""
-        settings, file = read_pretrained_json(name, SETTINGS_FILE), Path(name) / WEIGHTS_FILE
-        with reading(Path(name) / SETTINGS_FILE, "the settings of a compressor"):
-            sizes = settings["width"], settings["depth"]
-            compressor = cls(base, settings["labels"], *sizes, layers=settings["layers"])
-        fill_weights(compressor.network, read_weights(file, "the weights of a compressor"), file)
-        return compressor.eval()
+    def from_settings(cls, settings: dict[str, Any], base: AudioTokenizer) -> Self:
+        sizes = settings["width"], settings["depth"]
+        return cls(base, settings["labels"], *sizes, layers=settings["layers"])
+
+    def settings(self) -> dict[str, Any]:
+        return {"labels": self.labels, **self.shape, "layers": self.layers}
 
     @classmethod
     def from_trained(cls, trained: AudioTokenizer, base: AudioTokenizer, letters: Sequence[str], *sizes: Any) -> Self:
@@ -131,27 +123,6 @@ class CtcCompressor(nn.Module):
         compressor.network.load_state_dict(trained.network.state_dict())
         return compressor
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the network, the labels and, in a subfolder, the tokenizer whose frames it takes."""
-        (Path(folder) / BASE).mkdir(parents=True, exist_ok=True)
-        self.base.save_pretrained(Path(folder) / BASE)
-        weights = {name: weight.cpu().contiguous() for name, weight in self.network.state_dict().items()}
-        save_file(weights, Path(folder) / WEIGHTS_FILE)
-        write_settings(folder, "compressor", labels=self.labels, **self.shape, layers=self.layers)
-
-    def to(self, device: torch.device | str) -> Self:  # type: ignore[override]
-        """Move the weights, also of a base that is no module."""
-        self.base.to(device)
-        return super().to(device)
-
-    @property
-    def sample_rate(self) -> int:
-        return self.base.sample_rate
-
-    @property
-    def frame_rate(self) -> float:
-        return self.base.frame_rate
-
     @property
     def width(self) -> int:
         return self.shape["width"] + len(self.labels)
@@ -160,10 +131,6 @@ class CtcCompressor(nn.Module):
     def fingerprint(self) -> str:
         """Hash of base, labels and weights, whose shapes tell the layers."""
         return module_fingerprint(self.network, {"base": self.base.fingerprint, "labels": self.labels})
-
-    @property
-    def device(self) -> torch.device:
-        return self.network.output.weight.device
 
     @torch.no_grad()
     def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> Features:

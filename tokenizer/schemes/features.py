@@ -10,7 +10,8 @@ from tokenizer.frames import split_utterances
 from tokenizer.interface import Features
 from tokenizer.pretrained import SETTINGS_FILE, check_folder, read_pretrained_json, write_settings
 from tokenizer.rates import HOP_LENGTH, SAMPLE_RATE
-from tokenizer.schemes.compressor import BASE, COMPRESSOR, CtcCompressor, LettersTeacher
+from tokenizer.schemes.compressor import COMPRESSOR, CtcCompressor, LettersTeacher
+from tokenizer.schemes.recoder import BASE
 from tokenizer.training.teachers import SemanticTeacher
 
 

@@ -5,11 +5,9 @@ frames around it as well, and learn, with the codebooks, to reconstruct the fram
 said by its neighbours.
 """
 
-from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tokenizer.codec.convnext import ConvNeXtBlock
@@ -17,18 +15,9 @@ from tokenizer.codec.quantizer import ResidualVectorQuantizer
 from tokenizer.errors import InputError
 from tokenizer.frames import frame_mask
 from tokenizer.interface import AudioTokenizer, Codes, FeatureTokenizer, require_layers
-from tokenizer.pretrained import (
-    SETTINGS_FILE,
-    fill_weights,
-    module_fingerprint,
-    read_pretrained_json,
-    read_weights,
-    write_settings,
-)
-from tokenizer.reading import reading
-from tokenizer.schemes.compressor import BASE
+from tokenizer.pretrained import module_fingerprint
+from tokenizer.schemes.recoder import Recoder
 
-WEIGHTS_FILE = "repcodec.safetensors"
 GAIN = 0.1  # of what a block adds, at first: the network begins close to k-means
 
 
@@ -89,8 +78,11 @@ def _through(blocks: nn.ModuleList, x: Tensor, lengths: Tensor) -> Tensor:
     return x * inside
 
 
-class RepCodec(nn.Module):
+class RepCodec(Recoder):
     """A `DiscreteTokenizer` of the frames of another tokenizer: one code a frame and codebook."""
+
+    kind = "repcodec"
+    network: FrameAutoencoder
 
     def __init__(self, base: AudioTokenizer, depth: int = 2, num_codebooks: int = 1, codebook_size: int = 1024):
         """base: whose frames are coded; depth: blocks on either side of the codebooks."""
@@ -104,34 +96,11 @@ class RepCodec(nn.Module):
         self.network = FrameAutoencoder(base.width, **self.shape)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, base: AudioTokenizer) -> Self:
-        """Load what `save_pretrained` wrote, in eval mode; base: the tokenizer in its subfolder."""
-        settings, file = read_pretrained_json(name, SETTINGS_FILE), Path(name) / WEIGHTS_FILE
-        with reading(Path(name) / SETTINGS_FILE, "the settings of a RepCodec"):
-            codec = cls(base, settings["depth"], settings["num_codebooks"], settings["codebook_size"])
-        fill_weights(codec.network, read_weights(file, "the weights of a RepCodec"), file)
-        return codec.eval()
+    def from_settings(cls, settings: dict[str, Any], base: AudioTokenizer) -> Self:
+        return cls(base, settings["depth"], settings["num_codebooks"], settings["codebook_size"])
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the network and, in a subfolder, the tokenizer whose frames it codes."""
-        (Path(folder) / BASE).mkdir(parents=True, exist_ok=True)
-        self.base.save_pretrained(Path(folder) / BASE)
-        weights = {name: weight.cpu().contiguous() for name, weight in self.network.state_dict().items()}
-        save_file(weights, Path(folder) / WEIGHTS_FILE)
-        write_settings(folder, "repcodec", **self.shape)
-
-    def to(self, device: torch.device | str) -> Self:  # type: ignore[override]
-        """Move the weights, also of a base that is no module."""
-        self.base.to(device)
-        return super().to(device)
-
-    @property
-    def sample_rate(self) -> int:
-        return self.base.sample_rate
-
-    @property
-    def frame_rate(self) -> float:
-        return self.base.frame_rate
+    def settings(self) -> dict[str, Any]:
+        return self.shape
 
     @property
     def deduplicate(self) -> bool:
@@ -160,10 +129,6 @@ class RepCodec(nn.Module):
     def fingerprint(self) -> str:
         """Hash of base and weights, whose shapes tell the rest."""
         return module_fingerprint(self.network, {"base": self.base.fingerprint})
-
-    @property
-    def device(self) -> torch.device:
-        return self.network.mean.device
 
     def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
         """Waveforms float [B, N] -> codes long [B, layers, T], one a frame of the base and codebook."""
