@@ -101,8 +101,8 @@ class CompareConfig(Settings):
     recognizer: str | None = None  # the same; a .yaml fine-tunes the semantic teacher on asr_data
     evaluation_recognizer: str | None = None  # recognizer:NAME, for the WER of decoded and converted speech
     evaluation_speaker: str | None = "{speaker_teacher}"  # ideally not a teacher of a system
-    train_splits: Names = field(default_factory=lambda: ["train"])  # of data, for units and probes
-    test_splits: Names = field(default_factory=lambda: ["test"])  # of data, for content and voice
+    train_splits: Names = field(default_factory=lambda: ["train"])  # of data, for units, probes and voices
+    test_splits: Names = field(default_factory=lambda: ["test"])  # of data, for content and codebook use
     quality_splits: Names = field(default_factory=lambda: ["test"])  # of data
     conversion_splits: Names = field(default_factory=lambda: ["test"])
     asr_splits: Names = field(default_factory=lambda: ["test"])  # for evaluation; training splits are set in `asr`

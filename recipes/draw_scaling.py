@@ -64,6 +64,9 @@ def main(config: ScalingConfig) -> None:
     if len(rates) > 1:
         raise DataError("some texts have spaces and others none, so that WER and CER lead: draw them apart")
     (rate,) = rates
+    normalizers = {measure["normalizer"] for curve in found.values() for _, measure in curve}
+    if len(normalizers) > 1:
+        raise DataError(f"some were scored with {' and others with '.join(sorted(normalizers))}: draw them apart")
     curves = {
         name: np.array([[at, measure["mean"], *measure["ci95"]] for at, measure in curve])
         for name, curve in found.items()

@@ -66,10 +66,9 @@ from speechllm.data.shards import summarize_shards
 from speechllm.decoding import Transcription, count_runaways, recognize
 from speechllm.evaluation.error_rates import (
     character_errors,
+    group_error_rates,
     results_verdict,
-    speaker_error_rates,
     speakers_interval,
-    split_error_rates,
 )
 from speechllm.evaluation.scripts import primary_rate
 from speechllm.evaluation.tables import plain
@@ -127,8 +126,8 @@ def main(config: EvalAsrConfig) -> None:
         "cer_ci95": characters.ci95,
         "primary": primary_rate(references),  # the rate to go by
         "training_normalizer": read_json(run_folder / "done.json").get("normalizer") if run_folder else None,
-        "splits": split_error_rates(references, hypotheses, splits, config.normalizer, config.seed),
-        "speakers": speaker_error_rates(references, hypotheses, speakers, config.normalizer),
+        "splits": group_error_rates(references, hypotheses, splits, config.normalizer, config.seed),
+        "speakers": group_error_rates(references, hypotheses, speakers, config.normalizer, config.seed),
         # of the rate to go by, with speakers resampled in place of utterances
         "ci95_speakers": speakers_interval(
             references, hypotheses, speakers, config.normalizer, primary_rate(references), config.seed

@@ -38,7 +38,7 @@ if __name__ == "__main__":  # help and mistakes are answered before torch is loa
 
 from speechllm import load_codes, load_speech_llm, merge
 from speechllm.data.conversations import Conversations, Row
-from speechllm.data.rows import read_rows, same_answer
+from speechllm.data.rows import canonical_answer, read_rows, same_answer
 from speechllm.decoding import Transcription, answer
 from speechllm.evaluation.error_rates import mean_and_interval
 from speechllm.evaluation.tables import Table, cell, markdown
@@ -98,7 +98,7 @@ def prediction(row: Row, given: Transcription) -> dict[str, Any]:
 def score(predictions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Share of right answers, and that of always giving the most frequent one."""
     correct = mean_and_interval([one["correct"] for one in predictions])
-    most = Counter(one["reference"] for one in predictions).most_common(1)[0][1]
+    most = Counter(canonical_answer(one["reference"]) for one in predictions).most_common(1)[0][1]
     return {
         "rows": len(predictions),
         "correct": correct["mean"],

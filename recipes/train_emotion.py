@@ -72,7 +72,7 @@ from torch import Tensor
 
 from speechllm import Codes, DataError, Encoding, load_codes, load_tokenizer
 from speechllm.data.batches import endless_batches
-from speechllm.evaluation.error_rates import mean_and_interval
+from speechllm.evaluation.error_rates import groups_interval, mean_and_interval
 from speechllm.evaluation.tables import Table, cell
 from speechllm.reports.pages import write_emotion_report
 from speechllm.reports.plots import confusion_figure, save_figure
@@ -239,18 +239,18 @@ def score(found: Sequence[dict[str, Any]], control: dict[str, Any]) -> dict[str,
     overall, permuted = (
         mean_and_interval([row["answer"] == row["emotion"] for row in part]) for part in (rows, control["rows"])
     )
-    actors = sorted({row["actor"] for row in rows})
-    by_actor = [accuracy([row for row in rows if row["actor"] == actor]) for actor in actors]
+    actors = [str(row["actor"]) for row in rows]
+    shares = np.array([(row["answer"] == row["emotion"], 1) for row in rows])
     return {
         "accuracy": overall["mean"],
         "ci95": overall["ci95"],
-        "ci95_actors": mean_and_interval(by_actor)["ci95"],
+        "ci95_actors": groups_interval(shares, actors),
         "unweighted_average_recall": float((confusion.diagonal()[totals > 0] / totals[totals > 0]).mean()),
         "accuracy_shuffled_labels": permuted["mean"],
         "accuracy_shuffled_labels_ci95": permuted["ci95"],  # over the utterances of its fold
         "chance": float(totals.max() / totals.sum()),  # of always choosing the most frequent emotion
         "utterances": len(rows),
-        "actors": len(actors),
+        "actors": len(set(actors)),
         "classes": list(EMOTIONS),
         "confusion": confusion.tolist(),  # one row per emotion, one column per answer
         "folds": [{"actors": fold["actors"], "accuracy": accuracy(fold["rows"])} for fold in found],

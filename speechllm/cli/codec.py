@@ -131,7 +131,6 @@ def convert_file(arguments: argparse.Namespace) -> int:
 
 def count_codebooks(arguments: argparse.Namespace) -> int:
     """Print one line per layer; unusable recordings are named on stderr and make the exit code 1."""
-    import numpy as np
     from tqdm import tqdm
 
     from speechllm import read_corpus
@@ -163,8 +162,7 @@ def count_codebooks(arguments: argparse.Namespace) -> int:
         summary = {"codec_fingerprint": codec.fingerprint, "recordings": used, "frames": int(counts[0].sum())}
         write_json(arguments.output, {**summary, "layers": numbers})
     if arguments.picture:
-        shares = [np.sort(count[count > 0])[::-1] / count.sum() for count in counts]
-        save_figure(code_usage_figure(shares, [codec.codebook_size] * len(counts)), arguments.picture)
+        save_figure(code_usage_figure([*counts]), arguments.picture)
     return int(used < len(files))
 
 

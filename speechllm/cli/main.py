@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "serve",
         parents=[_decoding()],
         help="a model behind HTTP, as OpenAI's clients ask for it",
-        epilog="Needs the extra `serve`. Everything it offers is described at /docs of its address.",
+        epilog="Needs the extra `serve`. Its paths are described at /openapi.json of its address.",
     )
     command.add_argument("model", help="folder that recipes/train_asr.py wrote")
     command.add_argument("--host", default="127.0.0.1", help="address to listen at; by default this machine's own only")

@@ -247,19 +247,13 @@ def recognition_table(results: Results) -> Table:
         alone = plain(found.get("wer_recognizer", found.get("wer_letters")), ".1%")
         rows.append([name, *rates, cell(found, ".1%"), by_seed, spread, cer, control, alone, words, by_split])
     head = ["system", "tokens/s", "kbps", "WER", "by seed", "standard deviation of seeds", "CER"]
+    head += ["WER with another utterance's audio", "WER of the recogniser, or letters, alone", "words", "by split"]
     note = (
         "The WER of several seeds is their mean. Its 95 % interval comes from 1,000 bootstrap samples of seeds and "
         "test utterances; with few seeds it is too narrow, so the WER of each seed is given, too. Only codes have a "
         "bitrate, features and texts have none. All but the last column pool the splits. CER leads where texts are "
         "written without spaces between words."
     )
-    head = [
-        *head,
-        "WER with another utterance's audio",
-        "WER of the recogniser, or letters, alone",
-        "words",
-        "by split",
-    ]
     return Table("Table 4: speech recognition", head, rows, note)
 
 

@@ -113,20 +113,6 @@ def character_errors(
     return replace(word_error_rate(*spelled, "none", seed), normalizer=normalizer)
 
 
-def speaker_error_rates(
-    references: Sequence[str], hypotheses: Sequence[str], speakers: Sequence[str], normalizer: str = "librispeech"
-) -> dict[str, dict[str, float | int | None]]:
-    """By speaker: wer (None without reference words), words, utterances. Raises InputError as `word_error_rate`."""
-    counts = _error_counts(references, hypotheses, normalizer)
-    rates: dict[str, dict[str, float | int | None]] = {}
-    for speaker, chosen in _groups(speakers, "speakers", len(counts)).items():
-        own = counts[chosen]
-        words = int(own[:, 3].sum())
-        wer = int(own[:, :3].sum()) / words if words else None
-        rates[speaker] = {"wer": wer, "words": words, "utterances": len(own)}
-    return rates
-
-
 def speakers_interval(
     references: Sequence[str],
     hypotheses: Sequence[str],
@@ -142,40 +128,48 @@ def speakers_interval(
     """
     found = error_shares(references, [hypotheses], normalizer, rate)
     shares = np.array([(errors[0], words) for errors, words in found])
-    own = np.array([shares[chosen].sum(0) for chosen in _groups(speakers, "speakers", len(shares)).values()])
+    return groups_interval(shares, speakers, seed)
+
+
+def groups_interval(shares: np.ndarray, groups: Sequence[str], seed: int = 0) -> tuple[float, float] | None:
+    """95 % interval of a sum over a sum, such as errors and words, int [M, 2], if groups of these are resampled.
+
+    groups: the name of each one's, such as its speaker. None for a single group.
+    """
+    own = np.array([shares[chosen].sum(0) for chosen in _groups(groups, len(shares)).values()])
     return _interval(_resampled_rates(own[:, 0], own[:, 1], seed)) if len(own) > 1 else None
 
 
-def split_error_rates(
+def group_error_rates(
     references: Sequence[str],
     hypotheses: Sequence[str],
-    splits: Sequence[str],
+    groups: Sequence[str],
     normalizer: str = "librispeech",
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """By split: wer, cer, their intervals wer_ci95 and cer_ci95 (all None without reference words), words, utterances.
+    """By split, speaker or other group: wer, cer, their intervals wer_ci95 and cer_ci95, words, utterances.
 
-    Raises InputError as `word_error_rate`.
+    Rates and intervals are None without reference words. Raises InputError as `word_error_rate`.
     """
     spelled = spell(references, normalizer, "references"), spell(hypotheses, normalizer, "hypotheses")
     words, characters = _error_counts(references, hypotheses, normalizer), _error_counts(*spelled, "none")
     rates: dict[str, dict[str, Any]] = {}
-    for split, chosen in _groups(splits, "splits", len(words)).items():
-        rates[split] = {"words": int(words[chosen, 3].sum()), "utterances": len(chosen)}
+    for group, chosen in _groups(groups, len(words)).items():
+        rates[group] = {"words": int(words[chosen, 3].sum()), "utterances": len(chosen)}
         for name, counts in {"wer": words[chosen], "cer": characters[chosen]}.items():
-            measured = rates[split]["words"] > 0
-            rates[split][name] = float(counts[:, :3].sum() / counts[:, 3].sum()) if measured else None
-            rates[split][f"{name}_ci95"] = (
+            measured = rates[group]["words"] > 0
+            rates[group][name] = float(counts[:, :3].sum() / counts[:, 3].sum()) if measured else None
+            rates[group][f"{name}_ci95"] = (
                 _interval(_resampled_rates(counts[:, :3].sum(1), counts[:, 3], seed)) if measured else None
             )
     return rates
 
 
-def _groups(names: Sequence[str], what: str, count: int) -> dict[str, list[int]]:
+def _groups(names: Sequence[str], count: int) -> dict[str, list[int]]:
     """The places of every name, sorted by it. Raises InputError unless there are `count` names."""
-    names = text_list(names, what)
+    names = text_list(names, "groups")
     if len(names) != count:
-        raise InputError(f"{count} references but {len(names)} {what}: there must be one for each reference")
+        raise InputError(f"{count} references but {len(names)} groups: there must be one for each reference")
     places: dict[str, list[int]] = {}
     for place, name in enumerate(names):
         places.setdefault(name, []).append(place)

@@ -321,9 +321,7 @@ def _codebooks(counts: Sequence[np.ndarray]) -> str:
         numbers = (usage["perplexity"], usage["dead"], layer.sum())
         used = f"{usage['used']:,}\u00a0/\u00a0{len(layer):,}"
         rows.append((f"layer\u00a0{index}", used, *map(text, numbers)))
-    shares = [np.sort(layer[layer > 0])[::-1] / max(layer.sum(), 1) for layer in layers]
-    head = ["", "used / K", "perplexity", "dead codes", "tokens"]
-    return code_usage(shares, [len(layer) for layer in layers]) + table(rows, head)
+    return code_usage(layers) + table(rows, ["", "used / K", "perplexity", "dead codes", "tokens"])
 
 
 def _stages(seconds: object) -> str:

@@ -94,21 +94,22 @@ def against_bitrate(series: Mapping[str, np.ndarray], without: Mapping[str, floa
     return _image(figure, f"{label} by bitrate", "Bars: 95 % intervals.")
 
 
-def code_usage(shares: Sequence[np.ndarray], sizes: Sequence[int]) -> str:
+def code_usage(counts: Sequence[np.ndarray]) -> str:
     """`code_usage_figure` as HTML."""
     caption = "Codes sorted by use. A line that ends before the codebook size K shows that the other codes are dead."
-    return _image(code_usage_figure(shares, sizes), "Sorted code usage per layer", caption)
+    return _image(code_usage_figure(counts), "Sorted code usage per layer", caption)
 
 
-def code_usage_figure(shares: Sequence[np.ndarray], sizes: Sequence[int]) -> Any:
-    """Share of tokens per used code, most used first: float [used] per layer; sizes: codebook size of each layer."""
+def code_usage_figure(counts: Sequence[np.ndarray]) -> Any:
+    """Share of tokens per used code, most used first; counts: how often each code is used, int [K] per layer."""
     figure, (axis,) = _panels(1, 1, 3.2)
-    for index, layer in enumerate(shares):
-        colour = _layer_colour(index, len(shares))
-        style = "-" if len(layer) > 1 else "o"  # a line needs two points
-        axis.plot(np.arange(1, len(layer) + 1), layer, style, color=colour, lw=1.5, label=f"layer {index}")
+    for index, layer in enumerate(counts):
+        shares = np.sort(layer[layer > 0])[::-1] / max(layer.sum(), 1)
+        colour = _layer_colour(index, len(counts))
+        style = "-" if len(shares) > 1 else "o"  # a line needs two points
+        axis.plot(np.arange(1, len(shares) + 1), shares, style, color=colour, lw=1.5, label=f"layer {index}")
     axis.set(yscale="log", xlabel="code, most used first", ylabel="share of tokens")
-    axis.set_xlim(0, 1.01 * max(sizes))
+    axis.set_xlim(0, 1.01 * max(map(len, counts)))
     axis.grid(alpha=0.25)
     axis.legend(fontsize=8, frameon=False, ncols=2)
     return figure

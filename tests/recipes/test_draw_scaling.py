@@ -18,10 +18,10 @@ def draw(recipe: Callable[[str], ModuleType]) -> ModuleType:
     return recipe("draw_scaling.py")
 
 
-def evaluation(folder: Path, wer: float, cer: float | None = None) -> str:
+def evaluation(folder: Path, wer: float, cer: float | None = None, normalizer: str = "librispeech") -> str:
     """Results of eval_asr; with a CER, of texts without spaces, where it leads."""
     folder.mkdir()
-    rates = {"primary": "wer", "wer": wer, "ci95": [0.9 * wer, 1.1 * wer]}
+    rates = {"primary": "wer", "wer": wer, "ci95": [0.9 * wer, 1.1 * wer], "normalizer": normalizer}
     spelled = {} if cer is None else {"primary": "cer", "cer": cer, "cer_ci95": [cer / 2, 2 * cer]}
     write_json(folder / "results.json", rates | spelled)
     return str(folder)
@@ -67,9 +67,11 @@ def test_the_rate_that_leads_is_drawn(
     words, letters = evaluation(tmp_path / "words", 0.5), evaluation(tmp_path / "letters", 1.0, cer=0.1)
     draw.main(draw.ScalingConfig([draw.CurveConfig("c", [1.0], [letters])], str(tmp_path / "x.svg")))
     assert "| c | 1 | 10.0% (5.0% to 20.0%) |" in capsys.readouterr().out
-    both = draw.CurveConfig("c", [1.0, 2.0], [letters, words])
-    with pytest.raises(DataError, match="WER and CER lead"):
-        draw.main(draw.ScalingConfig([both], str(tmp_path / "y.svg")))
+    english = evaluation(tmp_path / "english", 0.5, normalizer="whisper_english")
+    for other, message in ((letters, "WER and CER lead"), (english, "librispeech and others with whisper_english")):
+        both = draw.CurveConfig("c", [1.0, 2.0], [other, words])
+        with pytest.raises(DataError, match=message):
+            draw.main(draw.ScalingConfig([both], str(tmp_path / "y.svg")))
 
 
 def test_what_cannot_be_drawn_is_refused(draw: ModuleType, tmp_path: Path) -> None:

@@ -354,10 +354,9 @@ def test_eval_asr_counts_runaways_and_scores_the_final_answers(
     assert results["wer"] == word_error_rate(["xxxxx x"] * 3, ["xxxxx"] * 3).wer == 0.5
     assert results["cer"] == pytest.approx(2 / 7) and results["beams"] == 1 and results["wer_shuffled_audio"] == 0.5
     assert results["utterances_shuffled_audio"] == 2
-    assert results["speakers"] == {
-        "anna": {"wer": 0.5, "words": 4, "utterances": 2},
-        "bert": {"wer": 0.5, "words": 2, "utterances": 1},
-    }
+    for speaker, utterances in {"anna": 2, "bert": 1}.items():
+        expected = {"wer": 0.5, "words": 2 * utterances, "utterances": utterances}
+        assert results["speakers"][speaker].items() >= expected.items()
     assert results["normalizer"] == "librispeech" and results["real_time_factor"] > 0
 
     results, predictions = evaluate(fallback=False, normalizer="none", shuffled_audio=False, static_cache=True)

@@ -152,7 +152,7 @@ def test_the_picture_has_a_panel_per_sound_on_the_scale_of_the_original(noise: C
 
 
 def test_a_picture_that_cannot_be_drawn_leaves_no_file(tmp_path: Path) -> None:
-    figure = plots.code_usage_figure([np.ones(1)], [8])
+    figure = plots.code_usage_figure([np.ones(8)])
     with pytest.raises(InputError, match=r"a.bmp3: expected the name of a picture, ending in \.png"):
         plots.save_figure(figure, tmp_path / "a.bmp3")
     assert not list(tmp_path.iterdir())

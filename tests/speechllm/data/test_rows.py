@@ -90,6 +90,9 @@ def test_sources_are_one_after_the_other_with_their_weights() -> None:
         ('{"a": "x", "b": [1, 2]}', '{"b":[1,2],"a":"x"}', True),
         ('{"a": 1}', '{"a": 2}', False),
         ('{"a": 1}', "a is 1", False),
+        ('{"a": 1}', '{"a": 1.0}', True),
+        ('{"a": 1}', '{"a": true}', False),
+        ("[" * 100_000, "[", False),
         ("7", "7.0", False),  # a word, not a value
     ],
 )

@@ -20,15 +20,15 @@ from speechllm import (
 from speechllm.evaluation import normalizers
 from speechllm.evaluation.error_rates import (
     error_shares,
+    group_error_rates,
+    groups_interval,
     mean_and_interval,
     paired_shares,
     recognition_measures,
     results_verdict,
     seeds_error_rate,
     shuffled_audio_verdict,
-    speaker_error_rates,
     speakers_interval,
-    split_error_rates,
 )
 from speechllm.evaluation.normalizers import librispeech_normalizer, whisper_english_normalizer
 
@@ -131,28 +131,12 @@ def test_random_texts_have_the_character_errors_of_an_own_edit_distance() -> Non
     assert character_error_rate(references, hypotheses) == jiwer.cer(references, hypotheses)
 
 
-# ---- speakers
+# ---- groups of utterances
 
 
-def test_the_rate_of_a_speaker_is_over_that_speakers_utterances() -> None:
+def test_every_group_has_both_rates_with_intervals() -> None:
     references, hypotheses = random_pairs(20, 0)
-    speakers = ["bert", "anna", "carl", "anna"] * 5
-    found = speaker_error_rates(references, hypotheses, speakers)
-    assert list(found) == ["anna", "bert", "carl"]
-    for speaker, row in found.items():
-        own = [i for i, name in enumerate(speakers) if name == speaker]
-        score = word_error_rate([references[i] for i in own], [hypotheses[i] for i in own])
-        assert row == {"wer": score.wer, "words": score.words, "utterances": len(own)}
-
-
-def test_a_speaker_without_words_has_no_rate() -> None:
-    found = speaker_error_rates(["a b", "..."], ["a", "a"], ["anna", "bert"])
-    assert found["bert"] == {"wer": None, "words": 0, "utterances": 1} and found["anna"]["wer"] == 0.5
-
-
-def test_every_split_has_both_rates_with_intervals() -> None:
-    references, hypotheses = random_pairs(20, 0)
-    found = split_error_rates([*references, "..."], [*hypotheses, "a"], ["test", "dev"] * 10 + ["noise"])
+    found = group_error_rates([*references, "..."], [*hypotheses, "a"], ["test", "dev"] * 10 + ["noise"])
     assert list(found) == ["dev", "noise", "test"]
     for split, own in {"test": slice(0, 20, 2), "dev": slice(1, 20, 2)}.items():
         score = word_error_rate(references[own], hypotheses[own])
@@ -266,8 +250,7 @@ def test_lists_of_different_lengths_are_refused() -> None:
 SCORES: dict[str, Callable] = {
     "words": word_error_rate,
     "characters": character_error_rate,
-    "speakers": lambda a, b: speaker_error_rates(a, b, ["s"] * 2),
-    "splits": lambda a, b: split_error_rates(a, b, ["s"] * 2),
+    "groups": lambda a, b: group_error_rates(a, b, ["s"] * 2),
     "pairs": lambda a, b: paired_bootstrap(a, b, b),
     "others": lambda a, b: paired_bootstrap(a, a, b),
     "seeds": lambda a, b: seeds_error_rate(a, [b]),
@@ -313,10 +296,19 @@ def test_the_interval_over_speakers_is_that_of_their_sums() -> None:
     assert speakers_interval(["ab", "cd"], ["ab", "cx"], ["anna", "bert"], rate="cer") == (0, 0.5)
 
 
-def test_speakers_and_splits_belong_to_the_references() -> None:
-    for score in (speaker_error_rates, split_error_rates):
+def test_an_interval_over_groups_weighs_each_by_its_size() -> None:
+    """One large group that is all right and three small ones that are all wrong, resampled as a whole."""
+    shares, groups = np.array([(1, 1)] * 94 + [(0, 1)] * 6), ["large"] * 94 + ["a", "b", "c"] * 2
+    low, high = groups_interval(shares, groups)
+    assert low == 0 and high > shares[:, 0].mean()  # 0.94; groups of the same weight would reach 0.75
+    low, high = groups_interval(shares, [str(i) for i in range(100)])
+    assert 0.88 < low < 0.94 < high < 1
+
+
+def test_groups_belong_to_the_references() -> None:
+    for score in (group_error_rates, speakers_interval):
         for wrong in (["s"], "ss", ["s", None]):
-            with pytest.raises(InputError, match="speakers|splits"):
+            with pytest.raises(InputError, match="groups"):
                 score(["a", "b"], ["a", "b"], wrong)
 
 
