@@ -29,12 +29,15 @@ OWN_SETTINGS = (
     *("max_initial_timestamp_index", "alignment_heads"),
 )
 SHORTEST_S = 0.1  # shorter recordings are padded with silence, because convolutions need a few hundred samples
+PROMPT = 4  # tokens of Whisper's prompt at most, which its answers lack and its longest length counts
+NGRAM = 5  # tokens that a second answer does not repeat; fewer would forbid saying a word of many tokens twice
 
 
 class Recognizer(nn.Module):
     """A CTC model (wav2vec 2.0, HuBERT, ...) or a sequence-to-sequence model (Whisper, ...), decoded greedily.
 
-    If the vocabulary has no lower-case letters, the text is lower-cased, as language models expect.
+    If the vocabulary has no lower-case letters, the text is lower-cased, as language models expect. An answer that does
+    not end, because it repeats itself, is decoded again without repeated 5-grams, but for recordings of more than 30 s.
     """
 
     frame_rate = 0.0
@@ -118,6 +121,9 @@ class Recognizer(nn.Module):
         ).to(self.device)
         if generates:
             ids = self.model.generate(**inputs, **generate_options)
+            longest = self.model.generation_config.max_length
+            if longest and not generate_options and ids.shape[1] >= longest - PROMPT:
+                ids = self.model.generate(**inputs, no_repeat_ngram_size=NGRAM)
         else:
             ids = self.model(**inputs).logits.argmax(-1)
         # CTC needs its blanks to distinguish a double letter from a long one

@@ -265,6 +265,22 @@ def test_a_recogniser_of_long_speech_returns_whispers_text_with_timestamps(home:
         assert made.encode(waveform).texts == [text]
 
 
+def test_an_answer_that_does_not_end_is_decoded_again_without_repetitions(
+    home: Path, noise: Noise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = load(home, "recognizer:whisper")
+    made.model.generation_config.max_length = 448  # as Whisper has it, of which four tokens are its prompt
+    letter = made.processor.tokenizer.convert_tokens_to_ids("a")
+    for length, letters in ((443, 443), (444, 5)):
+        first = torch.full((1, length), letter)
+
+        def generate(no_repeat_ngram_size: int | None = None, first: Tensor = first, **inputs: object) -> Tensor:
+            return first[:, :no_repeat_ngram_size]
+
+        monkeypatch.setattr(made.model, "generate", generate)
+        assert made.encode(noise(16_000)).texts == [letters * "a"]
+
+
 # ---- names
 
 
