@@ -61,7 +61,7 @@ from torchaudio.transforms import TimeMasking
 from speechllm import DataError, Encoding, load_codes, load_tokenizer, speech_of, word_error_rate
 from speechllm.data.batches import endless_batches
 from speechllm.data.encoded import EncodedSpeech, require_texts, transcribed
-from speechllm.data.recoding import recode_folders
+from speechllm.data.recoding import export_recoder
 from speechllm.reports.pages import finish_training
 from speechllm.runs.loop import Parts, TrainingLoop
 from speechllm.runs.machine import make_accelerator
@@ -69,10 +69,9 @@ from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import MAY_CHANGE, Run
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from tokenizer.corpus import spread
-from tokenizer.files import atomic_folder
 from tokenizer.prefetch import prefetch
 from tokenizer.schemes.compressor import BLANK, CtcCompressor
-from tokenizer.training.step import remember_statistics
+from tokenizer.training.distributed import mean_over_processes
 from tokenizer.utterances import spell_corpora
 
 READ_AHEAD = 4  # batches
@@ -136,28 +135,20 @@ def main(config: CompressorConfig) -> None:
     for step in loop:
         set_learning_rate(optimizer, warmup_cosine(step, config.steps, config.warmup))
         chosen, batch = next(batches)
-        restore = remember_statistics(network)
         loss = loss_of(*(tensor.to(accelerator.device) for tensor in batch))
         optimizer.zero_grad()
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(network.parameters(), config.clip)
-        if loop.skips(loss, norm, recordings=lambda chosen=chosen: [train["id"][i] for i in chosen]):
-            restore()
-        else:
+        if not loop.skips(loss, norm, recordings=lambda chosen=chosen: [train["id"][i] for i in chosen]):
             optimizer.step()
             if loop.due(config.log_every):
-                loop.log(loss=loss.item())
+                loop.log(loss=mean_over_processes(loss.detach()).item())
         if len(dev) and loop.due(config.validate_every) and run.main:
             run.log(loop.done, dev_wer=letters_wer(compressor.eval(), dev, encoding, config.normalizer))
             compressor.train()
 
     # 3. export, and compress the speech; each process its share
-    if run.main:
-        with atomic_folder(run.folder / "model") as folder:
-            compressor.save_pretrained(folder)
-    accelerator.wait_for_everyone()
-    compressor = CtcCompressor.from_pretrained(run.folder / "model", base).to(accelerator.device)
-    recode_folders(config.codes, compressor, run.folder / "codes", accelerator)
+    compressor = export_recoder(compressor, config.codes, run.folder, accelerator)
     if run.main:
         scores = {"dev_wer": letters_wer(compressor, dev, encoding, config.normalizer)} if len(dev) else {}
         finish_training(run, {"steps": config.steps, **loop.figures, **scores, "fingerprint": compressor.fingerprint})

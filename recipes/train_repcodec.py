@@ -58,7 +58,7 @@ from torch import Tensor, nn
 from speechllm import DataError, Encoding, load_codes, load_tokenizer, speech_of
 from speechllm.data.batches import endless_batches
 from speechllm.data.encoded import EncodedSpeech
-from speechllm.data.recoding import recode_folders
+from speechllm.data.recoding import export_recoder
 from speechllm.reports.pages import finish_training
 from speechllm.runs.loop import Parts, TrainingLoop
 from speechllm.runs.machine import make_accelerator
@@ -66,9 +66,9 @@ from speechllm.runs.recipe import run_recipe
 from speechllm.runs.run import MAY_CHANGE, Run
 from speechllm.training.schedule import set_learning_rate, warmup_cosine
 from tokenizer.corpus import spread
-from tokenizer.files import atomic_folder
 from tokenizer.prefetch import prefetch
 from tokenizer.schemes.repcodec import RepCodec
+from tokenizer.training.distributed import mean_over_processes
 from tokenizer.training.step import parameter_groups, remember_statistics
 from tokenizer.utterances import spell_corpora
 
@@ -82,6 +82,8 @@ def main(config: RepCodecConfig) -> None:
 
     # 1. encoded speech and its tokenizer
     train, encoding = load_codes(config.codes, config.splits)
+    if not len(train):
+        raise DataError(f"{spell_corpora(config.codes)} holds no utterance to train on")
     dev = load_codes(config.codes, config.dev_splits)[0] if config.dev_splits else []
     dev = dev.select(spread(range(len(dev)), config.dev_utterances)) if len(dev) else []
     base = load_tokenizer(config.codec)
@@ -131,18 +133,14 @@ def main(config: RepCodecConfig) -> None:
         else:
             optimizer.step()
             if loop.due(config.log_every):
-                loop.log(lost=lost.item(), commitment=commitment.item())
+                lost, commitment = mean_over_processes(torch.stack([lost, commitment]).detach()).tolist()
+                loop.log(lost=lost, commitment=commitment)
         if len(dev) and loop.due(config.validate_every) and run.main:
             run.log(loop.done, dev_lost=lost_share(repcodec.eval(), dev, encoding))
             repcodec.train()
 
     # 3. export, and encode the speech; each process its share
-    if run.main:
-        with atomic_folder(run.folder / "model") as folder:
-            repcodec.save_pretrained(folder)
-    accelerator.wait_for_everyone()
-    repcodec = RepCodec.from_pretrained(run.folder / "model", base).to(accelerator.device)
-    recode_folders(config.codes, repcodec, run.folder / "codes", accelerator)
+    repcodec = export_recoder(repcodec, config.codes, run.folder, accelerator)
     if run.main:
         scores = {"dev_lost": lost_share(repcodec, dev, encoding)} if len(dev) else {}
         finish_training(run, {"steps": config.steps, **loop.figures, **scores, "fingerprint": repcodec.fingerprint})

@@ -163,7 +163,10 @@ def load_language_model(
     saved, both_ways = AudioVocabulary.load(name), extension.get("prefix_attention", False)
     if saved.prefix_attention and not both_ways:
         raise VocabularyError(f"{name} was trained with prefix_attention: set prefix_attention=true")
-    vocabulary = replace(saved, template=extension.get("template", "plain"), prefix_attention=both_ways)
+    template = extension.get("template", "plain")
+    if saved.template != "plain" and template == "plain":
+        raise VocabularyError(f"{name} was trained with template={saved.template}: set template={saved.template}")
+    vocabulary = replace(saved, template=template, prefix_attention=both_ways)
     encoding = Encoding.of(codec, extension.get("layers", 1))
     encoding.require(vocabulary.encoding.fingerprint, str(name))
     stack = extension.get("stack", 1) if encoding.kind == "features" else 1

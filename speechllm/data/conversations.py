@@ -70,7 +70,8 @@ def transcription_rows(speech: EncodedSpeech, numbers: Sequence[int] | np.ndarra
 class Conversations:
     """The examples of rows, each made when it is asked for: `conversations[3]`.
 
-    Until then only the texts of the rows are in memory. `sizes` tells lengths without reading speech.
+    Until then only the texts of the rows are in memory. `sizes` tells lengths, for which only texts and a
+    compressor's vectors are read.
     """
 
     def __init__(

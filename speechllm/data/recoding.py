@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import pyarrow as pa
 from torch import Tensor
@@ -23,7 +23,7 @@ from speechllm.data.shards import (
 )
 from speechllm.encoding import DataError, Encoding
 from tokenizer.errors import InputError
-from tokenizer.files import read_json, write_json
+from tokenizer.files import atomic_folder, read_json, write_json
 from tokenizer.progress import progress_bar
 from tokenizer.schemes.recoder import Recoder
 from tokenizer.utterances import corpus_folders, short_names
@@ -31,20 +31,29 @@ from tokenizer.utterances import corpus_folders, short_names
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+R = TypeVar("R", bound=Recoder)
 
-def recode_folders(codes: str | Sequence[str], recoder: Recoder, output: Path, accelerator: "Accelerator") -> None:
-    """`recode_shards` of encoded speech into `output`, or of several folders into one in it for each.
 
-    The processes share the work, with one progress bar.
+def export_recoder(recoder: R, codes: str | Sequence[str], folder: Path, accelerator: "Accelerator") -> R:
+    """Save a recoder in `folder`/model and the encoded speech, encoded by it, in `folder`/codes; the saved one.
+
+    codes: a folder of shards, or several, for each of which there is one in `folder`/codes. The processes share the
+    work, with one progress bar.
     """
+    if accelerator.is_main_process:
+        with atomic_folder(folder / "model") as model:
+            recoder.save_pretrained(model)
+    accelerator.wait_for_everyone()
+    recoder = type(recoder).from_pretrained(folder / "model", recoder.base).to(accelerator.device)
     sources = corpus_folders(codes)
     names = short_names(sources) if len(sources) > 1 else [""]
     share = accelerator.process_index, accelerator.num_processes
     with progress_bar(None, "encode", unit="utt", disable=not accelerator.is_main_process) as bar:
         for source, name in zip(sources, names, strict=True):
-            for count in recode_shards(source, recoder, output / name, *share):
+            for count in recode_shards(source, recoder, folder / "codes" / name, *share):
                 bar.update(count)
     accelerator.wait_for_everyone()
+    return recoder
 
 
 def recode_shards(
@@ -52,9 +61,9 @@ def recode_shards(
 ) -> Iterator[int]:
     """Write the shards of `source`, encoded by what the recoder reads, into `folder` as it encodes them.
 
-    They are what `encode_shards` makes of the same recordings with it, but for the float16 of stored
-    frames; no recording is read. Yields each shard's number of utterances. Each process writes every `processes`-th
-    shard; whole ones by this recoder, of what the source holds now, are kept.
+    They are what `encode_shards` makes of the same recordings with it, but for the float16 of stored frames; no
+    recording is read. Yields each shard's number of utterances. Each process writes every `processes`-th shard; whole
+    ones by this recoder, of what the source holds now, are kept.
     """
     folder, encoding = Path(folder), Encoding.of(recoder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -119,9 +119,14 @@ def same_answer(reference: str, answer: str) -> bool:
 
 
 def canonical_answer(text: str) -> str:
-    """An object or a list in JSON in one way of writing it, whose numbers are all float; any other text stripped."""
+    """An object or a list in JSON in one way of writing it, in which 1.0 is 1; any other text stripped."""
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        return int(value) if value.is_integer() else value
+
     try:
-        value = json.loads(text, parse_int=float)
+        value = json.loads(text, parse_float=number)
         return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else text.strip()
     except (ValueError, RecursionError):
         return text.strip()

@@ -140,7 +140,8 @@ def _write_shard(
     """Yields the size of each batch, of the last one when the shard is written."""
     rows: dict[int, dict[str, Any]] = {}  # by the utterance's place
     skipped: dict[int, dict[str, str]] = {}
-    stamp = _stamp(utterances)  # before they are read: what is changed meanwhile is encoded again
+    # before they are read: what is changed meanwhile is encoded again
+    recordings = {"stamp": _stamp(utterances), "content": _content(utterances)}
     # processor time on a CPU, which does not depend on other programs; wall-clock time on a GPU
     clock = time.process_time if codec.device.type == "cpu" else time.perf_counter
     started = clock()
@@ -176,7 +177,7 @@ def _write_shard(
     notes = {
         "skipped": json.dumps([row for _, row in sorted(skipped.items())]),
         "seconds": json.dumps(clock() - started),
-        "recordings": json.dumps({"stamp": stamp, "content": _content(utterances)}),
+        "recordings": json.dumps(recordings),
     }
     write_rows(file, [row for _, row in sorted(rows.items())], encoding, notes)
     yield len(batches[-1])

@@ -102,7 +102,7 @@ def launch(how: int | Path, file: str, words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from speechllm.runs.machine import available_cpus
+    from speechllm.runs.machine import ACCELERATE, available_cpus
 
     gpus, own = torch.cuda.device_count(), dict(os.environ)
     each = how if isinstance(how, int) else processes_of(how) if gpus else 0
@@ -113,7 +113,7 @@ def launch(how: int | Path, file: str, words: Sequence[str]) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // how)))
     # forwarded to the processes, which save a checkpoint: torch's own, and the one by which Slurm announces the end
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
-    os.environ |= child_environment()
+    os.environ |= child_environment() | ({ACCELERATE: str(how)} if isinstance(how, Path) else {})
     logging.disable(logging.ERROR)  # the launchers' own lines around the error of a process
     try:
         if gpus or isinstance(how, Path):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # who only starts others must not wait for these
 # one process may have a share that takes hours longer; where one dies, the launcher ends the others of its machine
 PATIENCE = timedelta(days=1)
 SLOW = 5.0  # times as long in bfloat16 as in float32; a processor with arithmetic for it takes half as long
+ACCELERATE = "SPEECHLLM_ACCELERATE"  # set for the processes of a configuration of Accelerate: its file
 PACKAGES = ("torch", "torchaudio", "transformers", "peft", "accelerate", "datasets", "jiwer", "speechbrain")
 
 
@@ -83,10 +84,9 @@ def bf16_slowdown() -> float:
 def command_line() -> str:
     """The command that repeats this process, or the processes that share its work, in shell syntax."""
     recipe, *words = sys.argv
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
-        return shlex.join(["speechllm", "run", recipe, "--processes", str(processes), *words])
-    return shlex.join(["python", recipe, *words])
+    processes, configured = os.environ.get("WORLD_SIZE", "1"), os.environ.get(ACCELERATE)
+    how = ["--accelerate", configured] if configured else ["--processes", processes] if processes != "1" else []
+    return shlex.join(["speechllm", "run", recipe, *how, *words] if how else ["python", recipe, *words])
 
 
 def provenance(config: Any, seconds: float, *packages: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from speechllm.data.packing import pad
+from speechllm.decoding import answer_batches
 from speechllm.model import SpeechLLM
 from speechllm.projector import model_inputs
 from speechllm.prompt import Example
@@ -19,7 +20,7 @@ from tokenizer.errors import InputError
 from tokenizer.tables import require_utf8
 
 MOST = 1000  # lines of a file that are read, evenly chosen
-TOKENS = 1024  # predicted at once, about
+TOKENS = 1024  # predicted at once, at most, or a single text
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,12 @@ def text_perplexity(texts: Sequence[str], speech_llm: SpeechLLM) -> Perplexity:
         labels = tokens.clone()
         labels[: len(opening)] = -100
         examples.append(Example(tokens, labels))
-    examples = sorted((one for one in examples if len(one) > 1), key=len)
+    examples = [one for one in examples if len(one) > 1]
     training = model.training
     model.eval()
     total, count = 0.0, 0
-    size = max(1, TOKENS // len(examples[-1])) if examples else 1
-    for first in range(0, len(examples), size):
-        batch = pad(examples[first : first + size], model.device)
+    for chosen in answer_batches([len(one) for one in examples], [0] * len(examples), TOKENS):
+        batch = pad([examples[i] for i in chosen], model.device)
         inputs = model_inputs(model, vocabulary, batch.input_ids, None)
         logits = model(**inputs, **batch.arguments, use_cache=False).logits.flatten(0, 1)
         kept = batch.targets >= 0

@@ -18,12 +18,12 @@ def seed_step(seed: int, step: int, process: int = 0) -> None:
 
 
 def warmup_cosine(step: int, steps: int, warmup: int, joined: int = 0) -> float:
-    """Factor of the learning rate at a step: linear up over `warmup` steps, then half a cosine down to zero.
+    """Factor of the learning rate at a step: linear up over `warmup` steps, if any, then half a cosine down to zero.
 
     joined: step at which more weights start to be trained; the warm-up is repeated from there, because AdamW's first
     steps, without gradient statistics, are the largest it can make.
     """
-    rise = min(1.0, (step + 1 - (joined if step >= joined else 0)) / warmup)
+    rise = min(1.0, (step + 1 - (joined if step >= joined else 0)) / max(1, warmup))
     return rise * 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
 
 

@@ -103,6 +103,10 @@ def test_too_little_speech_and_codes_in_place_of_frames_are_refused(
 ) -> None:
     with pytest.raises(DataError, match="219 frames cannot make codebook_size=64 codes: give at most 10"):
         train("large", codebook_size=64)
+    gone = [Utterance("gone", work / "gone.wav", 1.0, split="train")]
+    list(encode_shards(gone, load_tokenizer(work / "encoder"), work / "nothing"))
+    with pytest.raises(DataError, match="nothing holds no utterance to train on"):
+        train("empty", codes=str(work / "nothing"), splits=None, dev_splits=None)
     small_codec.save_pretrained(work / "codec")
     list(encode_shards(torch.load(work / "utterances.pt", weights_only=False), small_codec, work / "of_codec"))
     with pytest.raises(InputError, match="which SpeechCodec does not return"):

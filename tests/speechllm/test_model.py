@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,15 @@ def test_a_run_is_taken_for_the_model_in_it(tmp_path: Path, make_speech_llm: Mak
     speech_llm.save(tmp_path / "model")
     assert load_speech_llm(tmp_path).codec.fingerprint == speech_llm.codec.fingerprint
     assert load_language_model(tmp_path, speech_llm.codec).vocabulary == speech_llm.vocabulary
+
+
+def test_a_model_of_chats_stays_one(tmp_path: Path, make_speech_llm: MakeSpeechLLM) -> None:
+    speech_llm = make_speech_llm()
+    speech_llm.vocabulary = replace(speech_llm.vocabulary, template="chat")
+    speech_llm.save(tmp_path)
+    with pytest.raises(VocabularyError, match="was trained with template=chat: set template=chat"):
+        load_language_model(tmp_path, speech_llm.codec)
+    assert load_language_model(tmp_path, speech_llm.codec, template="chat").vocabulary == speech_llm.vocabulary
 
 
 # ---- what is missing is named

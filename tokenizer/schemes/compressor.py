@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.errors import InputError
-from tokenizer.frames import frame_count, frame_mask, split_utterances
-from tokenizer.interface import AudioTokenizer, Codes, DiscreteTokenizer, Features, FeatureTokenizer, require_layers
-from tokenizer.pretrained import (
-    module_fingerprint,
-)
+from tokenizer.frames import frame_count, frame_mask
+from tokenizer.interface import AudioTokenizer, DiscreteTokenizer, Features, FeatureTokenizer, require_layers
+from tokenizer.pretrained import module_fingerprint
 from tokenizer.rates import HOP_LENGTH
 from tokenizer.schemes.recoder import Recoder
 from tokenizer.training.teachers import SemanticTeacher
@@ -135,13 +133,9 @@ class CtcCompressor(Recoder):
     @torch.no_grad()
     def encode(self, waveform: Tensor, lengths: Tensor | None = None) -> Features:
         """Waveforms float [B, N] -> vectors float [B, P, W + V], one per letter."""
-        vectors = []
-        for samples in split_utterances(waveform, lengths):
-            if isinstance(self.base, DiscreteTokenizer):
-                encoded: Codes | Features = self.base.encode(samples[None], layers=self.layers)
-            else:
-                encoded = cast(Features, self.base.encode(samples[None]))
-            vectors.append(self.recode(encoded.utterance(0)))
+        layers = {"layers": self.layers} if isinstance(self.base, DiscreteTokenizer) else {}
+        encoded: Any = self.base.encode(waveform, lengths, **layers)
+        vectors = self._recode_each(encoded)
         return Features(nn.utils.rnn.pad_sequence(vectors, batch_first=True), torch.tensor([len(v) for v in vectors]))
 
     def label(self, frames: Tensor) -> tuple[Tensor, Tensor]:

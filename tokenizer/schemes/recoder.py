@@ -78,5 +78,14 @@ class Recoder(nn.Module, ABC):
         return self.base.frame_rate
 
     @property
+    def batched(self) -> bool:
+        """Whether the base takes several utterances in less time than one after the other."""
+        return getattr(self.base, "batched", False)
+
+    @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
+
+    def _recode_each(self, speech: Codes | Features, **options: Any) -> list[Tensor]:
+        """`recode` of every utterance that the base has encoded, with these options."""
+        return [self.recode(speech.utterance(index), **options) for index in range(len(speech.lengths))]

@@ -108,11 +108,6 @@ class RepCodec(Recoder):
         return getattr(self.base, "deduplicate", False)
 
     @property
-    def batched(self) -> bool:
-        """Whether the base takes several utterances in less time than one after the other."""
-        return getattr(self.base, "batched", False)
-
-    @property
     def num_codebooks(self) -> int:
         return self.shape["num_codebooks"]
 
@@ -133,9 +128,8 @@ class RepCodec(Recoder):
     def encode(self, waveform: Tensor, lengths: Tensor | None = None, layers: int | None = None) -> Codes:
         """Waveforms float [B, N] -> codes long [B, layers, T], one a frame of the base and codebook."""
         require_layers(layers, self.num_codebooks)
-        features: Any = self.base.encode(waveform, lengths)
-        each = [self.recode(features.utterance(index), layers) for index in range(len(features.lengths))]
-        return Codes.from_utterances(each)
+        encoded: Any = self.base.encode(waveform, lengths)
+        return Codes.from_utterances(self._recode_each(encoded, layers=layers))
 
     @torch.no_grad()
     def recode(self, speech: Tensor, layers: int | None = None) -> Tensor:

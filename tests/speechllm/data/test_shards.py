@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +36,7 @@ from speechllm.data.encoded import require_texts, transcribed
 from speechllm.data.shards import open_shard, skipped_of_shards, stored, summarize_shards, write_table
 from tokenizer.errors import InputError
 from tokenizer.files import read_jsonl
+from tokenizer.interface import Codes
 from tokenizer.schemes.features import FeatureEncoder
 from tokenizer.schemes.units import UnitTokenizer
 from tokenizer.training.small_teachers import small_hubert
@@ -165,6 +167,26 @@ def test_only_the_shards_of_changed_recordings_are_made_again(
     encode(replaced, small_codec, tmp_path / "anew")
     assert [rows for rows, _ in content(folder).values()] == [rows for rows, _ in content(tmp_path / "anew").values()]
     assert not skipped_of_shards(folder)
+
+
+def test_a_recording_that_is_replaced_while_its_shard_is_encoded_is_encoded_again(
+    tmp_path: Path, own_speech: list[Utterance], small_codec: SpeechCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, encode_waveform = Path(own_speech[0].path), small_codec.encode
+
+    def replaced(*arguments: Any, **more: Any) -> Codes:
+        first.write_bytes(Path(own_speech[7].path).read_bytes())  # it has been read by now
+        return encode_waveform(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(small_codec, "encode", replaced)
+        encode(own_speech, small_codec, tmp_path / "codes")
+    before = stamps(tmp_path / "codes")
+    encode(own_speech, small_codec, tmp_path / "codes")
+    after = stamps(tmp_path / "codes")
+    assert [before[name] == after[name] for name in SHARDS] == [False, True, True, True]
+    row, other = (load_codes(tmp_path / "codes")[0][i] for i in (0, 7))
+    assert row["codes"].tolist() == other["codes"].tolist()
 
 
 def test_a_recording_that_has_become_readable_is_encoded(

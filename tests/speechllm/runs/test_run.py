@@ -16,7 +16,7 @@ from accelerate.tracking import GeneralTracker
 
 from speechllm import RunError
 from speechllm.data.shards import claim_codes
-from speechllm.runs.machine import command_line, versions
+from speechllm.runs.machine import ACCELERATE, command_line, versions
 from speechllm.runs.recipe import holds_config
 from speechllm.runs.run import Run, read_log
 from speechllm.training.schedule import seed_step, set_learning_rate, warmup_cosine
@@ -272,10 +272,18 @@ def test_a_resumed_run_counts_the_seconds_before_its_checkpoint(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "processes, started", [(1, "python recipes/a.py"), (2, "speechllm run recipes/a.py --processes 2")]
+    "environment, started",
+    [
+        ({"WORLD_SIZE": "1"}, "python recipes/a.py"),
+        ({"WORLD_SIZE": "2"}, "speechllm run recipes/a.py --processes 2"),
+        ({"WORLD_SIZE": "16", ACCELERATE: "two.yaml"}, "speechllm run recipes/a.py --accelerate two.yaml"),
+    ],
 )
-def test_the_command_line_can_be_used_again(monkeypatch: pytest.MonkeyPatch, processes: int, started: str) -> None:
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+def test_the_command_line_can_be_used_again(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], started: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.argv", ["recipes/a.py", "data=my corpus", "splits=[a,b]"])
     assert command_line() == f"{started} 'data=my corpus' 'splits=[a,b]'"
 
@@ -443,7 +451,7 @@ def test_the_warm_up_is_repeated_when_more_weights_join() -> None:
     assert [a / b for a, b in zip(again[8:11], once[8:11], strict=True)] == pytest.approx([0.25, 0.5, 0.75])
 
 
-@pytest.mark.parametrize("steps, warmup", [(1, 1), (3, 10), (5, 5)])
+@pytest.mark.parametrize("steps, warmup", [(1, 1), (3, 10), (5, 5), (3, 0)])
 def test_a_run_shorter_than_its_warm_up_has_a_rate_too(steps: int, warmup: int) -> None:
     assert all(0 < warmup_cosine(step, steps, warmup) <= 1 for step in range(steps))
 

@@ -27,3 +27,10 @@ def test_texts_together_have_the_perplexity_of_each_alone(make_speech_llm: Calla
     found = text_perplexity(TEXTS, speech_llm)
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-4)
     assert (found.tokens, found.words) == (count, sum(len(text.split()) for text in TEXTS))
+
+
+def test_one_long_text_does_not_make_the_others_wait_for_each_other(make_speech_llm: Callable[..., SpeechLLM]) -> None:
+    speech_llm, passes = make_speech_llm(), []
+    speech_llm.model.register_forward_hook(lambda *_: passes.append(1))
+    text_perplexity([*TEXTS * 5, " ".join(TEXTS * 10)], speech_llm)
+    assert len(passes) <= 2
