@@ -216,9 +216,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--characters", action="store_true", help="also print the character error rate")
     command.set_defaults(run=score_files)
 
-    command = commands.add_parser("compare", help="paired bootstrap between two predictions.jsonl of eval_asr")
-    command.add_argument("a", metavar="A.jsonl")
-    command.add_argument("b", metavar="B.jsonl", help="of the same utterances")
+    command = commands.add_parser("compare", help="paired bootstrap between two results of eval_asr")
+    command.add_argument("a", metavar="A", help="folder that recipes/eval_asr.py wrote, or its predictions.jsonl")
+    command.add_argument("b", metavar="B", help="of the same utterances")
     results = "librispeech, whisper_english or none; by default the one in the results.json beside the files"
     command.add_argument("--normalizer", help=results)
     command.set_defaults(run=compare_files)

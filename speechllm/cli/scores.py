@@ -42,16 +42,19 @@ def compare_files(arguments: argparse.Namespace) -> int:
     from speechllm.evaluation.normalizers import find_normalizer
     from speechllm.evaluation.scripts import primary_rate, spell
 
-    normalizer = arguments.normalizer or _common_normalizer(arguments.a, arguments.b)
+    files = [
+        str(place / "predictions.jsonl" if place.is_dir() else place) for place in map(Path, (arguments.a, arguments.b))
+    ]
+    normalizer = arguments.normalizer or _common_normalizer(*files)
     normalize = find_normalizer(normalizer)
-    for file in (arguments.a, arguments.b):
+    for file in files:
         _require_texts(file, normalizer)
-    a, b = _predictions(arguments.a), _predictions(arguments.b)
+    a, b = map(_predictions, files)
     shared = a.keys() & b.keys()
     _require_same(
         {
-            f"are only in {arguments.a}": a.keys() - b.keys(),
-            f"are only in {arguments.b}": b.keys() - a.keys(),
+            f"are only in {files[0]}": a.keys() - b.keys(),
+            f"are only in {files[1]}": b.keys() - a.keys(),
             "have another reference": [name for name in shared if normalize(a[name][0]) != normalize(b[name][0])],
         },
         "give predictions for the same splits of one corpus",

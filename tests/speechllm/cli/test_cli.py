@@ -493,6 +493,9 @@ def test_compare_prints_both_rates_and_the_difference(tmp_path: Path, capsys: Ca
     assert str(paired_bootstrap(["the cat", "a mat"], ["the cat", "a hat"], ["the cat", "a mat"])) in lines[2]
     assert main(["compare", a, b, "--normalizer", "none"]) == 0
     assert "A: WER 75.00%" in capsys.readouterr().out
+    write_predictions(tmp_path / "predictions.jsonl", u2=("a\u2028mat", "a mat"), u1=("THE CAT", "the cat"))
+    assert main(["compare", a, str(tmp_path)]) == 0  # the folder of an evaluation
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_compare_names_the_utterances_that_differ(tmp_path: Path, capsys: Capture) -> None:
