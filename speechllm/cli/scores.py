@@ -181,12 +181,12 @@ def _common_normalizer(*files: str) -> str:
 
 
 def _require_texts(file: str, normalizer: str) -> None:
-    """Raise InputError if the references were stored normalised, as earlier versions did, by another normaliser."""
+    """Raise InputError if the references were normalised by another normaliser, as those of pieces of speech are."""
     stored = (_results(file).get("encoded") or {}).get("normalizer", "none")
     if stored not in ("none", normalizer):
         raise InputError(
-            f"{file} holds references that an earlier version normalised by {stored}, of which {normalizer} cannot be "
-            f"made: choose --normalizer {stored}, or encode and evaluate again"
+            f"{file} holds references that were normalised by {stored} when their speech was written, of which "
+            f"{normalizer} cannot be made: choose --normalizer {stored}"
         )
 
 
